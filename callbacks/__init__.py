@@ -1,0 +1,12 @@
+"""Lightning callbacks, imported as `rlhf_pl.callbacks`."""
+
+if __name__ != "rlhf_pl.callbacks":
+    raise ImportError("Import `rlhf_pl.callbacks`: plain `callbacks` would be a second copy of the same classes.")
+
+from rlhf_pl.callbacks.hf_export import HFExport
+from rlhf_pl.callbacks.round_progress import RoundProgress
+from rlhf_pl.callbacks.round_refresh import RoundRefresh
+from rlhf_pl.callbacks.run_report import RunReport
+from rlhf_pl.callbacks.sample_table import SampleTable
+
+__all__ = ["HFExport", "RoundProgress", "RoundRefresh", "RunReport", "SampleTable"]

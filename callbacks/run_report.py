@@ -1,0 +1,155 @@
+"""What a run tells at the terminal: a line a round, and at the end a table, answers before and after, what to do next."""
+
+import json
+from typing import Any
+
+import lightning as L
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_pl.console import console
+from rlhf_pl.data.rounds import RoundDataModule
+from rlhf_pl.evaluation import held_out_metrics
+from rlhf_pl.rounds import RoundStore
+
+
+class RunReport(L.Callback):
+    """Prints the course of a run. Reads the round store and writes nothing.
+
+    Args:
+        num_samples: Held-out prompts to show with their answers before and after.
+    """
+
+    def __init__(self, num_samples: int = 3) -> None:
+        self.num_samples = num_samples
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        data = getattr(trainer, "datamodule", None)
+        if not trainer.is_global_zero or not isinstance(data, RoundDataModule):
+            return
+        per_round = len(data.round_prompts(0))
+        console.print(
+            f"Prompts: {len(data.train_prompts)} for training, {per_round} a round; {len(data.val_prompts)} held out"
+            + (f"; {data.prompts_too_long} left out, longer than {data.max_prompt_tokens} tokens"
+               if data.prompts_too_long else "")
+            + f". Run directory: {trainer.default_root_dir}"
+        )  # fmt: skip
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            done = trainer.fit_loop.epoch_progress.current.processed
+            console.print(round_line(RoundStore(trainer.default_root_dir), done - 1), soft_wrap=True)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not trainer.is_global_zero:
+            return
+        store = RoundStore(trainer.default_root_dir)
+        rounds = trainer.fit_loop.epoch_progress.current.processed
+        if rounds == 0:
+            return
+        console.print()
+        console.print(rounds_table(store, rounds))
+        if store.held_out(rounds).is_complete("rewards"):
+            console.print(before_after(store, rounds, self.num_samples))
+            console.print(gain_line(store, rounds))
+        console.print(next_steps(str(trainer.default_root_dir)), soft_wrap=True)
+
+
+def round_line(store: RoundStore, index: int) -> str:
+    """One line about a finished round."""
+    stages = store.round(index).manifest["stages"]
+    answers, rewards, training = stages["responses"], stages["rewards"], stages["training"]
+    parts = [
+        f"round {index + 1}: reward {rewards['mean']:.3f} (best {rewards['best']:.3f}, worst {rewards['worst']:.3f} of "
+        f"{answers['sampling']['num_responses']})",
+        f"{answers['tokens_mean']:.0f} tokens, {answers['finished_share']:.0%} finished",
+        f"KL {training['kl']:.2f}, loss {training['loss']:.3f}",
+        f"seconds: generate {answers['seconds']:.0f}, score {rewards['seconds']:.0f}, "
+        f"log-probs {stages['logps']['seconds']:.0f}, train {training['seconds']:.0f}",
+    ]
+    if store.held_out(index + 1).is_complete("rewards"):
+        parts.insert(1, f"held-out reward now {store.held_out(index + 1).info('rewards')['mean']:.3f}")
+    return " | ".join(parts)
+
+
+def rounds_table(store: RoundStore, rounds: int) -> Table:
+    """A line a round."""
+    held_out = store.held_out(0).is_complete("rewards")
+    table = Table(title="Rounds", title_justify="left")
+    headers = ["round", "reward", "best", "worst", "tokens", "finished", "pairs", "KL", "loss", "seconds"]
+    for header in headers + (["held-out before", "after"] if held_out else []):
+        table.add_column(header, justify="right")
+    for index in range(rounds):
+        stages = store.round(index).manifest["stages"]
+        answers, rewards, training = stages["responses"], stages["rewards"], stages.get("training", {})
+        seconds = sum(stage.get("seconds", 0.0) for stage in stages.values())
+        cells = [
+            str(index + 1),
+            f"{rewards['mean']:.3f}",
+            f"{rewards['best']:.3f}",
+            f"{rewards['worst']:.3f}",
+            f"{answers['tokens_mean']:.0f}",
+            f"{answers['finished_share']:.0%}",
+            str(stages["pairs"]["pairs"]),
+            f"{training['kl']:.2f}" if training else "-",
+            f"{training['loss']:.3f}" if training else "-",
+            f"{seconds:.0f}",
+        ]
+        if held_out:
+            cells += [_held_out_mean(store, version) for version in (index, index + 1)]
+        table.add_row(*cells)
+    return table
+
+
+def _held_out_mean(store: RoundStore, version: int) -> str:
+    stored = store.held_out(version)
+    return f"{stored.info('rewards')['mean']:.3f}" if stored.is_complete("rewards") else "-"
+
+
+def gain_line(store: RoundStore, version: int) -> str:
+    """The held-out reward before and after, with its uncertainty."""
+    metrics = held_out_metrics(store, version)
+    before, after = (store.held_out(v).info("rewards")["mean"] for v in (0, version))
+    gain, error = metrics["val/reward_gain"], metrics["val/reward_gain_se"]
+    ratio = f", {gain / error:.1f} standard errors" if error > 0 else ""
+    return (
+        f"Held-out reward {before:.3f} before, [bold]{after:.3f}[/bold] after: {gain:+.3f} ± {error:.3f}{ratio}. "
+        f"The new policy wins on {metrics['val/win_rate']:.0%} of the prompts."
+    )
+
+
+def answers_by_prompt(store: RoundStore, version: int) -> dict[str, dict[str, Any]]:
+    """First answer and its reward of every held-out prompt."""
+    stored = store.held_out(version)
+    table = stored.read("responses").select(["prompt_id", "response_index", "prompt", "response"]).to_pylist()
+    rewards = stored.read("rewards")["reward"].to_pylist()
+    rows = [row | {"reward": reward} for row, reward in zip(table, rewards, strict=True)]
+    return {row["prompt_id"]: row for row in rows if row["response_index"] == 0}
+
+
+def before_after(store: RoundStore, version: int, count: int) -> Group:
+    """Prompts with the starting and the present policy's first answers side by side."""
+    before, after = answers_by_prompt(store, 0), answers_by_prompt(store, version)
+    panels = []
+    for prompt_id in list(before)[:count]:
+        old, new = before[prompt_id], after[prompt_id]
+        table = Table(show_edge=False, pad_edge=False, expand=True)
+        table.add_column(f"before: reward {old['reward']:.3f}", ratio=1)
+        table.add_column(f"after: reward {new['reward']:.3f}", ratio=1)
+        table.add_row(Text(old["response"].strip()), Text(new["response"].strip()))
+        prompt = json.loads(old["prompt"])[-1]["content"]
+        panels.append(Panel(table, title=Text(prompt if len(prompt) < 90 else prompt[:89] + "…"), title_align="left"))
+    return Group(*panels)
+
+
+def next_steps(run_dir: str) -> str:
+    """What a user may want to do with a finished run."""
+    return (
+        "\nNext:\n"
+        f"  see the curves:  tensorboard --logdir {run_dir}\n"
+        f"  read answers:    {run_dir}/samples.html, and {run_dir}/rounds/*/ (Parquet)\n"
+        f"  use the model:   {run_dir}/model, with transformers or `vllm serve {run_dir}/model`\n"
+        f"  change the run:  {run_dir}/config.yaml holds every setting; `rlhf-pl fit --help` explains them"
+    )

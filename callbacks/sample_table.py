@@ -1,0 +1,82 @@
+"""Shows answers to the same held-out prompts round after round, in the logger and as a page."""
+
+import html
+import json
+import os
+from pathlib import Path
+
+import lightning as L
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.rounds import RoundStore
+
+_STYLE = (
+    "body{font:15px/1.5 system-ui,sans-serif;margin:2em;max-width:1400px}table{border-collapse:collapse;width:100%}"
+    "td,th{border:1px solid #ccc;padding:.5em;vertical-align:top;text-align:left;white-space:pre-wrap}"
+    "th{background:#f4f4f4}b{color:#06c}"
+)
+
+
+class SampleTable(L.Callback):
+    """Logs a table of held-out prompts with an answer from every round, and writes it as `samples.html`.
+
+    Args:
+        num_prompts: Prompts in the table; 0 for no table.
+    """
+
+    def __init__(self, num_prompts: int = 16) -> None:
+        if num_prompts < 0:
+            raise InputError(f"`samples.num_prompts` must be 0 or more, got {num_prompts}.")
+        self.num_prompts = num_prompts
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        store = RoundStore(trainer.default_root_dir)
+        version = trainer.fit_loop.epoch_progress.current.processed
+        if self.num_prompts == 0 or not trainer.is_global_zero or not store.held_out(version).is_complete("rewards"):
+            return
+        header, rows = sample_rows(store, version, self.num_prompts)
+        for logger in trainer.loggers:
+            add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
+            if add_text is not None:
+                add_text("samples", to_markdown(header, rows), trainer.global_step)
+            elif hasattr(logger, "log_table"):
+                logger.log_table("samples", columns=header, data=rows, step=trainer.global_step)
+        page = Path(trainer.default_root_dir) / "samples.html"
+        temporary = page.with_suffix(".tmp")
+        temporary.write_text(to_html(header, rows), encoding="utf-8")
+        os.replace(temporary, page)
+
+
+def sample_rows(store: RoundStore, version: int, count: int) -> tuple[list[str], list[list[str]]]:
+    """A header, and for each prompt its text and the first answer of every version up to `version`."""
+    header = ["prompt", "before", *(f"after round {v}" for v in range(1, version + 1))]
+    prompts: dict[str, str] = {}
+    cells: dict[str, list[str]] = {}
+    for v in range(version + 1):
+        stored = store.held_out(v)
+        if not stored.is_complete("rewards"):
+            header.remove("before" if v == 0 else f"after round {v}")
+            continue
+        answers = stored.read("responses").select(["prompt_id", "response_index", "prompt", "response"]).to_pylist()
+        for answer, reward in zip(answers, stored.read("rewards")["reward"].to_pylist(), strict=True):
+            if answer["response_index"] == 0:
+                prompts[answer["prompt_id"]] = json.loads(answer["prompt"])[-1]["content"]
+                text = f"{answer['response'].strip()}\n[reward {reward:.3f}]"
+                cells.setdefault(answer["prompt_id"], []).append(text)
+    return header, [[prompts[prompt_id], *cells[prompt_id]] for prompt_id in list(prompts)[:count]]
+
+
+def to_markdown(header: list[str], rows: list[list[str]]) -> str:
+    """A Markdown table; line breaks become `<br>`."""
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(c.replace("|", "\\|").replace("\n", "<br>") for c in line) + " |" for line in lines)
+
+
+def to_html(header: list[str], rows: list[list[str]]) -> str:
+    """A page that needs nothing else."""
+    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return (
+        f'<!doctype html><meta charset="utf-8"><title>Samples</title><style>{_STYLE}</style>'
+        f"<h1>Held-out prompts</h1><table><tr>{head}</tr>{body}</table>\n"
+    )

@@ -1,0 +1,49 @@
+"""Modular RLHF on PyTorch Lightning."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from rlhf_pl.data import RoundDataModule
+    from rlhf_pl.losses import PairwiseLoss, RebelLoss
+    from rlhf_pl.modules import RebelModule
+    from rlhf_pl.pairs import BestWorst, PairSelector, RandomPair
+    from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample
+    from rlhf_pl.rollout import Sampler, SamplingConfig, TransformersSampler, VLLMSampler
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "RoundDataModule": "rlhf_pl.data",
+    "RebelModule": "rlhf_pl.modules",
+    **dict.fromkeys(("PairwiseLoss", "RebelLoss"), "rlhf_pl.losses"),
+    **dict.fromkeys(("BestWorst", "PairSelector", "RandomPair"), "rlhf_pl.pairs"),
+    **dict.fromkeys(("FunctionReward", "Reward", "RewardResult", "Sample"), "rlhf_pl.rewards"),
+    **dict.fromkeys(("Sampler", "SamplingConfig", "TransformersSampler", "VLLMSampler"), "rlhf_pl.rollout"),
+}
+
+__all__ = [
+    "BestWorst",
+    "FunctionReward",
+    "PairSelector",
+    "PairwiseLoss",
+    "RandomPair",
+    "RebelLoss",
+    "RebelModule",
+    "Reward",
+    "RewardResult",
+    "RoundDataModule",
+    "Sample",
+    "Sampler",
+    "SamplingConfig",
+    "TransformersSampler",
+    "VLLMSampler",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import public names when they are first used: `import rlhf_pl` alone stays fast."""
+    if name in _HOME:
+        return getattr(import_module(_HOME[name]), name)
+    raise AttributeError(f"module 'rlhf_pl' has no attribute {name!r}")

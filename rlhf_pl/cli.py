@@ -1,0 +1,166 @@
+"""`rlhf-pl fit`: a LightningCLI with this project's defaults."""
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import lightning as L
+from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from lightning.pytorch.loggers import TensorBoardLogger
+
+from rlhf_pl.callbacks import HFExport, RoundProgress, RoundRefresh, RunReport, SampleTable
+from rlhf_pl.console import console
+from rlhf_pl.errors import InputError
+from rlhf_pl.rollout.self_check import StaleSamplerError
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 3,
+    "default_root_dir": "runs/rebel",
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "reload_dataloaders_every_n_epochs": 1,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
+
+class Parser(LightningArgumentParser):
+    """Errors in a few lines instead of after a page of usage."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        lines = [line for line in str(message).splitlines() if not _is_noise(line)]
+        print("error: " + "\n".join(lines).strip(), file=sys.stderr)
+        print("`rlhf-pl fit --help` lists the options.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _is_noise(line: str) -> bool:
+    """What jsonargparse says of the alternatives that nobody meant."""
+    text = line.strip()
+    return text.startswith(("Given value type:", "Given value: NestedArg", "Subtypes: [")) or "NoneType" in text
+
+
+class RunConfig(SaveConfigCallback):
+    """Writes the resolved config to the run directory, once nothing can be refused any more."""
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Nothing yet: the other callbacks may still find a wrong input."""
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            folder = Path(trainer.default_root_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True)
+
+
+class RlhfCLI(LightningCLI):
+    """LightningCLI with the groups `rollout`, `samples` and `export` for the callbacks that every run has."""
+
+    def __init__(self, args: Sequence[str] | None = None) -> None:
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            args=args,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=1,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=Parser,
+            parser_kwargs={"default_env": True, "prog": "rlhf-pl"},
+            save_config_callback=RunConfig,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RoundRefresh, "rollout")
+        parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_lightning_class_args(HFExport, "export")
+        parser.set_defaults(
+            {"model": {"class_path": "rlhf_pl.RebelModule"}, "data": {"class_path": "rlhf_pl.RoundDataModule"}}
+        )
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Add what a run needs and the config does not name: logger, checkpoints, progress bar, report."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        run_dir = config["default_root_dir"]
+        given = config["callbacks"] or []
+        callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
+        if config["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
+            callbacks.append(RoundProgress())
+        if config["enable_checkpointing"] is not False and not _has(callbacks, ModelCheckpoint):
+            callbacks.append(
+                ModelCheckpoint(
+                    dirpath=os.path.join(run_dir, "checkpoints"), save_last="link", save_on_train_epoch_end=True
+                )
+            )
+        if config["logger"] in (None, True):
+            kwargs["logger"] = TensorBoardLogger(run_dir, name="tensorboard", version="")
+        own = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
+        return self._instantiate_trainer(config | kwargs | {"callbacks": callbacks}, [*own, RunReport()])
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Go on from the run directory's last checkpoint, if it has one."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        last = next((p for d in folders if d and (p := Path(d) / "last.ckpt").exists()), None)
+        if last is not None and arguments.get("ckpt_path") is None:
+            arguments["ckpt_path"] = str(last)
+            console.print(f"Going on from {last}.")
+        return arguments
+
+
+def _has(callbacks: list[Callback], kind: type) -> bool:
+    return any(isinstance(callback, kind) for callback in callbacks)
+
+
+def run(argv: Sequence[str]) -> int:
+    """`rlhf-pl fit ...`: 0, or 1 with one error for a wrong input."""
+    _quiet_libraries()
+    if str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))  # users' rewards and classes live where they call us
+    sys.argv = [sys.argv[0]]
+    try:
+        RlhfCLI([argv[0], *_environment_arguments(), *argv[1:]])
+    except (InputError, StaleSamplerError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _environment_arguments() -> list[str]:
+    """`PL_FIT__MODEL__POLICY=x` as `--model.policy=x`, for the groups that are classes.
+
+    jsonargparse reads variables of single fields for plain groups only. As there, config files and flags win.
+    """
+    arguments = []
+    for group in ("model", "data"):
+        prefix = f"PL_FIT__{group.upper()}__"
+        for name, value in sorted(os.environ.items()):
+            if name.startswith(prefix):
+                field = name.removeprefix(prefix).lower().replace("__", ".")
+                arguments.append(f"--{group}.{field}={value}")
+    return arguments
+
+
+def _quiet_libraries() -> None:
+    """Keep the terminal for what the user asked for. `RLHF_PL_VERBOSE=1` lets the libraries talk."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("RLHF_PL_VERBOSE") == "1":
+        return
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse|vllm)\b.*")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

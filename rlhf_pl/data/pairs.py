@@ -1,0 +1,174 @@
+"""Pairs of a round as training batches: rows, order, and a loader that resumes."""
+
+import random
+from collections.abc import Iterator, Sequence
+from dataclasses import fields, replace
+from typing import Any
+
+import pyarrow as pa
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Sampler
+
+from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.rows import Row, RowBatch, pad_rows
+
+
+# Not a dataclass that Lightning looks into: precision plugins would cast rewards and log-probs to bf16.
+class PairBatch:
+    """B pairs, chosen rows first.
+
+    Args:
+        rows: 2B rows: B chosen, then B rejected.
+        rewards: Shape (2, B), float32: chosen, rejected.
+        old_logps: Summed log-probs under the policy that generated the round, shape (2, B), float32, nats.
+        reference_logps: The same under the fixed reference, or None where no KL penalty is wanted.
+        temperature: The temperature the responses were drawn at.
+        weight: Factor on the mean loss of this batch, so that an update's gradient is the mean over its pairs.
+    """
+
+    def __init__(
+        self,
+        rows: RowBatch,
+        rewards: Tensor,
+        old_logps: Tensor,
+        reference_logps: Tensor | None,
+        temperature: float,
+        weight: float = 1.0,
+    ) -> None:
+        self.rows = rows
+        self.rewards = rewards
+        self.old_logps = old_logps
+        self.reference_logps = reference_logps
+        self.temperature = temperature
+        self.weight = weight
+
+    def __len__(self) -> int:
+        return self.rewards.shape[1]
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> "PairBatch":
+        """The batch on `device`; Lightning calls it."""
+        rows = replace(self.rows, **{f.name: getattr(self.rows, f.name).to(device, **kwargs) for f in fields(RowBatch)})
+        reference = None if self.reference_logps is None else self.reference_logps.to(device, **kwargs)
+        return PairBatch(
+            rows,
+            self.rewards.to(device, **kwargs),
+            self.old_logps.to(device, **kwargs),
+            reference,
+            self.temperature,
+            self.weight,
+        )
+
+
+class PairDataset(Dataset):
+    """The pairs of one round, read from its store's tables as they are needed.
+
+    Args:
+        pairs: The `pairs` stage.
+        logps: The `logps` stage, row by row beside it.
+        temperature: The sampling temperature of the round.
+    """
+
+    def __init__(self, pairs: pa.Table, logps: pa.Table, temperature: float) -> None:
+        if len(pairs) != len(logps):
+            raise ValueError(f"{len(pairs)} pairs but {len(logps)} rows of log-probs.")
+        self.temperature = temperature
+        self._tokens = {name: pairs[name].combine_chunks() for name in ("prompt_tokens", *_TOKENS)}
+        self._rewards = _both(pairs, "chosen_reward", "rejected_reward")
+        self._old = _both(logps, "chosen_old_logp", "rejected_old_logp")
+        reference = ("chosen_reference_logp", "rejected_reference_logp")
+        self._reference = _both(logps, *reference) if reference[0] in logps.column_names else None
+
+    def __len__(self) -> int:
+        return self._rewards.shape[1]
+
+    def row(self, index: int, which: int) -> Row:
+        """The chosen (`which` 0) or rejected (1) row of a pair."""
+        prompt, response = (self._tokens[n][index].values.to_numpy() for n in ("prompt_tokens", _TOKENS[which]))
+        return Row(prompt, response)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each pair's longer row."""
+        prompt, *responses = (
+            self._tokens[n].value_lengths().to_numpy() for n in ("prompt_tokens", *_TOKENS)
+        )
+        return [int(p + max(r)) for p, *r in zip(prompt, *responses, strict=True)]
+
+    def batch(self, indices: Sequence[int], weight: float = 1.0) -> PairBatch:
+        """The pairs at `indices`."""
+        rows = pad_rows([self.row(i, which) for which in (0, 1) for i in indices])
+        index = torch.as_tensor(list(indices))
+        reference = None if self._reference is None else self._reference[:, index]
+        return PairBatch(rows, self._rewards[:, index], self._old[:, index], reference, self.temperature, weight)
+
+    def __getitems__(self, request: tuple[list[int], float]) -> PairBatch:
+        indices, weight = request
+        return self.batch(indices, weight)
+
+
+_TOKENS = ("chosen_tokens", "rejected_tokens")
+
+
+def _both(table: pa.Table, chosen: str, rejected: str) -> Tensor:
+    """Two columns as a float32 tensor of shape (2, rows)."""
+    return torch.stack([torch.tensor(table[name].to_numpy(), dtype=torch.float32) for name in (chosen, rejected)])
+
+
+class RoundBatches(Sampler):
+    """(pair indices, loss weight) for each micro-batch of one rank: a pure function of (seed, round, rank).
+
+    Args:
+        plan: How the round's pairs divide into updates and micro-batches.
+        order_seed: Made of the run's seed and the round.
+        rank: This process.
+    """
+
+    def __init__(self, plan: UpdatePlan, order_seed: str, rank: int = 0) -> None:
+        self.plan, self.order_seed, self.rank = plan, order_seed, rank
+        self.skip = 0
+
+    def __len__(self) -> int:
+        return len(self.plan.micro_batches)
+
+    def __iter__(self) -> Iterator[tuple[list[int], float]]:
+        order = list(range(self.plan.pairs))
+        random.Random(self.order_seed).shuffle(order)
+        skip, self.skip = self.skip, 0
+        for micro_batch in self.plan.micro_batches[skip:]:
+            mine = order[micro_batch.start + self.rank : micro_batch.stop : self.plan.world_size]
+            yield mine, micro_batch.weight
+
+
+class RoundLoader(DataLoader):
+    """A loader that Lightning can resume in the middle of its round.
+
+    It reports its full length also after a resume, because Lightning compares its batch counter to that.
+    """
+
+    def __init__(self, dataset: PairDataset, batches: RoundBatches, round_index: int, num_workers: int = 0) -> None:
+        self.round_index = round_index
+        self._given = 0
+        super().__init__(
+            dataset,
+            batch_sampler=batches,
+            collate_fn=_identity,
+            num_workers=num_workers,
+            generator=torch.Generator().manual_seed(0),  # else every `iter` draws from the global stream
+        )
+
+    def __iter__(self) -> Any:
+        self._given = self.batch_sampler.skip  # type: ignore[union-attr]
+        for batch in super().__iter__():
+            self._given += 1
+            yield batch
+
+    def state_dict(self) -> dict[str, int]:
+        return {"round": self.round_index, "batches": self._given}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        if state["round"] == self.round_index:
+            self.batch_sampler.skip = state["batches"]  # type: ignore[union-attr]
+
+
+def _identity(batch: PairBatch) -> PairBatch:
+    return batch

@@ -1,0 +1,236 @@
+"""Prompt rows: read from files or the Hub, checked one by one, split, and cut to the length limit."""
+
+import csv
+import hashlib
+import json
+import random
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rlhf_pl.chat import Message, encode_prompt, message_problem, with_system_prompt
+from rlhf_pl.errors import InputError
+
+MAX_PROBLEMS = 10
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One row of prompt data.
+
+    Args:
+        prompt_id: Unique name of the row.
+        messages: The conversation that the policy answers, system prompt included.
+        columns: The row's other columns; every row has the same ones.
+        token_ids: The conversation by the policy's chat template; empty until `tokenize_prompts`.
+    """
+
+    prompt_id: str
+    messages: list[Message]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    token_ids: tuple[int, ...] = ()
+
+
+def load_prompts(
+    source: str, columns: Mapping[str, str] | None = None, system_prompt: str | None = None, split: str = "train"
+) -> list[Prompt]:
+    """All prompts of a file or a Hub data set.
+
+    A row has `prompt` (text, or a list of chat messages) or `messages` (a conversation; an answer at its end is left
+    out), and may have `prompt_id`. Other columns go to the reward. Rows without `prompt_id` are named by their number.
+
+    Args:
+        source: A .jsonl, .json, .csv or .parquet file, or a Hub id.
+        columns: What the data calls our columns, such as `{"prompt": "question", "prompt_id": "id"}`.
+        system_prompt: Put in front of conversations that have none.
+        split: Split of a Hub data set.
+
+    Raises:
+        InputError: The source can't be read, or rows are wrong: up to 10 are listed.
+    """
+    columns = dict(columns or {})
+    unknown = set(columns) - {"prompt", "messages", "prompt_id"}
+    if unknown:
+        raise InputError(
+            f"`data.columns` maps {sorted(unknown)}, which are not ours: the keys are `prompt`, `messages` and "
+            "`prompt_id`, the values are the names in your data."
+        )
+    prompts: list[Prompt] = []
+    problems: list[str] = []
+    seen: dict[str, str] = {}
+    names: dict[str, None] = {}  # an ordered set
+    for number, (where, row) in enumerate(_read_rows(source, split)):
+        if len(problems) == MAX_PROBLEMS:
+            break
+        try:
+            prompt = _parse_row(row, number, columns, system_prompt)
+        except InputError as error:
+            problems.append(f"  {where}: {error}")
+            continue
+        if prompt.prompt_id in seen:
+            problems.append(f"  {where}: prompt_id {prompt.prompt_id!r} is also that of {seen[prompt.prompt_id]}")
+        seen[prompt.prompt_id] = where
+        names.update(dict.fromkeys(prompt.columns))
+        prompts.append(prompt)
+    if problems:
+        more = " (the first 10; there may be more)" if len(problems) == MAX_PROBLEMS else ""
+        raise InputError(f"`data.prompts`: wrong rows in {source!r}{more}:\n" + "\n".join(problems))
+    if not prompts:
+        raise InputError(f"`data.prompts`: {source!r} has no rows.")
+    return [Prompt(p.prompt_id, p.messages, {name: p.columns.get(name) for name in names}) for p in prompts]
+
+
+def _parse_row(row: Any, number: int, columns: Mapping[str, str], system_prompt: str | None) -> Prompt:
+    if not isinstance(row, Mapping):
+        raise InputError(f"expected an object with a `prompt`, found {type(row).__name__}")
+    key = next((k for k in ("prompt", "messages") if columns.get(k, k) in row), None)
+    if key is None:
+        wanted = " or ".join(f"`{columns.get(k, k)}`" for k in ("prompt", "messages"))
+        raise InputError(
+            f"no column {wanted}; found {', '.join(map(str, row)) or 'none'}. Name yours with --data.columns.prompt NAME"
+        )
+    column = columns.get(key, key)
+    value = row[column]
+    if isinstance(value, str):
+        if not value.strip():
+            raise InputError(f"`{column}` is empty")
+        messages: Any = [{"role": "user", "content": value}]
+    else:
+        messages = list(value) if isinstance(value, Sequence) else value
+        if key == "messages":
+            while isinstance(messages, list) and messages and _is_assistant(messages[-1]):
+                messages.pop()
+    if problem := message_problem(messages):
+        raise InputError(f"`{column}`: {problem}")
+    id_column = columns.get("prompt_id", "prompt_id")
+    prompt_id = row.get(id_column)
+    if prompt_id is None:
+        if "prompt_id" in columns and id_column not in row:
+            raise InputError(f"no column `{id_column}`; found {', '.join(row)}")
+        prompt_id = f"row-{number}"
+    elif not isinstance(prompt_id, str | int) or isinstance(prompt_id, bool) or prompt_id == "":
+        raise InputError(f"`{id_column}` is {prompt_id!r}; expected text or a whole number")
+    messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+    rest = {str(k): v for k, v in row.items() if k not in (column, id_column)}
+    return Prompt(str(prompt_id), with_system_prompt(messages, system_prompt), rest)
+
+
+def _is_assistant(message: Any) -> bool:
+    return isinstance(message, Mapping) and message.get("role") == "assistant"
+
+
+def _read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
+    """(where it stands, row) for every row."""
+    path = Path(source)
+    if path.is_file():
+        readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
+        reader = readers.get(path.suffix.lower())
+        if reader is None:
+            raise InputError(f"`data.prompts`: {source!r} ends in none of {', '.join(readers)}.")
+        return iter(reader(path))
+    if path.is_dir():
+        raise InputError(f"`data.prompts`: {source!r} is a folder; give a file ({source}/….jsonl).")
+    if path.suffix or source.startswith(("/", ".", "~")) or source.count("/") != 1:
+        raise InputError(f"`data.prompts`: no file {source!r} (looked in {Path.cwd()}).")
+    return iter(_read_hub(source, split))
+
+
+def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    try:
+                        yield f"line {number}", json.loads(line)
+                    except json.JSONDecodeError as error:
+                        raise InputError(f"`data.prompts`: {path}, line {number} is no JSON: {error}.") from error
+        except UnicodeDecodeError as error:
+            raise InputError(f"`data.prompts`: {path} is not UTF-8 text: {error}.") from error
+
+
+def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"`data.prompts`: {path} is no JSON: {error}.") from error
+    if not isinstance(rows, list):
+        raise InputError(f"`data.prompts`: {path} holds {type(rows).__name__}; expected a list of rows.")
+    return ((f"row {i}", row) for i, row in enumerate(rows))
+
+
+def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        reader = csv.DictReader(file)
+        try:
+            for row in reader:
+                extra = row.pop(None, None)  # type: ignore[call-overload]
+                if extra is not None or None in row.values():
+                    raise InputError(
+                        f"`data.prompts`: {path}, line {reader.line_num} does not have {len(reader.fieldnames or ())} "
+                        "fields as the header does."
+                    )
+                yield f"line {reader.line_num}", row
+        except (csv.Error, UnicodeDecodeError) as error:
+            raise InputError(f"`data.prompts`: {path}, near line {reader.line_num}: {error}.") from error
+
+
+def _read_parquet(path: Path) -> Iterable[tuple[str, Any]]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        rows = pq.read_table(path).to_pylist()
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"`data.prompts`: {path} is no readable Parquet file: {error}.") from error
+    return ((f"row {i}", row) for i, row in enumerate(rows))
+
+
+def _read_hub(name: str, split: str) -> Iterable[tuple[str, Any]]:
+    from datasets import load_dataset
+
+    try:
+        rows = load_dataset(name, split=split)
+    except Exception as error:  # the Hub client raises a dozen unrelated types
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        raise InputError(
+            f"`data.prompts`: {name!r} is no file here, and the Hub did not give it (split {split!r}): "
+            f"{type(error).__name__}: {first_line}"
+        ) from error
+    return ((f"row {i}", row) for i, row in enumerate(rows))
+
+
+def tokenize_prompts(prompts: Sequence[Prompt], tokenizer: Any, max_prompt_tokens: int) -> tuple[list[Prompt], int]:
+    """The prompts with token ids that fit, and how many were too long."""
+    kept = []
+    for prompt in prompts:
+        try:
+            ids = encode_prompt(tokenizer, prompt.messages)
+        except Exception as error:  # a template may refuse roles or their order, each in its own way
+            raise InputError(
+                f"`data.prompts`: the chat template refuses prompt_id {prompt.prompt_id!r} "
+                f"(roles {[m['role'] for m in prompt.messages]}): {error}"
+            ) from error
+        if len(ids) <= max_prompt_tokens:
+            kept.append(Prompt(prompt.prompt_id, prompt.messages, prompt.columns, tuple(ids)))
+    return kept, len(prompts) - len(kept)
+
+
+def split_held_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
+    """(training, held-out) prompts. The held-out ones follow from the ids alone, whatever the seed or row order."""
+    ranked = sorted(prompts, key=lambda p: hashlib.sha256(p.prompt_id.encode()).digest())
+    held_out = {p.prompt_id for p in ranked[:count]}
+    return [p for p in prompts if p.prompt_id not in held_out], [p for p in prompts if p.prompt_id in held_out]
+
+
+def prompts_of_round(prompts: Sequence[Prompt], round_index: int, per_round: int | None, seed: int) -> list[Prompt]:
+    """The prompts of one round: a pure function of its arguments.
+
+    The prompts are shuffled and cut into slices, a slice a round; when no whole slice is left they are shuffled anew.
+    So no prompt comes twice in a round, and none again before (almost) all others.
+    """
+    size = len(prompts) if per_round is None else min(per_round, len(prompts))
+    turn, slot = divmod(round_index, len(prompts) // size)
+    order = list(range(len(prompts)))
+    random.Random(f"{seed}:{turn}").shuffle(order)
+    return [prompts[i] for i in order[slot * size : (slot + 1) * size]]

@@ -1,0 +1,172 @@
+"""The DataModule over the round store: an epoch is a round."""
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import torch
+
+from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
+from rlhf_pl.data.prompts import Prompt, load_prompts, prompts_of_round, split_held_out, tokenize_prompts
+from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.errors import InputError
+from rlhf_pl.rounds import Round, RoundStore
+
+
+class RoundDataModule(L.LightningDataModule):
+    """Prompts for the rounds, and the pairs that each round made of them.
+
+    Batches come from the round store alone. Where a round is not there yet, `prepare_round` makes it, which the
+    `RoundRefresh` callback sets; so a store prepared by someone else trains without a sampler.
+
+    Args:
+        prompts: A .jsonl, .json, .csv or .parquet file, or a Hub id.
+        columns: What your data calls the columns `prompt`, `messages` and `prompt_id`.
+        split: Split of a Hub data set.
+        system_prompt: Put in front of conversations that have none.
+        max_prompt_tokens: Longer prompts (template included) are left out and counted.
+        val_prompts: Prompts held out for evaluation, or a file or Hub id of such.
+        prompts_per_round: Prompts a round answers; all if null.
+        batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
+        max_val_pairs: At most this many held-out pairs for `val/loss` and `val/sign_align`; 0 for none. They exist
+            where held-out prompts get 2 or more answers.
+        num_workers: Loader processes.
+        seed: Shuffles prompts and pairs; null takes the run's `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        prompts: str,
+        columns: dict[str, str] | None = None,
+        split: str = "train",
+        system_prompt: str | None = None,
+        max_prompt_tokens: int = 1024,
+        val_prompts: int | str = 0,
+        prompts_per_round: int | None = None,
+        batch_size: int = 4,
+        max_val_pairs: int = 64,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, least in (
+            ("max_prompt_tokens", max_prompt_tokens, 1),
+            ("prompts_per_round", prompts_per_round, 1),
+            ("batch_size", batch_size, 1),
+            ("max_val_pairs", max_val_pairs, 0),
+            ("num_workers", num_workers, 0),
+            ("val_prompts", val_prompts, 0),
+        ):
+            if isinstance(value, int) and value < least:
+                raise InputError(f"`data.{name}` must be {least} or more, got {value}.")
+        self.prompts_source = prompts
+        self.columns = columns
+        self.split = split
+        self.system_prompt = system_prompt
+        self.max_prompt_tokens = max_prompt_tokens
+        self.val_prompts_source = val_prompts
+        self.prompts_per_round = prompts_per_round
+        self.batch_size = batch_size
+        self.max_val_pairs = max_val_pairs
+        self.num_workers = num_workers
+        self._seed = seed
+        self.train_prompts: list[Prompt] = []
+        self.val_prompts: list[Prompt] = []
+        self.prompts_too_long = 0
+        self.prepare_round: Callable[[int], None] | None = None
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+
+    @property
+    def store(self) -> RoundStore:
+        """The round store in the run directory, which is the Trainer's `default_root_dir`."""
+        return RoundStore(self._trainer.default_root_dir)
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("RoundDataModule works inside a Trainer: trainer.fit(module, datamodule=this).")
+        return self.trainer
+
+    @property
+    def round_index(self) -> int:
+        """The round that trains now or next; `current_epoch` is stale while Lightning resumes."""
+        return self._trainer.fit_loop.epoch_progress.current.processed
+
+    def setup(self, stage: str) -> None:
+        """Read, check, split and tokenize the prompts. Runs before any model loads."""
+        if self.train_prompts:
+            return
+        tokenizer = self._trainer.lightning_module.source.tokenizer
+        everything = self._load(self.prompts_source)
+        if isinstance(self.val_prompts_source, str):
+            train, val = everything, self._load(self.val_prompts_source)
+        else:
+            train, val = split_held_out(everything, self.val_prompts_source)
+        self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens)
+        self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens)
+        self.prompts_too_long = too_long + val_too_long
+        if not self.train_prompts:
+            reason = (
+                f"all {too_long} are longer than max_prompt_tokens={self.max_prompt_tokens} with the chat template"
+                if too_long
+                else f"all {len(val)} are held out (val_prompts={self.val_prompts_source})"
+            )
+            raise InputError(f"`data.prompts`: no row of {self.prompts_source!r} is left to train on: {reason}.")
+
+    def _load(self, source: str) -> list[Prompt]:
+        return load_prompts(source, self.columns, self.system_prompt, self.split)
+
+    def round_prompts(self, round_index: int) -> list[Prompt]:
+        """The training prompts of a round."""
+        return prompts_of_round(self.train_prompts, round_index, self.prompts_per_round, self.seed)
+
+    def check_ready(self) -> None:
+        """Refuse a run that nothing prepares, before its model loads."""
+        if self.prepare_round is None and not self.store.round(0).is_complete("logps"):
+            raise InputError(
+                f"`rollout.reward` is missing, and {self.store.run_dir} holds no prepared rounds. Give a Reward class "
+                "or the import path of a Python function, such as --rollout.reward examples.short_answer.score"
+            )
+
+    def train_dataloader(self) -> Any:
+        index = self.round_index
+        if self._trainer.max_epochs is not None and 0 <= self._trainer.max_epochs <= index:
+            return []  # a finished run that is started again
+        if self.prepare_round is not None:
+            self.prepare_round(index)
+        dataset = self._pairs(self.store.round(index))
+        if dataset is None:
+            raise InputError(f"Round {index} is not in {self.store.run_dir}, and no `rollout.reward` is there to make it.")
+        plan = UpdatePlan(
+            len(dataset), self.batch_size, self._trainer.accumulate_grad_batches, self._trainer.world_size
+        )
+        if plan.pairs == 0:
+            raise InputError(
+                f"Round {index} has {len(dataset)} pairs for {plan.world_size} devices: nothing to train on. The "
+                "answers to each prompt got equal rewards; look at them in the round's `responses` and `rewards`."
+            )
+        batches = RoundBatches(plan, f"{self.seed}:{index}", self._trainer.global_rank)
+        return RoundLoader(dataset, batches, index, self.num_workers)
+
+    def val_dataloader(self) -> Any:
+        """The held-out pairs of the policy that generated the current round, if there are any."""
+        dataset = self._pairs(self.store.held_out(self.round_index))
+        if dataset is None or len(dataset) == 0:
+            return []
+        plan = UpdatePlan(min(len(dataset), self.max_val_pairs), self.batch_size, 1, self._trainer.world_size)
+        batches = RoundBatches(plan, "held-out", self._trainer.global_rank)
+        return RoundLoader(dataset, batches, self.round_index, self.num_workers)
+
+    def _pairs(self, stored: Round) -> PairDataset | None:
+        if not stored.is_complete("logps"):
+            return None
+        temperature = stored.info("responses")["sampling"]["temperature"]
+        return PairDataset(stored.read("pairs"), stored.read("logps"), temperature)
+
+    def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
+        return batch.to(device)

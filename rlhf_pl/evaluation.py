@@ -1,0 +1,30 @@
+"""What the answers to the held-out prompts say about a policy."""
+
+import math
+
+from rlhf_pl.prepare import prompt_means
+from rlhf_pl.rounds import RoundStore
+
+
+def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
+    """Metrics of the policy after `version` rounds on the held-out prompts.
+
+    `val/win_rate` is the share of prompts on which its mean reward beats that of the starting policy, ties counting
+    half; `val/reward_gain` is the mean difference to it and `val/reward_gain_se` that difference's standard error,
+    over prompts.
+    """
+    stored = store.held_out(version)
+    answers, rewards = stored.info("responses"), stored.info("rewards")
+    now, before = prompt_means(stored), prompt_means(store.held_out(0))
+    gains = [now[prompt_id] - before[prompt_id] for prompt_id in now]
+    mean = sum(gains) / len(gains)
+    variance = sum((g - mean) ** 2 for g in gains) / max(1, len(gains) - 1)
+    return {
+        "val/reward_mean": rewards["mean"],
+        "val/reward_gain": mean,
+        "val/reward_gain_se": math.sqrt(variance / len(gains)),
+        "val/win_rate": sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gains) / len(gains),
+        "val/response_tokens": answers["tokens_mean"],
+        "val/finished_share": answers["finished_share"],
+        "time/evaluate_s": answers["seconds"] + rewards["seconds"],
+    }

@@ -1,0 +1,195 @@
+"""The policy: what is known of a model before its weights load, and the module that gives log-probs."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pl.chat import eos_token_ids
+from rlhf_pl.errors import InputError
+from rlhf_pl.logprobs import chunked_logps
+
+DType = Literal["float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class PolicySource:
+    """A model folder or Hub id, and what its configs and tokenizer say. Loads no weights.
+
+    Args:
+        path: A folder in Hugging Face format, or a Hub id.
+        revision: Branch, tag or commit of a Hub id.
+        chat_template: A Jinja file that replaces the tokenizer's chat template.
+        trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
+    """
+
+    path: str
+    revision: str | None = None
+    chat_template: str | None = None
+    trust_remote_code: bool = False
+
+    @property
+    def _hub_args(self) -> dict[str, Any]:
+        return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
+
+    def _read(self, what: str, loader: Any, **kwargs: Any) -> Any:
+        folder = Path(self.path)
+        if not folder.exists() and (self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1):
+            raise InputError(f"`model.policy`: no folder {self.path!r}. Give a model folder or a Hub id (owner/name).")
+        if folder.exists() and not (folder / "config.json").is_file():
+            raise InputError(f"`model.policy`: {self.path!r} has no config.json; it is no Hugging Face model folder.")
+        try:
+            return loader.from_pretrained(self.path, **self._hub_args, **kwargs)
+        except (OSError, ValueError, KeyError) as error:
+            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            local = "" if folder.exists() else " It is no local folder, and the Hub did not give it."
+            raise InputError(f"`model.policy`: cannot read the {what} of {self.path!r}.{local} {first_line}") from error
+
+    @cached_property
+    def config(self) -> Any:
+        from transformers import AutoConfig
+
+        return self._read("config", AutoConfig)
+
+    @cached_property
+    def generation_config(self) -> Any:
+        from transformers import GenerationConfig
+
+        try:
+            return GenerationConfig.from_pretrained(self.path, revision=self.revision)
+        except OSError:  # the file is optional
+            return GenerationConfig.from_model_config(self.config)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        from transformers import AutoTokenizer
+
+        tokenizer = self._read("tokenizer", AutoTokenizer)
+        if self.chat_template is not None:
+            file = Path(self.chat_template)
+            if not file.is_file():
+                raise InputError(f"`model.chat_template`: no file {self.chat_template!r}.")
+            tokenizer.chat_template = file.read_text()
+        if tokenizer.chat_template is None:
+            raise InputError(
+                f"`model.policy`: the tokenizer of {self.path!r} has no chat template. Choose a chat model, or give a "
+                "Jinja template with --model.chat_template FILE."
+            )
+        return tokenizer
+
+    @cached_property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends an answer."""
+        ids = eos_token_ids(self.tokenizer, self.config.get_text_config(), self.generation_config)
+        if not ids:
+            raise InputError(f"`model.policy`: {self.path!r} names no EOS token, so no answer could ever end.")
+        return ids
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Positions the model was built for."""
+        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
+
+
+class PolicyLM(nn.Module):
+    """A causal LM as one unit: token ids in, response log-probs out.
+
+    Backbone and output head run inside one `forward`, so that a strategy that wraps the unit (DDP, FSDP) never sees
+    a call to a part of it.
+
+    Args:
+        lm: A Hugging Face causal LM.
+        logprob_chunk_tokens: Response tokens whose logits are held at a time.
+    """
+
+    def __init__(self, lm: Any, logprob_chunk_tokens: int = 1024) -> None:
+        super().__init__()
+        self.lm = lm
+        self.logprob_chunk_tokens = logprob_chunk_tokens
+
+    def forward(
+        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+    ) -> Tensor:
+        """Log-prob of every response token given what stands before it.
+
+        Args:
+            input_ids: Prompt, response, padding on the right, shape (B, T), int64.
+            attention_mask: 1 at prompt and response tokens, shape (B, T).
+            response_mask: 1 at response tokens (EOS included), shape (B, T), bool; never at position 0.
+            temperature: The sampling temperature that divides the logits.
+
+        Returns:
+            Shape (B, T), float32, nats; 0 where `response_mask` is 0.
+        """
+        hidden = self.lm.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+        ).last_hidden_state
+        mask = response_mask[:, 1:].bool()
+        logps = chunked_logps(
+            hidden[:, :-1][mask], input_ids[:, 1:][mask], self.logits, temperature, self.logprob_chunk_tokens
+        )
+        token_logps = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
+        return token_logps.masked_scatter(torch.nn.functional.pad(mask, (1, 0)), logps)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """The output head in the dtype of its weights, autocast aside, with the scalings some architectures add.
+
+        bf16 logits near 20 are off by up to 0.06 nats; with float32 weights there is no need for that.
+
+        Args:
+            hidden: Shape (N, H).
+
+        Returns:
+            Shape (N, V).
+        """
+        head, config = self.lm.get_output_embeddings(), self.lm.config.get_text_config()
+        with torch.autocast(hidden.device.type, enabled=False):
+            logits = head(hidden.to(head.weight.dtype))
+        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
+            logits = logits * scale
+        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
+            logits = logits / scale
+        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
+            logits = torch.tanh(logits / cap) * cap
+        return logits
+
+
+def load_lm(source: PolicySource, dtype: DType = "float32", attn_implementation: str = "sdpa") -> Any:
+    """The causal LM of `source`, with dropout off, in eval mode, checked to be one that `PolicyLM` can run.
+
+    Raises:
+        InputError: The weights can't be read, or the architecture treats its logits in a way unknown here.
+    """
+    from transformers import AutoModelForCausalLM
+
+    config = deepcopy(source.config)
+    for key, value in vars(config).items():
+        if "dropout" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    lm = source._read(
+        "weights",
+        AutoModelForCausalLM,
+        config=config,
+        dtype=getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+    )
+    _check_logits(lm, source.path)
+    return lm
+
+
+@torch.no_grad()
+def _check_logits(lm: Any, path: str) -> None:
+    """Our logits must be the model's own: a head that is scaled in some new way would train on wrong log-probs."""
+    ids = torch.arange(8).unsqueeze(0) % lm.config.get_text_config().vocab_size
+    expected = lm(input_ids=ids.to(lm.device), use_cache=False).logits[0].float()
+    hidden = lm.base_model(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state[0]
+    actual = PolicyLM(lm).logits(hidden).float()
+    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3):
+        raise InputError(
+            f"`model.policy`: {path!r} ({type(lm).__name__}) changes its logits after the output head in a way that "
+            "is not supported; log-probs would be wrong. Choose another architecture, or open an issue."
+        )

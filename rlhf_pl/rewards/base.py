@@ -1,0 +1,93 @@
+"""What a reward takes and gives, and the check that every score passes."""
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from rlhf_pl.chat import Message
+from rlhf_pl.errors import InputError
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One answer to be scored.
+
+    Args:
+        prompt_id: Id of the prompt's row.
+        messages: The conversation before the answer, system prompt included.
+        response: The answer's text, special tokens left out; may be empty.
+        response_tokens: The answer's token ids; may be empty for text that was not sampled.
+        finished: Whether the answer ended with an EOS (False: cut at the length limit).
+        columns: The other columns of the prompt's row, such as an answer key.
+    """
+
+    prompt_id: str
+    messages: list[Message]
+    response: str
+    response_tokens: Sequence[int] = ()
+    finished: bool = True
+    columns: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def prompt(self) -> str:
+        """Text of the last message, usually the user's."""
+        return self.messages[-1]["content"]
+
+
+@dataclass(frozen=True)
+class RewardResult:
+    """A score, and named parts of it for the logs."""
+
+    reward: float
+    components: Mapping[str, float] = field(default_factory=dict)
+
+
+class Reward(ABC):
+    """Scores answers. Subclass it and name your class in `rollout.reward.class_path`."""
+
+    @abstractmethod
+    def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
+        """One finite result per sample, in their order."""
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        """Raise InputError for what can be known to fail before any model loads.
+
+        Args:
+            samples: A few real prompts with made-up answers, an empty one among them.
+        """
+
+    @property
+    def name(self) -> str:
+        """What logs and manifests call it."""
+        return type(self).__name__
+
+    def fingerprint(self) -> str:
+        """Changes when the scores would change, as far as that can be known."""
+        return self.name
+
+
+def checked_scores(reward: Reward, batch: Sequence[Sample]) -> list[RewardResult]:
+    """`reward.score(batch)`, refused unless it is one finite number per sample.
+
+    Raises:
+        InputError: Names the reward, and the prompt id of the first bad score.
+    """
+    results = reward.score(batch)
+    if len(results) != len(batch):
+        raise InputError(
+            f"Reward `{reward.name}` returned {len(results)} scores for {len(batch)} answers (prompt_id "
+            f"{batch[0].prompt_id!r} and on). It must return one score per answer, in their order."
+        )
+    for sample, result in zip(batch, results, strict=True):
+        if not math.isfinite(result.reward):
+            raise InputError(
+                f"Reward `{reward.name}` returned {result.reward} for prompt_id {sample.prompt_id!r}, answer "
+                f"{_shorten(sample.response)!r}. Every score must be a finite number."
+            )
+    return results
+
+
+def _shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -1,0 +1,171 @@
+"""Plain Python functions as rewards, by import path."""
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.rewards.base import Reward, RewardResult, Sample, checked_scores
+
+_ONE = ("prompt", "response", "messages", "finished", "response_tokens", "prompt_id")
+_MANY = {"prompts": "prompt", "responses": "response", "samples": None}
+
+
+class FunctionReward(Reward):
+    """A Python function as a reward.
+
+    The function is called with the arguments it names. For one answer at a time: `prompt` (text of the last message),
+    `response` (text), `messages`, `finished`, `response_tokens`, `prompt_id`, any column of the data, or `**columns`
+    for all of them; it returns a number. A function that names `responses` (or `samples`) is called once for a
+    batch: `prompts` and `responses` are lists, every other argument is a list with one entry per answer, `samples` is
+    the list of `Sample` objects; it returns one number per answer.
+
+    Args:
+        function: `package.module.function`, or `path/to/file.py:function`, or the function itself.
+    """
+
+    def __init__(self, function: str | Callable[..., Any]) -> None:
+        self._function = import_function(function) if isinstance(function, str) else function
+        self._name = function if isinstance(function, str) else getattr(function, "__qualname__", repr(function))
+        parameters = inspect.signature(self._function).parameters.values()
+        self._wants_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+        self._required = {p.name for p in named if p.default is p.empty}
+        self._names = {p.name for p in named}
+        self._batched = bool(self._names & {"responses", "samples"})
+        if not self._wants_all and not self._names & {"response", "responses", "samples", "response_tokens"}:
+            raise InputError(
+                f"Reward `{self._name}` takes {sorted(self._names) or 'no arguments'}; it must take `response` (one "
+                "answer) or `responses` (a batch), and may take `prompt`, `messages`, `finished` or any data column."
+            )
+
+    @property
+    def name(self) -> str:
+        return self._name
+
+    def fingerprint(self) -> str:
+        try:
+            source = inspect.getsource(self._function)
+        except (OSError, TypeError):
+            source = ""
+        return f"{self._name}:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        available = {*_ONE, *_MANY, *(name for s in samples for name in s.columns)}
+        unknown = self._required - available
+        if unknown:
+            raise InputError(
+                f"Reward `{self._name}` asks for {sorted(unknown)}, which is neither a column of the data nor one of "
+                f"{sorted({*_ONE, *_MANY})}. Columns: {sorted(available - set(_ONE) - set(_MANY)) or 'none'}."
+            )
+        try:
+            checked_scores(self, samples)
+        except InputError as error:
+            raise InputError(f"{error} (Found by a trial call before loading any model.)") from error
+        except Exception as error:
+            raise InputError(
+                f"Reward `{self._name}` failed on a trial call with a made-up answer: {type(error).__name__}: {error}. "
+                "Answers can be anything, also empty."
+            ) from error
+
+    def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
+        if not batch:
+            return []
+        if not self._batched:
+            return [self._result(self._function(**self._arguments(s)), s) for s in batch]
+        rows = [self._arguments(s, many=True) for s in batch]
+        arguments: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
+        values = self._function(**arguments)
+        try:
+            values = list(values)
+        except TypeError:
+            raise InputError(
+                f"Reward `{self._name}` takes a batch, so it must return a list of {len(batch)} numbers; it returned "
+                f"{type(values).__name__}."
+            ) from None
+        if len(values) != len(batch):  # `checked_scores` words the error
+            return [RewardResult(0.0)] * len(values)
+        return [self._result(v, s) for v, s in zip(values, batch, strict=True)]
+
+    def _arguments(self, sample: Sample, many: bool = False) -> dict[str, Any]:
+        values: dict[str, Any] = {**sample.columns, **{name: getattr(sample, name) for name in _ONE}}
+        if many:
+            values |= {plural: getattr(sample, one) if one else sample for plural, one in _MANY.items()}
+        return values if self._wants_all else {name: values[name] for name in self._names if name in values}
+
+    def _result(self, value: Any, sample: Sample) -> RewardResult:
+        if isinstance(value, RewardResult):
+            return value
+        try:
+            return RewardResult(float(value))
+        except (TypeError, ValueError):
+            raise InputError(
+                f"Reward `{self._name}` returned {value!r} ({type(value).__name__}) for prompt_id "
+                f"{sample.prompt_id!r}. It must return a number."
+            ) from None
+
+
+def import_function(path: str) -> Callable[..., Any]:
+    """The function at `package.module.function` or `path/to/file.py:function`.
+
+    Modules are also looked for in the current directory.
+
+    Raises:
+        InputError: Says which part of the path was not found.
+    """
+    file, colon, name = path.partition(":")
+    if colon:
+        module = _import_file(path, file)
+    else:
+        dotted, _, name = path.rpartition(".")
+        if not dotted:
+            raise InputError(
+                f"`rollout.reward`: {path!r} is no import path. Give package.module.function or path/to/file.py:name."
+            )
+        module = _import_module(path, dotted)
+    if not hasattr(module, name):
+        found = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        raise InputError(
+            f"`rollout.reward`: {path!r} not found: module {module.__name__!r} has no {name!r}. Its functions: "
+            f"{', '.join(found) or 'none'}."
+        )
+    function = getattr(module, name)
+    if not callable(function):
+        raise InputError(f"`rollout.reward`: {path!r} is {type(function).__name__}, not a function.")
+    return function
+
+
+def _import_module(path: str, dotted: str) -> Any:
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))
+    try:
+        return importlib.import_module(dotted)
+    except ModuleNotFoundError as error:
+        if error.name and (dotted == error.name or dotted.startswith(error.name + ".")):
+            raise InputError(
+                f"`rollout.reward`: {path!r} not found: there is no module {error.name!r} in {Path.cwd()} or among "
+                "the installed packages."
+            ) from error
+        raise InputError(f"`rollout.reward`: importing {dotted!r} failed: {error}.") from error
+    except Exception as error:
+        raise InputError(f"`rollout.reward`: importing {dotted!r} failed: {type(error).__name__}: {error}.") from error
+
+
+def _import_file(path: str, file: str) -> Any:
+    location = Path(file)
+    if not location.is_file():
+        raise InputError(f"`rollout.reward`: {path!r} not found: there is no file {file!r}.")
+    spec = importlib.util.spec_from_file_location(location.stem, location)
+    if spec is None or spec.loader is None:
+        raise InputError(f"`rollout.reward`: {file!r} is no Python file.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise InputError(f"`rollout.reward`: running {file!r} failed: {type(error).__name__}: {error}.") from error
+    return module

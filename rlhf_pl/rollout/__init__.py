@@ -1,0 +1,15 @@
+"""Samplers: draw answers from the policy."""
+
+from rlhf_pl.rollout.base import EngineSpec, PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rollout.transformers import TransformersSampler
+from rlhf_pl.rollout.vllm import VLLMSampler
+
+__all__ = [
+    "EngineSpec",
+    "PromptTokens",
+    "Response",
+    "Sampler",
+    "SamplingConfig",
+    "TransformersSampler",
+    "VLLMSampler",
+]

@@ -1,0 +1,126 @@
+"""What a sampler takes and gives."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.policy import PolicySource
+
+NamedTensors = Iterable[tuple[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class SamplingConfig:
+    """How answers are drawn.
+
+    Args:
+        num_responses: Answers per prompt.
+        temperature: Divides the logits; 0 takes the most likely token.
+        top_p: Draw from the smallest set of tokens that holds this probability; 1 for all.
+        top_k: Draw from this many most likely tokens; 0 for all.
+        min_p: Drop tokens less likely than this share of the likeliest; 0 for none.
+        max_response_tokens: An answer is cut at this length, in tokens.
+    """
+
+    num_responses: int = 5
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    max_response_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        rules = [
+            ("num_responses", self.num_responses >= 1, "1 or more"),
+            ("temperature", self.temperature >= 0, "0 or more"),
+            ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
+            ("top_k", self.top_k >= 0, "0 (off) or more"),
+            ("min_p", 0 <= self.min_p < 1, "from 0 to below 1"),
+            ("max_response_tokens", self.max_response_tokens >= 1, "1 or more"),
+        ]
+        for name, holds, rule in rules:
+            if not holds:
+                raise InputError(f"`sampling.{name}` must be {rule}, got {getattr(self, name)}.")
+        if self.temperature == 0 and self.num_responses > 1:
+            raise InputError(
+                f"`sampling.temperature` is 0, so all {self.num_responses} answers of a prompt would be the same. "
+                "Raise it, or set `num_responses` to 1."
+            )
+
+
+@dataclass(frozen=True)
+class PromptTokens:
+    """One request: the prompt's ids, and the seed of its answers (answer i is drawn with `seed + i`)."""
+
+    token_ids: list[int]
+    seed: int
+
+
+@dataclass(frozen=True)
+class Response:
+    """One answer.
+
+    Args:
+        token_ids: What was drawn; ends with an EOS id if `finished`.
+        logps: Log-prob of each token under the whole vocabulary at temperature 1, nats.
+        finished: False if the answer was cut at the length limit.
+    """
+
+    token_ids: list[int]
+    logps: list[float]
+    finished: bool
+
+
+@dataclass(frozen=True)
+class EngineSpec:
+    """What a sampler must know to start.
+
+    Args:
+        source: The policy's folder or Hub id: architecture and tokenizer. Weights come by `load_weights`.
+        max_model_tokens: The longest prompt plus answer, in tokens.
+        max_sequences: The most answers that will be asked for at a time.
+    """
+
+    source: PolicySource
+    max_model_tokens: int
+    max_sequences: int
+
+
+class Sampler(ABC):
+    """Draws answers from the policy. Subclass it and name your class in `rollout.sampler.class_path`.
+
+    Life: `start` once, then for every policy `wake`, `load_weights`, any number of `generate`, `sleep`; `close` last.
+    Equal seeds must give equal answers, whatever else is drawn at the same time.
+    """
+
+    @abstractmethod
+    def start(self, spec: EngineSpec) -> None:
+        """Build the engine. Raises InputError when the engine is not installed."""
+
+    @abstractmethod
+    def load_weights(self, tensors: NamedTensors) -> None:
+        """Replace all weights: (Hugging Face name, full tensor) as in a state dict, tied ones included."""
+
+    @abstractmethod
+    def generate(
+        self, prompts: Sequence[PromptTokens], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Response]]]:
+        """Yield (index into `prompts`, its answers) as prompts finish, in any order."""
+
+    def check(self) -> None:  # noqa: B027 - nothing to check is a fine default
+        """Raise InputError for what can be known to fail before anything loads."""
+
+    def sleep(self) -> None:  # noqa: B027 - engines without memory to give back need not act
+        """Give memory back until `wake`; the weights may be lost."""
+
+    def wake(self) -> None:  # noqa: B027
+        """Undo `sleep`; `load_weights` follows."""
+
+    def close(self) -> None:  # noqa: B027
+        """Free everything."""
+
+
+WeightSource = Callable[[], NamedTensors]

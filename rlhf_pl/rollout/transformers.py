@@ -1,0 +1,139 @@
+"""A sampler on plain transformers: slow, needs nothing else, and checks the vLLM one independently."""
+
+from collections.abc import Iterator, Sequence
+from copy import deepcopy
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
+
+
+class TransformersSampler(Sampler):
+    """Draws answers with `generate` of transformers, from a copy of the policy.
+
+    Args:
+        dtype: Dtype of the copy.
+        batch_size: Answers drawn at a time.
+    """
+
+    def __init__(self, dtype: Literal["bfloat16", "float16", "float32"] = "float32", batch_size: int = 64) -> None:
+        self.dtype = dtype
+        self.batch_size = batch_size
+        self._model: Any = None
+
+    def start(self, spec: EngineSpec) -> None:
+        from transformers import AutoModelForCausalLM
+
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        self._eos = torch.tensor(spec.source.eos_token_ids, device=device)
+        with torch.random.fork_rng():  # the random start weights are replaced by `load_weights`
+            model = AutoModelForCausalLM.from_config(deepcopy(spec.source.config), dtype=getattr(torch, self.dtype))
+        self._model = model.to(device).eval()
+
+    def load_weights(self, tensors: NamedTensors) -> None:
+        self._model.load_state_dict({name: tensor.detach() for name, tensor in tensors})
+
+    @torch.no_grad()
+    def generate(
+        self, prompts: Sequence[PromptTokens], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Response]]]:
+        per_batch = max(1, self.batch_size // sampling.num_responses)
+        by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
+        for start in range(0, len(by_length), per_batch):
+            batch = by_length[start : start + per_batch]
+            answers = self._draw([prompts[i] for i in batch], sampling)
+            for position, index in enumerate(batch):
+                first = position * sampling.num_responses
+                yield index, answers[first : first + sampling.num_responses]
+
+    def _draw(self, prompts: list[PromptTokens], sampling: SamplingConfig) -> list[Response]:
+        from transformers import GenerationConfig, LogitsProcessorList
+
+        rows = [(p.token_ids, p.seed + i) for p in prompts for i in range(sampling.num_responses)]
+        width = max(len(ids) for ids, _ in rows)
+        device = self._eos.device
+        input_ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
+        attention_mask = torch.zeros_like(input_ids)
+        for i, (ids, _) in enumerate(rows):  # padding on the left: all rows end where the answer starts
+            input_ids[i, width - len(ids) :] = torch.tensor(ids, device=device)
+            attention_mask[i, width - len(ids) :] = 1
+        recorder = _RecordLogps(width)
+        draw = _SeededDraw([seed for _, seed in rows], sampling)
+        sequences = self._model.generate(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            generation_config=GenerationConfig(
+                do_sample=False,
+                max_new_tokens=sampling.max_response_tokens,
+                eos_token_id=self._eos.tolist(),
+                pad_token_id=int(self._eos[0]),
+            ),
+            logits_processor=LogitsProcessorList([recorder, draw]),
+        )
+        drawn, logps = sequences[:, width:], recorder.finish(sequences)
+        return [self._cut(ids, row_logps) for ids, row_logps in zip(drawn, logps, strict=True)]
+
+    def _cut(self, ids: Tensor, logps: Tensor) -> Response:
+        """A row up to its first EOS; what follows is padding."""
+        ends = torch.isin(ids, self._eos).nonzero()
+        length = int(ends[0]) + 1 if len(ends) else len(ids)
+        return Response(ids[:length].tolist(), logps[:length].tolist(), finished=len(ends) > 0)
+
+    def close(self) -> None:
+        self._model = None
+
+
+class _SeededDraw:
+    """Turns greedy decoding into exact sampling with a random stream of its own for every row.
+
+    The most likely token after adding Gumbel noise is a draw from the softmax; noise from a generator per row makes
+    an answer depend on its seed alone, not on what is in the batch.
+    """
+
+    def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
+        from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
+
+        self.temperature = sampling.temperature
+        self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.warpers: list[Any] = []
+        if sampling.top_k > 0:
+            self.warpers.append(TopKLogitsWarper(sampling.top_k))
+        if sampling.top_p < 1:
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
+        if sampling.min_p > 0:
+            self.warpers.append(MinPLogitsWarper(sampling.min_p))
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        if self.temperature == 0:
+            return scores
+        scores = scores.float() / self.temperature
+        for warp in self.warpers:
+            scores = warp(input_ids, scores)
+        exponential = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators])
+        return scores - exponential.log().to(scores.device)  # minus the log of an exponential is Gumbel noise
+
+
+class _RecordLogps:
+    """Notes the log-prob, under the untouched logits, of each token once it has been drawn."""
+
+    def __init__(self, prompt_width: int) -> None:
+        self.prompt_width = prompt_width
+        self.columns: list[Tensor] = []
+        self.previous: Tensor | None = None
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        self._note(input_ids)
+        self.previous = scores.float().log_softmax(-1)
+        return scores
+
+    def _note(self, sequences: Tensor) -> None:
+        if self.previous is not None:
+            token = sequences[:, self.prompt_width + len(self.columns)]
+            self.columns.append(self.previous.gather(-1, token.unsqueeze(-1)).squeeze(-1))
+
+    def finish(self, sequences: Tensor) -> Tensor:
+        """Log-probs of all drawn tokens, shape (rows, drawn tokens)."""
+        self._note(sequences)
+        return torch.stack(self.columns, dim=1)

@@ -1,0 +1,207 @@
+"""The vLLM engine inside the trainer's process: weights handed over in memory, token ids in and out."""
+
+import contextlib
+import gc
+import importlib.util
+import os
+import random
+import warnings
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
+
+
+class VLLMSampler(Sampler):
+    """Draws answers with vLLM, in the trainer's process.
+
+    Args:
+        dtype: The engine's dtype; the policy is cast to it on the way. bfloat16 is twice as fast as float32.
+        max_sequences: Answers drawn at a time.
+        gpu_memory_utilization: Share of the GPU the engine may take; the rest is the trainer's. Unused on the CPU.
+        kv_cache_gib: Memory for the KV cache on the CPU, GiB. Unused on GPUs.
+        engine_args: Any other argument of `vllm.LLM`.
+    """
+
+    def __init__(
+        self,
+        dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
+        max_sequences: int = 256,
+        gpu_memory_utilization: float = 0.3,
+        kv_cache_gib: float = 1.0,
+        engine_args: dict[str, Any] | None = None,
+    ) -> None:
+        self.dtype = dtype
+        self.max_sequences = max_sequences
+        self.gpu_memory_utilization = gpu_memory_utilization
+        self.kv_cache_gib = kv_cache_gib
+        self.engine_args = engine_args or {}
+        self._llm: Any = None
+        self._requests = 0
+
+    def check(self) -> None:
+        if importlib.util.find_spec("vllm") is None:
+            raise InputError(
+                "`rollout.sampler`: vLLM is not installed. Install it (pip install 'rlhf-pl[vllm]' on GPU machines, "
+                "'rlhf-pl[cpu]' on others), or use --rollout.sampler TransformersSampler."
+            )
+
+    def start(self, spec: EngineSpec) -> None:
+        self.check()
+        _set_environment()
+        from vllm import LLM
+
+        self._eos = list(spec.source.eos_token_ids)
+        self._on_gpu = torch.cuda.is_available()
+        self._max_model_tokens = spec.max_model_tokens
+        args: dict[str, Any] = {
+            "dtype": self.dtype,
+            "max_model_len": spec.max_model_tokens,
+            "max_num_seqs": max(1, min(self.max_sequences, spec.max_sequences)),
+            "revision": spec.source.revision,
+            "trust_remote_code": spec.source.trust_remote_code,
+            "load_format": "dummy",  # the weights come from the trainer
+            "skip_tokenizer_init": True,
+            "generation_config": "vllm",
+            "logprobs_mode": "raw_logprobs",
+            "disable_log_stats": True,
+            "use_tqdm_on_load": False,
+        }
+        if self._on_gpu:
+            args |= {"gpu_memory_utilization": self.gpu_memory_utilization, "enable_sleep_mode": True}
+        else:
+            args |= {"enforce_eager": True, "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30)}
+        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+        if distributed:
+            # Lightning leaves RANK unset; the launcher backend makes each rank's engine use its own device.
+            os.environ["RANK"] = str(torch.distributed.get_rank())
+            args["distributed_executor_backend"] = "external_launcher"
+        with _private_rng():
+            self._llm = LLM(spec.source.path, **(args | self.engine_args))
+        # The engine's own shutdown would destroy the trainer's default process group.
+        finalizer = getattr(self._llm.llm_engine.engine_core, "_finalizer", None)
+        if finalizer is not None:
+            finalizer.detach()
+        self._owns_process_group = not distributed and torch.distributed.is_initialized()
+
+    def load_weights(self, tensors: NamedTensors) -> None:
+        dtype = getattr(torch, self.dtype)
+        stream = ((name, tensor.detach().to(dtype)) for name, tensor in tensors)
+        with torch.no_grad():
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+        if self._on_gpu and self._llm.llm_engine.is_sleeping():
+            self._llm.wake_up(tags=["kv_cache"])
+        # Cached blocks of the old policy would otherwise be used for the new one.
+        if not self._llm.reset_prefix_cache():
+            raise RuntimeError("vLLM did not reset its prefix cache: requests are still in flight.")
+
+    def generate(
+        self, prompts: Sequence[PromptTokens], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Response]]]:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        engine = self._llm.llm_engine
+        index_of: dict[str, int] = {}
+        for index, prompt in enumerate(prompts):
+            room = self._max_model_tokens - len(prompt.token_ids)
+            if not prompt.token_ids or room < sampling.max_response_tokens:
+                raise ValueError(
+                    f"Prompt {index} has {len(prompt.token_ids)} tokens; the engine was started for prompt plus answer "
+                    f"of {self._max_model_tokens} and {sampling.max_response_tokens} were asked for."
+                )
+            params = SamplingParams(
+                n=sampling.num_responses,
+                temperature=sampling.temperature,
+                top_p=sampling.top_p,
+                top_k=sampling.top_k,
+                min_p=sampling.min_p,
+                max_tokens=sampling.max_response_tokens,
+                seed=prompt.seed,
+                logprobs=0,
+                stop_token_ids=self._eos,
+                detokenize=False,
+                output_kind=RequestOutputKind.FINAL_ONLY,
+            )
+            request = f"rlhf-{self._requests}"
+            self._requests += 1
+            index_of[request] = index
+            engine.add_request(request, {"prompt_token_ids": prompt.token_ids}, params)
+        while engine.has_unfinished_requests():
+            with _private_rng():
+                outputs = engine.step()
+            for output in outputs:
+                if output.finished:
+                    answers = sorted(output.outputs, key=lambda o: o.index)
+                    yield _index(index_of, output.request_id), [_response(a) for a in answers]
+
+    def sleep(self) -> None:
+        if self._llm is not None and self._on_gpu:
+            self._llm.sleep(level=2)
+
+    def wake(self) -> None:
+        if self._on_gpu and self._llm.llm_engine.is_sleeping():
+            torch.cuda.empty_cache()
+            self._llm.wake_up(tags=["weights"])
+
+    def close(self) -> None:
+        if self._llm is None:
+            return
+        core = self._llm.llm_engine.engine_core.engine_core
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()
+        gc.unfreeze()
+        from vllm.distributed import parallel_state
+
+        parallel_state.destroy_model_parallel()
+        if parallel_state._WORLD is not None:
+            parallel_state._WORLD.destroy()
+            parallel_state._WORLD = None
+        if self._owns_process_group and torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
+        self._llm = None
+        # After a reload this registry pins the whole model.
+        with contextlib.suppress(ImportError):
+            from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
+
+            LAYERWISE_INFO.clear()
+        gc.collect()
+
+
+def _set_environment() -> None:
+    """What vLLM reads when it is imported. Values the user has set stay."""
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must live in this process to take tensors
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
+
+
+def _index(index_of: dict[str, int], request_id: str) -> int:
+    """The engine may append a suffix of its own to a request's id."""
+    return index_of[request_id] if request_id in index_of else index_of["-".join(request_id.split("-")[:2])]
+
+
+def _response(answer: Any) -> Response:
+    ids = list(answer.token_ids)
+    logps = [step[token].logprob for step, token in zip(answer.logprobs, ids, strict=True)]
+    return Response(ids, logps, finished=answer.finish_reason == "stop")
+
+
+@contextlib.contextmanager
+def _private_rng() -> Iterator[None]:
+    """Keep the engine away from the trainer's random state: it seeds Python, NumPy and torch globally."""
+    import numpy as np
+
+    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
+    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
+    try:
+        yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(numpy)
+        torch.set_rng_state(cpu)
+        if gpus:
+            torch.cuda.set_rng_state_all(gpus)
