@@ -2,8 +2,9 @@
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import lightning as L
 
@@ -45,7 +46,10 @@ class HFExport(L.Callback):
         target = Path(trainer.default_root_dir) / name
         temporary = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        pl_module.export(str(temporary), self.dtype)
+        export: Callable[[str, str | None], None] | Any = getattr(pl_module, "export", None)
+        if not callable(export):
+            raise InputError(f"HFExport works with modules that have `export`, got {type(pl_module).__name__}.")
+        export(str(temporary), self.dtype)
         if target.exists():
             shutil.rmtree(target)
         os.replace(temporary, target)

@@ -1,4 +1,4 @@
-"""The training bar, in the style of the other phases."""
+"""The bars for loading, training and validation, in the style of the other phases."""
 
 from typing import Any
 
@@ -10,14 +10,13 @@ from rlhf_pl.console import make_progress
 
 
 class RoundProgress(ProgressBar):
-    """A bar per round of training and per validation on pairs. Replaces Lightning's own."""
+    """Bars for loading the policy, for each round of training and for validation on pairs. Replaces Lightning's own."""
 
     def __init__(self) -> None:
         super().__init__()
         self._enabled = True
         self._progress: Progress | None = None
         self._task: TaskID | None = None
-        self._pairs = 0
 
     def disable(self) -> None:
         self._enabled = False
@@ -25,10 +24,10 @@ class RoundProgress(ProgressBar):
     def enable(self) -> None:
         self._enabled = True
 
-    def _open(self, description: str, total: int | float) -> None:
+    def _open(self, description: str, total: int | float, unit: str = "batches") -> None:
         if self._enabled and total:
             self._progress = make_progress()
-            self._task = self._progress.add_task(description, total=int(total), unit="batches", note="")
+            self._task = self._progress.add_task(description, total=int(total), unit=unit, note="")
             self._progress.start()
 
     def _advance(self, done: int, note: str) -> None:
@@ -40,8 +39,17 @@ class RoundProgress(ProgressBar):
             self._progress.stop()
         self._progress, self._task = None, None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        super().setup(trainer, pl_module, stage)
+        if not trainer.is_global_zero:
+            self.disable()
+        self._open("loading the policy", 1, "")  # which is what Lightning does next
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._advance(1, "")
+        self._close()
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._pairs = 0
         self._open("training", self.total_train_batches)
 
     def on_train_batch_end(

@@ -1,4 +1,4 @@
-"""Prepares every round: weights to the sampler, answers, rewards, pairs, log-probs; and evaluates on held-out prompts."""
+"""Prepares every round: weights to the sampler, answers, rewards, pairs, log-probs. Evaluates on held-out prompts."""
 
 import hashlib
 import time
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rlhf_pl.console import phase
 from rlhf_pl.data.prompts import Prompt
-from rlhf_pl.data.rounds import RoundDataModule
+from rlhf_pl.data.rounds import RoundDataModule, rounds_done
 from rlhf_pl.errors import InputError
 from rlhf_pl.evaluation import held_out_metrics
 from rlhf_pl.modules.rebel import RebelModule
@@ -34,7 +34,8 @@ class RoundRefresh(L.Callback):
     What is already on disk is not made again.
 
     Args:
-        reward: A `Reward`, or the import path of a Python function: `package.module.function` or `file.py:function`.
+        reward: A `Reward`, or a Python function, in a config by its import path: `package.module.function` or
+            `file.py:function`.
             With null nothing is prepared: the run directory's store must hold the rounds.
         sampler: Draws the answers.
         sampling: How answers are drawn for training.
@@ -47,7 +48,7 @@ class RoundRefresh(L.Callback):
 
     def __init__(
         self,
-        reward: Reward | str | None = None,
+        reward: Reward | str | Callable[..., Any] | None = None,
         sampler: Sampler = VLLMSampler(),  # noqa: B008 - starts nothing; the command line shows it as the default
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
         selector: PairSelector = BestWorst(),  # noqa: B008 - stateless
@@ -96,7 +97,7 @@ class RoundRefresh(L.Callback):
                 f"{pl_module.source.max_context_tokens} tokens. Lower one of them."
             )
         self.reward.check(_trial_samples(data.train_prompts))
-        trainer.reload_dataloaders_every_n_epochs = 1
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = 0
         data.prepare_round = lambda index: self._prepare(trainer, pl_module, index)
 
@@ -258,7 +259,7 @@ class RoundRefresh(L.Callback):
         """The same for runs without a validation loop; nothing is done twice."""
         assert isinstance(pl_module, RebelModule)
         data = _datamodule(trainer)
-        version = trainer.fit_loop.epoch_progress.current.processed
+        version = rounds_done(trainer)
         if self.reward is not None and data.val_prompts and not data.store.held_out(version).is_complete("rewards"):
             pl_module.log_dict(self._evaluate(trainer, pl_module, version))
         self._rest()

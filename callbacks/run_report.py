@@ -1,4 +1,4 @@
-"""What a run tells at the terminal: a line a round, and at the end a table, answers before and after, what to do next."""
+"""What a run tells at the terminal: a line a round; at the end a table, answers before and after, what to do next."""
 
 import json
 from typing import Any
@@ -10,7 +10,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pl.console import console
-from rlhf_pl.data.rounds import RoundDataModule
+from rlhf_pl.data.rounds import RoundDataModule, rounds_done
 from rlhf_pl.evaluation import held_out_metrics
 from rlhf_pl.rounds import RoundStore
 
@@ -39,14 +39,14 @@ class RunReport(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            done = trainer.fit_loop.epoch_progress.current.processed
+            done = rounds_done(trainer)
             console.print(round_line(RoundStore(trainer.default_root_dir), done - 1), soft_wrap=True)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
             return
         store = RoundStore(trainer.default_root_dir)
-        rounds = trainer.fit_loop.epoch_progress.current.processed
+        rounds = rounds_done(trainer)
         if rounds == 0:
             return
         console.print()
@@ -77,9 +77,10 @@ def round_line(store: RoundStore, index: int) -> str:
 def rounds_table(store: RoundStore, rounds: int) -> Table:
     """A line a round."""
     held_out = store.held_out(0).is_complete("rewards")
-    table = Table(title="Rounds", title_justify="left")
-    headers = ["round", "reward", "best", "worst", "tokens", "finished", "pairs", "KL", "loss", "seconds"]
-    for header in headers + (["held-out before", "after"] if held_out else []):
+    title = "Rounds" + (" (before, after: mean reward on the held-out prompts)" if held_out else "")
+    table = Table(title=title, title_justify="left")
+    headers = ["round", "reward", "best", "worst", "tokens", "ended", "pairs", "KL", "loss", "time"]
+    for header in headers + (["before", "after"] if held_out else []):
         table.add_column(header, justify="right")
     for index in range(rounds):
         stages = store.round(index).manifest["stages"]
@@ -95,7 +96,7 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
             str(stages["pairs"]["pairs"]),
             f"{training['kl']:.2f}" if training else "-",
             f"{training['loss']:.3f}" if training else "-",
-            f"{seconds:.0f}",
+            f"{seconds:.0f} s",
         ]
         if held_out:
             cells += [_held_out_mean(store, version) for version in (index, index + 1)]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import lightning as L
 
+from rlhf_pl.data.rounds import rounds_done
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import RoundStore
 
@@ -31,7 +32,7 @@ class SampleTable(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         store = RoundStore(trainer.default_root_dir)
-        version = trainer.fit_loop.epoch_progress.current.processed
+        version = rounds_done(trainer)
         if self.num_prompts == 0 or not trainer.is_global_zero or not store.held_out(version).is_complete("rewards"):
             return
         header, rows = sample_rows(store, version, self.num_prompts)
@@ -69,7 +70,9 @@ def sample_rows(store: RoundStore, version: int, count: int) -> tuple[list[str],
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:
     """A Markdown table; line breaks become `<br>`."""
     lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(c.replace("|", "\\|").replace("\n", "<br>") for c in line) + " |" for line in lines)
+    return "\n".join(
+        "| " + " | ".join(c.replace("|", "\\|").replace("\n", "<br>") for c in line) + " |" for line in lines
+    )
 
 
 def to_html(header: list[str], rows: list[list[str]]) -> str:

@@ -1,5 +1,6 @@
 """The `rlhf-pl` command: a thin dispatcher, so that `--help` imports nothing heavy."""
 
+import os
 import sys
 from collections.abc import Sequence
 
@@ -35,6 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if argv[0] != "fit":
         print(f"error: unknown command {argv[0]!r}. `rlhf-pl --help` lists the commands.", file=sys.stderr)
         return 2
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     from rlhf_pl.cli import run
 
     return run(argv)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import lightning as L
+import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -16,6 +17,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from rlhf_pl.callbacks import HFExport, RoundProgress, RoundRefresh, RunReport, SampleTable
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
+from rlhf_pl.memory import keep_freed_memory
 from rlhf_pl.rollout.self_check import StaleSamplerError
 
 TRAINER_DEFAULTS = {
@@ -45,11 +47,33 @@ def _is_noise(line: str) -> bool:
     return text.startswith(("Given value type:", "Given value: NestedArg", "Subtypes: [")) or "NoneType" in text
 
 
+class RunLogger(TensorBoardLogger):
+    """TensorBoard in the run directory, which is written to only once nothing can be refused any more.
+
+    Lightning asks every logger for its `experiment` before it checks anything, which would make the directory.
+    """
+
+    ready = False
+
+    @property
+    def experiment(self) -> Any:
+        if not self.ready:
+            raise AttributeError("The run has not passed its checks yet.")
+        return super().experiment
+
+    def finalize(self, status: str) -> None:
+        if self.ready:
+            super().finalize(status)
+
+
 class RunConfig(SaveConfigCallback):
     """Writes the resolved config to the run directory, once nothing can be refused any more."""
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Nothing yet: the other callbacks may still find a wrong input."""
+        """The last callback's setup: the others have made their checks."""
+        for logger in trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.ready = True
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
@@ -61,7 +85,7 @@ class RunConfig(SaveConfigCallback):
 class RlhfCLI(LightningCLI):
     """LightningCLI with the groups `rollout`, `samples` and `export` for the callbacks that every run has."""
 
-    def __init__(self, args: Sequence[str] | None = None) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -103,7 +127,7 @@ class RlhfCLI(LightningCLI):
                 )
             )
         if config["logger"] in (None, True):
-            kwargs["logger"] = TensorBoardLogger(run_dir, name="tensorboard", version="")
+            kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
         own = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
         return self._instantiate_trainer(config | kwargs | {"callbacks": callbacks}, [*own, RunReport()])
 
@@ -125,15 +149,27 @@ def _has(callbacks: list[Callback], kind: type) -> bool:
 def run(argv: Sequence[str]) -> int:
     """`rlhf-pl fit ...`: 0, or 1 with one error for a wrong input."""
     _quiet_libraries()
+    if not torch.cuda.is_available():
+        keep_freed_memory()
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # users' rewards and classes live where they call us
     sys.argv = [sys.argv[0]]
     try:
         RlhfCLI([argv[0], *_environment_arguments(), *argv[1:]])
-    except (InputError, StaleSamplerError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Exception as error:
+        wrong = _cause(error)
+        if wrong is None:
+            raise
+        print(f"error: {wrong}", file=sys.stderr)
         return 1
     return 0
+
+
+def _cause(error: BaseException | None) -> BaseException | None:
+    """The user's mistake behind `error`, if it is one: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, InputError | StaleSamplerError):
+        error = error.__cause__ or error.__context__
+    return error
 
 
 def _environment_arguments() -> list[str]:

@@ -1,7 +1,7 @@
 """The error for mistakes a user can mend."""
 
 
-class InputError(ValueError):
+class InputError(Exception):
     """A mistake in a config, a data file, a reward or a model folder.
 
     The message names the thing in backticks, says what is required and what arrived, and how to mend it. The command

@@ -23,12 +23,16 @@ def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> T
 
 
 def chunked_logps(
-    hidden: Tensor, targets: Tensor, head: Callable[[Tensor], Tensor], temperature: float = 1.0, chunk_tokens: int = 1024
+    hidden: Tensor,
+    targets: Tensor,
+    head: Callable[[Tensor], Tensor],
+    temperature: float = 1.0,
+    chunk_tokens: int = 1024,
 ) -> Tensor:
     """`gather_logps(head(hidden), targets)`, with at most `chunk_tokens` rows of logits alive at a time.
 
-    In training each chunk's logits are recomputed in the backward pass, so peak memory is `chunk_tokens` times the
-    vocabulary whatever N is.
+    In training the logits of more than one chunk are recomputed in the backward pass, so peak memory is `chunk_tokens`
+    times the vocabulary whatever N is.
 
     Args:
         hidden: The hidden state that predicts each target, shape (N, H).
@@ -44,8 +48,8 @@ def chunked_logps(
     def one_chunk(h: Tensor, t: Tensor) -> Tensor:
         return gather_logps(head(h), t, temperature)
 
-    keep_graph = torch.is_grad_enabled()
+    recompute = torch.is_grad_enabled() and len(hidden) > chunk_tokens
     parts = []
     for h, t in zip(hidden.split(chunk_tokens), targets.split(chunk_tokens), strict=True):
-        parts.append(checkpoint(one_chunk, h, t, use_reentrant=False) if keep_graph else one_chunk(h, t))
+        parts.append(checkpoint(one_chunk, h, t, use_reentrant=False) if recompute else one_chunk(h, t))
     return torch.cat(parts) if parts else hidden.new_zeros(0, dtype=torch.float32)

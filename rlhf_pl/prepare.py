@@ -83,7 +83,9 @@ def generate(
         report(1, f"{tokens / (time.monotonic() - started):.0f} tokens/s")
         number = index // prompts_per_shard
         if all(i in answers for i in shards[number]):
-            rows = [row for i in shards[number] for row in _response_rows(prompts[i], seeds[i], answers.pop(i), tokenizer)]
+            rows = [
+                row for i in shards[number] for row in _response_rows(prompts[i], seeds[i], answers.pop(i), tokenizer)
+            ]
             stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
     seconds = time.monotonic() - started
     table = stored.read("responses")
@@ -117,9 +119,7 @@ def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokeniz
         }
 
 
-def score(
-    stored: Round, prompts: Sequence[Prompt], reward: Reward, report: Report = lambda count, note: None
-) -> None:
+def score(stored: Round, prompts: Sequence[Prompt], reward: Reward, report: Report = lambda count, note: None) -> None:
     """Give every answer its reward, shard by shard. `report` gets (answers done, note)."""
     by_id = {p.prompt_id: p for p in prompts}
     started = time.monotonic()
@@ -197,9 +197,7 @@ def select(stored: Round, selector: PairSelector, run_seed: int, limit: int | No
         pairs += [_pair_row(answers[c], answers[r]) for c, r in different]
     pairs = pairs[:limit]
     stored.write_shard("pairs", 0, pa.Table.from_pylist(pairs, schema=PAIRS))
-    stored.complete(
-        "pairs", prompts=len(groups), pairs=len(pairs), dropped=dropped, selector=type(selector).__name__
-    )
+    stored.complete("pairs", prompts=len(groups), pairs=len(pairs), dropped=dropped, selector=type(selector).__name__)
 
 
 def _pair_row(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:

@@ -89,9 +89,7 @@ class PairDataset(Dataset):
 
     def lengths(self) -> list[int]:
         """Tokens of each pair's longer row."""
-        prompt, *responses = (
-            self._tokens[n].value_lengths().to_numpy() for n in ("prompt_tokens", *_TOKENS)
-        )
+        prompt, *responses = (self._tokens[n].value_lengths().to_numpy() for n in ("prompt_tokens", *_TOKENS))
         return [int(p + max(r)) for p, *r in zip(prompt, *responses, strict=True)]
 
     def batch(self, indices: Sequence[int], weight: float = 1.0) -> PairBatch:
@@ -170,5 +168,5 @@ class RoundLoader(DataLoader):
             self.batch_sampler.skip = state["batches"]  # type: ignore[union-attr]
 
 
-def _identity(batch: PairBatch) -> PairBatch:
+def _identity(batch: Any) -> Any:
     return batch

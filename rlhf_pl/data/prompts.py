@@ -88,7 +88,7 @@ def _parse_row(row: Any, number: int, columns: Mapping[str, str], system_prompt:
     if key is None:
         wanted = " or ".join(f"`{columns.get(k, k)}`" for k in ("prompt", "messages"))
         raise InputError(
-            f"no column {wanted}; found {', '.join(map(str, row)) or 'none'}. Name yours with --data.columns.prompt NAME"
+            f"no column {wanted}; found {', '.join(map(str, row)) or 'none'}. Name yours with --data.columns.prompt"
         )
     column = columns.get(key, key)
     value = row[column]
@@ -164,7 +164,7 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
         reader = csv.DictReader(file)
         try:
             for row in reader:
-                extra = row.pop(None, None)  # type: ignore[call-overload]
+                extra = row.pop(None, None)
                 if extra is not None or None in row.values():
                     raise InputError(
                         f"`data.prompts`: {path}, line {reader.line_num} does not have {len(reader.fieldnames or ())} "

@@ -14,6 +14,12 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import Round, RoundStore
 
 
+def rounds_done(trainer: L.Trainer) -> int:
+    """Rounds whose training is finished; `current_epoch` is stale while Lightning resumes."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed
+
+
 class RoundDataModule(L.LightningDataModule):
     """Prompts for the rounds, and the pairs that each round made of them.
 
@@ -94,14 +100,15 @@ class RoundDataModule(L.LightningDataModule):
 
     @property
     def round_index(self) -> int:
-        """The round that trains now or next; `current_epoch` is stale while Lightning resumes."""
-        return self._trainer.fit_loop.epoch_progress.current.processed
+        """The round that trains now or next."""
+        return rounds_done(self._trainer)
 
     def setup(self, stage: str) -> None:
         """Read, check, split and tokenize the prompts. Runs before any model loads."""
         if self.train_prompts:
             return
-        tokenizer = self._trainer.lightning_module.source.tokenizer
+        module: Any = self._trainer.lightning_module
+        tokenizer = module.source.tokenizer
         everything = self._load(self.prompts_source)
         if isinstance(self.val_prompts_source, str):
             train, val = everything, self._load(self.val_prompts_source)
@@ -141,7 +148,9 @@ class RoundDataModule(L.LightningDataModule):
             self.prepare_round(index)
         dataset = self._pairs(self.store.round(index))
         if dataset is None:
-            raise InputError(f"Round {index} is not in {self.store.run_dir}, and no `rollout.reward` is there to make it.")
+            raise InputError(
+                f"Round {index} is not in {self.store.run_dir}, and no `rollout.reward` is there to make it."
+            )
         plan = UpdatePlan(
             len(dataset), self.batch_size, self._trainer.accumulate_grad_batches, self._trainer.world_size
         )

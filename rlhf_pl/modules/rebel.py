@@ -12,6 +12,7 @@ from torch import Tensor
 from torchmetrics import MeanMetric
 
 from rlhf_pl.data.pairs import PairBatch
+from rlhf_pl.data.rounds import rounds_done
 from rlhf_pl.errors import InputError
 from rlhf_pl.losses import PairwiseLoss, RebelLoss
 from rlhf_pl.optim import AdamW, WarmupCosine
@@ -57,7 +58,9 @@ class RebelModule(L.LightningModule):
         if kl_coef < 0:
             raise InputError(f"`model.kl_coef` must be 0 or more, got {kl_coef}.")
         if reference is not None and kl_coef == 0:
-            raise InputError(f"`model.reference` is {reference!r} but `model.kl_coef` is 0, so it would have no effect.")
+            raise InputError(
+                f"`model.reference` is {reference!r} but `model.kl_coef` is 0, so it would have no effect."
+            )
         if logprob_chunk_tokens < 1:
             raise InputError(f"`model.logprob_chunk_tokens` must be 1 or more, got {logprob_chunk_tokens}.")
         self.source = PolicySource(policy, revision, chat_template, trust_remote_code)
@@ -117,6 +120,10 @@ class RebelModule(L.LightningModule):
         losses, parts = self._losses(batch)
         self._add_means(self.train_means, "train", losses, parts)
         self.round_loss.update(losses.detach())
+        last = batch_idx + 1 == self.trainer.num_training_batches
+        if last or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # an update: log over all its pairs
+            self._log_means(self.train_means, on_step=True, on_epoch=False)
+            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
         return losses.mean() * batch.weight
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -164,13 +171,6 @@ class RebelModule(L.LightningModule):
         for metric in means.values():
             metric.reset()
 
-    def on_train_batch_end(self, outputs: Any, batch: PairBatch, batch_idx: int) -> None:
-        """Log once an update, over all its pairs."""
-        last = batch_idx + 1 == self.trainer.num_training_batches
-        if last or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:
-            self._log_means(self.train_means, on_step=True, on_epoch=False)
-            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
-
     def on_validation_epoch_end(self) -> None:
         self._log_means(self.val_means)
 
@@ -183,6 +183,11 @@ class RebelModule(L.LightningModule):
 
     def on_train_epoch_start(self) -> None:
         self.round_loss.reset()
+
+    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
+        """A round's first rate: only now is it known how many updates the round has."""
+        if batch_idx > 0:
+            return
         for config in self.trainer.lr_scheduler_configs:
             if isinstance(config.scheduler, WarmupCosine):
                 config.scheduler.refresh()
@@ -191,20 +196,19 @@ class RebelModule(L.LightningModule):
         """Middle of the next update's slice, as a share of the run and of its round."""
         trainer = self.trainer
         batches = trainer.num_training_batches
-        if batches in (0, float("inf")):  # no loader yet: `on_train_epoch_start` sets the first rate
+        if batches in (0, float("inf")):  # no loader yet
             return 0.0, 0.0
-        rounds_done = trainer.fit_loop.epoch_progress.current.processed
+        batch_progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         updates = -(-int(batches) // trainer.accumulate_grad_batches)
-        done = -(-trainer.fit_loop.epoch_loop.batch_progress.current.processed // trainer.accumulate_grad_batches)
-        if done >= updates:
-            rounds_done, done = rounds_done + 1, 0
+        done = -(-batch_progress.processed // trainer.accumulate_grad_batches)
+        finished, done = rounds_done(trainer) + done // updates, done % updates
         of_round = (done + 0.5) / updates
-        rounds = trainer.max_epochs if trainer.max_epochs and trainer.max_epochs > 0 else rounds_done + 1
-        of_run = (rounds_done + of_round) / rounds
+        shares = []
+        if trainer.max_epochs is not None and trainer.max_epochs > 0:
+            shares.append((finished + of_round) / trainer.max_epochs)
         if trainer.max_steps > 0:
-            of_run = max(of_run if trainer.max_epochs and trainer.max_epochs > 0 else 0.0,
-                         (trainer.global_step + 0.5) / trainer.max_steps)  # fmt: skip
-        return of_run, of_round
+            shares.append((trainer.global_step + 0.5) / trainer.max_steps)
+        return max(shares, default=of_round), of_round
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the policy as a Hugging Face folder: safetensors, tokenizer, chat template, generation config.

@@ -51,7 +51,7 @@ class Reward(ABC):
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
         """One finite result per sample, in their order."""
 
-    def check(self, samples: Sequence[Sample]) -> None:
+    def check(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - nothing to check is a fine default
         """Raise InputError for what can be known to fail before any model loads.
 
         Args:

@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import importlib.util
+import logging
 import os
 import random
 import warnings
@@ -73,14 +74,26 @@ class VLLMSampler(Sampler):
         if self._on_gpu:
             args |= {"gpu_memory_utilization": self.gpu_memory_utilization, "enable_sleep_mode": True}
         else:
-            args |= {"enforce_eager": True, "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30)}
+            args |= {
+                "enforce_eager": True,
+                "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30),
+                # A prompt whose prefill is split makes vLLM rewind its seeded generator, which CPU generators can't.
+                "enable_chunked_prefill": False,
+                "max_num_batched_tokens": max(4096, spec.max_model_tokens),
+            }
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed:
             # Lightning leaves RANK unset; the launcher backend makes each rank's engine use its own device.
             os.environ["RANK"] = str(torch.distributed.get_rank())
             args["distributed_executor_backend"] = "external_launcher"
-        with _private_rng():
-            self._llm = LLM(spec.source.path, **(args | self.engine_args))
+        try:
+            with _private_rng():
+                self._llm = LLM(spec.source.path, **(args | self.engine_args))
+        except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
+            raise InputError(
+                f"`rollout.sampler`: vLLM could not start with {spec.source.path!r}: {_first_line(error)} Change its "
+                "arguments or the model, or use --rollout.sampler TransformersSampler."
+            ) from error
         # The engine's own shutdown would destroy the trainer's default process group.
         finalizer = getattr(self._llm.llm_engine.engine_core, "_finalizer", None)
         if finalizer is not None:
@@ -131,8 +144,16 @@ class VLLMSampler(Sampler):
             index_of[request] = index
             engine.add_request(request, {"prompt_token_ids": prompt.token_ids}, params)
         while engine.has_unfinished_requests():
-            with _private_rng():
-                outputs = engine.step()
+            try:
+                with _private_rng():
+                    outputs = engine.step()
+            except RuntimeError as error:
+                if "Unsupported CPU attention" not in str(error):
+                    raise
+                raise InputError(
+                    f"`rollout.sampler`: vLLM can't run this model on the CPU: {_first_line(error)} Use one with "
+                    "attention heads of 32, 64, 80, 96, 112 or 128, or use --rollout.sampler TransformersSampler."
+                ) from error
             for output in outputs:
                 if output.finished:
                     answers = sorted(output.outputs, key=lambda o: o.index)
@@ -175,6 +196,8 @@ def _set_environment() -> None:
     """What vLLM reads when it is imported. Values the user has set stay."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must live in this process to take tensors
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # for what is said before vLLM sets up its own logging
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
 
@@ -182,6 +205,11 @@ def _set_environment() -> None:
 def _index(index_of: dict[str, int], request_id: str) -> int:
     """The engine may append a suffix of its own to a request's id."""
     return index_of[request_id] if request_id in index_of else index_of["-".join(request_id.split("-")[:2])]
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
 
 
 def _response(answer: Any) -> Response:

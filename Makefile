@@ -1,0 +1,45 @@
+# Everything a newcomer needs: `make quickstart` and `make test`. Neither needs a GPU or an account.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+BIN := .venv/bin
+MODEL := models/SmolLM2-135M-Instruct
+
+.PHONY: help setup quickstart model test test-slow lint lock clean
+
+help:
+	@echo "make quickstart  set up, and improve a small chat model in three rounds"
+	@echo "make test        set up, and run linting, type checks and the tests"
+	@echo "make test-slow   the tests that take minutes"
+	@echo "make setup       only the virtual environment in .venv"
+	@echo "make lock        resolve requirements/cpu.txt anew"
+
+setup: .venv/ready
+
+.venv/ready: requirements/cpu.txt requirements/model.txt pyproject.toml scripts/setup.sh
+	@PYTHON="$(PYTHON)" bash scripts/setup.sh
+	@touch $@
+
+model: $(MODEL)/config.json
+
+$(MODEL)/config.json: scripts/get_smollm2.py | .venv/ready
+	@$(BIN)/python scripts/get_smollm2.py $(MODEL)
+	@touch $@
+
+quickstart: setup model
+	$(BIN)/rlhf-pl fit --config configs/quickstart.yaml
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: lint model
+	$(BIN)/pytest
+
+test-slow: setup model
+	$(BIN)/pytest -m slow
+
+lock:
+	bash scripts/lock.sh
+
+clean:
+	rm -rf .venv models runs build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

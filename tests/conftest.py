@@ -1,0 +1,92 @@
+"""Small real models, made on the spot: nothing is downloaded."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_pl.policy import PolicySource
+
+CHAT_TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+TEXTS = [
+    "What is the capital of France? The capital of France is Paris.",
+    "Name three colours: red, green and blue.",
+    "How many legs do two dogs have? Two dogs have eight legs.",
+    "Tell me about the sea, the sky and the hills beyond the river.",
+]
+
+
+def make_tokenizer() -> Any:
+    """A byte-level BPE with a chat template, a BOS that the tokenizer itself would also add, and two EOS tokens."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<s>", "</s>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(TEXTS, trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="<s>", eos_token="<|end|>", pad_token="</s>", chat_template=CHAT_TEMPLATE
+    )
+
+
+def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random Llama of 100,000 parameters with `make_tokenizer`'s tokenizer; ids 1 and 2 end an answer."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,  # heads of 32: vLLM has no smaller ones on the CPU
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 256,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 2,
+        "initializer_range": 0.2,
+    } | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForCausalLM(LlamaConfig(**settings))
+    model.generation_config = GenerationConfig(bos_token_id=0, eos_token_id=[1, 2])
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llama(tmp_path_factory.mktemp("models") / "llama")
+
+
+@pytest.fixture(scope="session")
+def source(llama: Path) -> PolicySource:
+    return PolicySource(str(llama))
+
+
+@pytest.fixture
+def write_jsonl(tmp_path: Path) -> Callable[..., str]:
+    import json
+
+    def write(rows: list[Any], name: str = "prompts.jsonl") -> str:
+        file = tmp_path / name
+        file.write_text("\n".join(json.dumps(row) for row in rows) + "\n")
+        return str(file)
+
+    return write

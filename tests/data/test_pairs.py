@@ -1,0 +1,98 @@
+import pyarrow as pa
+import pytest
+import torch
+
+from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
+from rlhf_pl.data.update_plan import UpdatePlan
+
+
+def dataset(count: int, reference: bool = False) -> PairDataset:
+    """Pair i: prompt [i, i], chosen [100 + i], rejected [200 + i] * (i + 1)."""
+    pairs = pa.table(
+        {
+            "prompt_tokens": [[i, i] for i in range(count)],
+            "chosen_tokens": [[100 + i] for i in range(count)],
+            "rejected_tokens": [[200 + i] * (i + 1) for i in range(count)],
+            "chosen_reward": [float(i) for i in range(count)],
+            "rejected_reward": [-float(i) for i in range(count)],
+        }
+    )
+    logps = {f"{which}_{name}_logp": [float(i + k) for i in range(count)]
+             for k, (which, name) in enumerate((w, n) for w in ("chosen", "rejected")
+                                               for n in (("old", "reference") if reference else ("old",)))}  # fmt: skip
+    return PairDataset(pairs, pa.table(logps), temperature=0.8)
+
+
+def test_batch_holds_chosen_then_rejected_rows() -> None:
+    batch = dataset(4, reference=True).batch([1, 2], weight=0.5)
+    assert batch.rows.input_ids.tolist() == [
+        [1, 1, 101, 0, 0],
+        [2, 2, 102, 0, 0],
+        [1, 1, 201, 201, 0],
+        [2, 2, 202, 202, 202],
+    ]
+    assert batch.rows.response_mask.sum(1).tolist() == [1, 1, 2, 3]
+    assert batch.rows.attention_mask.sum(1).tolist() == [3, 3, 4, 5]
+    assert batch.rewards.tolist() == [[1.0, 2.0], [-1.0, -2.0]]
+    assert batch.reference_logps is not None
+    assert (len(batch), batch.weight, batch.temperature) == (2, 0.5, 0.8)
+
+
+def test_rewards_and_logps_stay_float32_under_half_precision() -> None:
+    from lightning.pytorch.plugins.precision import HalfPrecision
+
+    batch = HalfPrecision("bf16-true").convert_input(dataset(3).batch([0, 1]))
+    assert batch.rewards.dtype == batch.old_logps.dtype == torch.float32
+
+
+def test_order_is_a_function_of_seed_and_round() -> None:
+    plan = UpdatePlan(10, batch_size=2)
+    order = list(RoundBatches(plan, "1:0"))
+    assert order == list(RoundBatches(plan, "1:0"))
+    assert order != list(RoundBatches(plan, "1:1"))
+    assert sorted(i for batch, _ in order for i in batch) == list(range(10))
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("pairs", [1, 7, 8, 9, 23])
+def test_every_pair_counts_the_same_in_its_update(pairs: int, world_size: int) -> None:
+    """Over an update, Lightning's 1 / accumulate and the ranks' mean turn the weights into 1 / pairs of the update."""
+    plan = UpdatePlan(pairs, batch_size=2, accumulate=2, world_size=world_size)
+    ranks = [list(RoundBatches(plan, "x", rank)) for rank in range(world_size)]
+    assert len({len(batches) for batches in ranks}) == 1
+    used = sorted(i for batches in ranks for batch, _ in batches for i in batch)
+    assert len(used) == len(set(used)) == pairs - pairs % world_size
+    for start in range(0, len(ranks[0]), 2):
+        share: dict[int, float] = {}
+        for batches in ranks:
+            for indices, weight in batches[start : start + 2]:
+                for i in indices:
+                    share[i] = weight / len(indices) / plan.accumulate / world_size
+        assert sum(share.values()) == pytest.approx(1.0)
+        assert len({round(s, 9) for s in share.values()}) == 1
+    assert plan.updates == -(-len(ranks[0]) // 2)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_loader_goes_on_where_it_was(workers: int) -> None:
+    def loader() -> RoundLoader:
+        return RoundLoader(dataset(10), RoundBatches(UpdatePlan(10, 2), "1:3"), 3, workers)
+
+    expected = [batch.rewards.tolist() for batch in loader()]
+    first = loader()
+    iterator = iter(first)
+    for _ in range(2):
+        next(iterator)
+    state = first.state_dict()
+    assert state == {"round": 3, "batches": 2}
+    resumed = loader()
+    resumed.load_state_dict(state)
+    assert len(resumed) == 5
+    assert [batch.rewards.tolist() for batch in resumed] == expected[2:]
+    assert [batch.rewards.tolist() for batch in resumed] == expected  # only the resumed pass is short
+
+
+def test_state_of_another_round_is_ignored() -> None:
+    loader = RoundLoader(dataset(4), RoundBatches(UpdatePlan(4, 2), "1:3"), 3)
+    loader.load_state_dict({"round": 2, "batches": 1})
+    assert len(list(loader)) == 2

@@ -1,0 +1,137 @@
+import csv
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from rlhf_pl.data.prompts import Prompt, load_prompts, prompts_of_round, split_held_out, tokenize_prompts
+from rlhf_pl.errors import InputError
+from rlhf_pl.policy import PolicySource
+
+Write = Callable[..., str]
+ROWS = [{"prompt_id": "a", "prompt": "Hi", "answer": 1}, {"prompt_id": "b", "prompt": "Ho", "answer": 2}]
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def test_all_file_formats_give_the_same_prompts(write_jsonl: Write, tmp_path: Path) -> None:
+    (tmp_path / "p.json").write_text(json.dumps(ROWS))
+    pq.write_table(pa.Table.from_pylist(ROWS), tmp_path / "p.parquet")
+    with (tmp_path / "p.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(ROWS[0]))
+        writer.writeheader()
+        writer.writerows(ROWS)
+    expected = [Prompt("a", user("Hi"), {"answer": 1}), Prompt("b", user("Ho"), {"answer": 2})]
+    assert load_prompts(write_jsonl(ROWS)) == expected
+    assert load_prompts(str(tmp_path / "p.json")) == expected
+    assert load_prompts(str(tmp_path / "p.parquet")) == expected
+    as_text = [Prompt(p.prompt_id, p.messages, {"answer": str(p.columns["answer"])}) for p in expected]
+    assert load_prompts(str(tmp_path / "p.csv")) == as_text
+
+
+def test_messages_lose_the_answer_at_their_end(write_jsonl: Write) -> None:
+    chat = [*user("Hi"), {"role": "assistant", "content": "Hello"}]
+    assert load_prompts(write_jsonl([{"messages": chat}]))[0].messages == user("Hi")
+    longer = [*chat, *user("Bye"), {"role": "assistant", "content": "See you"}]
+    assert load_prompts(write_jsonl([{"messages": longer}]))[0].messages == longer[:3]
+
+
+def test_columns_are_mapped(write_jsonl: Write) -> None:
+    rows = [{"id": 7, "question": "Hi", "answer": 1}]
+    prompt = load_prompts(write_jsonl(rows), {"prompt": "question", "prompt_id": "id"}, system_prompt="Be brief.")[0]
+    assert prompt == Prompt("7", [{"role": "system", "content": "Be brief."}, *user("Hi")], {"answer": 1})
+
+
+def test_every_prompt_has_the_same_columns(write_jsonl: Write) -> None:
+    prompts = load_prompts(write_jsonl([{"prompt": "a", "key": 1}, {"prompt": "b", "other": 2}]))
+    assert [dict(p.columns) for p in prompts] == [{"key": 1, "other": None}, {"key": None, "other": 2}]
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"text": "Hi"}, "no column `prompt` or `messages`; found text"),
+        ({"prompt": "  "}, "`prompt` is empty"),
+        ({"prompt": 3}, "expected text or a list of messages, found int"),
+        ({"prompt": None}, "found NoneType"),
+        ({"prompt": []}, "the message list is empty"),
+        ({"prompt": [{"role": "user", "content": ""}]}, "message 0 (user) is empty"),
+        ({"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "assistant's"),
+        ({"messages": [{"role": "assistant", "content": "Ho"}]}, "the message list is empty"),
+        ({"prompt": "Hi", "prompt_id": 1.5}, "`prompt_id` is 1.5"),
+        (["Hi"], "found list"),
+    ],
+)
+def test_wrong_rows_are_named(write_jsonl: Write, row: Any, message: str) -> None:
+    with pytest.raises(InputError) as error:
+        load_prompts(write_jsonl([{"prompt": "fine"}, row]))
+    assert "line 2" in str(error.value)
+    assert message in str(error.value)
+
+
+def test_up_to_ten_problems_are_listed(write_jsonl: Write) -> None:
+    with pytest.raises(InputError) as error:
+        load_prompts(write_jsonl([{"prompt": ""}] * 30))
+    assert str(error.value).count("is empty") == 10
+
+
+def test_wrong_files_are_refused(write_jsonl: Write, tmp_path: Path) -> None:
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": \n')
+    (tmp_path / "broken.json").write_text("{")
+    (tmp_path / "object.json").write_text("{}")
+    (tmp_path / "broken.parquet").write_text("no")
+    (tmp_path / "empty.jsonl").write_text("")
+    (tmp_path / "latin.jsonl").write_bytes('{"prompt": "Grüße"}'.encode("latin-1"))
+    (tmp_path / "short.csv").write_text("prompt_id,prompt\na\n")
+    (tmp_path / "other.txt").write_text("Hi")
+    for name, message in {
+        "missing.jsonl": "no file",
+        "broken.jsonl": "line 2 is no JSON",
+        "broken.json": "is no JSON",
+        "object.json": "expected a list",
+        "broken.parquet": "no readable Parquet",
+        "empty.jsonl": "has no rows",
+        "latin.jsonl": "not UTF-8",
+        "short.csv": "line 2 does not have 2 fields",
+        "other.txt": "ends in none of",
+    }.items():
+        with pytest.raises(InputError, match=message):
+            load_prompts(str(tmp_path / name))
+    with pytest.raises(InputError, match="also that of line 1"):
+        load_prompts(write_jsonl([ROWS[0], ROWS[0]]))
+    with pytest.raises(InputError, match="not ours"):
+        load_prompts(write_jsonl(ROWS), {"question": "prompt"})
+
+
+def test_long_prompts_are_left_out_and_counted(source: PolicySource) -> None:
+    prompts = [Prompt("short", user("Hi")), Prompt("long", user("Hi " * 100))]
+    kept, dropped = tokenize_prompts(prompts, source.tokenizer, 20)
+    assert ([p.prompt_id for p in kept], dropped) == (["short"], 1)
+    assert source.tokenizer.decode(kept[0].token_ids) == "<s><|user|>Hi<|end|><|assistant|>"
+
+
+def test_held_out_prompts_follow_from_their_ids() -> None:
+    prompts = [Prompt(f"p{i}", user("Hi")) for i in range(50)]
+    train, held_out = split_held_out(prompts, 10)
+    assert len(held_out) == 10
+    assert {p.prompt_id for p in train}.isdisjoint(p.prompt_id for p in held_out)
+    again = split_held_out(prompts[::-1], 10)[1]
+    assert {p.prompt_id for p in again} == {p.prompt_id for p in held_out}
+
+
+def test_rounds_use_every_prompt_before_any_twice() -> None:
+    prompts = [Prompt(f"p{i}", user("Hi")) for i in range(12)]
+    rounds = [[p.prompt_id for p in prompts_of_round(prompts, r, 4, seed=1)] for r in range(6)]
+    assert sorted(rounds[0] + rounds[1] + rounds[2]) == sorted(p.prompt_id for p in prompts)
+    assert rounds[:3] != rounds[3:]
+    assert rounds[1] == [p.prompt_id for p in prompts_of_round(prompts, 1, 4, seed=1)]
+    assert rounds[1] != [p.prompt_id for p in prompts_of_round(prompts, 1, 4, seed=2)]
+    assert all(len(set(prompts_of_round_ids)) == 4 for prompts_of_round_ids in rounds)
+    everything = prompts_of_round(prompts, 3, None, seed=1)
+    assert sorted(p.prompt_id for p in everything) == sorted(p.prompt_id for p in prompts)

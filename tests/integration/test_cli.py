@@ -1,0 +1,209 @@
+"""The command line, called as users call it."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from rlhf_pl.__main__ import main
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
+REWARD = "def score(response):\n    return len(set(response))\n\n\ndef nan(response):\n    return float('nan')\n"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with prompts and a reward."""
+    rows = [{"prompt_id": f"p{i}", "prompt": f"What is {i} plus {i}?"} for i in range(8)]
+    (tmp_path / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (tmp_path / "cli_reward.py").write_text(REWARD)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def shortest(llama: Path) -> list[str]:
+    """The least a user has to say, and what makes it quick here."""
+    return [
+        *(
+            "fit",
+            "--model.policy",
+            str(llama),
+            "--data.prompts",
+            "prompts.jsonl",
+            "--rollout.reward",
+            "cli_reward.score",
+        ),
+        *("--rollout.sampler", "TransformersSampler", "--rollout.sampling.max_response_tokens", "6"),
+        *("--data.max_prompt_tokens", "64", "--trainer.max_epochs", "1", "--trainer.accelerator", "cpu"),
+        *("--trainer.default_root_dir", "runs/cli"),
+    ]
+
+
+def printed_config(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> dict:
+    with pytest.raises(SystemExit) as stop:
+        main([*arguments, "--print_config"])
+    assert stop.value.code == 0
+    return yaml.safe_load(capsys.readouterr().out)
+
+
+def test_fit_leaves_a_whole_run_directory(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = [*shortest, "--data.val_prompts", "3", "--trainer.max_epochs", "2", "--model.optimizer.lr", "1e-3"]
+    assert main(arguments) == 0
+    out = capsys.readouterr().out
+    for text in ("Round 2 of 2", "round 2: reward", "on the held-out prompts", "before: reward", "Next:", "tokens/s"):
+        assert text in out
+    run = folder / "runs" / "cli"
+    resolved = yaml.safe_load((run / "config.yaml").read_text())
+    assert resolved["model"]["init_args"]["optimizer"]["init_args"]["lr"] == 1e-3
+    assert resolved["rollout"]["sampling"]["max_response_tokens"] == 6
+    for name in ("rounds/0001/manifest.json", "model/model.safetensors", "checkpoints/last.ckpt", "samples.html"):
+        assert (run / name).exists(), name
+    assert list((run / "tensorboard").glob("events*"))
+    torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
+    # the same command again finds the run finished, and does nothing twice
+    before = (run / "rounds" / "0001" / "manifest.json").read_text()
+    assert main(arguments) == 0
+    assert "Going on from" in capsys.readouterr().out
+    assert (run / "rounds" / "0001" / "manifest.json").read_text() == before
+    assert not (run / "rounds" / "0002").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data.prompts", "missing.jsonl"], "no file 'missing.jsonl'"),
+        (["--data.columns.prompt", "question"], "no column `question`"),
+        (["--rollout.reward", "cli_reward.grade"], "has no 'grade'"),
+        (["--rollout.reward", "nowhere.score"], "no module 'nowhere'"),
+        (["--rollout.reward", "cli_reward.nan"], "Every score must be a finite number"),
+        (["--data.max_prompt_tokens", "1000"], "is over the context"),
+        (["--data.max_prompt_tokens", "2"], "is left to train on"),
+        (["--model.policy", "no/such/model"], "`model.policy`: no folder 'no/such/model'"),
+        (["--model.loss.eta", "-1"], "eta` must be positive"),
+        (["--rollout.sampling.temperature", "0"], "would be the same"),
+        (["--trainer.precision", "bf16-true"], "32-true"),
+    ],
+)
+def test_wrong_inputs_end_with_one_error(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    assert main([*shortest, *arguments]) == 1
+    captured = capsys.readouterr()
+    assert captured.err.startswith("error: ")
+    assert captured.err.count("error: ") == 1
+    assert message in captured.err
+    assert "Traceback" not in captured.err
+    assert not (folder / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model.polcy", "x"], "polcy"),
+        (["--data.batch_size", "many"], "batch_size"),
+        (["--config", "missing.yaml"], "missing.yaml"),
+        (["--rollout.sampler", "NoSuchSampler"], "NoSuchSampler"),
+        (["--nonsense", "1"], "nonsense"),
+    ],
+)
+def test_wrong_options_end_with_a_short_error(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main([*shortest, *arguments])
+    assert stop.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) < 15
+
+
+def test_missing_policy_is_named(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["fit", "--data.prompts", "prompts.jsonl"])
+    assert "policy" in capsys.readouterr().err
+
+
+def test_flags_beat_files_beat_the_environment(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (folder / "c.yaml").write_text("model: {policy: from-file}\ndata: {prompts: f.jsonl, batch_size: 7}\n")
+    monkeypatch.setenv("PL_FIT__MODEL__POLICY", "from-environment")
+    monkeypatch.setenv("PL_FIT__DATA__PROMPTS", "environment.jsonl")
+    monkeypatch.setenv("PL_FIT__ROLLOUT__SAMPLING__TEMPERATURE", "0.3")
+    monkeypatch.setenv("PL_FIT__TRAINER__MAX_EPOCHS", "9")
+    config = printed_config(capsys, ["fit"])
+    assert config["model"]["init_args"]["policy"] == "from-environment"
+    assert config["data"]["init_args"]["prompts"] == "environment.jsonl"
+    assert (config["rollout"]["sampling"]["temperature"], config["trainer"]["max_epochs"]) == (0.3, 9)
+    config = printed_config(capsys, ["fit", "--config", "c.yaml", "--data.prompts", "flag.jsonl"])
+    assert config["model"]["init_args"]["policy"] == "from-file"
+    assert config["data"]["init_args"]["prompts"] == "flag.jsonl"
+    assert config["data"]["init_args"]["batch_size"] == 7
+    monkeypatch.setenv("PL_FIT__CONFIG", "c.yaml")
+    assert printed_config(capsys, ["fit"])["data"]["init_args"]["batch_size"] == 7
+
+
+def test_printed_config_runs(folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    """What --print_config writes is a config that does the same."""
+    config = printed_config(capsys, shortest)
+    (folder / "printed.yaml").write_text(yaml.safe_dump(config))
+    assert printed_config(capsys, ["fit", "--config", "printed.yaml"]) == config
+    assert main(["fit", "--config", "printed.yaml"]) == 0
+
+
+def test_printed_config_shows_the_recipes_defaults(capsys: pytest.CaptureFixture[str]) -> None:
+    config = printed_config(capsys, ["fit", "--model.policy", "x", "--data.prompts", "y"])
+    optimizer = config["model"]["init_args"]["optimizer"]
+    assert optimizer["class_path"] == "rlhf_pl.optim.AdamW"
+    assert optimizer["init_args"] == {"lr": 3e-7, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6}
+    assert config["model"]["init_args"]["lr_scheduler"]["init_args"] == {
+        "warmup": 0.1,
+        "min_factor": 0.0,
+        "span": "run",
+    }
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=[str(c.relative_to(ROOT)) for c in CONFIGS])
+def test_every_shipped_config_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert printed_config(capsys, ["fit", "--config", str(config)])["rollout"]["reward"]
+
+
+def test_help_lists_every_group(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["fit", "--help"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    for option in ("--rollout.reward", "--rollout.sampling.num_responses", "--samples.num_prompts", "--export.folder"):
+        assert option in text
+
+
+def test_module_and_help_import_nothing_heavy() -> None:
+    code = (
+        "import sys; from rlhf_pl.__main__ import main; main(['--help']); "
+        "print(sorted({'torch', 'vllm'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert "rlhf-pl COMMAND" in done.stdout
+    assert done.stdout.endswith("[]\n")
+    done = subprocess.run(
+        [sys.executable, "-m", "rlhf_pl", "--version"], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert done.stdout.startswith("rlhf-pl ")
+    wrong = subprocess.run([sys.executable, "-m", "rlhf_pl", "train"], capture_output=True, text=True, cwd=ROOT)
+    assert wrong.returncode == 2
+    assert "unknown command 'train'" in wrong.stderr
+
+
+def test_plain_callbacks_is_refused() -> None:
+    """Imported from the repository's root it would be a second copy of every class."""
+    done = subprocess.run([sys.executable, "-c", "import callbacks"], capture_output=True, text=True, cwd=ROOT)
+    assert "rlhf_pl.callbacks" in done.stderr

