@@ -1,6 +1,5 @@
 """Prepares every round: weights to the sampler, answers, rewards, pairs, log-probs. Evaluates on held-out prompts."""
 
-import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,7 +14,8 @@ from rlhf_pl.console import phase
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule, rounds_done
 from rlhf_pl.errors import InputError
-from rlhf_pl.evaluation import held_out_metrics
+from rlhf_pl.fingerprints import prompts_fingerprint, weights_fingerprint
+from rlhf_pl.metrics import held_out_metrics, round_metrics
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.pairs import BestWorst, PairSelector
 from rlhf_pl.prepare import generate, pair_logps, score, select
@@ -88,6 +88,11 @@ class RoundRefresh(L.Callback):
         data = _datamodule(trainer)
         if not isinstance(pl_module, RebelModule):
             raise InputError(f"RoundRefresh works with RebelModule, got {type(pl_module).__name__}.")
+        if trainer.world_size > 1:
+            raise InputError(
+                f"`trainer.devices`: rounds are prepared by one process so far, and this run has {trainer.world_size}. "
+                "Set --trainer.devices 1."
+            )
         self.sampler.check()
         longest = data.max_prompt_tokens + self.sampling.max_response_tokens
         if longest > pl_module.source.max_context_tokens:
@@ -123,7 +128,7 @@ class RoundRefresh(L.Callback):
             self._answer(trainer, module, stored, data.round_prompts(index), self.sampling, "")
         if not stored.is_complete("logps"):
             self._make_pairs(trainer, module, stored, "pairs")
-        _log(trainer, _round_metrics(stored))
+        _log(trainer, round_metrics(stored))
         self._rest()
 
     def _evaluate(self, trainer: L.Trainer, module: RebelModule, version: int) -> dict[str, float]:
@@ -219,9 +224,9 @@ class RoundRefresh(L.Callback):
         settings = {
             "policy": module.source.path,
             "policy_step": trainer.global_step,
-            "weights": weights_fingerprint(module),
+            "weights": weights_fingerprint(module.hf_state_dict()),
             "seed": data.seed,
-            "prompts": _prompts_fingerprint(prompts),
+            "prompts": prompts_fingerprint(prompts),
             "sampler": f"{type(self.sampler).__name__}({getattr(self.sampler, 'dtype', '')})",
             "sampling": vars(sampling),
             "prompts_per_shard": self.prompts_per_shard,
@@ -231,7 +236,13 @@ class RoundRefresh(L.Callback):
         }
         before = stored.manifest.get("settings")
         if before is None:
-            stored.update(settings=settings)
+            counts = {
+                "training": len(data.train_prompts),
+                "held_out": len(data.val_prompts),
+                "too_long": data.prompts_too_long,
+                "in_round": len(prompts),
+            }
+            stored.update(settings=settings, prompts=counts)
         elif before != settings:
             changed = [f"  {k}: {before.get(k)} -> {v}" for k, v in settings.items() if before.get(k) != v]
             raise InputError(
@@ -263,12 +274,16 @@ class RoundRefresh(L.Callback):
         if self.reward is not None and data.val_prompts and not data.store.held_out(version).is_complete("rewards"):
             pl_module.log_dict(self._evaluate(trainer, pl_module, version))
         self._rest()
-        data.store.round(version - 1).complete(
+        stored = data.store.round(version - 1)
+        seconds = time.monotonic() - self._training_since - self._evaluation_seconds
+        speed = stored.info("pairs")["pairs"] / seconds if stored.is_complete("pairs") else 0.0
+        stored.complete(
             "training",
-            seconds=time.monotonic() - self._training_since - self._evaluation_seconds,
+            seconds=seconds,
             loss=float(pl_module.round_loss.compute()),
             kl=float(trainer.callback_metrics["train/kl"]),
         )
+        _log(trainer, {"time/train_s": seconds, "train/pairs_per_s": speed})
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training_since, self._evaluation_seconds = time.monotonic(), 0.0
@@ -283,23 +298,6 @@ class RoundRefresh(L.Callback):
         if self._started:
             self.sampler.close()
             self._started, self._synced = False, None
-
-
-def weights_fingerprint(module: RebelModule) -> str:
-    """A short hash that changes with any weight, whatever device they are on."""
-    digest = hashlib.sha256()
-    with torch.no_grad():
-        for name, tensor in module.hf_state_dict().items():
-            sums = [tensor.double().sum().item(), tensor.double().square().sum().item()]
-            digest.update(f"{name}:{sums}".encode())
-    return digest.hexdigest()[:16]
-
-
-def _prompts_fingerprint(prompts: list[Prompt]) -> str:
-    digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(f"{prompt.prompt_id}:{prompt.token_ids}".encode())
-    return digest.hexdigest()[:16]
 
 
 def _trial_samples(prompts: list[Prompt]) -> list[Sample]:
@@ -327,24 +325,6 @@ def _log(trainer: L.Trainer, metrics: dict[str, float]) -> None:
     """Straight to the loggers: preparation runs outside of the hooks in which `self.log` works."""
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _round_metrics(stored: Round) -> dict[str, float]:
-    stages = stored.manifest["stages"]
-    answers, rewards, pairs = stages["responses"], stages["rewards"], stages["pairs"]
-    return {
-        "rollout/reward_mean": rewards["mean"],
-        "rollout/reward_std": rewards["std"],
-        "rollout/reward_best": rewards["best"],
-        "rollout/reward_worst": rewards["worst"],
-        **{f"rollout/reward/{name}": value for name, value in rewards["components"].items()},
-        "rollout/response_tokens": answers["tokens_mean"],
-        "rollout/finished_share": answers["finished_share"],
-        "rollout/pairs": pairs["pairs"],
-        "time/generate_s": answers["seconds"],
-        "time/score_s": rewards["seconds"],
-        "time/logps_s": stages["logps"]["seconds"],
-    }
 
 
 def _logps_function(trainer: L.Trainer, policy: Any) -> Callable[[RowBatch, float], Tensor]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rlhf_pl.console import console
 from rlhf_pl.data.rounds import RoundDataModule, rounds_done
-from rlhf_pl.evaluation import held_out_metrics
+from rlhf_pl.metrics import held_out_metrics
 from rlhf_pl.rounds import RoundStore
 
 

@@ -13,6 +13,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_pl.callbacks import HFExport, RoundProgress, RoundRefresh, RunReport, SampleTable
 from rlhf_pl.console import console
@@ -165,9 +166,12 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+_MISTAKES = (InputError, StaleSamplerError, MisconfigurationException, PermissionError)
+
+
 def _cause(error: BaseException | None) -> BaseException | None:
     """The user's mistake behind `error`, if it is one: jsonargparse wraps what a constructor raises."""
-    while error is not None and not isinstance(error, InputError | StaleSamplerError):
+    while error is not None and not isinstance(error, _MISTAKES):
         error = error.__cause__ or error.__context__
     return error
 

@@ -28,3 +28,25 @@ def test_links_and_paths_exist(page: str) -> None:
         assert ((ROOT / page).parent / target).exists(), target
     for path in re.findall(r"`((?:configs|examples|docs|benchmarks|data)/[\w./-]+)`", text):
         assert (ROOT / path).exists(), path
+
+
+def test_the_readmes_python_runs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a small model, with the sampler that needs no vLLM, and few prompts."""
+    code = re.search(r"```python\n(import lightning.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    text = code[1]
+    for old, new in {
+        "models/SmolLM2-135M-Instruct": str(llama),
+        "RoundRefresh(score,": "RoundRefresh(score, sampler=TransformersSampler(),",
+        "prompts_per_round=64": "prompts_per_round=8",
+        "max_epochs=3": "max_epochs=1",
+        "runs/python": str(tmp_path / "run"),
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    monkeypatch.chdir(ROOT)
+    exec(text, {"TransformersSampler": TransformersSampler})
+    assert "round 1: reward" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_pl.data.prompts import Prompt, tokenize_prompts
-from rlhf_pl.evaluation import held_out_metrics
+from rlhf_pl.metrics import held_out_metrics
 from rlhf_pl.pairs import BestWorst
 from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
 from rlhf_pl.prepare import generate, pair_logps, prompt_seed, score, select

@@ -1,9 +1,9 @@
-"""What the answers to the held-out prompts say about a policy."""
+"""What is logged about a round and about the answers to the held-out prompts."""
 
 import math
 
 from rlhf_pl.prepare import prompt_means
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.rounds import Round, RoundStore
 
 
 def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
@@ -27,4 +27,23 @@ def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
         "val/response_tokens": answers["tokens_mean"],
         "val/finished_share": answers["finished_share"],
         "time/evaluate_s": answers["seconds"] + rewards["seconds"],
+    }
+
+
+def round_metrics(stored: Round) -> dict[str, float]:
+    """Metrics of a prepared round."""
+    stages = stored.manifest["stages"]
+    answers, rewards, pairs = stages["responses"], stages["rewards"], stages["pairs"]
+    return {
+        "rollout/reward_mean": rewards["mean"],
+        "rollout/reward_std": rewards["std"],
+        "rollout/reward_best": rewards["best"],
+        "rollout/reward_worst": rewards["worst"],
+        **{f"rollout/reward/{name}": value for name, value in rewards["components"].items()},
+        "rollout/response_tokens": answers["tokens_mean"],
+        "rollout/finished_share": answers["finished_share"],
+        "rollout/pairs": pairs["pairs"],
+        "time/generate_s": answers["seconds"],
+        "time/score_s": rewards["seconds"],
+        "time/logps_s": stages["logps"]["seconds"],
     }
