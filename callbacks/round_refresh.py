@@ -110,8 +110,11 @@ class RoundRefresh(L.Callback):
         """Make round `index`, or what is missing of it."""
         data = _datamodule(trainer)
         stored = data.store.round(index)
-        if trainer.fit_loop.epoch_loop.batch_progress.current.ready == 0 or not stored.is_complete("logps"):
-            self._claim(stored, trainer, module, data.round_prompts(index), self.sampling)
+        if _inside_round(trainer):  # resumed: the policy is no longer the one that made the round
+            if not stored.is_complete("logps"):
+                raise InputError(f"The run was stopped while training on {stored.path}, whose files are gone.")
+            return
+        self._claim(stored, trainer, module, data.round_prompts(index), self.sampling)
         show = _shows_progress(trainer)
         if show:
             from rlhf_pl.console import console
@@ -136,8 +139,8 @@ class RoundRefresh(L.Callback):
         data = _datamodule(trainer)
         stored = data.store.held_out(version)
         started = time.monotonic()
+        self._claim(stored, trainer, module, data.val_prompts, self.val_sampling)
         if not stored.is_complete("rewards"):
-            self._claim(stored, trainer, module, data.val_prompts, self.val_sampling)
             self._answer(trainer, module, stored, data.val_prompts, self.val_sampling, "held-out ")
         self._evaluation_seconds += time.monotonic() - started
         return held_out_metrics(data.store, version)
@@ -232,7 +235,7 @@ class RoundRefresh(L.Callback):
             "prompts_per_shard": self.prompts_per_shard,
             "reward": self.reward.fingerprint() if self.reward else None,
             "selector": f"{type(self.selector).__name__}({vars(self.selector)})",
-            "kl_coef_positive": module.kl_coef > 0,
+            "reference_logps": module.kl_coef > 0,
         }
         before = stored.manifest.get("settings")
         if before is None:
@@ -315,6 +318,11 @@ def _datamodule(trainer: L.Trainer) -> RoundDataModule:
     if not isinstance(data, RoundDataModule):
         raise InputError(f"RoundRefresh works with RoundDataModule, got {type(data).__name__}.")
     return data
+
+
+def _inside_round(trainer: L.Trainer) -> bool:
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.started > progress.processed
 
 
 def _shows_progress(trainer: L.Trainer) -> bool:

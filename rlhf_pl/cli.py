@@ -10,6 +10,7 @@ from typing import Any, NoReturn
 
 import lightning as L
 import torch
+from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -17,8 +18,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_pl.callbacks import HFExport, RoundProgress, RoundRefresh, RunReport, SampleTable
 from rlhf_pl.console import console
+from rlhf_pl.data import RoundDataModule
 from rlhf_pl.errors import InputError
 from rlhf_pl.memory import keep_freed_memory
+from rlhf_pl.modules import RebelModule
 from rlhf_pl.rollout.self_check import StaleSamplerError
 
 TRAINER_DEFAULTS = {
@@ -32,8 +35,22 @@ TRAINER_DEFAULTS = {
 }
 
 
+DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
+
+
 class Parser(LightningArgumentParser):
-    """Errors in a few lines instead of after a page of usage."""
+    """Errors in a few lines instead of after a page of usage, and a help that includes the default classes."""
+
+    def format_help(self, formatter: Any = None) -> str:
+        text = super().format_help(formatter)
+        if "--model" not in self._option_string_actions:
+            return text
+        for key, kind in DEFAULT_CLASSES.items():
+            section = ArgumentParser()
+            section.add_class_arguments(kind, key, fail_untyped=False)
+            _usage, _options, group = section.format_help().split("\n\n", 2)
+            text += f"\n{kind.__name__}, the default `{key}`:\n" + group.split("\n", 1)[1]
+        return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         lines = [line for line in str(message).splitlines() if not _is_noise(line)]
@@ -109,9 +126,7 @@ class RlhfCLI(LightningCLI):
         parser.add_lightning_class_args(RoundRefresh, "rollout")
         parser.add_lightning_class_args(SampleTable, "samples")
         parser.add_lightning_class_args(HFExport, "export")
-        parser.set_defaults(
-            {"model": {"class_path": "rlhf_pl.RebelModule"}, "data": {"class_path": "rlhf_pl.RoundDataModule"}}
-        )
+        parser.set_defaults({key: {"class_path": f"rlhf_pl.{kind.__name__}"} for key, kind in DEFAULT_CLASSES.items()})
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add what a run needs and the config does not name: logger, checkpoints, progress bar, report."""

@@ -14,8 +14,9 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     digest = hashlib.sha256()
     with torch.no_grad():
         for name, tensor in weights.items():
-            sums = [tensor.double().sum().item(), tensor.double().square().sum().item()]
-            digest.update(f"{name}:{sums}".encode())
+            wide = tensor.double()
+            # ten digits: the last ones depend on the order of summation, and so on the device
+            digest.update(f"{name}:{wide.sum().item():.10e}:{wide.square().sum().item():.10e}".encode())
     return digest.hexdigest()[:16]
 
 

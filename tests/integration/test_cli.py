@@ -182,7 +182,10 @@ def test_help_lists_every_group(capsys: pytest.CaptureFixture[str]) -> None:
         main(["fit", "--help"])
     assert stop.value.code == 0
     text = capsys.readouterr().out
-    for option in ("--rollout.reward", "--rollout.sampling.num_responses", "--samples.num_prompts", "--export.folder"):
+    for option in (
+        *("--model.policy", "--model.kl_coef", "--data.prompts", "--rollout.reward"),
+        *("--rollout.sampling.num_responses", "--samples.num_prompts", "--export.folder"),
+    ):
         assert option in text
 
 

@@ -291,6 +291,27 @@ def test_rounds_made_with_other_settings_are_refused(tmp_path: Path, llama: Path
     assert "temperature" in str(error.value)
 
 
+def test_changed_settings_are_refused_on_resume(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """Round 2 is complete on disk, the checkpoint is from the end of round 1, and the seed of the run has changed."""
+
+    class Stop(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            if trainer.global_step == 4:
+                raise KeyboardInterrupt
+
+    def checkpoints() -> ModelCheckpoint:
+        return ModelCheckpoint(tmp_path / "checkpoints", save_last=True, save_on_train_epoch_end=True)
+
+    with pytest.raises((SystemExit, KeyboardInterrupt)):
+        fit(tmp_path, llama, prompts, [Stop(), checkpoints()], enable_checkpointing=True)
+    again = {"enable_checkpointing": True, "ckpt_path": "last"}
+    with pytest.raises(InputError, match="seed: 5 -> 6"):
+        fit(tmp_path, llama, prompts, [checkpoints()], data={"seed": 6}, **again)
+    _, resumed = fit(tmp_path, llama, prompts, [checkpoints()], **again)
+    _, whole = fit(tmp_path / "whole", llama, prompts)
+    assert_same(weights(whole), weights(resumed))
+
+
 class DeafSampler(TransformersSampler):
     """Ignores the second policy it is given."""
 
