@@ -32,7 +32,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint model
+test: lint
 	$(BIN)/pytest
 
 test-slow: setup model

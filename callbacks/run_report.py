@@ -34,7 +34,8 @@ class RunReport(L.Callback):
             f"Prompts: {len(data.train_prompts)} for training, {per_round} a round; {len(data.val_prompts)} held out"
             + (f"; {data.prompts_too_long} left out, longer than {data.max_prompt_tokens} tokens"
                if data.prompts_too_long else "")
-            + f". Run directory: {trainer.default_root_dir}"
+            + f". Run directory: {trainer.default_root_dir}",
+            soft_wrap=True,
         )  # fmt: skip
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -53,7 +54,7 @@ class RunReport(L.Callback):
         console.print(rounds_table(store, rounds))
         if store.held_out(rounds).is_complete("rewards"):
             console.print(before_after(store, rounds, self.num_samples))
-            console.print(gain_line(store, rounds))
+            console.print(gain_line(store, rounds), soft_wrap=True)
         console.print(next_steps(str(trainer.default_root_dir)), soft_wrap=True)
 
 

@@ -137,7 +137,7 @@ def _read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
 
 
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8") as file:
+    with path.open(encoding="utf-8-sig") as file:
         try:
             for number, line in enumerate(file, 1):
                 if line.strip():
@@ -150,9 +150,14 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
+    """A list of rows; a .json file that holds JSON Lines is read as such."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"`data.prompts`: {path} is not UTF-8 text: {error}.") from error
+    except json.JSONDecodeError as error:
+        if error.msg == "Extra data" and error.lineno > 1:
+            return _read_jsonl(path)
         raise InputError(f"`data.prompts`: {path} is no JSON: {error}.") from error
     if not isinstance(rows, list):
         raise InputError(f"`data.prompts`: {path} holds {type(rows).__name__}; expected a list of rows.")
@@ -160,7 +165,7 @@ def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
-    with path.open(encoding="utf-8", newline="") as file:
+    with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
             for row in reader:

@@ -57,6 +57,8 @@ class VLLMSampler(Sampler):
 
         self._eos = list(spec.source.eos_token_ids)
         self._on_gpu = torch.cuda.is_available()
+        if not self._on_gpu:
+            _check_heads(spec.source.config.get_text_config())
         self._max_model_tokens = spec.max_model_tokens
         args: dict[str, Any] = {
             "dtype": self.dtype,
@@ -144,16 +146,8 @@ class VLLMSampler(Sampler):
             index_of[request] = index
             engine.add_request(request, {"prompt_token_ids": prompt.token_ids}, params)
         while engine.has_unfinished_requests():
-            try:
-                with _private_rng():
-                    outputs = engine.step()
-            except RuntimeError as error:
-                if "Unsupported CPU attention" not in str(error):
-                    raise
-                raise InputError(
-                    f"`rollout.sampler`: vLLM can't run this model on the CPU: {_first_line(error)} Use one with "
-                    "attention heads of 32, 64, 80, 96, 112 or 128, or use --rollout.sampler TransformersSampler."
-                ) from error
+            with _private_rng():
+                outputs = engine.step()
             for output in outputs:
                 if output.finished:
                     answers = sorted(output.outputs, key=lambda o: o.index)
@@ -205,6 +199,19 @@ def _set_environment() -> None:
 def _index(index_of: dict[str, int], request_id: str) -> int:
     """The engine may append a suffix of its own to a request's id."""
     return index_of[request_id] if request_id in index_of else index_of["-".join(request_id.split("-")[:2])]
+
+
+def _check_heads(config: Any) -> None:
+    """On the CPU vLLM finds out about unsupported attention heads only in the middle of its first batch."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if size not in supported:
+        raise InputError(
+            f"`rollout.sampler`: on the CPU vLLM has no attention heads of size {size}, only of {supported}. Choose "
+            "another model, or use --rollout.sampler TransformersSampler."
+        )
 
 
 def _first_line(error: Exception) -> str:

@@ -31,6 +31,10 @@ def test_all_file_formats_give_the_same_prompts(write_jsonl: Write, tmp_path: Pa
     assert load_prompts(write_jsonl(ROWS)) == expected
     assert load_prompts(str(tmp_path / "p.json")) == expected
     assert load_prompts(str(tmp_path / "p.parquet")) == expected
+    (tmp_path / "lines.json").write_text("\n".join(map(json.dumps, ROWS)))
+    assert load_prompts(str(tmp_path / "lines.json")) == expected
+    (tmp_path / "bom.jsonl").write_text("\ufeff" + "\n".join(map(json.dumps, ROWS)))
+    assert load_prompts(str(tmp_path / "bom.jsonl")) == expected
     as_text = [Prompt(p.prompt_id, p.messages, {"answer": str(p.columns["answer"])}) for p in expected]
     assert load_prompts(str(tmp_path / "p.csv")) == as_text
 

@@ -1,5 +1,6 @@
 """The command line, called as users call it."""
 
+import csv
 import json
 import subprocess
 import sys
@@ -158,6 +159,37 @@ def test_printed_config_runs(folder: Path, shortest: list[str], capsys: pytest.C
     (folder / "printed.yaml").write_text(yaml.safe_dump(config))
     assert printed_config(capsys, ["fit", "--config", "printed.yaml"]) == config
     assert main(["fit", "--config", "printed.yaml"]) == 0
+
+
+def test_other_classes_by_yaml(folder: Path, shortest: list[str]) -> None:
+    """Optimizer and schedule of torch, a logger of Lightning, a selector and a reward class of the user's own."""
+    (folder / "own_classes.py").write_text(
+        "from rlhf_pl import PairSelector, Reward, RewardResult\n"
+        "class Length(Reward):\n"
+        "    def __init__(self, scale: float): self.scale = scale\n"
+        "    def score(self, batch): return [RewardResult(self.scale * len(s.response), {'n': 1.0}) for s in batch]\n"
+        "class Ends(PairSelector):\n"
+        "    def __call__(self, rewards, lengths, finished, seed):\n"
+        "        return [(0, 1)] if rewards[0] > rewards[1] else [(1, 0)] if rewards[1] > rewards[0] else []\n"
+    )
+    (folder / "own.yaml").write_text(
+        """
+model:
+  optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.01}}
+  lr_scheduler: {class_path: torch.optim.lr_scheduler.StepLR, init_args: {step_size: 1, gamma: 0.5}}
+trainer:
+  logger: {class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs, name: csv, version: ""}}
+rollout:
+  reward: {class_path: own_classes.Length, init_args: {scale: 0.5}}
+  selector: {class_path: own_classes.Ends}
+"""
+    )
+    assert main([*shortest, "--config", "own.yaml"]) == 0
+    with (folder / "logs" / "csv" / "metrics.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [float(r["train/lr"]) for r in rows if r["train/lr"]] == [0.01, 0.005]
+    assert [float(r["rollout/reward/n"]) for r in rows if r["rollout/reward/n"]] == [1.0]
+    assert not (folder / "runs" / "cli" / "tensorboard").exists()
 
 
 def test_printed_config_shows_the_recipes_defaults(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from rlhf_pl.rollout import (
 )
 from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, tolerance
 from rlhf_pl.rows import Row, RowBatch, pad_rows
+from tests.conftest import save_llama
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 PROMPTS = [[0, 3, 20 + i, 30 + i, 4] for i in range(6)]
@@ -143,6 +144,15 @@ def test_self_check_passes_and_catches_stale_weights(sampler: Sampler, lm: Any, 
     assert check_sampler(sampler, PROMPTS, policy(lm), limit) < limit
     with pytest.raises(StaleSamplerError, match="does not draw from the policy"):
         check_sampler(sampler, PROMPTS, policy(load_lm(PolicySource(str(llama)))), limit)
+
+
+@pytest.mark.vllm
+@pytest.mark.skipif(not HAS_VLLM, reason="no vLLM")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of the CPU")
+def test_heads_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
+    source = PolicySource(str(save_llama(tmp_path / "small-heads", num_attention_heads=4)))
+    with pytest.raises(InputError, match="heads of size 16"):
+        VLLMSampler().start(EngineSpec(source, 64, 8))
 
 
 @pytest.mark.parametrize(
