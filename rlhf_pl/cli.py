@@ -1,7 +1,9 @@
 """`rlhf-pl fit`: a LightningCLI with this project's defaults."""
 
+import inspect
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -53,10 +55,18 @@ class Parser(LightningArgumentParser):
         return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        lines = [line for line in str(message).splitlines() if not _is_noise(line)]
+        message = re.sub(r"required: (\w+)$", _full_name, str(message))
+        lines = [line for line in message.splitlines() if not _is_noise(line)]
         print("error: " + "\n".join(lines).strip(), file=sys.stderr)
         print("`rlhf-pl fit --help` lists the options.", file=sys.stderr)
         sys.exit(2)
+
+
+def _full_name(required: re.Match[str]) -> str:
+    """A missing argument of a class as the option that gives it."""
+    name = required[1]
+    key = next((k for k, kind in DEFAULT_CLASSES.items() if name in inspect.signature(kind).parameters), None)
+    return f"required: --{key}.{name}" if key else required[0]
 
 
 def _is_noise(line: str) -> bool:
@@ -103,11 +113,10 @@ class RunConfig(SaveConfigCallback):
 class RlhfCLI(LightningCLI):
     """LightningCLI with the groups `rollout`, `samples` and `export` for the callbacks that every run has."""
 
-    def __init__(self, args: list[str] | None = None) -> None:
+    def __init__(self) -> None:
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
-            args=args,
             subclass_mode_model=True,
             subclass_mode_data=True,
             auto_configure_optimizers=False,
@@ -144,8 +153,20 @@ class RlhfCLI(LightningCLI):
             )
         if config["logger"] in (None, True):
             kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
+        self._check_devices(config)
         own = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
         return self._instantiate_trainer(config | kwargs | {"callbacks": callbacks}, [*own, RunReport()])
+
+    @staticmethod
+    def _check_devices(config: dict[str, Any]) -> None:
+        """Refuse several devices before Lightning starts their processes."""
+        devices, nodes = config["devices"], config["num_nodes"]
+        count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
+        if count * nodes > 1:
+            raise InputError(
+                f"`trainer.devices`: rounds are prepared by one process so far, and this run asks for {count} devices "
+                f"on {nodes} nodes. Set --trainer.devices 1 --trainer.num_nodes 1."
+            )
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Go on from the run directory's last checkpoint, if it has one."""
@@ -169,9 +190,11 @@ def run(argv: Sequence[str]) -> int:
         keep_freed_memory()
     if str(Path.cwd()) not in sys.path:
         sys.path.insert(0, str(Path.cwd()))  # users' rewards and classes live where they call us
-    sys.argv = [sys.argv[0]]
+    before = sys.argv
+    # Lightning's launchers start further processes with these arguments.
+    sys.argv = [before[0], argv[0], *_environment_arguments(), *argv[1:]]
     try:
-        RlhfCLI([argv[0], *_environment_arguments(), *argv[1:]])
+        RlhfCLI()
     except Exception as error:
         wrong = _cause(error)
         if wrong is None:
@@ -211,7 +234,7 @@ def _quiet_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if os.environ.get("RLHF_PL_VERBOSE") == "1":
         return
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "filelock"):
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "huggingface_hub", "filelock"):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse|vllm)\b.*")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

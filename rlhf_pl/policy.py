@@ -68,6 +68,7 @@ class PolicySource:
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
+        _ = self.config  # its errors are clearer, and a Hub that is out of reach is asked for one file only
         tokenizer = self._read("tokenizer", AutoTokenizer)
         if self.chat_template is not None:
             file = Path(self.chat_template)

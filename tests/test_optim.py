@@ -16,6 +16,21 @@ def test_recipe_defaults() -> None:
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-7, (0.9, 0.95), 1e-8, 1e-6)
 
 
+def test_fused_steps_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(50), torch.randn(4, 50)
+    ends = []
+    for make in (AdamW, torch.optim.AdamW):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = make([{"params": [weight]}], lr=0.1, betas=(0.9, 0.95), weight_decay=1e-6)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends)
+    assert AdamW([torch.nn.Parameter(start)]).param_groups[0]["fused"]
+
+
 def test_warm_up_then_cosine() -> None:
     """10% of warm-up: half the peak at 5%, the peak at 10%, half again midway through the cosine, 0 at the end."""
     s = schedule(warmup=0.1)

@@ -57,7 +57,7 @@ def load_prompts(
             "`prompt_id`, the values are the names in your data."
         )
     prompts: list[Prompt] = []
-    problems: list[str] = []
+    problems: list[tuple[str, str]] = []
     seen: dict[str, str] = {}
     names: dict[str, None] = {}  # an ordered set
     for number, (where, row) in enumerate(_read_rows(source, split)):
@@ -66,19 +66,28 @@ def load_prompts(
         try:
             prompt = _parse_row(row, number, columns, system_prompt)
         except InputError as error:
-            problems.append(f"  {where}: {error}")
+            problems.append((where, str(error)))
             continue
         if prompt.prompt_id in seen:
-            problems.append(f"  {where}: prompt_id {prompt.prompt_id!r} is also that of {seen[prompt.prompt_id]}")
+            problems.append((where, f"prompt_id {prompt.prompt_id!r} is also that of {seen[prompt.prompt_id]}"))
         seen[prompt.prompt_id] = where
         names.update(dict.fromkeys(prompt.columns))
         prompts.append(prompt)
     if problems:
-        more = " (the first 10; there may be more)" if len(problems) == MAX_PROBLEMS else ""
-        raise InputError(f"`data.prompts`: wrong rows in {source!r}{more}:\n" + "\n".join(problems))
+        raise InputError(f"`data.prompts`: wrong rows in {source!r}:\n{_list_problems(problems)}")
     if not prompts:
         raise InputError(f"`data.prompts`: {source!r} has no rows.")
     return [Prompt(p.prompt_id, p.messages, {name: p.columns.get(name) for name in names}) for p in prompts]
+
+
+def _list_problems(problems: Sequence[tuple[str, str]]) -> str:
+    """A line each, or one for all of them where they are the same."""
+    if len(problems) > 1 and len({text for _, text in problems}) == 1:
+        (first, text), (last, _) = problems[0], problems[-1]
+        more = " and perhaps on" if len(problems) == MAX_PROBLEMS else ""
+        return f"  {first} to {last}{more}: {text}"
+    lines = [f"  {where}: {text}" for where, text in problems]
+    return "\n".join([*lines, "  (the first 10; there may be more)"] if len(lines) == MAX_PROBLEMS else lines)
 
 
 def _parse_row(row: Any, number: int, columns: Mapping[str, str], system_prompt: str | None) -> Prompt:
