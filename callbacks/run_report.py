@@ -135,7 +135,7 @@ def before_after(store: RoundStore, version: int, count: int) -> Group:
     """Prompts with the starting and the present policy's first answers side by side."""
     before, after = answers_by_prompt(store, 0), answers_by_prompt(store, version)
     panels = []
-    for prompt_id in list(before)[:count]:
+    for prompt_id in list(before)[:: max(1, len(before) // max(1, count))][:count]:  # from all over the data
         old, new = before[prompt_id], after[prompt_id]
         table = Table(show_edge=False, pad_edge=False, expand=True)
         table.add_column(f"before: reward {old['reward']:.3f}", ratio=1)

@@ -11,7 +11,7 @@ if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
 fi
 echo "Setting up .venv (about 1 GB to download on a first run)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
-.venv/bin/python -m pip install --quiet --disable-pip-version-check "uv>=0.9"
+.venv/bin/python -m pip install -qq --disable-pip-version-check "uv>=0.9"
 
 # uv does not read pip's settings: hand over its index and its folder of wheels, where there are any. Without such a
 # folder the CPU build of torch comes from where uv knows it to be.
@@ -23,6 +23,6 @@ if [ -n "$links" ]; then
     torch=()
 fi
 # The files list every package, so nothing is resolved here; torchvision and torchaudio are left out on purpose.
-.venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps "${torch[@]}" \
+.venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --no-deps "${torch[@]}" \
     -r requirements/cpu.txt -r requirements/model.txt
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .
