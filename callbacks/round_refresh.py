@@ -10,7 +10,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from rlhf_pl.console import phase
+from rlhf_pl.console import console, phase
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule, rounds_done
 from rlhf_pl.errors import InputError
@@ -117,8 +117,6 @@ class RoundRefresh(L.Callback):
         self._claim(stored, trainer, module, data.round_prompts(index), self.sampling)
         show = _shows_progress(trainer)
         if show:
-            from rlhf_pl.console import console
-
             console.print(f"\n[bold]Round {index + 1} of {trainer.max_epochs}[/bold]")
         if data.val_prompts:
             metrics = self._evaluate(trainer, module, index)

@@ -1,8 +1,5 @@
 """What a run tells at the terminal: a line a round; at the end a table, answers before and after, what to do next."""
 
-import json
-from typing import Any
-
 import lightning as L
 from rich.console import Group
 from rich.panel import Panel
@@ -11,7 +8,7 @@ from rich.text import Text
 
 from rlhf_pl.console import console
 from rlhf_pl.data.rounds import RoundDataModule, rounds_done
-from rlhf_pl.metrics import held_out_metrics
+from rlhf_pl.metrics import first_answers, held_out_metrics
 from rlhf_pl.rounds import RoundStore
 
 
@@ -122,18 +119,9 @@ def gain_line(store: RoundStore, version: int) -> str:
     )
 
 
-def answers_by_prompt(store: RoundStore, version: int) -> dict[str, dict[str, Any]]:
-    """First answer and its reward of every held-out prompt."""
-    stored = store.held_out(version)
-    table = stored.read("responses").select(["prompt_id", "response_index", "prompt", "response"]).to_pylist()
-    rewards = stored.read("rewards")["reward"].to_pylist()
-    rows = [row | {"reward": reward} for row, reward in zip(table, rewards, strict=True)]
-    return {row["prompt_id"]: row for row in rows if row["response_index"] == 0}
-
-
 def before_after(store: RoundStore, version: int, count: int) -> Group:
     """Prompts with the starting and the present policy's first answers side by side."""
-    before, after = answers_by_prompt(store, 0), answers_by_prompt(store, version)
+    before, after = first_answers(store.held_out(0)), first_answers(store.held_out(version))
     panels = []
     for prompt_id in list(before)[:: max(1, len(before) // max(1, count))][:count]:  # from all over the data
         old, new = before[prompt_id], after[prompt_id]
@@ -141,7 +129,7 @@ def before_after(store: RoundStore, version: int, count: int) -> Group:
         table.add_column(f"before: reward {old['reward']:.3f}", ratio=1)
         table.add_column(f"after: reward {new['reward']:.3f}", ratio=1)
         table.add_row(Text(old["response"].strip()), Text(new["response"].strip()))
-        prompt = json.loads(old["prompt"])[-1]["content"]
+        prompt = old["question"]
         panels.append(Panel(table, title=Text(prompt if len(prompt) < 90 else prompt[:89] + "…"), title_align="left"))
     return Group(*panels)
 

@@ -1,7 +1,6 @@
 """Shows answers to the same held-out prompts round after round, in the logger and as a page."""
 
 import html
-import json
 import os
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import lightning as L
 
 from rlhf_pl.data.rounds import rounds_done
 from rlhf_pl.errors import InputError
+from rlhf_pl.metrics import first_answers
 from rlhf_pl.rounds import RoundStore
 
 _STYLE = (
@@ -58,12 +58,10 @@ def sample_rows(store: RoundStore, version: int, count: int) -> tuple[list[str],
         if not stored.is_complete("rewards"):
             header.remove("before" if v == 0 else f"after round {v}")
             continue
-        answers = stored.read("responses").select(["prompt_id", "response_index", "prompt", "response"]).to_pylist()
-        for answer, reward in zip(answers, stored.read("rewards")["reward"].to_pylist(), strict=True):
-            if answer["response_index"] == 0:
-                prompts[answer["prompt_id"]] = json.loads(answer["prompt"])[-1]["content"]
-                text = f"{answer['response'].strip()}\n[reward {reward:.3f}]"
-                cells.setdefault(answer["prompt_id"], []).append(text)
+        for prompt_id, answer in first_answers(stored).items():
+            prompts[prompt_id] = answer["question"]
+            text = f"{answer['response'].strip()}\n[reward {answer['reward']:.3f}]"
+            cells.setdefault(prompt_id, []).append(text)
     return header, [[prompts[prompt_id], *cells[prompt_id]] for prompt_id in list(prompts)[:count]]
 
 

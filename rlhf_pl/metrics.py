@@ -1,6 +1,8 @@
 """What is logged about a round and about the answers to the held-out prompts."""
 
+import json
 import math
+from typing import Any
 
 from rlhf_pl.prepare import prompt_means
 from rlhf_pl.rounds import Round, RoundStore
@@ -46,4 +48,15 @@ def round_metrics(stored: Round) -> dict[str, float]:
         "time/generate_s": answers["seconds"],
         "time/score_s": rewards["seconds"],
         "time/logps_s": stages["logps"]["seconds"],
+    }
+
+
+def first_answers(stored: Round) -> dict[str, dict[str, Any]]:
+    """Of every prompt its first answer's row, with its `reward` and the last message as `question`, by prompt id."""
+    rows = stored.read("responses").select(["prompt_id", "response_index", "prompt", "response"]).to_pylist()
+    rewards = stored.read("rewards")["reward"].to_pylist()
+    return {
+        row["prompt_id"]: row | {"reward": reward, "question": json.loads(row["prompt"])[-1]["content"]}
+        for row, reward in zip(rows, rewards, strict=True)
+        if row["response_index"] == 0
     }

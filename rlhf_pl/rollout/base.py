@@ -1,7 +1,7 @@
 """What a sampler takes and gives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -121,6 +121,3 @@ class Sampler(ABC):
 
     def close(self) -> None:  # noqa: B027
         """Free everything."""
-
-
-WeightSource = Callable[[], NamedTensors]
