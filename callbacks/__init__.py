@@ -3,10 +3,21 @@
 if __name__ != "rlhf_pl.callbacks":
     raise ImportError("Import `rlhf_pl.callbacks`: plain `callbacks` would be a second copy of the same classes.")
 
+from rlhf_pl.callbacks.degeneration_guard import DegenerationGuard
 from rlhf_pl.callbacks.hf_export import HFExport
+from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint, RunStopped
 from rlhf_pl.callbacks.round_progress import RoundProgress
 from rlhf_pl.callbacks.round_refresh import RoundRefresh
 from rlhf_pl.callbacks.run_report import RunReport
 from rlhf_pl.callbacks.sample_table import SampleTable
 
-__all__ = ["HFExport", "RoundProgress", "RoundRefresh", "RunReport", "SampleTable"]
+__all__ = [
+    "DegenerationGuard",
+    "HFExport",
+    "RoundCheckpoint",
+    "RoundProgress",
+    "RoundRefresh",
+    "RunReport",
+    "RunStopped",
+    "SampleTable",
+]

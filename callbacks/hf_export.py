@@ -1,14 +1,19 @@
 """Writes the trained policy as a Hugging Face folder."""
 
+import json
 import os
 import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
 
+from rlhf_pl.disk import naming_a_full_disk
 from rlhf_pl.errors import InputError
+from rlhf_pl.fingerprints import weights_fingerprint
+from rlhf_pl.modules.rebel import RebelModule
+
+STAMP = "rlhf_pl.json"
 
 
 class HFExport(L.Callback):
@@ -36,7 +41,8 @@ class HFExport(L.Callback):
         if self.every_round:
             self._write(trainer, pl_module, f"{self.folder}-round-{trainer.current_epoch + 1}")
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Not at the end of training: a run that was killed while it exported has nothing left to train."""
         self._write(trainer, pl_module, self.folder)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
@@ -44,12 +50,32 @@ class HFExport(L.Callback):
         if not trainer.is_global_zero:
             return
         target = Path(trainer.default_root_dir) / name
+        if not isinstance(pl_module, RebelModule):
+            raise InputError(f"HFExport works with RebelModule, got {type(pl_module).__name__}.")
+        stamp = {
+            "updates": trainer.global_step,
+            "dtype": self.dtype,
+            "weights": weights_fingerprint(pl_module.hf_state_dict()),
+        }
+        if _stamp_of(target) == stamp:
+            return
         temporary = target.with_name(f".{target.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)
-        export: Callable[[str, str | None], None] | Any = getattr(pl_module, "export", None)
-        if not callable(export):
-            raise InputError(f"HFExport works with modules that have `export`, got {type(pl_module).__name__}.")
-        export(str(temporary), self.dtype)
-        if target.exists():
-            shutil.rmtree(target)
-        os.replace(temporary, target)
+        with naming_a_full_disk(target):
+            try:
+                pl_module.export(str(temporary), self.dtype)
+                (temporary / STAMP).write_text(json.dumps(stamp))
+                if target.exists():
+                    shutil.rmtree(target)
+                os.replace(temporary, target)
+            except OSError:
+                shutil.rmtree(temporary, ignore_errors=True)
+                raise
+
+
+def _stamp_of(folder: Path) -> Any:
+    """What the export that is there was made from, if there is one."""
+    try:
+        return json.loads((folder / STAMP).read_text())
+    except (OSError, ValueError):
+        return None

@@ -31,6 +31,7 @@ class RunReport(L.Callback):
             f"Prompts: {len(data.train_prompts)} for training, {per_round} a round; {len(data.val_prompts)} held out"
             + (f"; {data.prompts_too_long} left out, longer than {data.max_prompt_tokens} tokens"
                if data.prompts_too_long else "")
+            + (f"; {data.duplicate_prompts} ask the same as another (kept)" if data.duplicate_prompts else "")
             + f". Run directory: {trainer.default_root_dir}",
             soft_wrap=True,
         )  # fmt: skip
@@ -63,7 +64,7 @@ def round_line(store: RoundStore, index: int) -> str:
         f"round {index + 1}: reward {rewards['mean']:.3f} (best {rewards['best']:.3f}, worst {rewards['worst']:.3f} of "
         f"{answers['sampling']['num_responses']})",
         f"{answers['tokens_mean']:.0f} tokens, {answers['finished_share']:.0%} finished",
-        f"KL {training['kl']:.2f}, loss {training['loss']:.3f}",
+        f"KL {_number(training['kl'], 2)}, loss {_number(training['loss'], 3)}",
         f"seconds: generate {answers['seconds']:.0f}, score {rewards['seconds']:.0f}, "
         f"log-probs {stages['logps']['seconds']:.0f}, train {training['seconds']:.0f}",
     ]
@@ -92,14 +93,19 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
             f"{answers['tokens_mean']:.0f}",
             f"{answers['finished_share']:.0%}",
             str(stages["pairs"]["pairs"]),
-            f"{training['kl']:.2f}" if training else "-",
-            f"{training['loss']:.3f}" if training else "-",
+            _number(training.get("kl"), 2),
+            _number(training.get("loss"), 3),
             f"{seconds:.0f} s",
         ]
         if held_out:
             cells += [_held_out_mean(store, version) for version in (index, index + 1)]
         table.add_row(*cells)
     return table
+
+
+def _number(value: float | None, digits: int) -> str:
+    """A dash for a round without updates."""
+    return "-" if value is None else f"{value:.{digits}f}"
 
 
 def _held_out_mean(store: RoundStore, version: int) -> str:

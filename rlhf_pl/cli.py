@@ -13,18 +13,33 @@ from typing import Any, NoReturn
 import lightning as L
 import torch
 from jsonargparse import ArgumentParser
-from lightning.pytorch.callbacks import Callback, ModelCheckpoint, ProgressBar
+from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from rlhf_pl.callbacks import HFExport, RoundProgress, RoundRefresh, RunReport, SampleTable
+from rlhf_pl.callbacks import (
+    DegenerationGuard,
+    HFExport,
+    RoundCheckpoint,
+    RoundProgress,
+    RoundRefresh,
+    RunReport,
+    RunStopped,
+    SampleTable,
+)
+from rlhf_pl.checkpoints import read_progress
 from rlhf_pl.console import console
 from rlhf_pl.data import RoundDataModule
+from rlhf_pl.disk import full_disk_error, write_atomically
 from rlhf_pl.errors import InputError
+from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import keep_freed_memory
 from rlhf_pl.modules import RebelModule
+from rlhf_pl.provenance import StageSettings
+from rlhf_pl.resume import ResumePoint, find_resume_point
 from rlhf_pl.rollout.self_check import StaleSamplerError
+from rlhf_pl.round_maker import downstream_settings
 
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -89,6 +104,10 @@ class RunLogger(TensorBoardLogger):
             raise AttributeError("The run has not passed its checks yet.")
         return super().experiment
 
+    def purge_from(self, step: int) -> None:
+        """Hide what an earlier process logged from `step` on: it is logged again."""
+        self._kwargs["purge_step"] = step
+
     def finalize(self, status: str) -> None:
         if self.ready:
             super().finalize(status)
@@ -96,6 +115,9 @@ class RunLogger(TensorBoardLogger):
 
 class RunConfig(SaveConfigCallback):
     """Writes the resolved config to the run directory, once nothing can be refused any more."""
+
+    resume_point = ResumePoint(None)
+    lock: RunLock | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The last callback's setup: the others have made their checks."""
@@ -105,9 +127,26 @@ class RunConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
+            self.lock = RunLock(trainer.default_root_dir)
+            self.lock.acquire()
+            self.resume_point.commit()
             folder = Path(trainer.default_root_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            self.parser.save(self.config, str(folder / "config.yaml"), skip_none=False, overwrite=True)
+            once = {"repair": False, "accept_changes": False, "ckpt_path": None}  # of this start, not of the run
+            config = self.config.clone()
+            for key, value in once.items():
+                config[key] = value
+            text = self.parser.dump(config, skip_none=False)
+            write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._release()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._release()
+
+    def _release(self) -> None:
+        if self.lock is not None:
+            self.lock.release()
 
 
 class RlhfCLI(LightningCLI):
@@ -134,7 +173,17 @@ class RlhfCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         parser.add_lightning_class_args(RoundRefresh, "rollout")
         parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_lightning_class_args(RoundCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(DegenerationGuard, "guards")
         parser.add_lightning_class_args(HFExport, "export")
+        parser.add_argument(
+            "--repair", action="store_true", help="Make damaged or missing files of the round store again."
+        )
+        parser.add_argument(
+            "--accept_changes",
+            action="store_true",
+            help="Go on in a run directory that was made with other settings; they count from here on.",
+        )
         parser.set_defaults({key: {"class_path": f"rlhf_pl.{kind.__name__}"} for key, kind in DEFAULT_CLASSES.items()})
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -145,16 +194,15 @@ class RlhfCLI(LightningCLI):
         callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
         if config["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
             callbacks.append(RoundProgress())
-        if config["enable_checkpointing"] is not False and not _has(callbacks, ModelCheckpoint):
-            callbacks.append(
-                ModelCheckpoint(
-                    dirpath=os.path.join(run_dir, "checkpoints"), save_last="link", save_on_train_epoch_end=True
-                )
-            )
         if config["logger"] in (None, True):
             kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
         self._check_devices(config)
         own = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
+        if config["enable_checkpointing"] is False:
+            own = [callback for callback in own if not isinstance(callback, RoundCheckpoint)]
+        self.rounds: RoundRefresh = next(callback for callback in own if isinstance(callback, RoundRefresh))
+        self.rounds.repair = self._get(self.config_init, "repair")
+        self.rounds.accept_changes = self._get(self.config_init, "accept_changes")
         return self._instantiate_trainer(config | kwargs | {"callbacks": callbacks}, [*own, RunReport()])
 
     @staticmethod
@@ -168,15 +216,47 @@ class RlhfCLI(LightningCLI):
                 f"on {nodes} nodes. Set --trainer.devices 1 --trainer.num_nodes 1."
             )
 
+    def instantiate_classes(self) -> None:
+        """A config that can't be built is a mistake in the config, whichever library notices."""
+        try:
+            super().instantiate_classes()
+        except Exception as error:
+            if _cause(error) is not None or os.environ.get("RLHF_PL_VERBOSE") == "1":
+                raise
+            lines = str(error).strip().splitlines() or [""]
+            raise InputError(f"This config can't be built: {type(error).__name__}: {lines[0]}") from error
+
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Go on from the run directory's last checkpoint, if it has one."""
+        """Go on from the run directory's newest checkpoint, if it has one."""
         arguments = super()._prepare_subcommand_kwargs(subcommand)
-        folders = [c.dirpath for c in self.trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
-        last = next((p for d in folders if d and (p := Path(d) / "last.ckpt").exists()), None)
-        if last is not None and arguments.get("ckpt_path") is None:
-            arguments["ckpt_path"] = str(last)
-            console.print(f"Going on from {last}.")
+        run_dir = self.trainer.default_root_dir
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        RunLock(run_dir).check()
+        point = ResumePoint(None if arguments.get("ckpt_path") in (None, "last") else Path(arguments["ckpt_path"]))
+        if point.checkpoint is None and _has(callbacks, RoundCheckpoint):
+            point = find_resume_point(
+                run_dir, self._downstream_settings(), self.trainer.max_epochs, self.rounds.accept_changes
+            )
+        elif point.checkpoint is not None and read_progress(point.checkpoint) is None:
+            raise InputError(f"`ckpt_path`: {str(point.checkpoint)!r} is no readable checkpoint of this program.")
+        for callback in callbacks:
+            if isinstance(callback, RunConfig):
+                callback.resume_point = point
+        arguments["ckpt_path"] = None if point.checkpoint is None else str(point.checkpoint)
+        progress = None if point.checkpoint is None else read_progress(point.checkpoint)
+        for logger in self.trainer.loggers:
+            if isinstance(logger, RunLogger):
+                logger.purge_from(progress.global_step if progress else 0)
+        if point.checkpoint is not None:
+            console.print(f"Going on from {point.checkpoint}.", soft_wrap=True)
         return arguments
+
+    def _downstream_settings(self) -> StageSettings | None:
+        """What the round at hand would be scored, paired and trained with."""
+        module, data, options = self.model, self.datamodule, self.rounds.options
+        if options is None or not isinstance(module, RebelModule) or not isinstance(data, RoundDataModule):
+            return None
+        return downstream_settings(module, options, self.trainer, data)
 
 
 def _has(callbacks: list[Callback], kind: type) -> bool:
@@ -195,6 +275,12 @@ def run(argv: Sequence[str]) -> int:
     sys.argv = [before[0], argv[0], *_environment_arguments(), *argv[1:]]
     try:
         RlhfCLI()
+    except RunStopped as stop:
+        print(stop, file=sys.stderr)
+        return 128 + stop.signum
+    except KeyboardInterrupt:
+        print("Stopped by SIGINT before the run began.", file=sys.stderr)
+        return 130
     except Exception as error:
         wrong = _cause(error)
         if wrong is None:
@@ -209,8 +295,11 @@ _MISTAKES = (InputError, StaleSamplerError, MisconfigurationException, Permissio
 
 def _cause(error: BaseException | None) -> BaseException | None:
     """The user's mistake behind `error`, if it is one: jsonargparse wraps what a constructor raises."""
+    first = error
     while error is not None and not isinstance(error, _MISTAKES):
         error = error.__cause__ or error.__context__
+    if error is None and isinstance(first, OSError):
+        return full_disk_error(Path(first.filename or "a file of the run"), first)
     return error
 
 

@@ -1,12 +1,13 @@
-"""Short hashes that tell whether a stored round was made from the same things."""
+"""Short descriptions and hashes that tell whether a stored round was made from the same things."""
 
 import hashlib
-from collections.abc import Mapping, Sequence
+import inspect
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
-
-from rlhf_pl.data.prompts import Prompt
 
 
 def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
@@ -20,9 +21,53 @@ def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()[:16]
 
 
-def prompts_fingerprint(prompts: Sequence[Prompt]) -> str:
-    """A short hash of the prompts' ids and token ids, in their order."""
+def rows_fingerprint(rows: Iterable[Any]) -> str:
+    """A short hash of rows, in their order."""
     digest = hashlib.sha256()
-    for prompt in prompts:
-        digest.update(f"{prompt.prompt_id}:{prompt.token_ids}".encode())
+    for row in rows:
+        digest.update(json.dumps(row, default=str).encode())
     return digest.hexdigest()[:16]
+
+
+def describe(thing: Any) -> str:
+    """A class and those of its settings that are plain values, such as `rlhf_pl.losses.RebelLoss(eta=1.0)`."""
+    kind = type(thing)
+    values = {name: value for name, value in vars(thing).items() if _is_plain(value)}
+    listed = ", ".join(f"{name.lstrip('_')}={value!r}" for name, value in sorted(values.items()))
+    return f"{kind.__module__}.{kind.__qualname__}({listed})"
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return all(map(_is_plain, value))
+    if isinstance(value, dict):
+        return all(map(_is_plain, value.values())) and all(isinstance(key, str) for key in value)
+    return value is None or isinstance(value, str | int | float | bool)
+
+
+def code_fingerprint(function: Callable[..., Any]) -> str:
+    """A short hash of a function's source, of what it uses from its own module, and of its defaults and closure."""
+    digest = hashlib.sha256()
+    seen: set[int] = set()
+    todo: list[Any] = [function]
+    while todo:
+        thing = inspect.unwrap(todo.pop()) if callable(todo[-1]) else todo.pop()
+        if id(thing) in seen:
+            continue
+        seen.add(id(thing))
+        if not callable(thing):
+            digest.update(repr(thing).encode() if _is_plain(thing) else type(thing).__qualname__.encode())
+            continue
+        try:
+            digest.update(inspect.getsource(thing).encode())
+        except (OSError, TypeError):
+            digest.update(getattr(thing, "__qualname__", type(thing).__qualname__).encode())
+        if inspect.isfunction(thing):
+            todo += [*(thing.__defaults__ or ()), *(cell.cell_contents for cell in thing.__closure__ or ())]
+            used = [thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__]
+            todo += [u for u in used if not inspect.ismodule(u) and _same_module(u, thing)]
+    return digest.hexdigest()[:16]
+
+
+def _same_module(thing: Any, function: Any) -> bool:
+    return not callable(thing) or getattr(thing, "__module__", None) == function.__module__

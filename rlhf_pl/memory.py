@@ -1,4 +1,4 @@
-"""The C allocator's settings for training on a CPU."""
+"""Memory of this process: how much it holds, and the C allocator's settings for training on a CPU."""
 
 import ctypes
 import os
@@ -21,3 +21,12 @@ def keep_freed_memory() -> None:
     mallopt(_MMAP_MAX, 0)
     mallopt(_TRIM_THRESHOLD, 2**31 - 1)
     mallopt(_TOP_PAD, 2**26)
+
+
+def resident_gib() -> float:
+    """Resident memory of this process, GiB; 0 where the system does not tell."""
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except OSError:
+        return 0.0

@@ -4,8 +4,8 @@ import json
 import math
 from typing import Any
 
-from rlhf_pl.prepare import prompt_means
 from rlhf_pl.rounds import Round, RoundStore
+from rlhf_pl.stages import prompt_means
 
 
 def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
@@ -18,14 +18,14 @@ def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
     stored = store.held_out(version)
     answers, rewards = stored.info("responses"), stored.info("rewards")
     now, before = prompt_means(stored), prompt_means(store.held_out(0))
-    gains = [now[prompt_id] - before[prompt_id] for prompt_id in now]
-    mean = sum(gains) / len(gains)
+    gains = [now[prompt_id] - before[prompt_id] for prompt_id in now if prompt_id in before]
+    mean = sum(gains) / max(1, len(gains))
     variance = sum((g - mean) ** 2 for g in gains) / max(1, len(gains) - 1)
     return {
         "val/reward_mean": rewards["mean"],
         "val/reward_gain": mean,
-        "val/reward_gain_se": math.sqrt(variance / len(gains)),
-        "val/win_rate": sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gains) / len(gains),
+        "val/reward_gain_se": math.sqrt(variance / max(1, len(gains))),
+        "val/win_rate": sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gains) / max(1, len(gains)),
         "val/response_tokens": answers["tokens_mean"],
         "val/finished_share": answers["finished_share"],
         "time/evaluate_s": answers["seconds"] + rewards["seconds"],

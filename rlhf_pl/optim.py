@@ -89,4 +89,25 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         return [base * factor for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        return {k: v for k, v in super().state_dict().items() if k != "progress"}
+        """What changes in training; the settings are the config's."""
+        settings = ("progress", "warmup", "min_factor", "span")
+        return {k: v for k, v in super().state_dict().items() if k not in settings}
+
+
+def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
+    """Of each parameter group what the config says of it, taken before a checkpoint is restored."""
+    return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+
+
+def restore_hyperparameters(optimizer: torch.optim.Optimizer, scheduler: Any, settings: list[dict[str, Any]]) -> None:
+    """Put `settings` back in place of those that came with a checkpoint.
+
+    A changed base rate scales the present one, so that schedules that go from rate to rate go on where they were.
+    """
+    for group, wanted in zip(optimizer.param_groups, settings, strict=True):
+        old, new = group.get("initial_lr"), wanted.get("initial_lr")
+        if old is not None and new is not None and old != new:
+            group["lr"] = group["lr"] * new / old if old else new
+        group.update({k: v for k, v in wanted.items() if k != "lr"})
+    if hasattr(scheduler, "base_lrs"):
+        scheduler.base_lrs = [wanted.get("initial_lr", wanted["lr"]) for wanted in settings]

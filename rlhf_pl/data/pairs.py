@@ -99,9 +99,9 @@ class PairDataset(Dataset):
         reference = None if self._reference is None else self._reference[:, index]
         return PairBatch(rows, self._rewards[:, index], self._old[:, index], reference, self.temperature, weight)
 
-    def __getitems__(self, request: tuple[list[int], float]) -> PairBatch:
+    def __getitems__(self, request: tuple[list[int], float]) -> PairBatch | None:
         indices, weight = request
-        return self.batch(indices, weight)
+        return self.batch(indices, weight) if indices else None
 
 
 _TOKENS = ("chosen_tokens", "rejected_tokens")
@@ -126,9 +126,11 @@ class RoundBatches(Sampler):
         self.skip = 0
 
     def __len__(self) -> int:
-        return len(self.plan.micro_batches)
+        return len(self.plan.micro_batches) or 1
 
     def __iter__(self) -> Iterator[tuple[list[int], float]]:
+        if not self.plan.micro_batches:  # Lightning ends a run whose loader is empty; a None batch it passes over
+            yield [], 0.0
         order = list(range(self.plan.pairs))
         random.Random(self.order_seed).shuffle(order)
         skip, self.skip = self.skip, 0

@@ -4,7 +4,7 @@ import csv
 import hashlib
 import json
 import random
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -64,12 +64,16 @@ def load_prompts(
         if len(problems) == MAX_PROBLEMS:
             break
         try:
+            if isinstance(row, InputError):
+                raise row
             prompt = _parse_row(row, number, columns, system_prompt)
         except InputError as error:
             problems.append((where, str(error)))
             continue
         if prompt.prompt_id in seen:
-            problems.append((where, f"prompt_id {prompt.prompt_id!r} is also that of {seen[prompt.prompt_id]}"))
+            found = f"{prompt.prompt_id!r}, which is also that of {seen[prompt.prompt_id]}"
+            problems.append((where, f"`{columns.get('prompt_id', 'prompt_id')}` is {found}; expected one of its own"))
+            continue
         seen[prompt.prompt_id] = where
         names.update(dict.fromkeys(prompt.columns))
         prompts.append(prompt)
@@ -78,6 +82,11 @@ def load_prompts(
     if not prompts:
         raise InputError(f"`data.prompts`: {source!r} has no rows.")
     return [Prompt(p.prompt_id, p.messages, {name: p.columns.get(name) for name in names}) for p in prompts]
+
+
+def count_duplicates(prompts: Sequence[Prompt]) -> int:
+    """Prompts whose conversation an earlier one has too, under another id."""
+    return len(prompts) - len({json.dumps(p.messages, sort_keys=True) for p in prompts})
 
 
 def _list_problems(problems: Sequence[tuple[str, str]]) -> str:
@@ -93,6 +102,8 @@ def _list_problems(problems: Sequence[tuple[str, str]]) -> str:
 def _parse_row(row: Any, number: int, columns: Mapping[str, str], system_prompt: str | None) -> Prompt:
     if not isinstance(row, Mapping):
         raise InputError(f"expected an object with a `prompt`, found {type(row).__name__}")
+    if problem := _text_problem(row):
+        raise InputError(problem)
     key = next((k for k in ("prompt", "messages") if columns.get(k, k) in row), None)
     if key is None:
         wanted = " or ".join(f"`{columns.get(k, k)}`" for k in ("prompt", "messages"))
@@ -103,7 +114,7 @@ def _parse_row(row: Any, number: int, columns: Mapping[str, str], system_prompt:
     value = row[column]
     if isinstance(value, str):
         if not value.strip():
-            raise InputError(f"`{column}` is empty")
+            raise InputError(f"`{column}` is empty; expected text or a list of messages")
         messages: Any = [{"role": "user", "content": value}]
     else:
         messages = list(value) if isinstance(value, Sequence) else value
@@ -125,67 +136,105 @@ def _parse_row(row: Any, number: int, columns: Mapping[str, str], system_prompt:
     return Prompt(str(prompt_id), with_system_prompt(messages, system_prompt), rest)
 
 
+def _text_problem(row: Mapping[str, Any]) -> str | None:
+    """What keeps the row from being written as UTF-8, if anything does."""
+    for name, value in row.items():
+        try:
+            json.dumps([name, value], ensure_ascii=False, default=str).encode()
+        except UnicodeEncodeError:
+            return f"`{_printable(name)}` holds half of a surrogate pair (\\ud800 to \\udfff); expected Unicode text"
+        except RecursionError:
+            return f"`{_printable(name)}` is nested too deeply"
+        except (TypeError, ValueError) as error:
+            return f"`{_printable(name)}` cannot be kept as JSON: {error}"
+    return None
+
+
+def _printable(name: Any) -> str:
+    return str(name).encode("ascii", "backslashreplace").decode()
+
+
 def _is_assistant(message: Any) -> bool:
     return isinstance(message, Mapping) and message.get("role") == "assistant"
 
 
 def _read_rows(source: str, split: str) -> Iterator[tuple[str, Any]]:
-    """(where it stands, row) for every row."""
+    """(where it stands, row) for every row; an InputError in place of a row that can't be read."""
     path = Path(source)
-    if path.is_file():
+    try:
+        is_file, is_folder = path.is_file(), path.is_dir()
+    except OSError as error:  # a name too long, say
+        raise InputError(f"`data.prompts`: cannot look for {source!r}: {error.strerror}.") from error
+    if is_file:
         readers = {".jsonl": _read_jsonl, ".json": _read_json, ".csv": _read_csv, ".parquet": _read_parquet}
         reader = readers.get(path.suffix.lower())
         if reader is None:
             raise InputError(f"`data.prompts`: {source!r} ends in none of {', '.join(readers)}.")
-        return iter(reader(path))
-    if path.is_dir():
+        return _with_file_errors(path, reader)
+    if is_folder:
         raise InputError(f"`data.prompts`: {source!r} is a folder; give a file ({source}/….jsonl).")
+    if path.exists():
+        raise InputError(f"`data.prompts`: {source!r} is no regular file.")
     if path.suffix or source.startswith(("/", ".", "~")) or source.count("/") != 1:
         raise InputError(f"`data.prompts`: no file {source!r} (looked in {Path.cwd()}).")
     return iter(_read_hub(source, split))
 
 
+def _with_file_errors(path: Path, reader: Callable[[Path], Iterable[tuple[str, Any]]]) -> Iterator[tuple[str, Any]]:
+    try:
+        yield from reader(path)
+    except UnicodeDecodeError as error:
+        raise InputError(f"`data.prompts`: {path} is not UTF-8 text: {error}.") from error
+    except OSError as error:
+        raise InputError(f"`data.prompts`: cannot read {path}: {error.strerror or error}.") from error
+
+
 def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
     with path.open(encoding="utf-8-sig") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    try:
-                        yield f"line {number}", json.loads(line)
-                    except json.JSONDecodeError as error:
-                        raise InputError(f"`data.prompts`: {path}, line {number} is no JSON: {error}.") from error
-        except UnicodeDecodeError as error:
-            raise InputError(f"`data.prompts`: {path} is not UTF-8 text: {error}.") from error
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    yield f"line {number}", json.loads(line.strip())
+                except (ValueError, RecursionError) as error:
+                    yield f"line {number}", InputError(f"found no JSON ({_reason(error)}); expected one object a line")
+
+
+def _reason(error: Exception) -> str:
+    return "nested too deeply" if isinstance(error, RecursionError) else str(error)
 
 
 def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
     """A list of rows; a .json file that holds JSON Lines is read as such."""
     try:
         rows = json.loads(path.read_text(encoding="utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"`data.prompts`: {path} is not UTF-8 text: {error}.") from error
-    except json.JSONDecodeError as error:
-        if error.msg == "Extra data" and error.lineno > 1:
+    except UnicodeDecodeError:
+        raise
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.lineno > 1:
             return _read_jsonl(path)
-        raise InputError(f"`data.prompts`: {path} is no JSON: {error}.") from error
+        raise InputError(f"`data.prompts`: {path} is no JSON: {_reason(error)}.") from error
     if not isinstance(rows, list):
         raise InputError(f"`data.prompts`: {path} holds {type(rows).__name__}; expected a list of rows.")
     return ((f"row {i}", row) for i, row in enumerate(rows))
 
 
 def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
+    csv.field_size_limit(2**31 - 1)  # prompts may be longer than the default of 128 KiB
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         try:
+            names = reader.fieldnames or ()
+            if len(set(names)) < len(names):
+                raise InputError(f"`data.prompts`: {path}, line 1: the header names a column twice: {list(names)}.")
             for row in reader:
                 extra = row.pop(None, None)
                 if extra is not None or None in row.values():
-                    raise InputError(
-                        f"`data.prompts`: {path}, line {reader.line_num} does not have {len(reader.fieldnames or ())} "
-                        "fields as the header does."
-                    )
-                yield f"line {reader.line_num}", row
-        except (csv.Error, UnicodeDecodeError) as error:
+                    count = len(names) + len(extra or ()) - sum(v is None for v in row.values())
+                    found = InputError(f"found {count} fields; expected {len(names)}, as in the header")
+                    yield f"line {reader.line_num}", found
+                else:
+                    yield f"line {reader.line_num}", row
+        except csv.Error as error:
             raise InputError(f"`data.prompts`: {path}, near line {reader.line_num}: {error}.") from error
 
 
@@ -194,8 +243,8 @@ def _read_parquet(path: Path) -> Iterable[tuple[str, Any]]:
     import pyarrow.parquet as pq
 
     try:
-        rows = pq.read_table(path).to_pylist()
-    except (pa.ArrowException, OSError) as error:
+        rows = pq.ParquetFile(path).read().to_pylist()
+    except (pa.ArrowException, OSError, ValueError, OverflowError, NotImplementedError) as error:
         raise InputError(f"`data.prompts`: {path} is no readable Parquet file: {error}.") from error
     return ((f"row {i}", row) for i, row in enumerate(rows))
 

@@ -8,7 +8,14 @@ import lightning as L
 import torch
 
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
-from rlhf_pl.data.prompts import Prompt, load_prompts, prompts_of_round, split_held_out, tokenize_prompts
+from rlhf_pl.data.prompts import (
+    Prompt,
+    count_duplicates,
+    load_prompts,
+    prompts_of_round,
+    split_held_out,
+    tokenize_prompts,
+)
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import Round, RoundStore
@@ -80,7 +87,9 @@ class RoundDataModule(L.LightningDataModule):
         self.train_prompts: list[Prompt] = []
         self.val_prompts: list[Prompt] = []
         self.prompts_too_long = 0
+        self.duplicate_prompts = 0
         self.prepare_round: Callable[[int], None] | None = None
+        self.finish_run: Callable[[int], None] | None = None
 
     @property
     def seed(self) -> int:
@@ -117,6 +126,7 @@ class RoundDataModule(L.LightningDataModule):
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens)
         self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens)
         self.prompts_too_long = too_long + val_too_long
+        self.duplicate_prompts = count_duplicates([*train, *val])
         if not self.train_prompts:
             reason = (
                 f"all {too_long} are longer than max_prompt_tokens={self.max_prompt_tokens} with the chat template"
@@ -143,6 +153,8 @@ class RoundDataModule(L.LightningDataModule):
     def train_dataloader(self) -> Any:
         index = self.round_index
         if self._trainer.max_epochs is not None and 0 <= self._trainer.max_epochs <= index:
+            if self.finish_run is not None:
+                self.finish_run(index)
             return []  # a finished run that is started again
         if self.prepare_round is not None:
             self.prepare_round(index)
@@ -154,11 +166,6 @@ class RoundDataModule(L.LightningDataModule):
         plan = UpdatePlan(
             len(dataset), self.batch_size, self._trainer.accumulate_grad_batches, self._trainer.world_size
         )
-        if plan.pairs == 0:
-            raise InputError(
-                f"Round {index} has {len(dataset)} pairs for {plan.world_size} devices: nothing to train on. The "
-                "answers to each prompt got equal rewards; look at them in the round's `responses` and `rewards`."
-            )
         batches = RoundBatches(plan, f"{self.seed}:{index}", self._trainer.global_rank)
         return RoundLoader(dataset, batches, index, self.num_workers)
 
@@ -178,4 +185,4 @@ class RoundDataModule(L.LightningDataModule):
         return PairDataset(stored.read("pairs"), stored.read("logps"), temperature)
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
-        return batch.to(device)
+        return None if batch is None else batch.to(device)  # None: a round without usable pairs

@@ -14,8 +14,9 @@ from torchmetrics import MeanMetric
 from rlhf_pl.data.pairs import PairBatch
 from rlhf_pl.data.rounds import rounds_done
 from rlhf_pl.errors import InputError
+from rlhf_pl.fingerprints import describe
 from rlhf_pl.losses import PairwiseLoss, RebelLoss
-from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.optim import AdamW, WarmupCosine, hyperparameters, restore_hyperparameters
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm
 
 
@@ -79,6 +80,8 @@ class RebelModule(L.LightningModule):
         self.train_means: dict[str, MeanMetric] = {}
         self.val_means: dict[str, MeanMetric] = {}
         self.round_loss = MeanMetric()
+        self.last_kl: float | None = None
+        self._hyperparameters: list[dict[str, Any]] = []
 
     def setup(self, stage: str) -> None:
         if "true" in str(self.trainer.precision) and self.trainer.precision != "32-true":
@@ -122,8 +125,16 @@ class RebelModule(L.LightningModule):
         self.round_loss.update(losses.detach())
         last = batch_idx + 1 == self.trainer.num_training_batches
         if last or (batch_idx + 1) % self.trainer.accumulate_grad_batches == 0:  # an update: log over all its pairs
-            self._log_means(self.train_means, on_step=True, on_epoch=False)
-            self.log("train/lr", self.trainer.optimizers[0].param_groups[0]["lr"], on_step=True, on_epoch=False)
+            metrics = self._take_means(self.train_means)
+            metrics["train/lr"] = torch.tensor(self.trainer.optimizers[0].param_groups[0]["lr"])
+            self.last_kl = float(metrics["train/kl"])
+            # Lightning would log after `on_train_batch_end`, and a checkpoint written there would be ahead of the logs
+            self.log_dict(metrics, on_step=True, on_epoch=False, logger=False)
+            every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
+            if (self.trainer.global_step + 1) % every == 0:
+                plain = {name: float(value) for name, value in metrics.items()}
+                for logger in self.trainer.loggers:
+                    logger.log_metrics(plain, step=self.trainer.global_step)
         return losses.mean() * batch.weight
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
@@ -166,20 +177,76 @@ class RebelModule(L.LightningModule):
                 means[key] = MeanMetric().to(self.device)
             means[key].update(values)
 
-    def _log_means(self, means: dict[str, MeanMetric], **kwargs: Any) -> None:
-        self.log_dict({key: metric.compute() for key, metric in means.items()}, **kwargs)
+    @staticmethod
+    def _take_means(means: dict[str, MeanMetric]) -> dict[str, Tensor]:
+        """The averages, which begin anew."""
+        taken = {key: metric.compute() for key, metric in means.items()}
         for metric in means.values():
             metric.reset()
+        return taken
 
     def on_validation_epoch_end(self) -> None:
-        self._log_means(self.val_means)
+        self.log_dict(self._take_means(self.val_means))
+
+    def round_summary(self) -> dict[str, float | None]:
+        """Mean loss over the round's pairs and the KL of its last update; None for a round without updates."""
+        trained = float(self.round_loss.weight) > 0
+        return {"loss": float(self.round_loss.compute()) if trained else None, "kl": self.last_kl if trained else None}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        summed = [float(self.round_loss.mean_value), float(self.round_loss.weight)]
+        checkpoint["rlhf_pl"] = {"round_loss": summed, "last_kl": self.last_kl}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self._check_weights(checkpoint["state_dict"])
+        kept = checkpoint.get("rlhf_pl")
+        if kept is not None:
+            mean_value, weight = kept["round_loss"]
+            self.round_loss.mean_value = torch.tensor(mean_value, device=self.round_loss.device)
+            self.round_loss.weight = torch.tensor(weight, device=self.round_loss.device)
+            self.last_kl = kept["last_kl"]
+
+    def _check_weights(self, weights: Mapping[str, Tensor]) -> None:
+        """The checkpoint's weights must be those of this architecture.
+
+        Raises:
+            InputError: Names or shapes differ.
+        """
+        if self.policy is None:
+            return
+        own, given = self.state_dict(), weights
+        wrong = [n for n in [*own, *given] if n not in own or n not in given or own[n].shape != given[n].shape]
+        if wrong:
+            raise InputError(
+                f"The checkpoint is of another model than `model.policy` ({self.source.path!r}): {wrong[0]!r} and "
+                f"{len(set(wrong)) - 1} more tensors do not fit. Give the run a directory of its own "
+                "(--trainer.default_root_dir DIR)."
+            )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         scheduler = self.lr_scheduler(optimizer)
         if isinstance(scheduler, WarmupCosine):
             scheduler.follow(self._progress)
+        self._hyperparameters = hyperparameters(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def training_settings(self) -> dict[str, Any]:
+        """What the training on a round depends on, without building anything heavy."""
+        optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
+        scheduler = self.lr_scheduler(optimizer)
+        return {
+            "loss": describe(self.loss),
+            "optimizer": {"class": type(optimizer).__qualname__, **optimizer.defaults},
+            "lr_scheduler": describe(scheduler),
+            "kl_coef": self.kl_coef,
+            "dtype": self.dtype_name,
+        }
+
+    def on_train_start(self) -> None:
+        """A checkpoint brings the hyper-parameters it was written with; those of the config count."""
+        for optimizer, scheduler in zip(self.trainer.optimizers, self.trainer.lr_scheduler_configs, strict=False):
+            restore_hyperparameters(optimizer, scheduler.scheduler, self._hyperparameters)
 
     def on_train_epoch_start(self) -> None:
         self.round_loss.reset()

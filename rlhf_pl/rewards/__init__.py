@@ -5,8 +5,9 @@ from typing import Any
 
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.function import FunctionReward
+from rlhf_pl.rewards.guard import ScoringConfig
 
-__all__ = ["FunctionReward", "Reward", "RewardResult", "Sample"]
+__all__ = ["FunctionReward", "Reward", "RewardResult", "Sample", "ScoringConfig"]
 
 
 def as_reward(reward: Reward | str | Callable[..., Any]) -> Reward:

@@ -1,13 +1,12 @@
-"""What a reward takes and gives, and the check that every score passes."""
+"""What a reward takes and gives."""
 
-import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_pl.chat import Message
-from rlhf_pl.errors import InputError
+from rlhf_pl.fingerprints import describe
 
 
 @dataclass(frozen=True)
@@ -59,35 +58,20 @@ class Reward(ABC):
         """
 
     @property
+    def trial(self) -> bool:
+        """Whether the samples of `check` are also scored before any model loads, to find mistakes early."""
+        return False
+
+    @property
+    def one_by_one(self) -> bool:
+        """Whether answers are scored one at a time, each under the time limit, rather than many in one call."""
+        return False
+
+    @property
     def name(self) -> str:
         """What logs and manifests call it."""
         return type(self).__name__
 
     def fingerprint(self) -> str:
-        """Changes when the scores would change, as far as that can be known."""
-        return self.name
-
-
-def checked_scores(reward: Reward, batch: Sequence[Sample]) -> list[RewardResult]:
-    """`reward.score(batch)`, refused unless it is one finite number per sample.
-
-    Raises:
-        InputError: Names the reward, and the prompt id of the first bad score.
-    """
-    results = reward.score(batch)
-    if len(results) != len(batch):
-        raise InputError(
-            f"Reward `{reward.name}` returned {len(results)} scores for {len(batch)} answers (prompt_id "
-            f"{batch[0].prompt_id!r} and on). It must return one score per answer, in their order."
-        )
-    for sample, result in zip(batch, results, strict=True):
-        if not math.isfinite(result.reward):
-            raise InputError(
-                f"Reward `{reward.name}` returned {result.reward} for prompt_id {sample.prompt_id!r}, answer "
-                f"{_shorten(sample.response)!r}. Every score must be a finite number."
-            )
-    return results
-
-
-def _shorten(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"
+        """Changes when the scores would change, as far as that can be known: by default the class and its settings."""
+        return describe(self)

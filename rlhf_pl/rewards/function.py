@@ -1,6 +1,5 @@
 """Plain Python functions as rewards, by import path."""
 
-import hashlib
 import importlib
 import importlib.util
 import inspect
@@ -10,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pl.errors import InputError
-from rlhf_pl.rewards.base import Reward, RewardResult, Sample, checked_scores
+from rlhf_pl.fingerprints import code_fingerprint
+from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 
 _ONE = ("prompt", "response", "messages", "finished", "response_tokens", "prompt_id")
 _MANY = {"prompts": "prompt", "responses": "response", "samples": None}
@@ -49,11 +49,7 @@ class FunctionReward(Reward):
         return self._name
 
     def fingerprint(self) -> str:
-        try:
-            source = inspect.getsource(self._function)
-        except (OSError, TypeError):
-            source = ""
-        return f"{self._name}:{hashlib.sha256(source.encode()).hexdigest()[:16]}"
+        return f"{self._name}:{code_fingerprint(self._function)}"
 
     def check(self, samples: Sequence[Sample]) -> None:
         available = {*_ONE, *_MANY, *(name for s in samples for name in s.columns)}
@@ -63,15 +59,14 @@ class FunctionReward(Reward):
                 f"Reward `{self._name}` asks for {sorted(unknown)}, which is neither a column of the data nor one of "
                 f"{sorted({*_ONE, *_MANY})}. Columns: {sorted(available - set(_ONE) - set(_MANY)) or 'none'}."
             )
-        try:
-            checked_scores(self, samples)
-        except InputError as error:
-            raise InputError(f"{error} (Found by a trial call before loading any model.)") from error
-        except Exception as error:
-            raise InputError(
-                f"Reward `{self._name}` failed on a trial call with a made-up answer: {type(error).__name__}: {error}. "
-                "Answers can be anything, also empty."
-            ) from error
+
+    @property
+    def trial(self) -> bool:
+        return True
+
+    @property
+    def one_by_one(self) -> bool:
+        return not self._batched
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
         if not batch:
@@ -88,9 +83,8 @@ class FunctionReward(Reward):
                 f"Reward `{self._name}` takes a batch, so it must return a list of {len(batch)} numbers; it returned "
                 f"{type(values).__name__}."
             ) from None
-        if len(values) != len(batch):  # `checked_scores` words the error
-            return [RewardResult(0.0)] * len(values)
-        return [self._result(v, s) for v, s in zip(values, batch, strict=True)]
+        # a wrong count is for the caller to notice
+        return [self._result(v, batch[min(i, len(batch) - 1)]) for i, v in enumerate(values)]
 
     def _arguments(self, sample: Sample, many: bool = False) -> dict[str, Any]:
         values: dict[str, Any] = {**sample.columns, **{name: getattr(sample, name) for name in _ONE}}

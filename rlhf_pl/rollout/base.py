@@ -1,7 +1,7 @@
 """What a sampler takes and gives."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -92,7 +92,8 @@ class EngineSpec:
 class Sampler(ABC):
     """Draws answers from the policy. Subclass it and name your class in `rollout.sampler.class_path`.
 
-    Life: `start` once, then for every policy `wake`, `load_weights`, any number of `generate`, `sleep`; `close` last.
+    Life: `start` once, then for every policy `wake`, `forget`, `load_weights`, any number of `reset` and `generate`,
+    `sleep`; `close` last.
     Equal seeds must give equal answers, whatever else is drawn at the same time.
     """
 
@@ -109,6 +110,20 @@ class Sampler(ABC):
         self, prompts: Sequence[PromptTokens], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
         """Yield (index into `prompts`, its answers) as prompts finish, in any order."""
+
+    def forget(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
+        """Replace all weights by NaN, so that one that the following `load_weights` misses can't go unnoticed.
+
+        Args:
+            tensors: What `load_weights` will be given; only names and shapes are used.
+        """
+
+    def held_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """The weights that can be read back under their Hugging Face names; engines fuse or repack many."""
+        return iter(())
+
+    def reset(self) -> None:  # noqa: B027
+        """Forget what earlier prompts left behind, such as cached prefixes: what follows depends on itself alone."""
 
     def check(self) -> None:  # noqa: B027 - nothing to check is a fine default
         """Raise InputError for what can be known to fail before anything loads."""

@@ -1,16 +1,17 @@
 """Proof that the sampler draws from the policy that trains."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import PromptTokens, Sampler, SamplingConfig
 from rlhf_pl.rows import Row, RowBatch, pad_rows
 
 
 class StaleSamplerError(RuntimeError):
-    """The sampler's log-probs are not the policy's."""
+    """The sampler's weights are not the policy's."""
 
 
 def tolerance(*dtypes: str) -> float:
@@ -21,19 +22,27 @@ def tolerance(*dtypes: str) -> float:
     return 1e-3 if all(dtype == "float32" for dtype in dtypes) else 0.1
 
 
+def hand_over(sampler: Sampler, weights: Mapping[str, Tensor]) -> None:
+    """Give the sampler new weights; a tensor that does not arrive leaves NaNs behind instead of old weights."""
+    sampler.forget(weights)
+    sampler.load_weights(weights.items())
+
+
 def check_sampler(
     sampler: Sampler,
     prompts: Sequence[Sequence[int]],
     policy: Callable[[RowBatch, float], Tensor],
+    weights: Mapping[str, Tensor],
     limit: float,
     response_tokens: int = 24,
 ) -> float:
-    """Draw short answers, and compare the sampler's log-probs of its own tokens with the policy's.
+    """Compare what can be read of the sampler's weights, and its log-probs of tokens it draws, with the policy's.
 
     Args:
         sampler: Has just been given the policy's weights.
         prompts: Token ids of a few prompts.
         policy: (rows, temperature) -> token log-probs, shape (R, T).
+        weights: The policy's, by their Hugging Face names.
         limit: The largest mean absolute difference per token to accept, nats; see `tolerance`.
         response_tokens: Tokens to draw per prompt.
 
@@ -41,13 +50,26 @@ def check_sampler(
         The mean absolute difference per token, nats.
 
     Raises:
-        StaleSamplerError: It is above `limit`.
+        StaleSamplerError: A weight differs, or the difference is above `limit`.
+        InputError: The policy's own log-probs are not finite.
     """
+    if wrong := _wrong_weights(sampler, weights):
+        raise StaleSamplerError(
+            f"The sampler does not hold the policy's weights: {', '.join(wrong[:3])}"
+            + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
+            + " differ after they were handed over. This round would train on answers of another model."
+        )
     sampling = SamplingConfig(num_responses=1, max_response_tokens=response_tokens)
     requests = [PromptTokens(list(ids), seed) for seed, ids in enumerate(prompts)]
     answers = {index: responses[0] for index, responses in sampler.generate(requests, sampling)}
     rows = pad_rows([Row(prompts[i], answers[i].token_ids) for i in range(len(prompts))])
     expected = policy(rows, 1.0)[rows.response_mask].cpu()
+    if not expected.isfinite().all():
+        raise InputError(
+            "The policy's log-probs are not finite: training has diverged. Go on from an earlier checkpoint "
+            "(--ckpt_path) with a lower learning rate (--model.optimizer.lr) or gradient clipping "
+            "(--trainer.gradient_clip_val 1)."
+        )
     actual = torch.tensor([logp for i in range(len(prompts)) for logp in answers[i].logps])
     error = (actual - expected).abs().mean().item()
     if not error <= limit:
@@ -57,3 +79,16 @@ def check_sampler(
             "answers of another model."
         )
     return error
+
+
+@torch.no_grad()
+def _wrong_weights(sampler: Sampler, weights: Mapping[str, Tensor]) -> list[str]:
+    """Names of tensors that the sampler can show and that are not the policy's, cast to the sampler's dtype."""
+    wrong = []
+    for name, held in sampler.held_weights():
+        given = weights.get(name)
+        if given is not None and given.shape == held.shape:
+            same = torch.equal(given.detach().to(held.device, held.dtype), held)
+            if not same:
+                wrong.append(name)
+    return wrong

@@ -1,6 +1,6 @@
 """A sampler on plain transformers: slow, needs nothing else, and checks the vLLM one independently."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -33,7 +33,16 @@ class TransformersSampler(Sampler):
         self._model = model.to(device).eval()
 
     def load_weights(self, tensors: NamedTensors) -> None:
-        self._model.load_state_dict({name: tensor.detach() for name, tensor in tensors})
+        # not strict: a tensor that is missing stays NaN, which the check after a hand-over reports in its own words
+        self._model.load_state_dict({name: tensor.detach() for name, tensor in tensors}, strict=False)
+
+    @torch.no_grad()
+    def forget(self, tensors: Mapping[str, Tensor]) -> None:
+        for parameter in self._model.parameters():
+            parameter.fill_(float("nan"))
+
+    def held_weights(self) -> Iterator[tuple[str, Tensor]]:
+        return iter(self._model.state_dict().items())
 
     @torch.no_grad()
     def generate(

@@ -7,10 +7,11 @@ import logging
 import os
 import random
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
@@ -102,11 +103,29 @@ class VLLMSampler(Sampler):
             finalizer.detach()
         self._owns_process_group = not distributed and torch.distributed.is_initialized()
 
-    def load_weights(self, tensors: NamedTensors) -> None:
+    def forget(self, tensors: Mapping[str, Tensor]) -> None:
+        """The engine repacks weights, so NaNs take the same way in as weights do."""
+        self._reload((name, torch.full((), torch.nan).expand(tensor.shape)) for name, tensor in tensors.items())
+
+    def held_weights(self) -> Iterator[tuple[str, Tensor]]:
+        """What is neither fused nor repacked: embeddings and norms, mostly."""
+        core = self._llm.llm_engine.engine_core.engine_core
+        worker = getattr(core.model_executor, "driver_worker", None)
+        runner = getattr(getattr(worker, "worker", worker), "model_runner", None)
+        model = getattr(runner, "model", None)
+        return iter([] if model is None else [(n, p) for n, p in model.named_parameters() if p.numel()])
+
+    def reset(self) -> None:
+        self._llm.reset_prefix_cache()
+
+    def _reload(self, tensors: NamedTensors) -> None:
         dtype = getattr(torch, self.dtype)
         stream = ((name, tensor.detach().to(dtype)) for name, tensor in tensors)
         with torch.no_grad():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+
+    def load_weights(self, tensors: NamedTensors) -> None:
+        self._reload(tensors)
         if self._on_gpu and self._llm.llm_engine.is_sleeping():
             self._llm.wake_up(tags=["kv_cache"])
         # Cached blocks of the old policy would otherwise be used for the new one.

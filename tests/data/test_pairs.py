@@ -62,6 +62,9 @@ def test_every_pair_counts_the_same_in_its_update(pairs: int, world_size: int) -
     assert len({len(batches) for batches in ranks}) == 1
     used = sorted(i for batches in ranks for batch, _ in batches for i in batch)
     assert len(used) == len(set(used)) == pairs - pairs % world_size
+    if not plan.pairs:  # fewer pairs than ranks: one batch without any, so that Lightning does not end the run
+        assert ranks == [[([], 0.0)]] * world_size
+        return
     for start in range(0, len(ranks[0]), 2):
         share: dict[int, float] = {}
         for batches in ranks:

@@ -98,13 +98,13 @@ def test_wrong_files_are_refused(write_jsonl: Write, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("Hi")
     for name, message in {
         "missing.jsonl": "no file",
-        "broken.jsonl": "line 2 is no JSON",
+        "broken.jsonl": "line 2: found no JSON",
         "broken.json": "is no JSON",
         "object.json": "expected a list",
         "broken.parquet": "no readable Parquet",
         "empty.jsonl": "has no rows",
         "latin.jsonl": "not UTF-8",
-        "short.csv": "line 2 does not have 2 fields",
+        "short.csv": "line 2: found 1 fields; expected 2",
         "other.txt": "ends in none of",
     }.items():
         with pytest.raises(InputError, match=message):

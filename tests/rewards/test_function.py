@@ -6,8 +6,8 @@ import pytest
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import FunctionReward, RewardResult, Sample
-from rlhf_pl.rewards.base import checked_scores
 from rlhf_pl.rewards.function import import_function
+from rlhf_pl.rewards.guard import ScoringConfig, guarded_scores, try_reward
 
 
 def sample(response: str = "four", **columns: Any) -> Sample:
@@ -15,7 +15,7 @@ def sample(response: str = "four", **columns: Any) -> Sample:
 
 
 def scores(function: Callable[..., Any], *samples: Sample) -> list[float]:
-    return [r.reward for r in checked_scores(FunctionReward(function), samples)]
+    return [r.reward for r in guarded_scores(FunctionReward(function), samples, ScoringConfig(retries=0))]
 
 
 def test_function_gets_the_arguments_it_names() -> None:
@@ -52,28 +52,30 @@ def test_components_are_kept() -> None:
 @pytest.mark.parametrize(
     ("function", "message"),
     [
-        (lambda response: float("nan"), "nan for prompt_id 'id-1'"),
-        (lambda response: float("inf"), "inf for prompt_id 'id-1'"),
+        (lambda response: float("nan"), "returned nan"),
+        (lambda response: float("inf"), "returned inf"),
         (lambda response: None, "returned None"),
         (lambda response: "good", "returned 'good'"),
         (lambda responses: [1.0], "returned 1 scores for 2 answers"),
         (lambda responses: [1.0] * 3, "returned 3 scores for 2 answers"),
-        (lambda responses: 1.0, "must return a list of 2 numbers"),
+        (lambda responses: 1.0, "must return a list of 1 numbers"),
     ],
 )
 def test_wrong_scores_are_refused(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(InputError, match="Reward") as error:
         scores(function, sample(), sample())
     assert message in str(error.value)
+    assert "prompt_id 'id-1'" in str(error.value)
+    assert "policy for failures is `error`" in str(error.value)
     with pytest.raises(InputError, match="trial call"):
-        FunctionReward(function).check([sample(), sample()])
+        try_reward(FunctionReward(function), [sample(), sample()], ScoringConfig())
 
 
 def test_check_names_unknown_arguments_and_failures() -> None:
     with pytest.raises(InputError, match=r"asks for \['solution'\].*Columns: \['answer'\]"):
         FunctionReward(lambda response, solution: 1.0).check([sample(answer=1)])
     with pytest.raises(InputError, match="ZeroDivisionError"):
-        FunctionReward(lambda response: 1 / len(response)).check([sample("")])
+        try_reward(FunctionReward(lambda response: 1 / len(response)), [sample("")], ScoringConfig())
 
 
 def test_function_without_a_response_is_refused() -> None:

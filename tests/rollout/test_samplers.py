@@ -141,9 +141,9 @@ def test_random_state_of_the_trainer_is_untouched(sampler: Sampler) -> None:
 
 def test_self_check_passes_and_catches_stale_weights(sampler: Sampler, lm: Any, llama: Path) -> None:
     limit = tolerance("float32", "float32")
-    assert check_sampler(sampler, PROMPTS, policy(lm), limit) < limit
+    assert check_sampler(sampler, PROMPTS, policy(lm), lm.state_dict(), limit) < limit
     with pytest.raises(StaleSamplerError, match="does not draw from the policy"):
-        check_sampler(sampler, PROMPTS, policy(load_lm(PolicySource(str(llama)))), limit)
+        check_sampler(sampler, PROMPTS, policy(load_lm(PolicySource(str(llama)))), lm.state_dict(), limit)
 
 
 @pytest.mark.vllm

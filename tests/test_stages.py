@@ -11,11 +11,11 @@ from rlhf_pl.data.prompts import Prompt, tokenize_prompts
 from rlhf_pl.metrics import held_out_metrics
 from rlhf_pl.pairs import BestWorst
 from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
-from rlhf_pl.prepare import generate, pair_logps, prompt_seed, score, select
 from rlhf_pl.rewards import FunctionReward
 from rlhf_pl.rollout import EngineSpec, PromptTokens, Response, SamplingConfig, TransformersSampler
 from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.rows import Row, RowBatch, batches_by_length, pad_rows
+from rlhf_pl.stages import generate, pair_logps, prompt_seed, score, select
 
 SAMPLING = SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.8)
 
@@ -60,7 +60,7 @@ def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], so
     run_generate(stored, prompts, source, lm, CountingSampler())
     responses = stored.read("responses")
     assert responses.num_rows == 30
-    assert stored.shards("responses") == [0, 1, 2]
+    assert list(stored.shards("responses")) == [0, 1, 2]
     info = stored.info("responses")
     assert info["tokens"] == sum(len(t) for t in responses["response_tokens"].to_pylist())
     assert info["sampling"]["temperature"] == 0.8
@@ -134,7 +134,7 @@ def test_a_shard_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("os.fsync", fail)
     with pytest.raises(OSError, match="disk full"):
         stored.write_shard("responses", 0, pa.table({"a": [1]}))
-    assert stored.shards("responses") == []
+    assert stored.shards("responses") == {}
     monkeypatch.undo()
     stored.write_shard("responses", 0, pa.table({"a": [1]}))
     assert stored.read("responses").column_names == ["a"]

@@ -1,0 +1,93 @@
+"""Where a run goes on: its newest checkpoint, or the one before the last round if that is to be trained again."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from rlhf_pl.checkpoints import FOLDER, Progress, checkpoint_files, link_last, progress_of_files, supersede
+from rlhf_pl.console import console
+from rlhf_pl.errors import InputError
+from rlhf_pl.provenance import ORDER, REMEDY, StageSettings, differences, first_change
+from rlhf_pl.rounds import Round, RoundStore
+
+
+@dataclass(frozen=True)
+class ResumePoint:
+    """Where to go on.
+
+    Args:
+        checkpoint: None for a start from the beginning.
+        commit: Puts aside what is to be trained again; to be called once nothing can be refused any more.
+    """
+
+    checkpoint: Path | None
+    commit: Callable[[], None] = lambda: None
+
+
+def find_resume_point(
+    run_dir: str, downstream: StageSettings | None, max_epochs: int | None, accept_changes: bool
+) -> ResumePoint:
+    """The checkpoint to go on from.
+
+    If the reward, the selector or the training settings have changed, the round at hand goes back to its start: the
+    one in training, or the last one of a finished run. What was trained with the old settings is put aside.
+
+    Args:
+        run_dir: The run directory.
+        downstream: The present settings by stage; None if nothing is prepared in this run.
+        max_epochs: Rounds wanted.
+        accept_changes: Keep what is trained, and let new settings count from here on.
+
+    Raises:
+        InputError: The checkpoint before that round is gone.
+    """
+    files = progress_of_files(run_dir)
+    for file in set(checkpoint_files(run_dir)) - set(files):
+        console.print(f"{file} can't be read; going on without it.", soft_wrap=True, markup=False)
+    if not files:
+        return ResumePoint(None)
+    newest, progress = list(files.items())[-1]
+    if downstream is None or accept_changes:
+        return ResumePoint(newest)
+    index = _round_at_hand(progress, max_epochs)
+    stored = RoundStore(run_dir).round(index) if index is not None else None
+    if stored is None or not stored.manifest.get("settings"):
+        return ResumePoint(newest)
+    before, now = stored.manifest["settings"], Round.as_stored(downstream)
+    before = {stage: {k: v for k, v in before[stage].items() if k in now.get(stage, ())} for stage in before}
+    changed = first_change(before, now, ORDER[1:])
+    if changed is None:
+        return ResumePoint(newest)
+    start = next((f for f, p in files.items() if p.rounds_done == index and not p.inside_round), None)
+    lines = "; ".join(differences(before[changed], now[changed]))
+    if start is None and index != 0:
+        raise InputError(
+            f"Changed since {stored.path} was trained on: {lines}. To train on it again, the checkpoint before it is "
+            f"needed, and it is gone from {Path(run_dir) / FOLDER} (see `checkpoint.keep_rounds`). Give this run a "
+            "directory of its own (--trainer.default_root_dir DIR), or give --accept_changes to keep what is trained."
+        )
+    later = [f for f, p in files.items() if start is None or p > files[start]]
+
+    def commit() -> None:
+        kept = supersede(later)
+        if start is not None:
+            link_last(start)
+        else:
+            (Path(run_dir) / FOLDER / "last.ckpt").unlink(missing_ok=True)
+        stored.clear(changed)
+        console.print(
+            f"Changed: {lines}. Round {int(stored.path.name) + 1} is {REMEDY[changed]} again, from the policy at its "
+            f"start; the training with the old settings is kept in {kept}.",
+            soft_wrap=True,
+            markup=False,
+        )
+
+    return ResumePoint(start, commit)
+
+
+def _round_at_hand(progress: Progress, max_epochs: int | None) -> int | None:
+    """The round that has to go back to its start if its settings have changed; None if none was begun."""
+    if progress.inside_round:
+        return progress.rounds_done
+    finished = max_epochs is not None and 0 <= max_epochs <= progress.rounds_done
+    return progress.rounds_done - 1 if finished and progress.rounds_done > 0 else None

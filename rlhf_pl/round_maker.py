@@ -1,0 +1,325 @@
+"""Makes rounds: answers, rewards, pairs, log-probs; and evaluates policies on the held-out prompts."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+
+from rlhf_pl.console import console, phase
+from rlhf_pl.data.prompts import Prompt
+from rlhf_pl.data.rounds import RoundDataModule
+from rlhf_pl.disk import check_space
+from rlhf_pl.errors import InputError
+from rlhf_pl.fingerprints import describe, rows_fingerprint
+from rlhf_pl.modules.rebel import RebelModule
+from rlhf_pl.pairs import PairSelector
+from rlhf_pl.provenance import OF_POLICY, StageSettings, differences, reconcile, refuse_upstream_change
+from rlhf_pl.rewards import Reward, ScoringConfig
+from rlhf_pl.rollout import EngineSpec, SamplingConfig
+from rlhf_pl.rollout.link import SamplerLink
+from rlhf_pl.rollout.self_check import tolerance
+from rlhf_pl.rounds import STAGES, DamagedStoreError, Round
+from rlhf_pl.snapshot import PolicySnapshot, logps_function, past_policy, present_policy
+from rlhf_pl.stages import generate, pair_logps, score, select
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """What `RoundRefresh` was given; see there."""
+
+    reward: Reward
+    scoring: ScoringConfig
+    sampling: SamplingConfig
+    val_sampling: SamplingConfig
+    selector: PairSelector
+    prompts_per_shard: int
+    logps_batch_tokens: int
+
+
+class RoundMaker:
+    """Makes what is missing of a round, from the policy as it is or was.
+
+    Args:
+        trainer: Of the run.
+        module: Holds the policy.
+        data: Holds the prompts; its store is written to.
+        link: To the sampler.
+        options: How rounds are made.
+        log: Takes metrics.
+        accept_changes: Go on although upstream settings have changed.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        module: RebelModule,
+        data: RoundDataModule,
+        link: SamplerLink,
+        options: RoundOptions,
+        log: Callable[[dict[str, float]], None],
+        accept_changes: bool = False,
+    ) -> None:
+        self.trainer, self.module, self.data, self.link = trainer, module, data, link
+        self.options, self.log, self.accept_changes = options, log, accept_changes
+        self._show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        self._present: tuple[int, PolicySnapshot] | None = None
+        self._fingerprints = {
+            which: (
+                rows_fingerprint((p.prompt_id, p.token_ids) for p in prompts),
+                rows_fingerprint(dict(p.columns) for p in prompts),
+            )
+            for which, prompts in (("rounds", data.train_prompts), ("heldout", data.val_prompts))
+        }
+
+    def policy(self) -> PolicySnapshot:
+        """The policy that trains, as it is now."""
+        if self._present is None or self._present[0] != self.trainer.global_step:
+            self._present = (self.trainer.global_step, present_policy(self.trainer, self.module))
+        return self._present[1]
+
+    def make(self, index: int) -> Round:
+        """Round `index`, complete, of the present policy."""
+        stored = self.data.store.round(index)
+        if not stored.manifest.get("settings") and index > 0 and not self.accept_changes:
+            refuse_upstream_change(self.data.store.round(index - 1), Round.as_stored(self._settings(stored)))
+        self._reconcile(stored)
+        self._check_space(index)
+        self._fill(stored, self.policy, "pairs")
+        return stored
+
+    def check_inside(self, index: int) -> None:
+        """The stored round of a training that goes on in its middle.
+
+        Raises:
+            InputError: It is not whole, or was made with other settings.
+        """
+        stored = self.data.store.round(index)
+        if not stored.is_complete("logps"):
+            raise InputError(f"The run was stopped while training on {stored.path}, whose files are gone.")
+        if self.accept_changes:
+            return
+        now = Round.as_stored(self._settings(stored))
+        refuse_upstream_change(stored, now)
+        before = stored.manifest.get("settings", now)
+        changed = [line for stage in (*STAGES[1:], "training") for line in differences(before[stage], now[stage])]
+        if changed:
+            raise InputError(
+                f"The training on {stored.path} was begun with other settings:\n"
+                + "\n".join(f"  {line}" for line in changed)
+                + "\nResume from the checkpoint before that round, or give --accept_changes to go on with the new ones "
+                "in its middle."
+            )
+
+    def evaluate(self, version: int) -> Round:
+        """The answers of the policy after `version` rounds to the held-out prompts, scored; pairs where wanted."""
+        for other, stored in self.data.store.evaluations().items():
+            if other < version and stored.is_complete("responses"):  # so that all are scored by the same reward
+                self._reconcile(stored, stored.manifest["settings"]["responses"])
+                self._fill(stored, partial(self._past, stored), "held-out pairs", pairs=False)
+        stored = self.data.store.held_out(version)
+        self._reconcile(stored)
+        self._fill(stored, self.policy, "held-out pairs", pairs=False)
+        return stored
+
+    def pair_held_out(self, version: int) -> None:
+        """Pairs of the held-out answers, for `val/loss`."""
+        self._fill(self.data.store.held_out(version), self.policy, "held-out pairs")
+
+    def repair(self) -> None:
+        """Make damaged files again, each from the policy that it came from.
+
+        Raises:
+            DamagedStoreError: The policy that answered is gone, and the round is still needed.
+        """
+        damaged = self.data.store.damage()
+        for stored, file in damaged:
+            console.print(f"Repairing {file}", soft_wrap=True, markup=False)
+            stored.drop(file)
+        for stored in {str(s.path): s for s, _ in damaged}.values():
+            before = stored.manifest
+            if not before.get("settings"):
+                continue  # nothing is known of it: it is made anew when its turn comes
+            now = Round.as_stored(self._settings(stored))
+            if differences(before["settings"]["responses"], now["responses"], *OF_POLICY):
+                raise DamagedStoreError(f"{stored.path} can't be repaired: it was made with other settings than these.")
+            wanted = [name for name in STAGES if name in before["stages"]]
+            if "responses" in wanted:
+                self._fill(stored, partial(self._past, stored), "pairs", pairs="pairs" in wanted)
+
+    def _fill(self, stored: Round, policy: Callable[[], PolicySnapshot], what: str, pairs: bool = True) -> None:
+        """Every stage that is missing, from the shards that exist."""
+        held_out = stored.path.parent.name == "heldout"
+        prompts, sampling = self._prompts(stored), self._sampling(stored)
+        name = "held-out " if held_out else ""
+        if not stored.is_complete("responses"):
+            self._generate(stored, prompts, sampling, policy(), name)
+        if not stored.is_complete("rewards"):
+            total = stored.info("responses")["responses"]
+            with phase(f"scoring {name}answers", total, "answers", self._show) as report:
+                score(stored, prompts, self.options.reward, self.options.scoring, report)
+        if not pairs:
+            return
+        if not stored.is_complete("pairs"):
+            limit = self.data.max_val_pairs if held_out else None
+            select(stored, self.options.selector, self.data.seed, limit)
+        if not stored.is_complete("logps"):
+            self._pair_logps(stored, policy(), what)
+
+    def _generate(
+        self, stored: Round, prompts: list[Prompt], sampling: SamplingConfig, policy: PolicySnapshot, name: str
+    ) -> None:
+        dropped = stored.manifest["stages"].get("responses", {}).get("dropped", [])
+        metrics = self.link.bring(policy, self._engine(), self._check_prompts(), self._tolerance(), self._show)
+        if metrics:
+            self.log(metrics)
+        shard = stored.manifest["prompts_per_shard"]
+        tokenizer = self.module.source.tokenizer
+        with phase(f"answering {name}prompts", len(prompts), "prompts", self._show) as report:
+            generate(stored, prompts, self.link.sampler, sampling, tokenizer, self.data.seed, shard, report)
+        again = {file.name for file in stored.shards("responses").values()}
+        if not set(dropped) <= again and not stored.is_complete("training"):
+            stored.clear("rewards")  # the answers came out differently, so what was made of them is void
+
+    def _pair_logps(self, stored: Round, policy: PolicySnapshot, what: str) -> None:
+        policies = {"old": policy.logps}
+        if self.module.kl_coef > 0:
+            reference = self.module.load_reference()
+            policies["reference"] = logps_function(self.trainer, self.module, reference)
+        rows = 2 * stored.info("pairs")["pairs"]
+        temperature = stored.info("responses")["sampling"]["temperature"]
+        with phase(f"log-probs of {what}", rows * len(policies), "answers", self._show) as report:
+            pair_logps(stored, policies, self.options.logps_batch_tokens, temperature, report)
+
+    def _past(self, stored: Round) -> PolicySnapshot:
+        """The policy that answered in `stored`."""
+        made_by = stored.manifest["settings"]["responses"]
+        if made_by["weights"] == self.policy().fingerprint:
+            return self.policy()
+        found = past_policy(self.trainer, self.module, made_by["policy_step"], made_by["weights"])
+        if found is None:
+            raise DamagedStoreError(
+                f"{stored.path} can't be made whole: the policy that answered there (update "
+                f"{made_by['policy_step']}) is neither the starting model nor in a checkpoint. If the round was "
+                "trained on, the run does not need it any more: move that folder away, and give the same command again."
+            )
+        return found
+
+    def _reconcile(self, stored: Round, answered_by: dict[str, Any] | None = None) -> None:
+        """Stamp or check a round; `answered_by` names the policy if it is not the present one."""
+        settings = self._settings(stored)
+        if answered_by is not None:
+            settings["responses"] |= {k: answered_by[k] for k in ("policy_step", "weights")}
+        prompts = self._prompts(stored)
+        fresh = {
+            "prompts_per_shard": self.options.prompts_per_shard,
+            "prompts": {
+                "training": len(self.data.train_prompts),
+                "held_out": len(self.data.val_prompts),
+                "too_long": self.data.prompts_too_long,
+                "duplicates": self.data.duplicate_prompts,
+                "in_round": len(prompts),
+            },
+        }
+        reconcile(stored, settings, self.accept_changes, fresh)
+
+    def _settings(self, stored: Round) -> StageSettings:
+        """What the stages of a round of the present policy would be made from."""
+        kind = stored.path.parent.name
+        prompts, columns = self._fingerprints[kind]
+        sampler = self.link.sampler
+        settings: StageSettings = {
+            "responses": {
+                "policy": self.module.source.path,
+                "policy_step": self.trainer.global_step,
+                "weights": self.policy().fingerprint,
+                "seed": self.data.seed,
+                "prompts": prompts,
+                "sampler": f"{type(sampler).__name__}({getattr(sampler, 'dtype', '')})",
+                "sampling": vars(self._sampling(stored)),
+            },
+            **downstream_settings(self.module, self.options, self.trainer, self.data),
+        }
+        settings["rewards"] |= {"columns": columns}
+        if kind == "rounds":
+            settings["responses"]["prompts_per_round"] = self.data.prompts_per_round
+        else:
+            settings["pairs"]["limit"] = self.data.max_val_pairs
+            del settings["training"]
+        return settings
+
+    def _prompts(self, stored: Round) -> list[Prompt]:
+        held_out = stored.path.parent.name == "heldout"
+        return self.data.val_prompts if held_out else self.data.round_prompts(int(stored.path.name))
+
+    def _sampling(self, stored: Round) -> SamplingConfig:
+        return self.options.val_sampling if stored.path.parent.name == "heldout" else self.options.sampling
+
+    def _check_prompts(self) -> Sequence[Sequence[int]]:
+        return [p.token_ids for p in self.data.train_prompts[:4]]
+
+    def _tolerance(self) -> float:
+        compute = self.module.dtype_name if str(self.trainer.precision) == "32-true" else "bfloat16"
+        return tolerance(compute, getattr(self.link.sampler, "dtype", "float32"))
+
+    def _engine(self) -> EngineSpec:
+        data, options = self.data, self.options
+        shard = options.prompts_per_shard
+        most = max(
+            options.sampling.num_responses * min(shard, len(data.round_prompts(0))),
+            options.val_sampling.num_responses * min(shard, len(data.val_prompts)),
+        )
+        longest = max(len(p.token_ids) for p in [*data.train_prompts, *data.val_prompts])
+        return EngineSpec(self.module.source, longest + options.sampling.max_response_tokens, max_sequences=most)
+
+    def _check_space(self, index: int) -> None:
+        """Refuse a round whose answers, checkpoint or final model would not fit on the disk."""
+        run_dir = self.data.store.run_dir
+        parts = {"answers": _answers_bytes(self.data, self.options.sampling, index)}
+        weights = sum(t.numel() * t.element_size() for t in self.module.parameters())
+        if self.trainer.checkpoint_callbacks:
+            parts["checkpoint"] = 3 * weights  # with AdamW's two moments
+        if self.trainer.max_epochs == index + 1:
+            parts["final model"] = weights
+        check_space(Path(run_dir), parts, f"round {index + 1}")
+
+
+def downstream_settings(
+    module: RebelModule, options: RoundOptions, trainer: L.Trainer, data: RoundDataModule
+) -> StageSettings:
+    """The settings of all stages after the answers, which are known before anything loads."""
+    return {
+        "rewards": {"reward": options.reward.fingerprint(), "on_failure": options.scoring.on_failure},
+        "pairs": {"selector": describe(options.selector)},
+        "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
+        "training": {
+            **module.training_settings(),
+            "batch_size": data.batch_size,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "precision": str(trainer.precision),
+            "gradient_clip_val": trainer.gradient_clip_val,
+        },
+    }
+
+
+def _answers_bytes(data: RoundDataModule, sampling: SamplingConfig, index: int) -> int:
+    """Bytes of a round's files: twice those of the round before, or what the longest answers could take."""
+    before = data.store.round(index - 1)
+    sizes = [f.stat().st_size for stage in STAGES for f in before.shards(stage).values()] if index else []
+    if sizes:
+        return 2 * sum(sizes)
+    prompts = data.round_prompts(index)
+    of_prompts = sum(len(json.dumps(p.messages)) + 4 * len(p.token_ids) for p in prompts)
+    return sampling.num_responses * (of_prompts + len(prompts) * (200 + 8 * sampling.max_response_tokens))
+
+
+def held_out_sampling(sampling: SamplingConfig, num_responses: int, temperature: float | None) -> SamplingConfig:
+    """How held-out prompts are answered; a temperature of None is that of training."""
+    return replace(
+        sampling,
+        num_responses=num_responses,
+        temperature=sampling.temperature if temperature is None else temperature,
+    )

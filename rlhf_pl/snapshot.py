@@ -1,0 +1,86 @@
+"""Policies at one moment of a run: the present one, the starting one, and those of checkpoints."""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from rlhf_pl.checkpoints import checkpoint_files, read_progress
+from rlhf_pl.fingerprints import weights_fingerprint
+from rlhf_pl.modules.rebel import RebelModule
+from rlhf_pl.policy import PolicyLM, load_lm
+from rlhf_pl.rows import RowBatch
+
+
+@dataclass(frozen=True)
+class PolicySnapshot:
+    """A policy whose answers or log-probs are wanted.
+
+    Args:
+        weights: By their Hugging Face names, tied ones included.
+        logps: (rows, temperature) -> token log-probs, shape (R, T), nats.
+        fingerprint: `weights_fingerprint(weights)`.
+    """
+
+    weights: Mapping[str, Tensor]
+    logps: Callable[[RowBatch, float], Tensor]
+    fingerprint: str
+
+
+def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:
+    """The policy that trains."""
+    weights = module.hf_state_dict()
+    return PolicySnapshot(weights, logps_function(trainer, module, trainer.model), weights_fingerprint(weights))
+
+
+def past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
+    """The policy of an earlier update, from the model the run started from or from a checkpoint; None if it is gone."""
+    if step == 0:
+        weights = load_lm(module.source, module.dtype_name, module.attn_implementation).state_dict()
+        if weights_fingerprint(weights) == fingerprint:
+            return _loaded(trainer, module, weights, fingerprint)
+    for file in checkpoint_files(trainer.default_root_dir):
+        progress = read_progress(file)
+        if progress is None or progress.global_step != step:
+            continue
+        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        weights = {name.removeprefix("policy.lm."): t for name, t in state.items() if name.startswith("policy.lm.")}
+        if weights_fingerprint(weights) == fingerprint:
+            return _loaded(trainer, module, weights, fingerprint)
+    return None
+
+
+def _loaded(trainer: L.Trainer, module: RebelModule, weights: Mapping[str, Tensor], fingerprint: str) -> PolicySnapshot:
+    lm = load_lm(module.source, module.dtype_name, module.attn_implementation)
+    lm.load_state_dict(weights)
+    policy = PolicyLM(lm.to(module.device), module.logprob_chunk_tokens).requires_grad_(False).eval()
+    return PolicySnapshot(lm.state_dict(), logps_function(trainer, module, policy), fingerprint)
+
+
+def logps_function(trainer: L.Trainer, module: RebelModule, policy: Any) -> Callable[[RowBatch, float], Tensor]:
+    """Token log-probs of rows under `policy`, without gradients, in eval mode, in the run's precision."""
+
+    def logps(rows: RowBatch, temperature: float) -> Tensor:
+        device = trainer.strategy.root_device
+        with _inference(module), trainer.precision_plugin.forward_context():
+            return policy(
+                rows.input_ids.to(device), rows.attention_mask.to(device), rows.response_mask.to(device), temperature
+            )
+
+    return logps
+
+
+@contextmanager
+def _inference(module: L.LightningModule) -> Iterator[None]:
+    """No gradients, eval mode; the mode is restored."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)

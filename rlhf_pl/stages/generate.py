@@ -1,0 +1,100 @@
+"""Draw the answers of a round, shard by shard."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from rlhf_pl.data.prompts import Prompt
+from rlhf_pl.rollout.base import PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rounds import Round
+
+TOKENS = pa.list_(pa.int32())
+RESPONSES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("response_index", pa.int32()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("finished", pa.bool_()),
+        ("seed", pa.int64()),
+        ("prompt_tokens", TOKENS),
+        ("response_tokens", TOKENS),
+        ("sampler_logp", pa.float64()),
+        ("columns", pa.string()),
+    ]
+)
+Report = Callable[[int, str], None]
+
+
+def prompt_seed(run_seed: int, name: str, prompt_id: str) -> int:
+    """Seed of a prompt's answers: a hash, so that no two prompts, rounds or ranks share a random stream."""
+    digest = hashlib.sha256(f"{run_seed}:{name}:{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def generate(
+    stored: Round,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    sampling: SamplingConfig,
+    tokenizer: Any,
+    run_seed: int,
+    prompts_per_shard: int,
+    report: Report = lambda count, note: None,
+) -> None:
+    """Draw the answers of all prompts whose shard is not there yet. `report` gets (prompts done, note).
+
+    The shards are drawn one after the other, each from a clean engine: the last digits of log-probs depend on what is
+    computed together, so this makes a shard the same whenever it is drawn.
+    """
+    seeds = [prompt_seed(run_seed, stored.name, p.prompt_id) for p in prompts]
+    done = stored.shards("responses")
+    started, tokens = time.monotonic(), 0
+    for number, first in enumerate(range(0, len(prompts), prompts_per_shard)):
+        shard = range(first, min(first + prompts_per_shard, len(prompts)))
+        if number in done:
+            report(len(shard), "")
+            continue
+        sampler.reset()
+        requests = [PromptTokens(list(prompts[i].token_ids), seeds[i]) for i in shard]
+        answers: dict[int, list[Response]] = {}
+        for position, responses in sampler.generate(requests, sampling):
+            answers[shard[position]] = responses
+            tokens += sum(len(r.token_ids) for r in responses)
+            report(1, f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+        rows = [row for i in shard for row in _response_rows(prompts[i], seeds[i], answers[i], tokenizer)]
+        stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
+    seconds = time.monotonic() - started
+    table = stored.read("responses")
+    lengths = table["response_tokens"].combine_chunks().value_lengths().to_numpy()
+    stored.complete(
+        "responses",
+        prompts=len(prompts),
+        responses=len(table),
+        tokens=int(lengths.sum()),
+        tokens_mean=float(lengths.mean()),
+        finished_share=float(table["finished"].to_numpy().mean()),
+        seconds=seconds,
+        tokens_per_s=tokens / seconds,
+        sampling=vars(sampling),
+    )
+
+
+def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokenizer: Any) -> Iterator[dict[str, Any]]:
+    for index, response in enumerate(responses):
+        yield {
+            "prompt_id": prompt.prompt_id,
+            "response_index": index,
+            "prompt": json.dumps(prompt.messages, ensure_ascii=False),
+            "response": tokenizer.decode(response.token_ids, skip_special_tokens=True),
+            "finished": response.finished,
+            "seed": seed + index,
+            "prompt_tokens": prompt.token_ids,
+            "response_tokens": response.token_ids,
+            "sampler_logp": sum(response.logps),
+            "columns": json.dumps(dict(prompt.columns), ensure_ascii=False, default=str),
+        }

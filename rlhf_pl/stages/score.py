@@ -1,0 +1,181 @@
+"""Score the answers of a round, shard by shard, keeping what is scored."""
+
+import json
+import time
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from rlhf_pl.data.prompts import Prompt
+from rlhf_pl.disk import naming_a_full_disk, write_atomically
+from rlhf_pl.errors import InputError
+from rlhf_pl.rewards.base import Reward, RewardResult, Sample
+from rlhf_pl.rewards.guard import Failure, Outcome, ScoringConfig, guarded_scores
+from rlhf_pl.rounds import Round
+from rlhf_pl.stages.generate import Report
+
+
+def score(
+    stored: Round,
+    prompts: Sequence[Prompt],
+    reward: Reward,
+    config: ScoringConfig = ScoringConfig(),  # noqa: B008 - frozen
+    report: Report = lambda count, note: None,
+) -> None:
+    """Give every answer its reward. `report` gets (answers done, note).
+
+    What a call returned is kept in a journal beside the shards until its shard is written, so that nothing that was
+    scored is scored again.
+
+    Raises:
+        InputError: An answer has no reward and the policy for failures is `error`, or none has one.
+    """
+    by_id = {p.prompt_id: p for p in prompts}
+    started = time.monotonic()
+    done = stored.shards("rewards")
+    for number, file in stored.shards("responses").items():
+        table = stored.read_shard("responses", number)
+        if number in done:
+            report(len(table), "")
+            continue
+        journal = _Journal(stored.path / "rewards" / f"_{number:05d}.journal", [file.name, reward.fingerprint()])
+        samples = _samples(table, by_id)
+        outcomes = journal.read()
+        report(len(outcomes), "")
+
+        def keep(found: list[Outcome], journal: _Journal = journal) -> None:
+            journal.add(found)
+            report(len(found), "")
+
+        while len(outcomes) < len(samples):
+            batch = _next_call(samples, len(outcomes), config.prompts_per_call)
+            outcomes += guarded_scores(reward, batch, config, keep)
+        stored.write_shard("rewards", number, _reward_table(table, outcomes, config))
+        journal.remove()
+    stored.complete("rewards", seconds=time.monotonic() - started, reward=reward.name, **reward_statistics(stored))
+
+
+def _samples(table: pa.Table, by_id: dict[str, Prompt]) -> list[Sample]:
+    rows = table.select(["prompt_id", "response", "response_tokens", "finished"]).to_pylist()
+    return [
+        Sample(
+            row["prompt_id"],
+            by_id[row["prompt_id"]].messages,
+            row["response"],
+            row["response_tokens"],
+            row["finished"],
+            by_id[row["prompt_id"]].columns,
+        )
+        for row in rows
+    ]
+
+
+def _next_call(samples: list[Sample], start: int, prompts: int) -> list[Sample]:
+    """The answers from `start` on to so many prompts that call boundaries are the same after a resume."""
+    ids = list(dict.fromkeys(s.prompt_id for s in samples))
+    last = set(ids[: (ids.index(samples[start].prompt_id) // prompts + 1) * prompts])
+    return [s for s in samples[start:] if s.prompt_id in last]
+
+
+def _reward_table(table: pa.Table, outcomes: list[Outcome], config: ScoringConfig) -> pa.Table:
+    substitute = None if isinstance(config.on_failure, str) else config.on_failure
+    results = [o if isinstance(o, RewardResult) else None for o in outcomes]
+    failures = [f"{o.kind}: {o.detail}" if isinstance(o, Failure) else None for o in outcomes]
+    parts = list(dict.fromkeys(name for r in results if r is not None for name in r.components))
+    columns: dict[str, Any] = {
+        "prompt_id": table["prompt_id"],
+        "response_index": table["response_index"],
+        "reward": pa.array([substitute if r is None else r.reward for r in results], pa.float64()),
+        "failure": pa.array(failures, pa.string()),
+        **{
+            f"reward/{n}": pa.array([None if r is None else r.components.get(n) for r in results], pa.float64())
+            for n in parts
+        },
+    }
+    return pa.table(columns)
+
+
+class _Journal:
+    """Outcomes of a shard that is not written yet: a line per call, bound to the answers and the reward."""
+
+    def __init__(self, path: Path, made_of: list[str]) -> None:
+        self.path, self.made_of = path, made_of
+
+    def read(self) -> list[Outcome]:
+        """What was kept; a last line that a crash cut off is dropped, as is a journal of other answers."""
+        if not self.path.exists():
+            return []
+        text = self.path.read_text(encoding="utf-8")
+        lines = text.split("\n")[:-1]
+        if not lines or lines[0] != json.dumps(self.made_of):
+            self.remove()
+            return []
+        outcomes: list[Outcome] = []
+        for line in lines[1:]:
+            for kind, *values in json.loads(line):
+                outcomes.append(RewardResult(*values) if kind == "result" else Failure(*values))
+        if not text.endswith("\n"):
+            whole = "".join(line + "\n" for line in lines).encode()
+            write_atomically(self.path, lambda file: file.write(whole))
+        return outcomes
+
+    def add(self, outcomes: list[Outcome]) -> None:
+        with naming_a_full_disk(self.path):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            new = not self.path.exists()
+            with self.path.open("a", encoding="utf-8") as file:
+                if new:
+                    file.write(json.dumps(self.made_of) + "\n")
+                file.write(json.dumps([_entry(o) for o in outcomes]) + "\n")
+
+    def remove(self) -> None:
+        self.path.unlink(missing_ok=True)
+
+
+def _entry(outcome: Outcome) -> list[Any]:
+    if isinstance(outcome, Failure):
+        return ["failure", outcome.kind, outcome.detail]
+    return ["result", outcome.reward, dict(outcome.components)]
+
+
+def reward_statistics(stored: Round) -> dict[str, Any]:
+    """Mean and spread over the scored answers, the mean of each prompt's best and worst, and failures by kind.
+
+    Raises:
+        InputError: No answer has a reward.
+    """
+    table = stored.read("rewards")
+    failures = Counter(text.split(":")[0] for text in table["failure"].to_pylist() if text)
+    scored = table.filter(table["reward"].is_valid())
+    if len(scored) == 0:
+        first = next((text for text in table["failure"].to_pylist() if text), "")
+        stored.clear("rewards")
+        raise InputError(f"The reward failed for all {len(table)} answers of {stored.path}. The first: {first}")
+    rewards = scored["reward"].to_numpy()
+    grouped = scored.group_by("prompt_id").aggregate([("reward", "max"), ("reward", "min")])
+    names = [n for n in table.column_names if n.startswith("reward/")]
+    return {
+        "scored": len(scored),
+        "failures": dict(failures),
+        "mean": float(rewards.mean()),
+        "std": float(rewards.std()),
+        "best": float(grouped["reward_max"].to_numpy().mean()),
+        "worst": float(grouped["reward_min"].to_numpy().mean()),
+        "components": {n.removeprefix("reward/"): _mean(table[n]) for n in names},
+    }
+
+
+def _mean(column: pa.ChunkedArray) -> float:
+    values = column.drop_null().to_numpy()
+    return float(np.mean(values)) if len(values) else 0.0
+
+
+def prompt_means(stored: Round) -> dict[str, float]:
+    """Each prompt's mean reward, of the prompts that have one."""
+    table = stored.read("rewards")
+    grouped = table.filter(table["reward"].is_valid()).group_by("prompt_id").aggregate([("reward", "mean")])
+    return dict(zip(grouped["prompt_id"].to_pylist(), grouped["reward_mean"].to_pylist(), strict=True))

@@ -1,0 +1,67 @@
+"""Make pairs of the scored answers."""
+
+from typing import Any
+
+import pyarrow as pa
+
+from rlhf_pl.pairs import PairSelector
+from rlhf_pl.rounds import Round
+from rlhf_pl.stages.generate import TOKENS, prompt_seed
+
+PAIRS = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("chosen_index", pa.int32()),
+        ("rejected_index", pa.int32()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("chosen_reward", pa.float64()),
+        ("rejected_reward", pa.float64()),
+        ("prompt_tokens", TOKENS),
+        ("chosen_tokens", TOKENS),
+        ("rejected_tokens", TOKENS),
+    ]
+)
+
+
+def select(stored: Round, selector: PairSelector, run_seed: int, limit: int | None = None) -> None:
+    """Make pairs of the scored answers, at most `limit`, and count the prompts that give none, by reason."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    rewards = stored.read("rewards")["reward"].to_pylist()
+    for row, reward in zip(stored.read("responses").to_pylist(), rewards, strict=True):
+        group = groups.setdefault(row["prompt_id"], [])
+        if reward is not None:
+            group.append(row | {"reward": reward})
+    dropped = {"no_reward_difference": 0, "same_answer": 0, "not_scored": 0}
+    pairs = []
+    for prompt_id, answers in groups.items():
+        if len(answers) < 2:
+            dropped["not_scored"] += 1
+            continue
+        picked = selector(
+            [a["reward"] for a in answers],
+            [len(a["response_tokens"]) for a in answers],
+            [a["finished"] for a in answers],
+            prompt_seed(run_seed, "select", prompt_id),
+        )
+        different = [(c, r) for c, r in picked if answers[c]["response_tokens"] != answers[r]["response_tokens"]]
+        if not picked:
+            dropped["no_reward_difference"] += 1
+        elif not different:
+            dropped["same_answer"] += 1
+        pairs += [_pair_row(answers[c], answers[r]) for c, r in different]
+    pairs = pairs[:limit]
+    stored.write_shard("pairs", 0, pa.Table.from_pylist(pairs, schema=PAIRS))
+    stored.complete("pairs", prompts=len(groups), pairs=len(pairs), dropped=dropped, selector=type(selector).__name__)
+
+
+def _pair_row(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:
+    row = {"prompt_id": chosen["prompt_id"], "prompt_tokens": chosen["prompt_tokens"]}
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        row |= {
+            name: answer["response"],
+            f"{name}_index": answer["response_index"],
+            f"{name}_reward": answer["reward"],
+            f"{name}_tokens": answer["response_tokens"],
+        }
+    return row
