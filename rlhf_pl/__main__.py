@@ -10,7 +10,8 @@ usage: rlhf-pl COMMAND [options]
 RLHF on PyTorch Lightning: improve a chat model with REBEL, round after round.
 
 commands:
-  fit    train; `rlhf-pl fit --help` lists every option, `--print_config` writes a complete config
+  fit     train; `rlhf-pl fit --help` lists every option, `--print_config` writes a complete config
+  rounds  show what a run directory holds: `rlhf-pl rounds RUN_DIR`
 
 A first run, from the repository:  rlhf-pl fit --config configs/quickstart.yaml
 The shortest config names a policy, prompts and a reward:
@@ -33,6 +34,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"rlhf-pl {__version__}")
         return 0
+    if argv[0] == "rounds":
+        from rlhf_pl import inspect_rounds
+
+        return inspect_rounds.run(argv[1:])
     if argv[0] != "fit":
         print(f"error: unknown command {argv[0]!r}. `rlhf-pl --help` lists the commands.", file=sys.stderr)
         return 2

@@ -29,11 +29,11 @@ def rows_fingerprint(rows: Iterable[Any]) -> str:
     return digest.hexdigest()[:16]
 
 
-def describe(thing: Any) -> str:
-    """A class and those of its settings that are plain values, such as `rlhf_pl.losses.RebelLoss(eta=1.0)`."""
+def describe(thing: Any, *ignore: str) -> str:
+    """A class and those of its public settings that are plain values, as `rlhf_pl.losses.RebelLoss(eta=1.0)`."""
     kind = type(thing)
-    values = {name: value for name, value in vars(thing).items() if _is_plain(value)}
-    listed = ", ".join(f"{name.lstrip('_')}={value!r}" for name, value in sorted(values.items()))
+    values = {k: v for k, v in vars(thing).items() if _is_plain(v) and not k.startswith("_") and k not in ignore}
+    listed = ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
     return f"{kind.__module__}.{kind.__qualname__}({listed})"
 
 

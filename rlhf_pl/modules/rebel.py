@@ -238,7 +238,7 @@ class RebelModule(L.LightningModule):
         return {
             "loss": describe(self.loss),
             "optimizer": {"class": type(optimizer).__qualname__, **optimizer.defaults},
-            "lr_scheduler": describe(scheduler),
+            "lr_scheduler": describe(scheduler, "base_lrs", "last_epoch"),
             "kl_coef": self.kl_coef,
             "dtype": self.dtype_name,
         }

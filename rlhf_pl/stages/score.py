@@ -55,7 +55,8 @@ def score(
             batch = _next_call(samples, len(outcomes), config.prompts_per_call)
             outcomes += guarded_scores(reward, batch, config, keep)
         stored.write_shard("rewards", number, _reward_table(table, outcomes, config))
-        journal.remove()
+    for journal_file in (stored.path / "rewards").glob("_*.journal"):
+        journal_file.unlink()
     stored.complete("rewards", seconds=time.monotonic() - started, reward=reward.name, **reward_statistics(stored))
 
 

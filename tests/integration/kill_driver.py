@@ -1,0 +1,133 @@
+"""Runs `rlhf-pl fit` again and again in forked children, some of which are killed at a chosen moment.
+
+    python kill_driver.py PLAN.json
+
+PLAN.json: {"arguments": [...], "runs": [{"dir": ..., "kill": {...} | null, "trace": path | null}, ...]}. The heavy
+imports happen once, in the parent, before any thread exists; every child is a fresh run. A run's exit status goes to
+standard output, a JSON line each.
+
+A kill names an event, its count and when: `{"event": "write responses", "count": 2, "delay": 0.0}` sends SIGKILL to
+the process itself `delay` seconds after the second such event began (from another thread if the delay is not 0).
+"""
+
+import functools
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+
+def die() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Tracer:
+    """Counts events, notes when they happen, and kills at the chosen one."""
+
+    def __init__(self, kill: dict[str, Any] | None, trace: str | None) -> None:
+        self.kill, self.counts = kill, Counter[str]()
+        self.file = open(trace, "w") if trace else None  # noqa: SIM115 - open as long as the process lives
+
+    def event(self, name: str) -> None:
+        self.counts[name] += 1
+        if self.file:
+            self.file.write(json.dumps([time.monotonic(), name, self.counts[name]]) + "\n")
+            self.file.flush()
+        if self.kill and (name, self.counts[name]) == (self.kill["event"], self.kill["count"]):
+            if self.kill["delay"] == 0:
+                die()
+            threading.Timer(self.kill["delay"], die).start()
+
+    def around(self, owner: Any, method: str, name: Callable[..., str]) -> None:
+        """Have `owner.method` report before and after it runs."""
+        plain = getattr(owner, method)
+
+        @functools.wraps(plain)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.event(f"before {name(*args)}")
+            result = plain(*args, **kwargs)
+            self.event(f"after {name(*args)}")
+            return result
+
+        setattr(owner, method, wrapped)
+
+
+def instrument(tracer: Tracer) -> None:
+    """Report at every boundary and inside every phase of a run."""
+    import torch
+
+    from rlhf_pl import disk
+    from rlhf_pl.callbacks import HFExport, RoundCheckpoint
+    from rlhf_pl.modules import RebelModule
+    from rlhf_pl.rewards import FunctionReward
+    from rlhf_pl.rollout import TransformersSampler, VLLMSampler
+    from rlhf_pl.rounds import Round
+
+    tracer.around(Round, "write_shard", lambda stored, stage, *_: f"write {stage} of {stored.path.parent.name}")
+    tracer.around(Round, "complete", lambda stored, stage, **_: f"complete {stage} of {stored.path.parent.name}")
+    tracer.around(os, "replace", lambda *_: "rename")
+    tracer.around(disk.os, "fsync", lambda *_: "flush")
+    tracer.around(FunctionReward, "score", lambda *_: "reward call")
+    tracer.around(RebelModule, "training_step", lambda *_: "training step")
+    tracer.around(RebelModule, "validation_step", lambda *_: "validation step")
+    tracer.around(torch.optim.AdamW, "step", lambda *_: "optimizer step")
+    tracer.around(torch, "save", lambda *_: "checkpoint write")
+    tracer.around(RoundCheckpoint, "save_round", lambda *_: "round checkpoint")
+    tracer.around(HFExport, "_write", lambda *_: "export")
+    for sampler in (TransformersSampler, VLLMSampler):
+        tracer.around(sampler, "load_weights", lambda *_: "weight sync")
+        plain = sampler.generate
+
+        def generate(self: Any, *args: Any, plain: Any = plain) -> Any:
+            tracer.event("before draw")
+            for item in plain(self, *args):
+                tracer.event("answers to a prompt")
+                yield item
+
+        sampler.generate = generate  # type: ignore[method-assign]
+
+
+def child(arguments: list[str], run: dict[str, Any]) -> None:
+    folder = Path(run["dir"])
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    log = os.open(str(folder) + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+    tracer = Tracer(run.get("kill"), run.get("trace"))
+    instrument(tracer)
+    tracer.event("start")
+    from rlhf_pl.__main__ import main
+
+    os._exit(main([*arguments, "--trainer.default_root_dir", run["dir"], *run.get("arguments", [])]))
+
+
+def run_all(plan: dict[str, Any]) -> None:
+    import lightning  # noqa: F401
+    import transformers  # noqa: F401
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
+
+    import rlhf_pl.cli  # noqa: F401
+
+    for run in plan["runs"]:
+        pid = os.fork()
+        if pid == 0:
+            try:
+                child(plan["arguments"], run)
+            except BaseException:
+                import traceback
+
+                traceback.print_exc()
+            finally:
+                os._exit(99)
+        _, status = os.waitpid(pid, 0)
+        print(json.dumps({"dir": run["dir"], "status": os.waitstatus_to_exitcode(status)}), flush=True)
+
+
+if __name__ == "__main__":
+    run_all(json.loads(Path(sys.argv[1]).read_text()))

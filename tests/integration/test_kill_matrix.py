@@ -1,0 +1,166 @@
+"""A run that is killed at any moment and started again ends as if nothing had happened."""
+
+import json
+import random
+import subprocess
+import sys
+from collections import Counter
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_pl.rounds import RoundStore
+from tests.conftest import save_llama
+
+DRIVER = Path(__file__).with_name("kill_driver.py")
+REWARD = "def score(response):\n    return len(set(response)) / 10\n"
+VARYING = ("train/pairs_per_s", "rollout/sampler_logp_error")  # times, and what is logged at every hand-over
+TRIAL_CALLS = 6  # on made-up answers, at every start
+
+
+def make_plan(folder: Path, sampler: list[str], prompts: int = 12) -> dict[str, Any]:
+    """Two rounds of 12 prompts in shards of 4, two pairs an update, a checkpoint after every update."""
+    model = save_llama(folder / "llama")
+    rows = [{"prompt_id": f"p{i}", "prompt": f"What is {i} plus {i + 1}?"} for i in range(2 * prompts + 4)]
+    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (folder / "reward.py").write_text(REWARD)
+    options = {
+        **{"model.policy": model, "model.optimizer.lr": "1e-3", "model.loss.eta": "2.0"},
+        **{"data.prompts": folder / "prompts.jsonl", "data.prompts_per_round": prompts, "data.val_prompts": 4},
+        **{"data.max_prompt_tokens": 64, "data.batch_size": 1, "rollout.reward": f"{folder}/reward.py:score"},
+        **{"rollout.sampling.max_response_tokens": 8, "rollout.sampling.num_responses": 3},
+        **{"rollout.val_num_responses": 2, "rollout.prompts_per_shard": 4, "checkpoint.every_n_updates": 2},
+        **{"trainer.max_epochs": 2, "trainer.accumulate_grad_batches": 2, "trainer.accelerator": "cpu"},
+    }
+    arguments = ["fit", *(str(text) for name, value in options.items() for text in (f"--{name}", value)), *sampler]
+    return {"arguments": arguments, "runs": []}
+
+
+def drive(folder: Path, plan: dict[str, Any], runs: list[dict[str, Any]]) -> list[int]:
+    """Exit codes of the runs."""
+    (folder / "plan.json").write_text(json.dumps({**plan, "runs": runs}))
+    done = subprocess.run(
+        [sys.executable, str(DRIVER), str(folder / "plan.json")], capture_output=True, text=True, cwd=folder
+    )
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["status"] for line in done.stdout.splitlines() if line.startswith("{")]
+
+
+def read_trace(file: Path) -> list[tuple[float, str, int]]:
+    return [tuple(json.loads(line)) for line in file.read_text().splitlines()]
+
+
+def result(run: Path) -> dict[str, Any]:
+    """Everything that has to be the same: round files (their names hold checksums), loss curve, weights, table."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    files = sorted(
+        str(file.relative_to(run))
+        for kind in ("rounds", "heldout")
+        for file in (run / kind).rglob("*")
+        if file.is_file()
+    )
+    curves = EventAccumulator(str(run / "tensorboard"))
+    curves.Reload()
+    everything = curves.Tags()["scalars"]
+    names = [n for n in everything if n.startswith(("train/", "val/", "rollout/")) and n not in VARYING]
+    assert "train/loss" in names
+    rounds = [stored.info("training") for stored in RoundStore(run).rounds().values()]
+    return {
+        "files": files,
+        "curves": {name: [(event.step, event.value) for event in curves.Scalars(name)] for name in names},
+        "weights": {name: tensor.clone() for name, tensor in load_file(run / "model" / "model.safetensors").items()},
+        "training": [{k: v for k, v in info.items() if k != "seconds"} for info in rounds],
+        "leftovers": [str(file) for file in run.rglob(".*.tmp")] + [str(file) for file in run.rglob("*.journal")],
+    }
+
+
+def assert_same_result(run: Path, expected: dict[str, Any], what: str) -> None:
+    found = result(run)
+    assert found["files"] == expected["files"], what
+    assert found["leftovers"] == [], what
+    assert found["training"] == expected["training"], what
+    for name, tensor in expected["weights"].items():
+        assert torch.equal(found["weights"][name], tensor), (what, name)
+    for name, curve in expected["curves"].items():
+        assert sorted(set(found["curves"][name])) == curve, (what, name)
+
+
+def boundaries(trace: list[tuple[float, str, int]], counts: Counter[str]) -> list[dict[str, Any]]:
+    """The first, or a middle, occurrence of every kind of event."""
+    rng = random.Random(1)
+    return [{"event": name, "count": rng.randint(1, count), "delay": 0.0} for name, count in counts.items()]
+
+
+def moments(trace: list[tuple[float, str, int]], number: int, seed: int) -> list[dict[str, Any]]:
+    """Random moments, as many in short phases as in long ones: after a random event of a random kind."""
+    rng = random.Random(seed)
+    kinds = sorted({name for _, name, _ in trace})
+    points = []
+    for _ in range(number):
+        kind = rng.choice(kinds)
+        position = rng.choice([i for i, event in enumerate(trace[:-1]) if event[1] == kind] or [0])
+        gap = trace[position + 1][0] - trace[position][0]
+        points.append({"event": trace[position][1], "count": trace[position][2], "delay": rng.random() * gap + 1e-4})
+    return points
+
+
+def run_matrix(folder: Path, plan: dict[str, Any], points: list[dict[str, Any]], reference: Path) -> int:
+    """Kill a run at every point, start it again, compare. Returns how many kills hit."""
+    runs = []
+    for i, point in enumerate(points):
+        name = str(folder / f"run{i}")
+        runs += [{"dir": name, "kill": point, "trace": f"{name}.1"}, {"dir": name, "kill": None, "trace": f"{name}.2"}]
+    statuses = drive(folder, plan, runs)
+    expected = result(reference)
+    rewards = Counter(n for _, n, _ in read_trace(folder / "reference.trace"))["after reward call"] - TRIAL_CALLS
+    hits = 0
+    for i, point in enumerate(points):
+        killed, resumed = statuses[2 * i : 2 * i + 2]
+        log = (folder / f"run{i}.log").read_text()[-3000:]
+        assert killed in (-9, 0), (point, log)
+        assert resumed == 0, (point, log)
+        hits += killed == -9
+        assert_same_result(folder / f"run{i}", expected, str(point))
+        calls = [Counter(n for _, n, _ in read_trace(folder / f"run{i}.{k}"))["after reward call"] for k in (1, 2)]
+        assert sum(max(0, c - TRIAL_CALLS) for c in calls) <= rewards + 1, (point, "scored twice")
+    return hits
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_killed_anywhere_and_started_again(tmp_path: Path) -> None:
+    sampler = ["--rollout.sampler", "TransformersSampler", "--rollout.sampler.dtype", "float32"]
+    plan = make_plan(tmp_path, sampler)
+    assert drive(
+        tmp_path, plan, [{"dir": str(tmp_path / "reference"), "trace": str(tmp_path / "reference.trace")}]
+    ) == [0]
+    trace = read_trace(tmp_path / "reference.trace")
+    counts = Counter(name for _, name, _ in trace)
+    points = boundaries(trace, counts) + moments(trace, 16, seed=2)
+    hits = run_matrix(tmp_path, plan, points, tmp_path / "reference")
+    assert hits >= 40
+
+
+@pytest.mark.slow
+@pytest.mark.vllm
+@pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM")
+@pytest.mark.timeout(900)
+def test_killed_and_started_again_with_vllm(tmp_path: Path) -> None:
+    """Fewer points, because the engine takes seconds to start; they lie where the engine is at work or just was."""
+    plan = make_plan(tmp_path, ["--rollout.sampler", "VLLMSampler", "--rollout.sampler.kv_cache_gib", "0.1"])
+    assert drive(
+        tmp_path, plan, [{"dir": str(tmp_path / "reference"), "trace": str(tmp_path / "reference.trace")}]
+    ) == [0]
+    points = [
+        {"event": "after weight sync", "count": 1, "delay": 0.0},
+        {"event": "answers to a prompt", "count": 15, "delay": 0.0},
+        {"event": "after write responses of rounds", "count": 2, "delay": 0.01},
+        {"event": "before optimizer step", "count": 2, "delay": 0.0},
+        {"event": "answers to a prompt", "count": 32, "delay": 0.0},
+    ]
+    assert run_matrix(tmp_path, plan, points, tmp_path / "reference") == len(points)
