@@ -53,7 +53,8 @@ class SamplerLink:
             self.sampler.wake()
             weights = policy.weights
             hand_over(self.sampler, weights)
-            error = check_sampler(self.sampler, prompts, policy.logps, weights, limit)
+            room = spec.max_model_tokens - max(map(len, prompts))
+            error = check_sampler(self.sampler, prompts, policy.logps, weights, limit, min(24, room))
         self._holds = policy.fingerprint
         return {"time/sync_s": time.monotonic() - started, "rollout/sampler_logp_error": error}
 

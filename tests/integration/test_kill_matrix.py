@@ -50,6 +50,14 @@ def drive(folder: Path, plan: dict[str, Any], runs: list[dict[str, Any]]) -> lis
     return [json.loads(line)["status"] for line in done.stdout.splitlines() if line.startswith("{")]
 
 
+def run_reference(folder: Path, plan: dict[str, Any]) -> list[tuple[float, str, int]]:
+    """A run without a kill; its trace."""
+    trace = folder / "reference.trace"
+    statuses = drive(folder, plan, [{"dir": str(folder / "reference"), "trace": str(trace)}])
+    assert statuses == [0], (folder / "reference.log").read_text()[-3000:]
+    return read_trace(trace)
+
+
 def read_trace(file: Path) -> list[tuple[float, str, int]]:
     return [tuple(json.loads(line)) for line in file.read_text().splitlines()]
 
@@ -136,10 +144,7 @@ def run_matrix(folder: Path, plan: dict[str, Any], points: list[dict[str, Any]],
 def test_killed_anywhere_and_started_again(tmp_path: Path) -> None:
     sampler = ["--rollout.sampler", "TransformersSampler", "--rollout.sampler.dtype", "float32"]
     plan = make_plan(tmp_path, sampler)
-    assert drive(
-        tmp_path, plan, [{"dir": str(tmp_path / "reference"), "trace": str(tmp_path / "reference.trace")}]
-    ) == [0]
-    trace = read_trace(tmp_path / "reference.trace")
+    trace = run_reference(tmp_path, plan)
     counts = Counter(name for _, name, _ in trace)
     points = boundaries(trace, counts) + moments(trace, 16, seed=2)
     hits = run_matrix(tmp_path, plan, points, tmp_path / "reference")
@@ -153,9 +158,7 @@ def test_killed_anywhere_and_started_again(tmp_path: Path) -> None:
 def test_killed_and_started_again_with_vllm(tmp_path: Path) -> None:
     """Fewer points, because the engine takes seconds to start; they lie where the engine is at work or just was."""
     plan = make_plan(tmp_path, ["--rollout.sampler", "VLLMSampler", "--rollout.sampler.kv_cache_gib", "0.1"])
-    assert drive(
-        tmp_path, plan, [{"dir": str(tmp_path / "reference"), "trace": str(tmp_path / "reference.trace")}]
-    ) == [0]
+    run_reference(tmp_path, plan)
     points = [
         {"event": "after weight sync", "count": 1, "delay": 0.0},
         {"event": "answers to a prompt", "count": 15, "delay": 0.0},
