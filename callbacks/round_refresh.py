@@ -81,7 +81,8 @@ class RoundRefresh(L.Callback):
             )
         self._link = SamplerLink(sampler)
         self._maker: RoundMaker | None = None
-        self._looked_for_damage = False
+        self._begun = False
+        self._announced: int | None = None
         self._logged_version: int | None = None
         self._training_since = time.monotonic()
 
@@ -108,57 +109,56 @@ class RoundRefresh(L.Callback):
         if not self.repair:
             _refuse_damage(data)
         try_reward(options.reward, _trial_samples(data.train_prompts), options.scoring)
+        self._maker = RoundMaker(
+            trainer,
+            pl_module,
+            data,
+            self._link,
+            options,
+            lambda metrics: _log(trainer, metrics, trainer.global_step),
+            self.accept_changes,
+        )
+        if not self.repair:
+            self._maker.refuse_changes()
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = 0
-        data.prepare_round = lambda index: self._prepare(trainer, pl_module, index)
-        data.finish_run = lambda rounds: self._finish(trainer, pl_module, rounds)
+        data.prepare_round = lambda index: self._prepare(trainer, index)
+        data.finish_run = lambda rounds: self._evaluate(trainer, rounds)
 
-    def _begin(self, trainer: L.Trainer, module: RebelModule) -> RoundMaker:
-        """Once weights are restored: the maker of this run's rounds."""
-        if self._maker is None:
+    def _begin(self, trainer: L.Trainer) -> RoundMaker:
+        """The maker of this run's rounds, once weights are restored."""
+        assert self._maker is not None
+        if not self._begun:
+            self._begun = True
             for callback in trainer.callbacks:  # type: ignore[attr-defined]
                 if isinstance(callback, RoundCheckpoint):
                     callback.listen()
-            assert self.options is not None
-            self._maker = RoundMaker(
-                trainer,
-                module,
-                _datamodule(trainer),
-                self._link,
-                self.options,
-                lambda metrics: _log(trainer, metrics, trainer.global_step),
-                self.accept_changes,
-            )
             if self.repair:
                 self._maker.repair()
         return self._maker
 
-    def _prepare(self, trainer: L.Trainer, module: RebelModule, index: int) -> None:
+    def _prepare(self, trainer: L.Trainer, index: int) -> None:
         """Make round `index`, or what is missing of it."""
-        maker, data = self._begin(trainer, module), _datamodule(trainer)
+        maker, data = self._begin(trainer), _datamodule(trainer)
         if _inside_round(trainer):  # resumed: the policy is no longer the one that made the round
             maker.check_inside(index)
             return
-        if trainer.progress_bar_callback is not None and trainer.is_global_zero:
+        if self._announced != index and trainer.progress_bar_callback is not None and trainer.is_global_zero:
             console.print(f"\n[bold]Round {index + 1} of {trainer.max_epochs}[/bold]")
-        self._evaluate(trainer, module, index)
+            self._announced = index
+        self._evaluate(trainer, index)
         if data.val_prompts and maker.options.val_sampling.num_responses > 1 and data.max_val_pairs > 0:
             maker.pair_held_out(index)
         stored = maker.make(index)
         _log(trainer, {**round_metrics(stored), "system/resident_gib": resident_gib()}, trainer.global_step)
         self._link.rest()
 
-    def _finish(self, trainer: L.Trainer, module: RebelModule, rounds: int) -> None:
-        """A run whose training is over: what is missing of its last evaluation."""
-        self._begin(trainer, module)
-        self._evaluate(trainer, module, rounds)
-
-    def _evaluate(self, trainer: L.Trainer, module: RebelModule, version: int) -> dict[str, float]:
+    def _evaluate(self, trainer: L.Trainer, version: int) -> dict[str, float]:
         """Metrics of the policy after `version` rounds on the held-out prompts; logged once."""
         data = _datamodule(trainer)
         if not data.val_prompts:
             return {}
-        maker = self._begin(trainer, module)
+        maker = self._begin(trainer)
         maker.evaluate(version)
         metrics = held_out_metrics(data.store, version)
         if self._logged_version != version:
@@ -183,16 +183,16 @@ class RoundRefresh(L.Callback):
                 callback.save_round(trainer)
         if self.options is not None:
             # for checkpoints that monitor them; the loggers have them already
-            pl_module.log_dict(self._evaluate(trainer, pl_module, version), logger=False)
+            pl_module.log_dict(self._evaluate(trainer, version), logger=False)
         self._link.rest()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._link.close()
-        self._maker = None
+        self._maker, self._begun = None, False
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._link.close()
-        self._maker = None
+        self._maker, self._begun = None, False
 
 
 def _refuse_damage(data: RoundDataModule) -> None:

@@ -83,6 +83,8 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
         table.add_column(header, justify="right")
     for index in range(rounds):
         stages = store.round(index).manifest["stages"]
+        if "rewards" not in stages:  # lost, and not needed to go on
+            continue
         answers, rewards, training = stages["responses"], stages["rewards"], stages.get("training", {})
         seconds = sum(stage.get("seconds", 0.0) for stage in stages.values())
         cells = [
@@ -92,7 +94,7 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
             f"{rewards['worst']:.3f}",
             f"{answers['tokens_mean']:.0f}",
             f"{answers['finished_share']:.0%}",
-            str(stages["pairs"]["pairs"]),
+            str(stages.get("pairs", {}).get("pairs", "-")),
             _number(training.get("kl"), 2),
             _number(training.get("loss"), 3),
             f"{seconds:.0f} s",

@@ -91,15 +91,15 @@ class RunLock:
         except OSError as error:
             owner = _read(descriptor)
             if error.errno in (errno.EACCES, errno.EAGAIN):
-                raise InputError(self._message(owner, "It")) from error
+                raise InputError(self._message(owner, "End that process first")) from error
             if owner and not _is_dead(owner):
-                hint = "If that process is dead, delete the file .lock there. It"
+                hint = "End that process first, or if it is dead delete the file .lock there"
                 raise InputError(self._message(owner, hint)) from error
 
     def _message(self, owner: dict[str, Any], end: str) -> str:
         return (
             f"{self.folder} is in use by process {owner.get('pid', 'unknown')} on host {owner.get('host', 'unknown')}, "
-            f"since {owner.get('started', 'unknown')}. Two processes would overwrite each other. {end} must end first, "
+            f"since {owner.get('started', 'unknown')}. Two processes would overwrite each other. {end}, "
             "or give this run a directory of its own (--trainer.default_root_dir DIR)."
         )
 

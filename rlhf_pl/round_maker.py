@@ -11,7 +11,7 @@ import lightning as L
 
 from rlhf_pl.console import console, phase
 from rlhf_pl.data.prompts import Prompt
-from rlhf_pl.data.rounds import RoundDataModule
+from rlhf_pl.data.rounds import RoundDataModule, rounds_done
 from rlhf_pl.disk import check_space
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe, rows_fingerprint
@@ -81,6 +81,17 @@ class RoundMaker:
             self._present = (self.trainer.global_step, present_policy(self.trainer, self.module))
         return self._present[1]
 
+    def refuse_changes(self) -> None:
+        """Before anything loads: the newest round and evaluation must be of the present upstream settings.
+
+        Raises:
+            ChangedSettingsError: They are not, and that is not accepted.
+        """
+        store = self.data.store
+        for stored in [*list(store.rounds().values())[-1:], *list(store.evaluations().values())[-1:]]:
+            if not self.accept_changes:
+                refuse_upstream_change(stored, Round.as_stored(self._settings(stored, of_present_policy=False)))
+
     def make(self, index: int) -> Round:
         """Round `index`, complete, of the present policy."""
         stored = self.data.store.round(index)
@@ -140,15 +151,27 @@ class RoundMaker:
             console.print(f"Repairing {file}", soft_wrap=True, markup=False)
             stored.drop(file)
         for stored in {str(s.path): s for s, _ in damaged}.values():
-            before = stored.manifest
-            if not before.get("settings"):
-                continue  # nothing is known of it: it is made anew when its turn comes
-            now = Round.as_stored(self._settings(stored))
-            if differences(before["settings"]["responses"], now["responses"], *OF_POLICY):
+            if not stored.manifest.get("settings") and not self._stamp_anew(stored):
+                stored.delete()
+                continue
+            before, now = stored.manifest["settings"]["responses"], Round.as_stored(self._settings(stored))["responses"]
+            if differences(before, now, *OF_POLICY):
                 raise DamagedStoreError(f"{stored.path} can't be repaired: it was made with other settings than these.")
-            wanted = [name for name in STAGES if name in before["stages"]]
+            wanted = [name for name in STAGES if name in stored.manifest["stages"] or stored.shards(name)]
             if "responses" in wanted:
                 self._fill(stored, partial(self._past, stored), "pairs", pairs="pairs" in wanted)
+
+    def _stamp_anew(self, stored: Round) -> bool:
+        """A new manifest where the copy is lost too: round and evaluation of the same number share a policy."""
+        number, is_round = int(stored.path.name), stored.path.parent.name == "rounds"
+        sibling = self.data.store.held_out(number) if is_round else self.data.store.round(number)
+        made_by = sibling.manifest.get("settings", {}).get("responses")
+        if made_by is None:
+            return False
+        self._reconcile(stored, made_by)
+        if is_round and number < rounds_done(self.trainer):
+            stored.complete("training", seconds=0.0, loss=None, kl=None)
+        return True
 
     def _fill(self, stored: Round, policy: Callable[[], PolicySnapshot], what: str, pairs: bool = True) -> None:
         """Every stage that is missing, from the shards that exist."""
@@ -226,16 +249,16 @@ class RoundMaker:
         }
         reconcile(stored, settings, self.accept_changes, fresh)
 
-    def _settings(self, stored: Round) -> StageSettings:
-        """What the stages of a round of the present policy would be made from."""
+    def _settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
+        """What the stages of a round would be made from; the policy is looked at only if wanted."""
         kind = stored.path.parent.name
         prompts, columns = self._fingerprints[kind]
         sampler = self.link.sampler
         settings: StageSettings = {
             "responses": {
                 "policy": self.module.source.path,
-                "policy_step": self.trainer.global_step,
-                "weights": self.policy().fingerprint,
+                "policy_step": self.trainer.global_step if of_present_policy else None,
+                "weights": self.policy().fingerprint if of_present_policy else None,
                 "seed": self.data.seed,
                 "prompts": prompts,
                 "sampler": f"{type(sampler).__name__}({getattr(sampler, 'dtype', '')})",

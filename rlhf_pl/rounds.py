@@ -134,10 +134,7 @@ class Round:
         """Forget one damaged file, so that it is made again; its neighbours stay. The manifest comes from its copy."""
         file.unlink(missing_ok=True)
         if file.name == "manifest.json":
-            copy = _read_manifest(self.path / _COPY)
-            if copy is None:
-                self.delete()
-            else:
+            if (copy := _read_manifest(self.path / _COPY)) is not None:
                 self._write_manifest(copy)
             return
         manifest = self.manifest

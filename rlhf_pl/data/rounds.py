@@ -89,7 +89,7 @@ class RoundDataModule(L.LightningDataModule):
         self.prompts_too_long = 0
         self.duplicate_prompts = 0
         self.prepare_round: Callable[[int], None] | None = None
-        self.finish_run: Callable[[int], None] | None = None
+        self.finish_run: Callable[[int], object] | None = None
 
     @property
     def seed(self) -> int:

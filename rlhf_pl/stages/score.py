@@ -157,7 +157,7 @@ def reward_statistics(stored: Round) -> dict[str, Any]:
         stored.clear("rewards")
         raise InputError(f"The reward failed for all {len(table)} answers of {stored.path}. The first: {first}")
     rewards = scored["reward"].to_numpy()
-    grouped = scored.group_by("prompt_id").aggregate([("reward", "max"), ("reward", "min")])
+    grouped = scored.group_by("prompt_id", use_threads=False).aggregate([("reward", "max"), ("reward", "min")])
     names = [n for n in table.column_names if n.startswith("reward/")]
     return {
         "scored": len(scored),
@@ -178,5 +178,9 @@ def _mean(column: pa.ChunkedArray) -> float:
 def prompt_means(stored: Round) -> dict[str, float]:
     """Each prompt's mean reward, of the prompts that have one."""
     table = stored.read("rewards")
-    grouped = table.filter(table["reward"].is_valid()).group_by("prompt_id").aggregate([("reward", "mean")])
+    grouped = (
+        table.filter(table["reward"].is_valid())
+        .group_by("prompt_id", use_threads=False)
+        .aggregate([("reward", "mean")])
+    )
     return dict(zip(grouped["prompt_id"].to_pylist(), grouped["reward_mean"].to_pylist(), strict=True))
