@@ -146,6 +146,7 @@ class RoundRefresh(L.Callback):
         if self._announced != index and trainer.progress_bar_callback is not None and trainer.is_global_zero:
             console.print(f"\n[bold]Round {index + 1} of {trainer.max_epochs}[/bold]")
             self._announced = index
+        maker.check_space(index)
         self._evaluate(trainer, index)
         if data.val_prompts and maker.options.val_sampling.num_responses > 1 and data.max_val_pairs > 0:
             maker.pair_held_out(index)

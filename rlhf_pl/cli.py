@@ -295,11 +295,10 @@ _MISTAKES = (InputError, StaleSamplerError, MisconfigurationException, Permissio
 
 def _cause(error: BaseException | None) -> BaseException | None:
     """The user's mistake behind `error`, if it is one: jsonargparse wraps what a constructor raises."""
-    first = error
     while error is not None and not isinstance(error, _MISTAKES):
+        if isinstance(error, OSError) and (full := full_disk_error(Path(error.filename or "."), error)):
+            return full
         error = error.__cause__ or error.__context__
-    if error is None and isinstance(first, OSError):
-        return full_disk_error(Path(first.filename or "a file of the run"), first)
     return error
 
 

@@ -1,5 +1,7 @@
 """Short descriptions and hashes that tell whether a stored round was made from the same things."""
 
+import ast
+import contextlib
 import hashlib
 import inspect
 import json
@@ -46,28 +48,55 @@ def _is_plain(value: Any) -> bool:
 
 
 def code_fingerprint(function: Callable[..., Any]) -> str:
-    """A short hash of a function's source, of what it uses from its own module, and of its defaults and closure."""
+    """A short hash of a function's source, of what it uses from its own module, and of its defaults and closure.
+
+    Values of a module are taken as they are written in its source, not as they are: a cache that fills up is no change.
+    """
     digest = hashlib.sha256()
-    seen: set[int] = set()
-    todo: list[Any] = [function]
+    seen: set[Any] = set()
+    todo: list[Callable[..., Any]] = [function]
     while todo:
-        thing = inspect.unwrap(todo.pop()) if callable(todo[-1]) else todo.pop()
+        thing = inspect.unwrap(todo.pop())
         if id(thing) in seen:
             continue
         seen.add(id(thing))
-        if not callable(thing):
-            digest.update(repr(thing).encode() if _is_plain(thing) else type(thing).__qualname__.encode())
-            continue
         try:
             digest.update(inspect.getsource(thing).encode())
         except (OSError, TypeError):
             digest.update(getattr(thing, "__qualname__", type(thing).__qualname__).encode())
-        if inspect.isfunction(thing):
-            todo += [*(thing.__defaults__ or ()), *(cell.cell_contents for cell in thing.__closure__ or ())]
-            used = [thing.__globals__[name] for name in thing.__code__.co_names if name in thing.__globals__]
-            todo += [u for u in used if not inspect.ismodule(u) and _same_module(u, thing)]
+        if not inspect.isfunction(thing):
+            continue
+        for value in (*(thing.__defaults__ or ()), *_cells(thing)):
+            if callable(value):
+                todo.append(value)
+            elif _is_plain(value) and not isinstance(value, list | dict):
+                digest.update(repr(value).encode())
+        for name in thing.__code__.co_names:
+            value = thing.__globals__.get(name)
+            if callable(value) and getattr(value, "__module__", None) == thing.__module__:
+                todo.append(value)
+            elif name in thing.__globals__ and not callable(value) and (thing.__module__, name) not in seen:
+                seen.add((thing.__module__, name))
+                digest.update(_assignment(thing, name).encode())
     return digest.hexdigest()[:16]
 
 
-def _same_module(thing: Any, function: Any) -> bool:
-    return not callable(thing) or getattr(thing, "__module__", None) == function.__module__
+def _cells(function: Any) -> list[Any]:
+    cells = []
+    for cell in function.__closure__ or ():
+        with contextlib.suppress(ValueError):  # not filled yet
+            cells.append(cell.cell_contents)
+    return cells
+
+
+def _assignment(function: Any, name: str) -> str:
+    """The source of `name = ...` at the top of the function's module, if it is there."""
+    try:
+        source = inspect.getsource(inspect.getmodule(function))  # type: ignore[arg-type]
+        for node in ast.parse(source).body:
+            targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
+            if any(isinstance(target, ast.Name) and target.id == name for target in targets):
+                return ast.get_source_segment(source, node) or name
+    except (OSError, TypeError, SyntaxError):
+        pass
+    return name

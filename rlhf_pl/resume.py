@@ -8,7 +8,7 @@ from rlhf_pl.checkpoints import FOLDER, Progress, checkpoint_files, link_last, p
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
 from rlhf_pl.provenance import ORDER, REMEDY, StageSettings, differences, first_change
-from rlhf_pl.rounds import Round, RoundStore
+from rlhf_pl.rounds import DamagedStoreError, Round, RoundStore
 
 
 @dataclass(frozen=True)
@@ -51,9 +51,13 @@ def find_resume_point(
         return ResumePoint(newest)
     index = _round_at_hand(progress, max_epochs)
     stored = RoundStore(run_dir).round(index) if index is not None else None
-    if stored is None or not stored.manifest.get("settings"):
+    try:
+        settings = None if stored is None else stored.manifest.get("settings")
+    except DamagedStoreError:  # which is reported, or repaired, before the round is used
+        settings = None
+    if stored is None or settings is None:
         return ResumePoint(newest)
-    before, now = stored.manifest["settings"], Round.as_stored(downstream)
+    before, now = settings, Round.as_stored(downstream)
     before = {stage: {k: v for k, v in before[stage].items() if k in now.get(stage, ())} for stage in before}
     changed = first_change(before, now, ORDER[1:])
     if changed is None:

@@ -98,7 +98,6 @@ class RoundMaker:
         if not stored.manifest.get("settings") and index > 0 and not self.accept_changes:
             refuse_upstream_change(self.data.store.round(index - 1), Round.as_stored(self._settings(stored)))
         self._reconcile(stored)
-        self._check_space(index)
         self._fill(stored, self.policy, "pairs")
         return stored
 
@@ -248,6 +247,10 @@ class RoundMaker:
             },
         }
         reconcile(stored, settings, self.accept_changes, fresh)
+        scored = stored.manifest["stages"].get("rewards", {})
+        changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
+        if scored.get("failures") and changed and not stored.is_complete("training"):
+            stored.reopen("rewards")
 
     def _settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
         """What the stages of a round would be made from; the policy is looked at only if wanted."""
@@ -298,7 +301,7 @@ class RoundMaker:
         longest = max(len(p.token_ids) for p in [*data.train_prompts, *data.val_prompts])
         return EngineSpec(self.module.source, longest + options.sampling.max_response_tokens, max_sequences=most)
 
-    def _check_space(self, index: int) -> None:
+    def check_space(self, index: int) -> None:
         """Refuse a round whose answers, checkpoint or final model would not fit on the disk."""
         run_dir = self.data.store.run_dir
         parts = {"answers": _answers_bytes(self.data, self.options.sampling, index)}
@@ -315,7 +318,7 @@ def downstream_settings(
 ) -> StageSettings:
     """The settings of all stages after the answers, which are known before anything loads."""
     return {
-        "rewards": {"reward": options.reward.fingerprint(), "on_failure": options.scoring.on_failure},
+        "rewards": {"reward": options.reward.fingerprint()},
         "pairs": {"selector": describe(options.selector)},
         "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
         "training": {

@@ -115,20 +115,22 @@ class Round:
         return pq.read_table(pa.BufferReader(content))
 
     def damage(self) -> list[Path]:
-        """Files that are damaged or missing: the manifest, or shards."""
+        """Files that are damaged or missing: the manifest first, then shards."""
+        bad = []
         try:
             manifest = self.manifest
         except DamagedStoreError:
-            return [self.path / "manifest.json"]
-        bad = []
+            bad.append(self.path / "manifest.json")
+            manifest = _read_manifest(self.path / _COPY) or {"stages": {}}
         for stage in STAGES:
             there = self.shards(stage)
-            bad += [f for f in there.values() if not _matches(f, f.read_bytes())]
+            damaged = [f for f in there.values() if not _matches(f, f.read_bytes())]
             listed = manifest["stages"].get(stage, {}).get("shards", [])
-            bad += [self.path / stage / name for name in listed if not (self.path / stage / name).exists()]
+            missing = [self.path / stage / name for name in listed if not (self.path / stage / name).exists()]
+            bad += sorted({*damaged, *missing})
         if not (self.path / "manifest.json").exists() and any(self.shards(stage) for stage in STAGES):
-            bad.append(self.path / "manifest.json")
-        return sorted(set(bad))
+            bad.insert(0, self.path / "manifest.json")
+        return bad
 
     def drop(self, file: Path) -> None:
         """Forget one damaged file, so that it is made again; its neighbours stay. The manifest comes from its copy."""
@@ -143,6 +145,14 @@ class Round:
             stage["complete"] = False
             stage["dropped"] = [*stage.get("dropped", []), file.name]
             stage["shards"] = [name for name in stage.get("shards", []) if name != file.name]
+            self._write_manifest(manifest)
+
+    def reopen(self, stage: str) -> None:
+        """Let `stage` go through its shards again, and make all after it anew."""
+        self.clear(STAGES[STAGES.index(stage) + 1])
+        manifest = self.manifest
+        if stage in manifest["stages"]:
+            manifest["stages"][stage]["complete"] = False
             self._write_manifest(manifest)
 
     def clear(self, first: str = "responses") -> None:

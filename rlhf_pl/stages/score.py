@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.disk import naming_a_full_disk, write_atomically
@@ -39,7 +40,7 @@ def score(
     done = stored.shards("rewards")
     for number, file in stored.shards("responses").items():
         table = stored.read_shard("responses", number)
-        if number in done:
+        if number in done and _settle_failures(stored, number, config):
             report(len(table), "")
             continue
         journal = _Journal(stored.path / "rewards" / f"_{number:05d}.journal", [file.name, reward.fingerprint()])
@@ -57,7 +58,28 @@ def score(
         stored.write_shard("rewards", number, _reward_table(table, outcomes, config))
     for journal_file in (stored.path / "rewards").glob("_*.journal"):
         journal_file.unlink()
-    stored.complete("rewards", seconds=time.monotonic() - started, reward=reward.name, **reward_statistics(stored))
+    stored.complete(
+        "rewards",
+        seconds=time.monotonic() - started,
+        reward=reward.name,
+        on_failure=config.on_failure,
+        **reward_statistics(stored),
+    )
+
+
+def _settle_failures(stored: Round, number: int, config: ScoringConfig) -> bool:
+    """Bring a shard's failed answers under the present policy for failures; False if it has to be scored again."""
+    table = stored.read_shard("rewards", number)
+    failed = table["failure"].is_valid()
+    if not pc.any(failed).as_py():
+        return True
+    if config.on_failure == "error":
+        return False
+    substitute = None if config.on_failure == "drop" else float(config.on_failure)
+    settled = pc.if_else(failed, pa.scalar(substitute, pa.float64()), table["reward"])
+    if not settled.equals(table["reward"]):
+        stored.write_shard("rewards", number, table.set_column(2, "reward", settled))
+    return True
 
 
 def _samples(table: pa.Table, by_id: dict[str, Prompt]) -> list[Sample]:

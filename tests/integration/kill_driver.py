@@ -7,7 +7,8 @@ imports happen once, in the parent, before any thread exists; every child is a f
 standard output, a JSON line each.
 
 A kill names an event, its count and when: `{"event": "write responses", "count": 2, "delay": 0.0}` sends SIGKILL to
-the process itself `delay` seconds after the second such event began (from another thread if the delay is not 0).
+the process itself `delay` seconds after the second such event began (from another thread if the delay is not 0), or
+the signal under `signal`.
 """
 
 import functools
@@ -23,8 +24,8 @@ from pathlib import Path
 from typing import Any
 
 
-def die() -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
+def die(number: int = signal.SIGKILL) -> None:
+    os.kill(os.getpid(), number)
 
 
 class Tracer:
@@ -40,9 +41,11 @@ class Tracer:
             self.file.write(json.dumps([time.monotonic(), name, self.counts[name]]) + "\n")
             self.file.flush()
         if self.kill and (name, self.counts[name]) == (self.kill["event"], self.kill["count"]):
+            die_so = functools.partial(die, self.kill.get("signal", signal.SIGKILL))
             if self.kill["delay"] == 0:
-                die()
-            threading.Timer(self.kill["delay"], die).start()
+                die_so()
+            else:
+                threading.Timer(self.kill["delay"], die_so).start()
 
     def around(self, owner: Any, method: str, name: Callable[..., str]) -> None:
         """Have `owner.method` report before and after it runs."""

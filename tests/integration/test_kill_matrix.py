@@ -2,6 +2,7 @@
 
 import json
 import random
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -17,6 +18,7 @@ from rlhf_pl.rounds import RoundStore
 from tests.conftest import save_llama
 
 DRIVER = Path(__file__).with_name("kill_driver.py")
+TRANSFORMERS = ["--rollout.sampler", "TransformersSampler", "--rollout.sampler.dtype", "float32"]
 REWARD = "def score(response):\n    return len(set(response)) / 10\n"
 VARYING = ("train/pairs_per_s", "rollout/sampler_logp_error")  # times, and what is logged at every hand-over
 TRIAL_CALLS = 6  # on made-up answers, at every start
@@ -139,11 +141,41 @@ def run_matrix(folder: Path, plan: dict[str, Any], points: list[dict[str, Any]],
     return hits
 
 
+def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None:
+    """SIGTERM and Ctrl-C, in training (in the middle of an update), generation and evaluation."""
+    plan = make_plan(tmp_path, TRANSFORMERS)
+    run_reference(tmp_path, plan)
+    plan["arguments"] += ["--checkpoint.every_n_updates", "0"]
+    stops = [
+        (
+            {"event": "before training step", "count": 4, "signal": signal.SIGTERM},
+            "Stopped by SIGTERM",
+            "update-00000002",
+        ),
+        ({"event": "after training step", "count": 3, "signal": signal.SIGINT}, "Stopped by SIGINT", "update-00000002"),
+        ({"event": "answers to a prompt", "count": 12, "signal": signal.SIGTERM}, "Stopped by SIGTERM", "Nothing was"),
+        (
+            {"event": "before write responses of heldout", "count": 2, "signal": signal.SIGTERM},
+            "SIGTERM",
+            "after-round-0001",
+        ),
+    ]
+    runs = [{"dir": str(tmp_path / f"run{i}"), "kill": stop | {"delay": 0.0}} for i, (stop, *_) in enumerate(stops)]
+    statuses = drive(tmp_path, plan, [run for r in runs for run in (r, {"dir": r["dir"]})])
+    expected = result(tmp_path / "reference")
+    for i, (stop, *texts) in enumerate(stops):
+        log = (tmp_path / f"run{i}.log").read_text()
+        assert statuses[2 * i : 2 * i + 2] == [128 + stop["signal"], 0], log[-2000:]
+        assert "The same command goes on from there." in log
+        assert all(text in log for text in texts), log[-2000:]
+        assert "Traceback" not in log
+        assert_same_result(tmp_path / f"run{i}", expected, str(stop))
+
+
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_killed_anywhere_and_started_again(tmp_path: Path) -> None:
-    sampler = ["--rollout.sampler", "TransformersSampler", "--rollout.sampler.dtype", "float32"]
-    plan = make_plan(tmp_path, sampler)
+    plan = make_plan(tmp_path, TRANSFORMERS)
     trace = run_reference(tmp_path, plan)
     counts = Counter(name for _, name, _ in trace)
     points = boundaries(trace, counts) + moments(trace, 16, seed=2)
