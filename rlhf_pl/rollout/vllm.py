@@ -15,6 +15,7 @@ from torch import Tensor
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rollout.self_check import StaleSamplerError
 
 
 class VLLMSampler(Sampler):
@@ -43,6 +44,7 @@ class VLLMSampler(Sampler):
         self.engine_args = engine_args or {}
         self._llm: Any = None
         self._requests = 0
+        self._announced: set[str] = set()
 
     def check(self) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -105,6 +107,7 @@ class VLLMSampler(Sampler):
 
     def forget(self, tensors: Mapping[str, Tensor]) -> None:
         """The engine repacks weights, so NaNs take the same way in as weights do."""
+        self._announced = set(tensors)
         self._reload((name, torch.full((), torch.nan).expand(tensor.shape)) for name, tensor in tensors.items())
 
     def held_weights(self) -> Iterator[tuple[str, Tensor]]:
@@ -118,14 +121,26 @@ class VLLMSampler(Sampler):
     def reset(self) -> None:
         self._llm.reset_prefix_cache()
 
-    def _reload(self, tensors: NamedTensors) -> None:
+    def _reload(self, tensors: NamedTensors) -> set[str]:
+        """Stream tensors into the engine; returns their names."""
         dtype = getattr(torch, self.dtype)
-        stream = ((name, tensor.detach().to(dtype)) for name, tensor in tensors)
+        names: set[str] = set()
+
+        def stream() -> NamedTensors:
+            for name, tensor in tensors:
+                names.add(name)
+                yield name, tensor.detach().to(dtype)
+
         with torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
+        return names
 
     def load_weights(self, tensors: NamedTensors) -> None:
-        self._reload(tensors)
+        missing = self._announced - self._reload(tensors)
+        if missing:  # of a fused tensor that came in part, the rest would be whatever lay in memory
+            raise StaleSamplerError(
+                f"The sampler was not given all weights of the policy: {', '.join(sorted(missing)[:3])} missing."
+            )
         if self._on_gpu and self._llm.llm_engine.is_sleeping():
             self._llm.wake_up(tags=["kv_cache"])
         # Cached blocks of the old policy would otherwise be used for the new one.

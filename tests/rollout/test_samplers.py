@@ -22,7 +22,7 @@ from rlhf_pl.rollout import (
     TransformersSampler,
     VLLMSampler,
 )
-from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, tolerance
+from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, hand_over, tolerance
 from rlhf_pl.rows import Row, RowBatch, pad_rows
 from tests.conftest import save_llama
 
@@ -144,6 +144,71 @@ def test_self_check_passes_and_catches_stale_weights(sampler: Sampler, lm: Any, 
     assert check_sampler(sampler, PROMPTS, policy(lm), lm.state_dict(), limit) < limit
     with pytest.raises(StaleSamplerError, match="does not draw from the policy"):
         check_sampler(sampler, PROMPTS, policy(load_lm(PolicySource(str(llama)))), lm.state_dict(), limit)
+
+
+@pytest.fixture
+def next_policy(sampler: Sampler, lm: Any) -> Iterator[tuple[Any, dict[str, torch.Tensor], Callable[[], float]]]:
+    """A policy a step from the one the sampler holds, smaller than log-probs show; its weights; a hand-over."""
+    after = load_lm(PolicySource(lm.name_or_path))
+    after.load_state_dict(lm.state_dict())
+    generator = torch.Generator().manual_seed(8)
+    with torch.no_grad():
+        for parameter in after.parameters():
+            parameter.add_(1e-6 * torch.randn(parameter.shape, generator=generator))
+    weights = dict(after.state_dict())
+    limit = tolerance("float32", "float32")
+
+    def bring() -> float:
+        hand_over(sampler, weights)
+        return check_sampler(sampler, PROMPTS, policy(after), weights, limit)
+
+    hand_over(sampler, lm.state_dict())
+    assert check_sampler(sampler, PROMPTS, policy(after), {}, limit) < limit  # it could not be told by log-probs
+    yield after, weights, bring
+    hand_over(sampler, lm.state_dict())
+
+
+def break_load(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[dict], dict]) -> None:
+    plain = sampler.load_weights
+    monkeypatch.setattr(sampler, "load_weights", lambda tensors: plain(spoil(dict(tensors)).items()))
+
+
+def test_a_whole_sync_passes(next_policy: Any) -> None:
+    assert next_policy[2]() < 1e-3
+
+
+def test_a_sync_that_is_not_performed_is_caught(
+    sampler: Sampler, next_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sampler, "load_weights", lambda tensors: None)
+    with pytest.raises(StaleSamplerError):
+        next_policy[2]()
+
+
+def test_a_tensor_that_is_left_out_is_caught_whichever_it_is(
+    sampler: Sampler, next_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tied = {"lm_head.weight", "model.embed_tokens.weight"}  # for transformers one tensor: either brings it
+    single = [{name} for name in next_policy[1] if name not in tied]
+    for left_out in [*single, tied] if isinstance(sampler, TransformersSampler) else [*single, *({t} for t in tied)]:
+        with monkeypatch.context() as patch:
+            break_load(sampler, patch, lambda given, names=left_out: {k: v for k, v in given.items() if k not in names})
+            with pytest.raises(StaleSamplerError):
+                next_policy[2]()
+
+
+def test_tensors_that_are_swapped_are_caught_whichever_they_are(
+    sampler: Sampler, next_policy: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weights = next_policy[1]
+    for name in weights:
+        other = name.replace("layers.0", "layers.1")
+        if other == name:
+            continue
+        with monkeypatch.context() as patch:
+            break_load(sampler, patch, lambda w, a=name, b=other: w | {a: w[b], b: w[a]})
+            with pytest.raises(StaleSamplerError):
+                next_policy[2]()
 
 
 @pytest.mark.vllm
