@@ -31,8 +31,10 @@ class HFExport(L.Callback):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         every_round: bool = False,
     ) -> None:
-        if not folder or Path(folder).is_absolute() or ".." in Path(folder).parts:
-            raise InputError(f"`export.folder` is a name inside the run directory, got {folder!r}.")
+        if not folder.strip() or Path(folder).is_absolute() or ".." in Path(folder).parts or len(folder) > 200:
+            raise InputError(
+                f"`export.folder` is a name of at most 200 letters inside the run directory, got {folder!r}."
+            )
         self.folder = folder
         self.dtype = dtype
         self.every_round = every_round

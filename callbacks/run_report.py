@@ -31,10 +31,14 @@ class RunReport(L.Callback):
             f"Prompts: {len(data.train_prompts)} for training, {per_round} a round; {len(data.val_prompts)} held out"
             + (f"; {data.prompts_too_long} left out, longer than {data.max_prompt_tokens} tokens"
                if data.prompts_too_long else "")
-            + (f"; {data.duplicate_prompts} ask the same as another (kept)" if data.duplicate_prompts else "")
             + f". Run directory: {trainer.default_root_dir}",
             soft_wrap=True,
         )  # fmt: skip
+        if data.duplicate_prompts:
+            console.print(
+                f"[yellow]warning[/yellow]: {data.duplicate_prompts} prompts ask the same as another one; they are kept.",
+                soft_wrap=True,
+            )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:

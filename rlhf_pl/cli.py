@@ -5,8 +5,10 @@ import logging
 import os
 import re
 import sys
+import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -55,6 +57,9 @@ TRAINER_DEFAULTS = {
 DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
 
 
+MAX_ERROR_LINES = 12
+
+
 class Parser(LightningArgumentParser):
     """Errors in a few lines instead of after a page of usage, and a help that includes the default classes."""
 
@@ -71,7 +76,9 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         message = re.sub(r"required: (\w+)$", _full_name, str(message))
-        lines = [line for line in message.splitlines() if not _is_noise(line)]
+        lines = list(dict.fromkeys(line for line in message.splitlines() if not _is_noise(line)))
+        if len(lines) > MAX_ERROR_LINES:
+            lines = [*lines[: MAX_ERROR_LINES - 1], "  ..."]
         print("error: " + "\n".join(lines).strip(), file=sys.stderr)
         print("`rlhf-pl fit --help` lists the options.", file=sys.stderr)
         sys.exit(2)
@@ -87,7 +94,8 @@ def _full_name(required: re.Match[str]) -> str:
 def _is_noise(line: str) -> bool:
     """What jsonargparse says of the alternatives that nobody meant."""
     text = line.strip()
-    return text.startswith(("Given value type:", "Given value: NestedArg", "Subtypes: [")) or "NoneType" in text
+    alternatives = ("Subtypes: [", "Subclass types expect", "- a class path (str)", "- a dict w")
+    return text.startswith(("Given value type:", "Given value: NestedArg", *alternatives)) or "NoneType" in text
 
 
 class RunLogger(TensorBoardLogger):
@@ -216,15 +224,17 @@ class RlhfCLI(LightningCLI):
                 f"on {nodes} nodes. Set --trainer.devices 1 --trainer.num_nodes 1."
             )
 
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with _as_mistakes("The command line can't be read"):
+            super().parse_arguments(parser, args)
+
+    def _parse_ckpt_path(self) -> None:
+        with _as_mistakes("`ckpt_path` can't be read"):
+            super()._parse_ckpt_path()
+
     def instantiate_classes(self) -> None:
-        """A config that can't be built is a mistake in the config, whichever library notices."""
-        try:
+        with _as_mistakes("This config can't be built"):
             super().instantiate_classes()
-        except Exception as error:
-            if _cause(error) is not None or os.environ.get("RLHF_PL_VERBOSE") == "1":
-                raise
-            lines = str(error).strip().splitlines() or [""]
-            raise InputError(f"This config can't be built: {type(error).__name__}: {lines[0]}") from error
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Go on from the run directory's newest checkpoint, if it has one."""
@@ -257,6 +267,22 @@ class RlhfCLI(LightningCLI):
         if options is None or not isinstance(module, RebelModule) or not isinstance(data, RoundDataModule):
             return None
         return downstream_settings(module, options, self.trainer, data)
+
+
+@contextmanager
+def _as_mistakes(what: str) -> Iterator[None]:
+    """What goes wrong in the block is a mistake in the config, whichever library notices."""
+    try:
+        yield
+    except Exception as error:
+        if _cause(error) is not None or os.environ.get("RLHF_PL_VERBOSE") == "1":
+            raise
+        raise InputError(f"{what}: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _has(callbacks: list[Callback], kind: type) -> bool:
@@ -298,8 +324,16 @@ def _cause(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, _MISTAKES):
         if isinstance(error, OSError) and (full := full_disk_error(Path(error.filename or "."), error)):
             return full
+        if isinstance(error, ValueError | TypeError | OverflowError) and _raised_by(error, "lightning"):
+            return InputError(f"The Trainer refuses this config: {_in_a_line(error)}")
         error = error.__cause__ or error.__context__
     return error
+
+
+def _raised_by(error: BaseException, package: str) -> bool:
+    """Whether the line that raised is the package's own."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").split(".")[0] == package
 
 
 def _environment_arguments() -> list[str]:

@@ -44,7 +44,7 @@ class PolicySource:
             raise InputError(f"`model.policy`: {self.path!r} has no config.json; it is no Hugging Face model folder.")
         try:
             return loader.from_pretrained(self.path, **self._hub_args, **kwargs)
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, ImportError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             local = "" if folder.exists() else " It is no local folder, and the Hub did not give it."
             raise InputError(f"`model.policy`: cannot read the {what} of {self.path!r}.{local} {first_line}") from error

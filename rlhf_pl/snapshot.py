@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -23,18 +24,20 @@ class PolicySnapshot:
     Args:
         weights: By their Hugging Face names, tied ones included.
         logps: (rows, temperature) -> token log-probs, shape (R, T), nats.
+        rounding: rows -> mean absolute difference per token between float32 and bfloat16 compute, nats.
         fingerprint: `weights_fingerprint(weights)`.
     """
 
     weights: Mapping[str, Tensor]
     logps: Callable[[RowBatch, float], Tensor]
+    rounding: Callable[[RowBatch], float]
     fingerprint: str
 
 
 def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:
     """The policy that trains."""
     weights = module.hf_state_dict()
-    return PolicySnapshot(weights, logps_function(trainer, module, trainer.model), weights_fingerprint(weights))
+    return _snapshot(trainer, module, trainer.model, weights, weights_fingerprint(weights))
 
 
 def past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
@@ -58,7 +61,27 @@ def _loaded(trainer: L.Trainer, module: RebelModule, weights: Mapping[str, Tenso
     lm = load_lm(module.source, module.dtype_name, module.attn_implementation)
     lm.load_state_dict(weights)
     policy = PolicyLM(lm.to(module.device), module.logprob_chunk_tokens).requires_grad_(False).eval()
-    return PolicySnapshot(lm.state_dict(), logps_function(trainer, module, policy), fingerprint)
+    return _snapshot(trainer, module, policy, lm.state_dict(), fingerprint)
+
+
+def _snapshot(
+    trainer: L.Trainer, module: RebelModule, policy: Any, weights: Mapping[str, Tensor], fingerprint: str
+) -> PolicySnapshot:
+    rounding = partial(_rounding, trainer, module, policy)
+    return PolicySnapshot(weights, logps_function(trainer, module, policy), rounding, fingerprint)
+
+
+def _rounding(trainer: L.Trainer, module: RebelModule, policy: Any, rows: RowBatch) -> float:
+    """What bfloat16 changes in the policy's own log-probs; 0 where its weights are not float32 in the first place."""
+    if module.dtype_name != "float32":
+        return 0.0
+    device = trainer.strategy.root_device
+    inputs = (rows.input_ids.to(device), rows.attention_mask.to(device), rows.response_mask.to(device), 1.0)
+    found = []
+    for enabled in (False, True):
+        with _inference(module), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            found.append(policy(*inputs)[rows.response_mask.to(device)])
+    return (found[0] - found[1]).abs().mean().item()
 
 
 def logps_function(trainer: L.Trainer, module: RebelModule, policy: Any) -> Callable[[RowBatch, float], Tensor]:

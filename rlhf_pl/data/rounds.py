@@ -73,6 +73,8 @@ class RoundDataModule(L.LightningDataModule):
         ):
             if isinstance(value, int) and value < least:
                 raise InputError(f"`data.{name}` must be {least} or more, got {value}.")
+        if num_workers > 256:
+            raise InputError(f"`data.num_workers` starts a process each; it must be at most 256, got {num_workers}.")
         self.prompts_source = prompts
         self.columns = columns
         self.split = split

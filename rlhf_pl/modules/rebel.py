@@ -131,7 +131,7 @@ class RebelModule(L.LightningModule):
             # Lightning would log after `on_train_batch_end`, and a checkpoint written there would be ahead of the logs
             self.log_dict(metrics, on_step=True, on_epoch=False, logger=False)
             every: int = self.trainer.log_every_n_steps  # type: ignore[attr-defined]
-            if (self.trainer.global_step + 1) % every == 0:
+            if every > 0 and (self.trainer.global_step + 1) % every == 0:
                 plain = {name: float(value) for name, value in metrics.items()}
                 for logger in self.trainer.loggers:
                     logger.log_metrics(plain, step=self.trainer.global_step)
@@ -224,17 +224,25 @@ class RebelModule(L.LightningModule):
             )
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        scheduler = self.lr_scheduler(optimizer)
+        optimizer, scheduler = self._make_optimizer([p for p in self.parameters() if p.requires_grad])
         if isinstance(scheduler, WarmupCosine):
             scheduler.follow(self._progress)
         self._hyperparameters = hyperparameters(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 
+    def _make_optimizer(self, parameters: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
+        try:
+            optimizer = self.optimizer(parameters)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"`model.optimizer` can't be made: {error}") from error
+        try:
+            return optimizer, self.lr_scheduler(optimizer)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"`model.lr_scheduler` can't be made: {error}") from error
+
     def training_settings(self) -> dict[str, Any]:
         """What the training on a round depends on, without building anything heavy."""
-        optimizer = self.optimizer([torch.nn.Parameter(torch.zeros(1))])
-        scheduler = self.lr_scheduler(optimizer)
+        optimizer, scheduler = self._make_optimizer([torch.nn.Parameter(torch.zeros(1))])
         return {
             "loss": describe(self.loss),
             "optimizer": {"class": type(optimizer).__qualname__, **optimizer.defaults},

@@ -54,7 +54,7 @@ class SamplerLink:
             weights = policy.weights
             hand_over(self.sampler, weights)
             room = spec.max_model_tokens - max(map(len, prompts))
-            error = check_sampler(self.sampler, prompts, policy.logps, weights, limit, min(24, room))
+            error = check_sampler(self.sampler, prompts, policy.logps, weights, limit, min(24, room), policy.rounding)
         self._holds = policy.fingerprint
         return {"time/sync_s": time.monotonic() - started, "rollout/sampler_logp_error": error}
 

@@ -6,8 +6,11 @@ import importlib.util
 import logging
 import os
 import random
+import shutil
+import tempfile
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -16,6 +19,8 @@ from torch import Tensor
 from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.self_check import StaleSamplerError
+
+_PREFIX = "rlhf_pl-vllm-"
 
 
 class VLLMSampler(Sampler):
@@ -92,7 +97,7 @@ class VLLMSampler(Sampler):
             os.environ["RANK"] = str(torch.distributed.get_rank())
             args["distributed_executor_backend"] = "external_launcher"
         try:
-            with _private_rng():
+            with _private_rng(), _own_temporary_files():
                 self._llm = LLM(spec.source.path, **(args | self.engine_args))
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             raise InputError(
@@ -228,6 +233,25 @@ def _set_environment() -> None:
         logging.getLogger("vllm").setLevel(logging.ERROR)  # for what is said before vLLM sets up its own logging
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
+
+
+@contextlib.contextmanager
+def _own_temporary_files() -> Iterator[None]:
+    """The engine starts with a rendezvous file in the temporary folder, which nobody would remove after a kill.
+
+    It is not needed once the engine runs, so it goes at once; what a process leaves that is killed while it starts, the
+    next one removes.
+    """
+    for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        if not Path("/proc", old.name.removeprefix(_PREFIX).split("-")[0]).exists():
+            shutil.rmtree(old, ignore_errors=True)
+    before = tempfile.tempdir
+    tempfile.tempdir = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
+    try:
+        yield
+    finally:
+        shutil.rmtree(tempfile.tempdir, ignore_errors=True)
+        tempfile.tempdir = before
 
 
 def _index(index_of: dict[str, int], request_id: str) -> int:
