@@ -36,7 +36,7 @@ class RunReport(L.Callback):
         )  # fmt: skip
         if data.duplicate_prompts:
             console.print(
-                f"[yellow]warning[/yellow]: {data.duplicate_prompts} prompts ask the same as another one; they are kept.",
+                f"[yellow]warning[/yellow]: {data.duplicate_prompts} prompts ask the same as another; they are kept.",
                 soft_wrap=True,
             )
 

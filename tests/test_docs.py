@@ -7,13 +7,16 @@ from pathlib import Path
 import pytest
 
 from rlhf_pl import RebelModule, RoundDataModule, SamplingConfig, TransformersSampler, VLLMSampler
-from rlhf_pl.callbacks import HFExport, RoundRefresh, SampleTable
+from rlhf_pl.callbacks import DegenerationGuard, HFExport, RoundCheckpoint, RoundRefresh, SampleTable
+from rlhf_pl.rewards import ScoringConfig
 
 ROOT = Path(__file__).parents[1]
 CLASSES = [RebelModule, RoundDataModule, RoundRefresh, SamplingConfig, VLLMSampler, TransformersSampler, SampleTable]
 
 
-@pytest.mark.parametrize("cls", [*CLASSES, HFExport], ids=lambda c: c.__name__)
+@pytest.mark.parametrize(
+    "cls", [*CLASSES, ScoringConfig, HFExport, RoundCheckpoint, DegenerationGuard], ids=lambda c: c.__name__
+)
 def test_every_option_is_documented(cls: type) -> None:
     page = (ROOT / "docs" / "configuration.md").read_text()
     for name in inspect.signature(cls).parameters:
@@ -21,7 +24,7 @@ def test_every_option_is_documented(cls: type) -> None:
         assert re.search(rf"^\s+{name}: ", cls.__doc__ or "", re.MULTILINE), f"{cls.__name__} does not explain `{name}`"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/configuration.md", "docs/how_it_works.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/configuration.md", "docs/how_it_works.md", "docs/resuming.md"])
 def test_links_and_paths_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):
