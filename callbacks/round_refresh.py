@@ -15,11 +15,13 @@ from rlhf_pl.memory import resident_gib
 from rlhf_pl.metrics import held_out_metrics, round_metrics
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.pairs import BestWorst, PairSelector
+from rlhf_pl.repair import repair
 from rlhf_pl.rewards import Reward, Sample, ScoringConfig, as_reward
 from rlhf_pl.rewards.guard import try_reward
 from rlhf_pl.rollout import Sampler, SamplingConfig, VLLMSampler
 from rlhf_pl.rollout.link import SamplerLink
-from rlhf_pl.round_maker import RoundMaker, RoundOptions, held_out_sampling
+from rlhf_pl.round_maker import RoundMaker
+from rlhf_pl.round_settings import RoundOptions, held_out_sampling
 from rlhf_pl.rounds import DamagedStoreError
 
 
@@ -134,7 +136,7 @@ class RoundRefresh(L.Callback):
                 if isinstance(callback, RoundCheckpoint):
                     callback.listen()
             if self.repair:
-                self._maker.repair()
+                repair(self._maker)
         return self._maker
 
     def _prepare(self, trainer: L.Trainer, index: int) -> None:

@@ -1,24 +1,18 @@
 """`rlhf-pl fit`: a LightningCLI with this project's defaults."""
 
-import inspect
 import logging
 import os
-import re
 import sys
-import traceback
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import lightning as L
 import torch
-from jsonargparse import ArgumentParser
 from lightning.pytorch.callbacks import Callback, ProgressBar
-from lightning.pytorch.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from lightning.pytorch.loggers import TensorBoardLogger
-from lightning.pytorch.utilities.exceptions import MisconfigurationException
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger
 
 from rlhf_pl.callbacks import (
     DegenerationGuard,
@@ -31,17 +25,18 @@ from rlhf_pl.callbacks import (
     SampleTable,
 )
 from rlhf_pl.checkpoints import read_progress
+from rlhf_pl.cli_parser import DEFAULT_CLASSES, Parser
 from rlhf_pl.console import console
 from rlhf_pl.data import RoundDataModule
-from rlhf_pl.disk import full_disk_error, write_atomically
 from rlhf_pl.errors import InputError
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import keep_freed_memory
+from rlhf_pl.mistakes import as_mistakes, mistake_behind
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.provenance import StageSettings
 from rlhf_pl.resume import ResumePoint, find_resume_point
-from rlhf_pl.rollout.self_check import StaleSamplerError
-from rlhf_pl.round_maker import downstream_settings
+from rlhf_pl.round_settings import downstream_settings
+from rlhf_pl.run_files import RunConfig, RunLogger, keep_csv
 
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -52,109 +47,6 @@ TRAINER_DEFAULTS = {
     "use_distributed_sampler": False,
     "enable_model_summary": False,
 }
-
-
-DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
-
-
-MAX_ERROR_LINES = 12
-
-
-class Parser(LightningArgumentParser):
-    """Errors in a few lines instead of after a page of usage, and a help that includes the default classes."""
-
-    def format_help(self, formatter: Any = None) -> str:
-        text = super().format_help(formatter)
-        if "--model" not in self._option_string_actions:
-            return text
-        for key, kind in DEFAULT_CLASSES.items():
-            section = ArgumentParser()
-            section.add_class_arguments(kind, key, fail_untyped=False)
-            _usage, _options, group = section.format_help().split("\n\n", 2)
-            text += f"\n{kind.__name__}, the default `{key}`:\n" + group.split("\n", 1)[1]
-        return text
-
-    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = re.sub(r"required: (\w+)$", _full_name, str(message))
-        lines = list(dict.fromkeys(line for line in message.splitlines() if not _is_noise(line)))
-        if len(lines) > MAX_ERROR_LINES:
-            lines = [*lines[: MAX_ERROR_LINES - 1], "  ..."]
-        print("error: " + "\n".join(lines).strip(), file=sys.stderr)
-        print("`rlhf-pl fit --help` lists the options.", file=sys.stderr)
-        sys.exit(2)
-
-
-def _full_name(required: re.Match[str]) -> str:
-    """A missing argument of a class as the option that gives it."""
-    name = required[1]
-    key = next((k for k, kind in DEFAULT_CLASSES.items() if name in inspect.signature(kind).parameters), None)
-    return f"required: --{key}.{name}" if key else required[0]
-
-
-def _is_noise(line: str) -> bool:
-    """What jsonargparse says of the alternatives that nobody meant."""
-    text = line.strip()
-    alternatives = ("Subtypes: [", "Subclass types expect", "- a class path (str)", "- a dict w")
-    return text.startswith(("Given value type:", "Given value: NestedArg", *alternatives)) or "NoneType" in text
-
-
-class RunLogger(TensorBoardLogger):
-    """TensorBoard in the run directory, which is written to only once nothing can be refused any more.
-
-    Lightning asks every logger for its `experiment` before it checks anything, which would make the directory.
-    """
-
-    ready = False
-
-    @property
-    def experiment(self) -> Any:
-        if not self.ready:
-            raise AttributeError("The run has not passed its checks yet.")
-        return super().experiment
-
-    def purge_from(self, step: int) -> None:
-        """Hide what an earlier process logged from `step` on: it is logged again."""
-        self._kwargs["purge_step"] = step
-
-    def finalize(self, status: str) -> None:
-        if self.ready:
-            super().finalize(status)
-
-
-class RunConfig(SaveConfigCallback):
-    """Writes the resolved config to the run directory, once nothing can be refused any more."""
-
-    resume_point = ResumePoint(None)
-    lock: RunLock | None = None
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """The last callback's setup: the others have made their checks."""
-        for logger in trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.ready = True
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.lock = RunLock(trainer.default_root_dir)
-            self.lock.acquire()
-            self.resume_point.commit()
-            folder = Path(trainer.default_root_dir)
-            once = {"repair": False, "accept_changes": False, "ckpt_path": None}  # of this start, not of the run
-            config = self.config.clone()
-            for key, value in once.items():
-                config[key] = value
-            text = self.parser.dump(config, skip_none=False)
-            write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
 
 
 class RlhfCLI(LightningCLI):
@@ -211,7 +103,8 @@ class RlhfCLI(LightningCLI):
         self.rounds: RoundRefresh = next(callback for callback in own if isinstance(callback, RoundRefresh))
         self.rounds.repair = self._get(self.config_init, "repair")
         self.rounds.accept_changes = self._get(self.config_init, "accept_changes")
-        return self._instantiate_trainer(config | kwargs | {"callbacks": callbacks}, [*own, RunReport()])
+        # ours come first: what they log is there when EarlyStopping and the like look for it
+        return self._instantiate_trainer(config | kwargs | {"callbacks": [*own, *callbacks]}, [RunReport()])
 
     @staticmethod
     def _check_devices(config: dict[str, Any]) -> None:
@@ -225,15 +118,15 @@ class RlhfCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        with _as_mistakes("The command line can't be read"):
+        with as_mistakes("The command line can't be read"):
             super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
-        with _as_mistakes("`ckpt_path` can't be read"):
+        with as_mistakes("`ckpt_path` can't be read"):
             super()._parse_ckpt_path()
 
     def instantiate_classes(self) -> None:
-        with _as_mistakes("This config can't be built"):
+        with as_mistakes("This config can't be built"):
             super().instantiate_classes()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
@@ -257,6 +150,8 @@ class RlhfCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.purge_from(progress.global_step if progress else 0)
+            elif isinstance(logger, CSVLogger):
+                keep_csv(Path(logger.log_dir))
         if point.checkpoint is not None:
             console.print(f"Going on from {point.checkpoint}.", soft_wrap=True)
         return arguments
@@ -267,22 +162,6 @@ class RlhfCLI(LightningCLI):
         if options is None or not isinstance(module, RebelModule) or not isinstance(data, RoundDataModule):
             return None
         return downstream_settings(module, options, self.trainer, data)
-
-
-@contextmanager
-def _as_mistakes(what: str) -> Iterator[None]:
-    """What goes wrong in the block is a mistake in the config, whichever library notices."""
-    try:
-        yield
-    except Exception as error:
-        if _cause(error) is not None or os.environ.get("RLHF_PL_VERBOSE") == "1":
-            raise
-        raise InputError(f"{what}: {_in_a_line(error)}") from error
-
-
-def _in_a_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
 
 
 def _has(callbacks: list[Callback], kind: type) -> bool:
@@ -308,32 +187,12 @@ def run(argv: Sequence[str]) -> int:
         print("Stopped by SIGINT before the run began.", file=sys.stderr)
         return 130
     except Exception as error:
-        wrong = _cause(error)
+        wrong = mistake_behind(error)
         if wrong is None:
             raise
         print(f"error: {wrong}", file=sys.stderr)
         return 1
     return 0
-
-
-_MISTAKES = (InputError, StaleSamplerError, MisconfigurationException, PermissionError)
-
-
-def _cause(error: BaseException | None) -> BaseException | None:
-    """The user's mistake behind `error`, if it is one: jsonargparse wraps what a constructor raises."""
-    while error is not None and not isinstance(error, _MISTAKES):
-        if isinstance(error, OSError) and (full := full_disk_error(Path(error.filename or "."), error)):
-            return full
-        if isinstance(error, ValueError | TypeError | OverflowError) and _raised_by(error, "lightning"):
-            return InputError(f"The Trainer refuses this config: {_in_a_line(error)}")
-        error = error.__cause__ or error.__context__
-    return error
-
-
-def _raised_by(error: BaseException, package: str) -> bool:
-    """Whether the line that raised is the package's own."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").split(".")[0] == package
 
 
 def _environment_arguments() -> list[str]:

@@ -74,7 +74,7 @@ def _choices(settings: StageSettings) -> dict[str, Any]:
     return {k: v for k, v in settings["responses"].items() if k not in OF_POLICY}
 
 
-def reconcile(stored: Round, now: StageSettings, accept: bool, fresh: Mapping[str, Any]) -> None:
+def reconcile_round(stored: Round, now: StageSettings, accept: bool, fresh: Mapping[str, Any]) -> None:
     """Stamp a round that is about to be made, or keep of a stored one what is still valid.
 
     A changed reward, selector or training setting invalidates its own stage and those after it. Answers of another

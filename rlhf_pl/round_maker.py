@@ -2,42 +2,27 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 
-from rlhf_pl.console import console, phase
+from rlhf_pl.console import phase
 from rlhf_pl.data.prompts import Prompt
-from rlhf_pl.data.rounds import RoundDataModule, rounds_done
+from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.disk import check_space
 from rlhf_pl.errors import InputError
-from rlhf_pl.fingerprints import describe, rows_fingerprint
+from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.modules.rebel import RebelModule
-from rlhf_pl.pairs import PairSelector
-from rlhf_pl.provenance import OF_POLICY, StageSettings, differences, reconcile, refuse_upstream_change
-from rlhf_pl.rewards import Reward, ScoringConfig
+from rlhf_pl.provenance import StageSettings, differences, reconcile_round, refuse_upstream_change
 from rlhf_pl.rollout import EngineSpec, SamplingConfig
 from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.rollout.self_check import tolerance
+from rlhf_pl.round_settings import RoundOptions, downstream_settings
 from rlhf_pl.rounds import STAGES, DamagedStoreError, Round
-from rlhf_pl.snapshot import PolicySnapshot, logps_function, past_policy, present_policy
+from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy
 from rlhf_pl.stages import generate, pair_logps, score, select
-
-
-@dataclass(frozen=True)
-class RoundOptions:
-    """What `RoundRefresh` was given; see there."""
-
-    reward: Reward
-    scoring: ScoringConfig
-    sampling: SamplingConfig
-    val_sampling: SamplingConfig
-    selector: PairSelector
-    prompts_per_shard: int
-    logps_batch_tokens: int
 
 
 class RoundMaker:
@@ -90,15 +75,15 @@ class RoundMaker:
         store = self.data.store
         for stored in [*list(store.rounds().values())[-1:], *list(store.evaluations().values())[-1:]]:
             if not self.accept_changes:
-                refuse_upstream_change(stored, Round.as_stored(self._settings(stored, of_present_policy=False)))
+                refuse_upstream_change(stored, Round.as_stored(self.settings(stored, of_present_policy=False)))
 
     def make(self, index: int) -> Round:
         """Round `index`, complete, of the present policy."""
         stored = self.data.store.round(index)
         if not stored.manifest.get("settings") and index > 0 and not self.accept_changes:
-            refuse_upstream_change(self.data.store.round(index - 1), Round.as_stored(self._settings(stored)))
-        self._reconcile(stored)
-        self._fill(stored, self.policy, "pairs")
+            refuse_upstream_change(self.data.store.round(index - 1), Round.as_stored(self.settings(stored)))
+        self.reconcile(stored)
+        self.fill(stored, self.policy, "pairs")
         return stored
 
     def check_inside(self, index: int) -> None:
@@ -112,7 +97,7 @@ class RoundMaker:
             raise InputError(f"The run was stopped while training on {stored.path}, whose files are gone.")
         if self.accept_changes:
             return
-        now = Round.as_stored(self._settings(stored))
+        now = Round.as_stored(self.settings(stored))
         refuse_upstream_change(stored, now)
         before = stored.manifest.get("settings", now)
         changed = [line for stage in (*STAGES[1:], "training") for line in differences(before[stage], now[stage])]
@@ -128,51 +113,18 @@ class RoundMaker:
         """The answers of the policy after `version` rounds to the held-out prompts, scored; pairs where wanted."""
         for other, stored in self.data.store.evaluations().items():
             if other < version and stored.is_complete("responses"):  # so that all are scored by the same reward
-                self._reconcile(stored, stored.manifest["settings"]["responses"])
-                self._fill(stored, partial(self._past, stored), "held-out pairs", pairs=False)
+                self.reconcile(stored, stored.manifest["settings"]["responses"])
+                self.fill(stored, partial(self.past_policy, stored), "held-out pairs", pairs=False)
         stored = self.data.store.held_out(version)
-        self._reconcile(stored)
-        self._fill(stored, self.policy, "held-out pairs", pairs=False)
+        self.reconcile(stored)
+        self.fill(stored, self.policy, "held-out pairs", pairs=False)
         return stored
 
     def pair_held_out(self, version: int) -> None:
         """Pairs of the held-out answers, for `val/loss`."""
-        self._fill(self.data.store.held_out(version), self.policy, "held-out pairs")
+        self.fill(self.data.store.held_out(version), self.policy, "held-out pairs")
 
-    def repair(self) -> None:
-        """Make damaged files again, each from the policy that it came from.
-
-        Raises:
-            DamagedStoreError: The policy that answered is gone, and the round is still needed.
-        """
-        damaged = self.data.store.damage()
-        for stored, file in damaged:
-            console.print(f"Repairing {file}", soft_wrap=True, markup=False)
-            stored.drop(file)
-        for stored in {str(s.path): s for s, _ in damaged}.values():
-            if not stored.manifest.get("settings") and not self._stamp_anew(stored):
-                stored.delete()
-                continue
-            before, now = stored.manifest["settings"]["responses"], Round.as_stored(self._settings(stored))["responses"]
-            if differences(before, now, *OF_POLICY):
-                raise DamagedStoreError(f"{stored.path} can't be repaired: it was made with other settings than these.")
-            wanted = [name for name in STAGES if name in stored.manifest["stages"] or stored.shards(name)]
-            if "responses" in wanted:
-                self._fill(stored, partial(self._past, stored), "pairs", pairs="pairs" in wanted)
-
-    def _stamp_anew(self, stored: Round) -> bool:
-        """A new manifest where the copy is lost too: round and evaluation of the same number share a policy."""
-        number, is_round = int(stored.path.name), stored.path.parent.name == "rounds"
-        sibling = self.data.store.held_out(number) if is_round else self.data.store.round(number)
-        made_by = sibling.manifest.get("settings", {}).get("responses")
-        if made_by is None:
-            return False
-        self._reconcile(stored, made_by)
-        if is_round and number < rounds_done(self.trainer):
-            stored.complete("training", seconds=0.0, loss=None, kl=None)
-        return True
-
-    def _fill(self, stored: Round, policy: Callable[[], PolicySnapshot], what: str, pairs: bool = True) -> None:
+    def fill(self, stored: Round, policy: Callable[[], PolicySnapshot], what: str, pairs: bool = True) -> None:
         """Every stage that is missing, from the shards that exist."""
         held_out = stored.path.parent.name == "heldout"
         prompts, sampling = self._prompts(stored), self._sampling(stored)
@@ -216,12 +168,12 @@ class RoundMaker:
         with phase(f"log-probs of {what}", rows * len(policies), "answers", self._show) as report:
             pair_logps(stored, policies, self.options.logps_batch_tokens, temperature, report)
 
-    def _past(self, stored: Round) -> PolicySnapshot:
+    def past_policy(self, stored: Round) -> PolicySnapshot:
         """The policy that answered in `stored`."""
         made_by = stored.manifest["settings"]["responses"]
         if made_by["weights"] == self.policy().fingerprint:
             return self.policy()
-        found = past_policy(self.trainer, self.module, made_by["policy_step"], made_by["weights"])
+        found = find_past_policy(self.trainer, self.module, made_by["policy_step"], made_by["weights"])
         if found is None:
             raise DamagedStoreError(
                 f"{stored.path} can't be made whole: the policy that answered there (update "
@@ -230,9 +182,9 @@ class RoundMaker:
             )
         return found
 
-    def _reconcile(self, stored: Round, answered_by: dict[str, Any] | None = None) -> None:
+    def reconcile(self, stored: Round, answered_by: dict[str, Any] | None = None) -> None:
         """Stamp or check a round; `answered_by` names the policy if it is not the present one."""
-        settings = self._settings(stored)
+        settings = self.settings(stored)
         if answered_by is not None:
             settings["responses"] |= {k: answered_by[k] for k in ("policy_step", "weights")}
         prompts = self._prompts(stored)
@@ -246,13 +198,13 @@ class RoundMaker:
                 "in_round": len(prompts),
             },
         }
-        reconcile(stored, settings, self.accept_changes, fresh)
+        reconcile_round(stored, settings, self.accept_changes, fresh)
         scored = stored.manifest["stages"].get("rewards", {})
         changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
         if scored.get("failures") and changed and not stored.is_complete("training"):
             stored.reopen("rewards")
 
-    def _settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
+    def settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
         """What the stages of a round would be made from; the policy is looked at only if wanted."""
         kind = stored.path.parent.name
         prompts, columns = self._fingerprints[kind]
@@ -313,24 +265,6 @@ class RoundMaker:
         check_space(Path(run_dir), parts, f"round {index + 1}")
 
 
-def downstream_settings(
-    module: RebelModule, options: RoundOptions, trainer: L.Trainer, data: RoundDataModule
-) -> StageSettings:
-    """The settings of all stages after the answers, which are known before anything loads."""
-    return {
-        "rewards": {"reward": options.reward.fingerprint()},
-        "pairs": {"selector": describe(options.selector)},
-        "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
-        "training": {
-            **module.training_settings(),
-            "batch_size": data.batch_size,
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
-            "precision": str(trainer.precision),
-            "gradient_clip_val": trainer.gradient_clip_val,
-        },
-    }
-
-
 def _answers_bytes(data: RoundDataModule, sampling: SamplingConfig, index: int) -> int:
     """Bytes of a round's files: twice those of the round before, or what the longest answers could take."""
     before = data.store.round(index - 1)
@@ -340,12 +274,3 @@ def _answers_bytes(data: RoundDataModule, sampling: SamplingConfig, index: int) 
     prompts = data.round_prompts(index)
     of_prompts = sum(len(json.dumps(p.messages)) + 4 * len(p.token_ids) for p in prompts)
     return sampling.num_responses * (of_prompts + len(prompts) * (200 + 8 * sampling.max_response_tokens))
-
-
-def held_out_sampling(sampling: SamplingConfig, num_responses: int, temperature: float | None) -> SamplingConfig:
-    """How held-out prompts are answered; a temperature of None is that of training."""
-    return replace(
-        sampling,
-        num_responses=num_responses,
-        temperature=sampling.temperature if temperature is None else temperature,
-    )

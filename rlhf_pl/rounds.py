@@ -125,7 +125,8 @@ class Round:
         for stage in STAGES:
             there = self.shards(stage)
             damaged = [f for f in there.values() if not _matches(f, f.read_bytes())]
-            listed = manifest["stages"].get(stage, {}).get("shards", [])
+            info = manifest["stages"].get(stage, {})
+            listed = [*info.get("shards", []), *info.get("dropped", [])]  # dropped: a repair that did not finish
             missing = [self.path / stage / name for name in listed if not (self.path / stage / name).exists()]
             bad += sorted({*damaged, *missing})
         if not (self.path / "manifest.json").exists() and any(self.shards(stage) for stage in STAGES):

@@ -40,7 +40,7 @@ def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:
     return _snapshot(trainer, module, trainer.model, weights, weights_fingerprint(weights))
 
 
-def past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
+def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
     """The policy of an earlier update, from the model the run started from or from a checkpoint; None if it is gone."""
     if step == 0:
         weights = load_lm(module.source, module.dtype_name, module.attn_implementation).state_dict()

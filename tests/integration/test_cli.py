@@ -193,6 +193,61 @@ rollout:
     assert not (folder / "runs" / "cli" / "tensorboard").exists()
 
 
+def test_lightnings_own_callbacks_see_the_evaluation(folder: Path, shortest: list[str]) -> None:
+    """The best by a metric, a checkpoint after every update, early stopping; beside the points to resume from."""
+    (folder / "callbacks.yaml").write_text(
+        """
+trainer:
+  max_epochs: 3
+  callbacks:
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {dirpath: best, monitor: val/reward_mean, mode: max, save_top_k: 2, filename: "{epoch}"}
+    - class_path: lightning.pytorch.callbacks.ModelCheckpoint
+      init_args: {dirpath: steps, every_n_train_steps: 1, save_top_k: -1}
+    - class_path: lightning.pytorch.callbacks.EarlyStopping
+      init_args: {monitor: val/reward_mean, mode: max, stopping_threshold: 0.0}
+"""
+    )
+    run = [*shortest, "--data.val_prompts", "3"]
+    del run[run.index("--trainer.max_epochs") : run.index("--trainer.max_epochs") + 2]
+    assert main([*run, "--config", "callbacks.yaml"]) == 0
+    assert len(list((folder / "best").glob("*.ckpt"))) == 1  # stopped after the first round
+    assert len(list((folder / "steps").glob("*.ckpt"))) >= 1
+    assert (folder / "runs" / "cli" / "checkpoints" / "after-round-0001.ckpt").exists()
+    assert (folder / "runs" / "cli" / "model").exists()
+    assert not (folder / "runs" / "cli" / "rounds" / "0001").exists()
+
+
+def test_csv_logs_of_an_earlier_process_are_kept(folder: Path, shortest: list[str]) -> None:
+    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs, name: csv, version: ''}}"
+    assert main([*shortest, "--trainer.logger", logger]) == 0
+    first = (folder / "logs" / "csv" / "metrics.csv").read_text()
+    assert "train/loss" in first
+    assert main([*shortest, "--trainer.logger", logger, "--trainer.max_epochs", "2"]) == 0
+    assert (folder / "logs" / "csv" / "metrics-before-1.csv").read_text() == first
+    assert "train/loss" in (folder / "logs" / "csv" / "metrics.csv").read_text()
+
+
+@pytest.mark.parametrize("sign", ["distinct", "all"])
+def test_guards_can_stop_a_run(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], sign: str
+) -> None:
+    arguments = [
+        *shortest,
+        "--guards.min_distinct",
+        "1.0",
+        "--guards.max_identical",
+        "0",
+        "--guards.stop_on",
+        f"[{sign}]",
+    ]
+    assert main([*arguments, "--rollout.sampling.max_response_tokens", "40"]) == 1
+    captured = capsys.readouterr()
+    assert "Stopped in round 1 (`guards.stop_on`): the answers repeat themselves" in captured.err
+    assert "warning: round 1: the answers repeat" in " ".join(captured.out.split())
+    assert not (folder / "runs" / "cli" / "checkpoints" / "last.ckpt").exists()
+
+
 def test_printed_config_shows_the_recipes_defaults(capsys: pytest.CaptureFixture[str]) -> None:
     config = printed_config(capsys, ["fit", "--model.policy", "x", "--data.prompts", "y"])
     optimizer = config["model"]["init_args"]["optimizer"]

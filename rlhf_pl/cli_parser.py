@@ -1,0 +1,53 @@
+"""The parser of `rlhf-pl fit`: help with the default classes, errors in a few lines."""
+
+import inspect
+import re
+import sys
+from typing import Any, NoReturn
+
+from jsonargparse import ArgumentParser
+from lightning.pytorch.cli import LightningArgumentParser
+
+from rlhf_pl.data import RoundDataModule
+from rlhf_pl.modules import RebelModule
+
+DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
+MAX_ERROR_LINES = 12
+
+
+class Parser(LightningArgumentParser):
+    """Errors in a few lines instead of after a page of usage, and a help that includes the default classes."""
+
+    def format_help(self, formatter: Any = None) -> str:
+        text = super().format_help(formatter)
+        if "--model" not in self._option_string_actions:
+            return text
+        for key, kind in DEFAULT_CLASSES.items():
+            section = ArgumentParser()
+            section.add_class_arguments(kind, key, fail_untyped=False)
+            _usage, _options, group = section.format_help().split("\n\n", 2)
+            text += f"\n{kind.__name__}, the default `{key}`:\n" + group.split("\n", 1)[1]
+        return text
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        message = re.sub(r"required: (\w+)$", _full_name, str(message))
+        lines = list(dict.fromkeys(line for line in message.splitlines() if not _is_noise(line)))
+        if len(lines) > MAX_ERROR_LINES:
+            lines = [*lines[: MAX_ERROR_LINES - 1], "  ..."]
+        print("error: " + "\n".join(lines).strip(), file=sys.stderr)
+        print("`rlhf-pl fit --help` lists the options.", file=sys.stderr)
+        sys.exit(2)
+
+
+def _full_name(required: re.Match[str]) -> str:
+    """A missing argument of a class as the option that gives it."""
+    name = required[1]
+    key = next((k for k, kind in DEFAULT_CLASSES.items() if name in inspect.signature(kind).parameters), None)
+    return f"required: --{key}.{name}" if key else required[0]
+
+
+def _is_noise(line: str) -> bool:
+    """What jsonargparse says of the alternatives that nobody meant."""
+    text = line.strip()
+    alternatives = ("Subtypes: [", "Subclass types expect", "- a class path (str)", "- a dict w")
+    return text.startswith(("Given value type:", "Given value: NestedArg", *alternatives)) or "NoneType" in text

@@ -1,0 +1,48 @@
+"""Which exceptions are mistakes of the user, to be told in one line, and which are bugs, to be shown whole."""
+
+import os
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from rlhf_pl.disk import full_disk_error
+from rlhf_pl.errors import InputError
+from rlhf_pl.rollout.self_check import StaleSamplerError
+
+_MISTAKES = (InputError, StaleSamplerError, MisconfigurationException, PermissionError)
+
+
+def mistake_behind(error: BaseException | None) -> BaseException | None:
+    """The user's mistake behind `error`, if it is one: jsonargparse wraps what a constructor raises."""
+    while error is not None and not isinstance(error, _MISTAKES):
+        if isinstance(error, OSError) and (full := full_disk_error(Path(error.filename or "."), error)):
+            return full
+        if isinstance(error, ValueError | TypeError | OverflowError) and _raised_by(error, "lightning"):
+            return InputError(f"The Trainer refuses this config: {_in_a_line(error)}")
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def _raised_by(error: BaseException, package: str) -> bool:
+    """Whether the line that raised is the package's own."""
+    frames = list(traceback.walk_tb(error.__traceback__))
+    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").split(".")[0] == package
+
+
+@contextmanager
+def as_mistakes(what: str) -> Iterator[None]:
+    """What goes wrong in the block is a mistake in the config, whichever library notices."""
+    try:
+        yield
+    except Exception as error:
+        if mistake_behind(error) is not None or os.environ.get("RLHF_PL_VERBOSE") == "1":
+            raise
+        raise InputError(f"{what}: {_in_a_line(error)}") from error
+
+
+def _in_a_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0]}"

@@ -1,0 +1,53 @@
+"""What rounds are made with, as the options say, and as a manifest notes it."""
+
+from dataclasses import dataclass, replace
+
+import lightning as L
+
+from rlhf_pl.data.rounds import RoundDataModule
+from rlhf_pl.fingerprints import describe
+from rlhf_pl.modules.rebel import RebelModule
+from rlhf_pl.pairs import PairSelector
+from rlhf_pl.provenance import StageSettings
+from rlhf_pl.rewards import Reward, ScoringConfig
+from rlhf_pl.rollout import SamplingConfig
+
+
+@dataclass(frozen=True)
+class RoundOptions:
+    """What `RoundRefresh` was given; see there."""
+
+    reward: Reward
+    scoring: ScoringConfig
+    sampling: SamplingConfig
+    val_sampling: SamplingConfig
+    selector: PairSelector
+    prompts_per_shard: int
+    logps_batch_tokens: int
+
+
+def downstream_settings(
+    module: RebelModule, options: RoundOptions, trainer: L.Trainer, data: RoundDataModule
+) -> StageSettings:
+    """The settings of all stages after the answers, which are known before anything loads."""
+    return {
+        "rewards": {"reward": options.reward.fingerprint()},
+        "pairs": {"selector": describe(options.selector)},
+        "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
+        "training": {
+            **module.training_settings(),
+            "batch_size": data.batch_size,
+            "accumulate_grad_batches": trainer.accumulate_grad_batches,
+            "precision": str(trainer.precision),
+            "gradient_clip_val": trainer.gradient_clip_val,
+        },
+    }
+
+
+def held_out_sampling(sampling: SamplingConfig, num_responses: int, temperature: float | None) -> SamplingConfig:
+    """How held-out prompts are answered; a temperature of None is that of training."""
+    return replace(
+        sampling,
+        num_responses=num_responses,
+        temperature=sampling.temperature if temperature is None else temperature,
+    )
