@@ -146,7 +146,7 @@ class RoundMaker:
     def _generate(
         self, stored: Round, prompts: list[Prompt], sampling: SamplingConfig, policy: PolicySnapshot, name: str
     ) -> None:
-        dropped = stored.manifest["stages"].get("responses", {}).get("dropped", [])
+        lost = stored.manifest["stages"].get("responses", {}).get("lost", [])
         metrics = self.link.bring(policy, self._engine(), self._check_prompts(), self._tolerance(), self._show)
         if metrics:
             self.log(metrics)
@@ -155,7 +155,7 @@ class RoundMaker:
         with phase(f"answering {name}prompts", len(prompts), "prompts", self._show) as report:
             generate(stored, prompts, self.link.sampler, sampling, tokenizer, self.data.seed, shard, report)
         again = {file.name for file in stored.shards("responses").values()}
-        if not set(dropped) <= again and not stored.is_complete("training"):
+        if not set(lost) <= again and not stored.is_complete("training"):
             stored.clear("rewards")  # the answers came out differently, so what was made of them is void
 
     def _pair_logps(self, stored: Round, policy: PolicySnapshot, what: str) -> None:

@@ -126,7 +126,7 @@ class Round:
             there = self.shards(stage)
             damaged = [f for f in there.values() if not _matches(f, f.read_bytes())]
             info = manifest["stages"].get(stage, {})
-            listed = [*info.get("shards", []), *info.get("dropped", [])]  # dropped: a repair that did not finish
+            listed = [*info.get("shards", []), *info.get("lost", [])]  # lost: to a repair that did not finish
             missing = [self.path / stage / name for name in listed if not (self.path / stage / name).exists()]
             bad += sorted({*damaged, *missing})
         if not (self.path / "manifest.json").exists() and any(self.shards(stage) for stage in STAGES):
@@ -144,7 +144,7 @@ class Round:
         stage = manifest["stages"].get(file.parent.name)
         if stage is not None:
             stage["complete"] = False
-            stage["dropped"] = [*stage.get("dropped", []), file.name]
+            stage["lost"] = [*stage.get("lost", []), file.name]
             stage["shards"] = [name for name in stage.get("shards", []) if name != file.name]
             self._write_manifest(manifest)
 

@@ -100,10 +100,15 @@ def assert_same_result(run: Path, expected: dict[str, Any], what: str) -> None:
         assert sorted(set(found["curves"][name])) == curve, (what, name)
 
 
-def boundaries(trace: list[tuple[float, str, int]], counts: Counter[str]) -> list[dict[str, Any]]:
-    """The first, or a middle, occurrence of every kind of event."""
+AFTER = ("rename", "reward call", "weight sync", "optimizer step", "checkpoint write", "round checkpoint", "export",
+         "write responses of rounds", "write rewards of rounds", "complete training of rounds")  # fmt: skip
+
+
+def boundaries(counts: Counter[str]) -> list[dict[str, Any]]:
+    """An occurrence of every kind of event; where little lies between, only of its beginning."""
     rng = random.Random(1)
-    return [{"event": name, "count": rng.randint(1, count), "delay": 0.0} for name, count in counts.items()]
+    points = [{"event": name, "count": rng.randint(1, count), "delay": 0.0} for name, count in counts.items()]
+    return [p for p in points if not p["event"].startswith("after ") or p["event"].removeprefix("after ") in AFTER]
 
 
 def moments(trace: list[tuple[float, str, int]], number: int, seed: int) -> list[dict[str, Any]]:
@@ -178,7 +183,7 @@ def test_killed_anywhere_and_started_again(tmp_path: Path) -> None:
     plan = make_plan(tmp_path, TRANSFORMERS)
     trace = run_reference(tmp_path, plan)
     counts = Counter(name for _, name, _ in trace)
-    points = boundaries(trace, counts) + moments(trace, 16, seed=2)
+    points = boundaries(counts) + moments(trace, 12, seed=2)
     hits = run_matrix(tmp_path, plan, points, tmp_path / "reference")
     assert hits >= 40
 
