@@ -1,5 +1,6 @@
 """Checkpoints to resume from: every N updates, after every round, and when the process is told to stop."""
 
+import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -53,6 +54,7 @@ class RoundCheckpoint(Checkpoint):
         self._requested: int | None = None
         self._at_once = True
         self._handlers: dict[int, Any] = {}
+        self._owner = os.getpid()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
@@ -68,6 +70,7 @@ class RoundCheckpoint(Checkpoint):
         """Take over SIGTERM and Ctrl-C. Lightning sets its own handlers after `on_fit_start`, so not there."""
         if self._handlers or self._trainer is None:
             return
+        self._owner = os.getpid()
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -75,6 +78,8 @@ class RoundCheckpoint(Checkpoint):
                 return
 
     def _on_signal(self, number: int, _frame: FrameType | None) -> None:
+        if os.getpid() != self._owner:  # a loader's worker, which inherited this handler: its parent ends it
+            return
         again = self._requested == number == signal.SIGINT
         self._requested = number
         if self._at_once or again:
@@ -90,6 +95,9 @@ class RoundCheckpoint(Checkpoint):
         else:
             saved = f"Nothing was trained yet; what was generated is in {self._trainer.default_root_dir}"
         raise RunStopped(self._requested, f"Stopped by {name}. {saved}. The same command goes on from there.")
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self.listen()  # for runs that prepare no rounds
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._saved_at = trainer.global_step

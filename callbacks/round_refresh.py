@@ -11,6 +11,7 @@ from rlhf_pl.console import console
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule, rounds_done
 from rlhf_pl.errors import InputError
+from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import resident_gib
 from rlhf_pl.metrics import held_out_metrics, round_metrics
 from rlhf_pl.modules.rebel import RebelModule
@@ -84,6 +85,7 @@ class RoundRefresh(L.Callback):
         self._link = SamplerLink(sampler)
         self._maker: RoundMaker | None = None
         self._begun = False
+        self._lock: RunLock | None = None
         self._announced: int | None = None
         self._logged_version: int | None = None
         self._training_since = time.monotonic()
@@ -126,6 +128,12 @@ class RoundRefresh(L.Callback):
         trainer.num_sanity_val_steps = 0
         data.prepare_round = lambda index: self._prepare(trainer, index)
         data.finish_run = lambda rounds: self._evaluate(trainer, rounds)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on the run directory is written to, by this process alone."""
+        if trainer.is_global_zero:
+            self._lock = RunLock(trainer.default_root_dir)
+            self._lock.acquire()
 
     def _begin(self, trainer: L.Trainer) -> RoundMaker:
         """The maker of this run's rounds, once weights are restored."""
@@ -190,12 +198,16 @@ class RoundRefresh(L.Callback):
         self._link.rest()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._link.close()
-        self._maker, self._begun = None, False
+        self._end()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
         self._link.close()
         self._maker, self._begun = None, False
+        if self._lock is not None:
+            self._lock.release()
 
 
 def _refuse_damage(data: RoundDataModule) -> None:

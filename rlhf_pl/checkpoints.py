@@ -1,6 +1,8 @@
 """Checkpoint files: written atomically, and what can be told about one without loading it."""
 
 import os
+import pickle
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -9,6 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 
 from rlhf_pl.disk import write_atomically
+from rlhf_pl.errors import InputError
 
 FOLDER = "checkpoints"
 SUPERSEDED = "superseded"
@@ -51,14 +54,34 @@ def checkpoint_files(run_dir: str | Path) -> list[Path]:
     return [f for f in folder.glob("*.ckpt") if f.name.startswith(("after-round-", "update-")) and not f.is_symlink()]
 
 
+def is_whole(file: Path) -> bool:
+    """Whether every record of a checkpoint matches the checksum that torch wrote with it."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            return archive.testzip() is None
+    except (zipfile.BadZipFile, OSError, EOFError):
+        return False
+
+
 def read_progress(file: Path) -> Progress | None:
-    """What a checkpoint is of; None if it can't be read."""
+    """What a checkpoint is of; None if it can't be read.
+
+    Raises:
+        InputError: It holds objects that can't be loaded safely.
+    """
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
         epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]
         return Progress(content["global_step"], epochs["processed"], epochs["started"] > epochs["processed"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, AttributeError):
         return None
+    except pickle.UnpicklingError as error:
+        if not zipfile.is_zipfile(file):
+            return None
+        raise InputError(
+            f"{file} holds objects that can't be loaded safely: a callback's `state_dict` must hold plain values and "
+            f"tensors only. {str(error).splitlines()[0]}"
+        ) from error
 
 
 def progress_of_files(run_dir: str | Path) -> dict[Path, Progress]:

@@ -4,7 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_pl.checkpoints import FOLDER, Progress, checkpoint_files, link_last, progress_of_files, supersede
+from rlhf_pl.checkpoints import FOLDER, Progress, checkpoint_files, is_whole, link_last, progress_of_files, supersede
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
 from rlhf_pl.provenance import ORDER, REMEDY, StageSettings, differences, first_change
@@ -42,8 +42,12 @@ def find_resume_point(
         InputError: The checkpoint before that round is gone.
     """
     files = progress_of_files(run_dir)
-    for file in set(checkpoint_files(run_dir)) - set(files):
-        console.print(f"{file} can't be read; going on without it.", soft_wrap=True, markup=False)
+    broken = set(checkpoint_files(run_dir)) - set(files)
+    while files and not is_whole(newest := list(files)[-1]):
+        broken.add(newest)
+        del files[newest]
+    for file in sorted(broken):
+        console.print(f"{file} is damaged; going on without it.", soft_wrap=True, markup=False)
     if not files:
         return ResumePoint(None)
     newest, progress = list(files.items())[-1]

@@ -1,4 +1,4 @@
-"""What a run writes beside its rounds: the log, the resolved config; and the lock while it runs."""
+"""What a run writes beside its rounds: the log and the resolved config."""
 
 from pathlib import Path
 from typing import Any
@@ -8,7 +8,6 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_pl.disk import write_atomically
-from rlhf_pl.lock import RunLock
 from rlhf_pl.resume import ResumePoint
 
 
@@ -39,7 +38,6 @@ class RunConfig(SaveConfigCallback):
     """Writes the resolved config to the run directory, once nothing can be refused any more."""
 
     resume_point = ResumePoint(None)
-    lock: RunLock | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """The last callback's setup: the others have made their checks."""
@@ -49,8 +47,6 @@ class RunConfig(SaveConfigCallback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
-            self.lock = RunLock(trainer.default_root_dir)
-            self.lock.acquire()
             self.resume_point.commit()
             folder = Path(trainer.default_root_dir)
             once = {"repair": False, "accept_changes": False, "ckpt_path": None}  # of this start, not of the run
@@ -59,16 +55,6 @@ class RunConfig(SaveConfigCallback):
                 config[key] = value
             text = self.parser.dump(config, skip_none=False)
             write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._release()
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        self._release()
-
-    def _release(self) -> None:
-        if self.lock is not None:
-            self.lock.release()
 
 
 def keep_csv(folder: Path) -> None:

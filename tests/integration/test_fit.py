@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -402,6 +403,16 @@ def test_round_without_usable_pairs_is_passed_over_with_a_warning(
     assert len(recorder.losses) > 0
     start, end = weights(_loaded(llama)), weights(module)
     assert any(not torch.equal(start[name], end[name]) for name in start)
+
+
+def test_a_run_from_python_locks_its_directory_too(tmp_path: Path, llama: Path, prompts: str) -> None:
+    class Second(L.Callback):
+        def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
+            owner = json.loads((tmp_path / ".lock").read_text())
+            assert owner["pid"] == os.getpid()
+
+    fit(tmp_path, llama, prompts, [Second()], max_epochs=1)
+    assert not (tmp_path / ".lock").exists()
 
 
 def test_other_model_sizes_and_system_prompts(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:

@@ -241,6 +241,25 @@ def test_scores_survive_a_failure_and_a_change_of_the_policy_for_failures(
     assert stored.read("rewards")["reward"].null_count == 3
 
 
+@pytest.mark.parametrize("harm", ["cut", "flip", "garbage"])
+def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_taken(
+    fit: Fit, capsys: pytest.CaptureFixture[str], harm: str
+) -> None:
+    assert fit("run") == 0
+    before, model = files("run"), exported("run")
+    newest = Path("run/checkpoints/after-round-0002.ckpt")
+    content = newest.read_bytes()
+    middle = len(content) // 2
+    flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    newest.write_bytes({"cut": content[:-100], "flip": flipped, "garbage": b"nothing"}[harm])
+    capsys.readouterr()
+    assert fit("run") == 0
+    out = capsys.readouterr().out
+    assert "after-round-0002.ckpt is damaged; going on without it." in out
+    assert "Going on from run/checkpoints/after-round-0001.ckpt" in out
+    assert (files("run"), exported("run")) == (before, model)
+
+
 def test_rounds_command(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rounds", "run"]) == 1
     assert "no folder" in capsys.readouterr().err
