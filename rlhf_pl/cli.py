@@ -2,9 +2,12 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -179,13 +182,11 @@ def run(argv: Sequence[str]) -> int:
     # Lightning's launchers start further processes with these arguments.
     sys.argv = [before[0], argv[0], *_environment_arguments(), *argv[1:]]
     try:
-        RlhfCLI()
+        with _stopped_early():
+            RlhfCLI()
     except RunStopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
-    except KeyboardInterrupt:
-        print("Stopped by SIGINT before the run began.", file=sys.stderr)
-        return 130
     except Exception as error:
         wrong = mistake_behind(error)
         if wrong is None:
@@ -193,6 +194,23 @@ def run(argv: Sequence[str]) -> int:
         print(f"error: {wrong}", file=sys.stderr)
         return 1
     return 0
+
+
+@contextmanager
+def _stopped_early() -> Iterator[None]:
+    """Until RoundCheckpoint listens, SIGTERM and Ctrl-C have nothing to save: end with a message."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise RunStopped(number, f"Stopped by {signal.Signals(number).name} before the run began.")
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _environment_arguments() -> list[str]:
