@@ -21,7 +21,7 @@ class SamplerLink:
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
         self._started = False
-        self._holds: str | None = None
+        self._holds: PolicySnapshot | None = None
 
     def bring(
         self, policy: PolicySnapshot, spec: EngineSpec, prompts: Sequence[Sequence[int]], limit: float, show: bool
@@ -41,7 +41,7 @@ class SamplerLink:
         Raises:
             StaleSamplerError: The sampler is not at the policy's weights.
         """
-        if self._holds == policy.fingerprint:
+        if self._holds is policy:
             return {}
         self._holds = None
         if not self._started:
@@ -55,7 +55,7 @@ class SamplerLink:
             hand_over(self.sampler, weights)
             room = spec.max_model_tokens - max(map(len, prompts))
             error = check_sampler(self.sampler, prompts, policy.logps, weights, limit, min(24, room), policy.rounding)
-        self._holds = policy.fingerprint
+        self._holds = policy
         return {"time/sync_s": time.monotonic() - started, "rollout/sampler_logp_error": error}
 
     def rest(self) -> None:

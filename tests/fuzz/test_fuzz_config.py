@@ -102,7 +102,9 @@ def accepted_or_refused(arguments: list[str]) -> None:
         assert code == 0 or store.rounds() or store.evaluations(), (arguments, text)
 
 
-FUZZ = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+FUZZ = settings(
+    deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
 
 
 @pytest.mark.slow
