@@ -70,7 +70,7 @@ class RoundCheckpoint(Checkpoint):
         """Take over SIGTERM and Ctrl-C. Lightning sets its own handlers after `on_fit_start`, so not there."""
         if self._handlers or self._trainer is None:
             return
-        self._owner = os.getpid()
+        self._owner, self._saved_at = os.getpid(), self._trainer.global_step
         for number in (signal.SIGTERM, signal.SIGINT):
             try:
                 self._handlers[number] = signal.signal(number, self._on_signal)
@@ -98,9 +98,6 @@ class RoundCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.listen()  # for runs that prepare no rounds
-
-    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._saved_at = trainer.global_step
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, idx: int) -> None:
         self._at_once = False  # from here on a stop has to wait for the end of an update

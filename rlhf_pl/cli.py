@@ -37,7 +37,7 @@ from rlhf_pl.memory import keep_freed_memory
 from rlhf_pl.mistakes import as_mistakes, mistake_behind
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.provenance import StageSettings
-from rlhf_pl.resume import ResumePoint, find_resume_point
+from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
 from rlhf_pl.round_settings import downstream_settings
 from rlhf_pl.run_files import RunConfig, RunLogger, keep_csv
 
@@ -125,8 +125,7 @@ class RlhfCLI(LightningCLI):
             super().parse_arguments(parser, args)
 
     def _parse_ckpt_path(self) -> None:
-        with as_mistakes("`ckpt_path` can't be read"):
-            super()._parse_ckpt_path()
+        """The config counts; Lightning would let hyper-parameters in the checkpoint override it."""
 
     def instantiate_classes(self) -> None:
         with as_mistakes("This config can't be built"):
@@ -138,13 +137,15 @@ class RlhfCLI(LightningCLI):
         run_dir = self.trainer.default_root_dir
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         RunLock(run_dir).check()
-        point = ResumePoint(None if arguments.get("ckpt_path") in (None, "last") else Path(arguments["ckpt_path"]))
-        if point.checkpoint is None and _has(callbacks, RoundCheckpoint):
+        chosen = arguments.get("ckpt_path")
+        if chosen not in (None, "last"):
+            point = chosen_resume_point(run_dir, Path(chosen))
+        elif _has(callbacks, RoundCheckpoint):
             point = find_resume_point(
                 run_dir, self._downstream_settings(), self.trainer.max_epochs, self.rounds.accept_changes
             )
-        elif point.checkpoint is not None and read_progress(point.checkpoint) is None:
-            raise InputError(f"`ckpt_path`: {str(point.checkpoint)!r} is no readable checkpoint of this program.")
+        else:
+            point = ResumePoint(None)
         for callback in callbacks:
             if isinstance(callback, RunConfig):
                 callback.resume_point = point

@@ -4,7 +4,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from rlhf_pl.checkpoints import FOLDER, Progress, checkpoint_files, is_whole, link_last, progress_of_files, supersede
+from rlhf_pl.checkpoints import (
+    FOLDER,
+    Progress,
+    checkpoint_files,
+    is_whole,
+    link_last,
+    progress_of_files,
+    read_progress,
+    supersede,
+)
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
 from rlhf_pl.provenance import ORDER, REMEDY, StageSettings, differences, first_change
@@ -66,7 +75,8 @@ def find_resume_point(
     changed = first_change(before, now, ORDER[1:])
     if changed is None:
         return ResumePoint(newest)
-    start = next((f for f, p in files.items() if p.rounds_done == index and not p.inside_round), None)
+    starts = (f for f, p in files.items() if p.rounds_done == index and not p.inside_round)
+    start = next(filter(is_whole, starts), None)
     lines = "; ".join(differences(before[changed], now[changed]))
     if start is None and index != 0:
         raise InputError(
@@ -91,6 +101,24 @@ def find_resume_point(
         )
 
     return ResumePoint(start, commit)
+
+
+def chosen_resume_point(run_dir: str, checkpoint: Path) -> ResumePoint:
+    """The checkpoint a user has named. Later ones of the same run would be newer than what follows: they go aside.
+
+    Raises:
+        InputError: It can't be read.
+    """
+    progress = read_progress(checkpoint)
+    if progress is None:
+        raise InputError(f"`ckpt_path`: {str(checkpoint)!r} is no readable checkpoint of this program.")
+    later = [f for f, p in progress_of_files(run_dir).items() if p > progress and f.resolve() != checkpoint.resolve()]
+
+    def commit() -> None:
+        if kept := supersede(later):
+            console.print(f"Later training is kept in {kept}.", soft_wrap=True, markup=False)
+
+    return ResumePoint(checkpoint, commit)
 
 
 def _round_at_hand(progress: Progress, max_epochs: int | None) -> int | None:

@@ -260,6 +260,16 @@ def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_taken(
     assert (files("run"), exported("run")) == (before, model)
 
 
+def test_going_back_by_hand_puts_later_checkpoints_aside(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("run") == 0
+    before, model = files("run"), exported("run")
+    assert fit("run", "--ckpt_path", "run/checkpoints/after-round-0001.ckpt") == 0
+    assert "Later training is kept in run/checkpoints/superseded/after-round-0002.ckpt" in capsys.readouterr().out
+    assert (files("run"), exported("run")) == (before, model)
+    assert fit("run", "--ckpt_path", "run/config.yaml") == 1
+    assert "no readable checkpoint" in capsys.readouterr().err
+
+
 def test_rounds_command(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rounds", "run"]) == 1
     assert "no folder" in capsys.readouterr().err
