@@ -11,7 +11,8 @@ StageSettings = dict[str, dict[str, Any]]
 ORDER = (*STAGES, "training")
 # These two follow from the training before and say which policy answered; the others are choices of the user.
 OF_POLICY = ("policy_step", "weights")
-REMEDY = {
+# how the report of a changed stage ends: "... is scored again"
+REDONE = {
     "responses": "generated",
     "rewards": "scored",
     "pairs": "paired",
@@ -117,7 +118,7 @@ def reconcile_round(stored: Round, now: StageSettings, accept: bool, fresh: Mapp
     if changed is not None:
         lines = differences(before[changed], now[changed])
         if any(name in stored.manifest["stages"] or stored.shards(name) for name in ORDER[ORDER.index(changed) :]):
-            console.print(f"{stored.name} is {REMEDY[changed]} again: {'; '.join(lines)}", soft_wrap=True, markup=False)
+            console.print(f"{stored.name} is {REDONE[changed]} again: {'; '.join(lines)}", soft_wrap=True, markup=False)
         stored.clear(changed)
     if before != now:
         stored.update(settings={**now, "responses": before["responses"]} if "accepted" in stored.manifest else now)

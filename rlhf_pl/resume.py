@@ -16,7 +16,7 @@ from rlhf_pl.checkpoints import (
 )
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
-from rlhf_pl.provenance import ORDER, REMEDY, StageSettings, differences, first_change
+from rlhf_pl.provenance import ORDER, REDONE, StageSettings, differences, first_change
 from rlhf_pl.rounds import DamagedStoreError, Round, RoundStore
 
 
@@ -94,7 +94,7 @@ def find_resume_point(
             (Path(run_dir) / FOLDER / "last.ckpt").unlink(missing_ok=True)
         stored.clear(changed)
         console.print(
-            f"Changed: {lines}. Round {int(stored.path.name) + 1} is {REMEDY[changed]} again, from the policy at its "
+            f"Changed: {lines}. Round {int(stored.path.name) + 1} is {REDONE[changed]} again, from the policy at its "
             f"start; the training with the old settings is kept in {kept}.",
             soft_wrap=True,
             markup=False,
