@@ -16,7 +16,7 @@ from rich.text import Text
 from rlhf_pl.console import console
 from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
-from rlhf_pl.rounds import STAGES, Round, RoundStore
+from rlhf_pl.rounds import ORDER, STAGES, Round, RoundStore
 
 
 def run(argv: Sequence[str]) -> int:
@@ -132,11 +132,11 @@ def state(stored: Round) -> str:
     manifest = stored.manifest
     wanted = manifest.get("prompts", {}).get("in_round", 0)
     shards = -(-wanted // manifest.get("prompts_per_shard", 1))
-    names = STAGES if stored.path.parent.name == "heldout" else (*STAGES, "training")
+    names = STAGES if stored.is_held_out else ORDER
     for name in names:
         if manifest["stages"].get(name, {}).get("complete"):
             continue
-        if stored.path.parent.name == "heldout" and name in ("pairs", "logps"):
+        if stored.is_held_out and name in ("pairs", "logps"):
             return "complete"  # made only where they are wanted
         if name in ("responses", "rewards"):
             return f"{name}: {len(stored.shards(name))} of {shards} shards"
@@ -177,7 +177,7 @@ def details(stored: Round) -> Group:
     table = Table(title=f"Round {int(stored.path.name) + 1} ({stored.path})", title_justify="left")
     for name in ("stage", "state", "shards", "size", "seconds", "counts"):
         table.add_column(name)
-    for name in (*STAGES, "training"):
+    for name in ORDER:
         info = manifest["stages"].get(name, {})
         files = list(stored.shards(name).values()) if name in STAGES else []
         numbers = {k: v for k, v in info.items() if k not in ("complete", "seconds", "shards", "sampling")}

@@ -5,10 +5,9 @@ from typing import Any
 
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
-from rlhf_pl.rounds import STAGES, Round
+from rlhf_pl.rounds import ORDER, Round
 
 StageSettings = dict[str, dict[str, Any]]
-ORDER = (*STAGES, "training")
 # These two follow from the training before and say which policy answered; the others are choices of the user.
 OF_POLICY = ("policy_step", "weights")
 # how the report of a changed stage ends: "... is scored again"
@@ -96,15 +95,15 @@ def reconcile_round(stored: Round, now: StageSettings, accept: bool, fresh: Mapp
     if before is None:
         stored.update(settings=now, **fresh)
         return
+    moved = any(before["responses"][k] != now["responses"][k] for k in OF_POLICY)
     if not accept:
         refuse_upstream_change(stored, now)
     elif differences(before["responses"], now["responses"], *OF_POLICY):
-        if stored.is_complete("responses") and not differences(before["responses"], now["responses"], *_others(now)):
+        if stored.is_complete("responses") and not moved:
             stored.update(accepted=_choices(now))
         else:
             _begin_anew(stored, now, fresh, "its settings have changed")
             return
-    moved = [k for k in OF_POLICY if before["responses"][k] != now["responses"][k]]
     if moved:
         if stored.is_complete("training") and not accept:
             raise ChangedSettingsError(
@@ -122,11 +121,6 @@ def reconcile_round(stored: Round, now: StageSettings, accept: bool, fresh: Mapp
         stored.clear(changed)
     if before != now:
         stored.update(settings={**now, "responses": before["responses"]} if "accepted" in stored.manifest else now)
-
-
-def _others(settings: StageSettings) -> list[str]:
-    """Everything but which policy answered."""
-    return [name for name in settings["responses"] if name not in OF_POLICY]
 
 
 def _begin_anew(stored: Round, now: StageSettings, fresh: Mapping[str, Any], why: str) -> None:

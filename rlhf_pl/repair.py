@@ -33,12 +33,12 @@ def repair(maker: RoundMaker) -> None:
 
 def _stamp_anew(maker: RoundMaker, stored: Round) -> bool:
     """A new manifest where the copy is lost too: round and evaluation of the same number share a policy."""
-    number, is_round = int(stored.path.name), stored.path.parent.name == "rounds"
-    sibling = maker.data.store.held_out(number) if is_round else maker.data.store.round(number)
+    number, store = int(stored.path.name), maker.data.store
+    sibling = store.round(number) if stored.is_held_out else store.held_out(number)
     made_by = sibling.manifest.get("settings", {}).get("responses")
     if made_by is None:
         return False
     maker.reconcile(stored, made_by)
-    if is_round and number < rounds_done(maker.trainer):
+    if not stored.is_held_out and number < rounds_done(maker.trainer):
         stored.complete("training", seconds=0.0, loss=None, kl=None)
     return True

@@ -16,8 +16,8 @@ from rlhf_pl.checkpoints import (
 )
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
-from rlhf_pl.provenance import ORDER, REDONE, StageSettings, differences, first_change
-from rlhf_pl.rounds import DamagedStoreError, Round, RoundStore
+from rlhf_pl.provenance import REDONE, StageSettings, differences, first_change
+from rlhf_pl.rounds import ORDER, DamagedStoreError, Round, RoundStore
 
 
 @dataclass(frozen=True)

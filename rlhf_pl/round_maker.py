@@ -15,12 +15,12 @@ from rlhf_pl.disk import check_space
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.modules.rebel import RebelModule
-from rlhf_pl.provenance import StageSettings, differences, reconcile_round, refuse_upstream_change
+from rlhf_pl.provenance import OF_POLICY, StageSettings, differences, reconcile_round, refuse_upstream_change
 from rlhf_pl.rollout import EngineSpec, SamplingConfig
 from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.rollout.self_check import tolerance
 from rlhf_pl.round_settings import RoundOptions, downstream_settings
-from rlhf_pl.rounds import STAGES, DamagedStoreError, Round
+from rlhf_pl.rounds import ORDER, STAGES, DamagedStoreError, Round
 from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy
 from rlhf_pl.stages import generate, pair_logps, score, select
 
@@ -53,11 +53,11 @@ class RoundMaker:
         self._show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         self._present: tuple[int, PolicySnapshot] | None = None
         self._fingerprints = {
-            which: (
+            held_out: (
                 rows_fingerprint((p.prompt_id, p.token_ids) for p in prompts),
                 rows_fingerprint(dict(p.columns) for p in prompts),
             )
-            for which, prompts in (("rounds", data.train_prompts), ("heldout", data.val_prompts))
+            for held_out, prompts in ((False, data.train_prompts), (True, data.val_prompts))
         }
 
     def policy(self) -> PolicySnapshot:
@@ -100,7 +100,7 @@ class RoundMaker:
         now = Round.as_stored(self.settings(stored))
         refuse_upstream_change(stored, now)
         before = stored.manifest.get("settings", now)
-        changed = [line for stage in (*STAGES[1:], "training") for line in differences(before[stage], now[stage])]
+        changed = [line for stage in ORDER[1:] for line in differences(before[stage], now[stage])]
         if changed:
             raise InputError(
                 f"The training on {stored.path} was begun with other settings:\n"
@@ -126,9 +126,8 @@ class RoundMaker:
 
     def fill(self, stored: Round, policy: Callable[[], PolicySnapshot], what: str, pairs: bool = True) -> None:
         """Every stage that is missing, from the shards that exist."""
-        held_out = stored.path.parent.name == "heldout"
         prompts, sampling = self._prompts(stored), self._sampling(stored)
-        name = "held-out " if held_out else ""
+        name = "held-out " if stored.is_held_out else ""
         if not stored.is_complete("responses"):
             self._generate(stored, prompts, sampling, policy(), name)
         if not stored.is_complete("rewards"):
@@ -138,7 +137,7 @@ class RoundMaker:
         if not pairs:
             return
         if not stored.is_complete("pairs"):
-            limit = self.data.max_val_pairs if held_out else None
+            limit = self.data.max_val_pairs if stored.is_held_out else None
             select(stored, self.options.selector, self.data.seed, limit)
         if not stored.is_complete("logps"):
             self._pair_logps(stored, policy(), what)
@@ -186,7 +185,7 @@ class RoundMaker:
         """Stamp or check a round; `answered_by` names the policy if it is not the present one."""
         settings = self.settings(stored)
         if answered_by is not None:
-            settings["responses"] |= {k: answered_by[k] for k in ("policy_step", "weights")}
+            settings["responses"] |= {k: answered_by[k] for k in OF_POLICY}
         prompts = self._prompts(stored)
         fresh = {
             "prompts_per_shard": self.options.prompts_per_shard,
@@ -206,8 +205,7 @@ class RoundMaker:
 
     def settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
         """What the stages of a round would be made from; the policy is looked at only if wanted."""
-        kind = stored.path.parent.name
-        prompts, columns = self._fingerprints[kind]
+        prompts, columns = self._fingerprints[stored.is_held_out]
         sampler = self.link.sampler
         settings: StageSettings = {
             "responses": {
@@ -222,19 +220,18 @@ class RoundMaker:
             **downstream_settings(self.module, self.options, self.trainer, self.data),
         }
         settings["rewards"] |= {"columns": columns}
-        if kind == "rounds":
-            settings["responses"]["prompts_per_round"] = self.data.prompts_per_round
-        else:
+        if stored.is_held_out:
             settings["pairs"]["limit"] = self.data.max_val_pairs
             del settings["training"]
+        else:
+            settings["responses"]["prompts_per_round"] = self.data.prompts_per_round
         return settings
 
     def _prompts(self, stored: Round) -> list[Prompt]:
-        held_out = stored.path.parent.name == "heldout"
-        return self.data.val_prompts if held_out else self.data.round_prompts(int(stored.path.name))
+        return self.data.val_prompts if stored.is_held_out else self.data.round_prompts(int(stored.path.name))
 
     def _sampling(self, stored: Round) -> SamplingConfig:
-        return self.options.val_sampling if stored.path.parent.name == "heldout" else self.options.sampling
+        return self.options.val_sampling if stored.is_held_out else self.options.sampling
 
     def _check_prompts(self) -> Sequence[Sequence[int]]:
         return [p.token_ids for p in self.data.train_prompts[:4]]

@@ -16,6 +16,7 @@ from rlhf_pl.errors import InputError
 SCHEMA_VERSION = 2
 _COPY = ".manifest.copy.json"
 STAGES = ("responses", "rewards", "pairs", "logps")
+ORDER = (*STAGES, "training")  # what a later one is made of comes first
 
 
 class DamagedStoreError(InputError):
@@ -40,6 +41,11 @@ class Round:
     def name(self) -> str:
         """`rounds/0002`."""
         return f"{self.path.parent.name}/{self.path.name}"
+
+    @property
+    def is_held_out(self) -> bool:
+        """Whether this is an evaluation on the held-out prompts."""
+        return self.path.parent.name == "heldout"
 
     @property
     def manifest(self) -> dict[str, Any]:
@@ -158,8 +164,7 @@ class Round:
 
     def clear(self, first: str = "responses") -> None:
         """Delete the stage `first` and all after it; with `training`, only its entry in the manifest."""
-        order = (*STAGES, "training")
-        gone = order[order.index(first) :]
+        gone = ORDER[ORDER.index(first) :]
         manifest = self.manifest
         manifest["stages"] = {name: info for name, info in manifest["stages"].items() if name not in gone}
         self._write_manifest(manifest)  # first: a stage without its mark is made again

@@ -42,10 +42,9 @@ def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:
 
 def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
     """The policy of an earlier update, from the model the run started from or from a checkpoint; None if it is gone."""
-    if step == 0:
-        weights = load_lm(module.source, module.dtype_name, module.attn_implementation).state_dict()
-        if weights_fingerprint(weights) == fingerprint:
-            return _loaded(trainer, module, weights, fingerprint)
+    lm = load_lm(module.source, module.dtype_name, module.attn_implementation)
+    if step == 0 and weights_fingerprint(lm.state_dict()) == fingerprint:
+        return _frozen(trainer, module, lm, fingerprint)
     for file in checkpoint_files(trainer.default_root_dir):
         progress = read_progress(file)
         if progress is None or progress.global_step != step:
@@ -53,13 +52,12 @@ def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerp
         state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         weights = {name.removeprefix("policy.lm."): t for name, t in state.items() if name.startswith("policy.lm.")}
         if weights_fingerprint(weights) == fingerprint:
-            return _loaded(trainer, module, weights, fingerprint)
+            lm.load_state_dict(weights)
+            return _frozen(trainer, module, lm, fingerprint)
     return None
 
 
-def _loaded(trainer: L.Trainer, module: RebelModule, weights: Mapping[str, Tensor], fingerprint: str) -> PolicySnapshot:
-    lm = load_lm(module.source, module.dtype_name, module.attn_implementation)
-    lm.load_state_dict(weights)
+def _frozen(trainer: L.Trainer, module: RebelModule, lm: Any, fingerprint: str) -> PolicySnapshot:
     policy = PolicyLM(lm.to(module.device), module.logprob_chunk_tokens).requires_grad_(False).eval()
     return _snapshot(trainer, module, policy, lm.state_dict(), fingerprint)
 

@@ -50,6 +50,11 @@ class ScoringConfig:
             if not holds:
                 raise InputError(f"`rollout.scoring.{name}` must be {rule}, got {getattr(self, name)}.")
 
+    @property
+    def substitute(self) -> float | None:
+        """The reward of an answer that failed; None leaves it out."""
+        return None if isinstance(self.on_failure, str) else float(self.on_failure)
+
 
 @dataclass(frozen=True)
 class Failure:

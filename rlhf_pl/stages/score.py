@@ -75,8 +75,7 @@ def _settle_failures(stored: Round, number: int, config: ScoringConfig) -> bool:
         return True
     if config.on_failure == "error":
         return False
-    substitute = None if config.on_failure == "drop" else float(config.on_failure)
-    settled = pc.if_else(failed, pa.scalar(substitute, pa.float64()), table["reward"])
+    settled = pc.if_else(failed, pa.scalar(config.substitute, pa.float64()), table["reward"])
     if not settled.equals(table["reward"]):
         stored.write_shard("rewards", number, table.set_column(2, "reward", settled))
     return True
@@ -105,14 +104,13 @@ def _next_call(samples: list[Sample], start: int, prompts: int) -> list[Sample]:
 
 
 def _reward_table(table: pa.Table, outcomes: list[Outcome], config: ScoringConfig) -> pa.Table:
-    substitute = None if isinstance(config.on_failure, str) else config.on_failure
     results = [o if isinstance(o, RewardResult) else None for o in outcomes]
     failures = [f"{o.kind}: {o.detail}" if isinstance(o, Failure) else None for o in outcomes]
     parts = list(dict.fromkeys(name for r in results if r is not None for name in r.components))
     columns: dict[str, Any] = {
         "prompt_id": table["prompt_id"],
         "response_index": table["response_index"],
-        "reward": pa.array([substitute if r is None else r.reward for r in results], pa.float64()),
+        "reward": pa.array([config.substitute if r is None else r.reward for r in results], pa.float64()),
         "failure": pa.array(failures, pa.string()),
         **{
             f"reward/{n}": pa.array([None if r is None else r.components.get(n) for r in results], pa.float64())
