@@ -159,7 +159,8 @@ class Round:
         self.clear(STAGES[STAGES.index(stage) + 1])
         manifest = self.manifest
         if stage in manifest["stages"]:
-            manifest["stages"][stage]["complete"] = False
+            # its shards may get other names, and a kill in between is no damage
+            manifest["stages"][stage] |= {"complete": False, "shards": []}
             self._write_manifest(manifest)
 
     def clear(self, first: str = "responses") -> None:

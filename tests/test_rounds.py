@@ -89,6 +89,20 @@ def test_clear_takes_a_stage_and_those_after_it(stored: Round) -> None:
     assert len(stored.shards("rewards")) == 1
 
 
+def test_a_stage_that_is_reopened_may_die_between_its_shards(stored: Round) -> None:
+    """A shard of other content has another name: until the stage is complete again, the old one is not missed."""
+    for number in range(2):
+        stored.write_shard("rewards", number, pa.table({"reward": [1.0]}))
+    stored.complete("rewards", failures={"timeout": 1})
+    stored.reopen("rewards")
+    stored.write_shard("rewards", 0, pa.table({"reward": [2.0]}))
+    assert stored.damage() == []
+    assert not stored.is_complete("rewards")
+    assert stored.info("rewards")["failures"] == {"timeout": 1}
+    stored.complete("rewards")
+    assert stored.damage() == []
+
+
 def test_nothing_is_left_of_a_write_that_failed(stored: Round, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
