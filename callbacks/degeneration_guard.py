@@ -5,7 +5,8 @@ from typing import Any
 import lightning as L
 
 from rlhf_pl.console import console
-from rlhf_pl.data.rounds import RoundDataModule, rounds_done
+from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.degeneration import answer_statistics
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import Round

@@ -12,7 +12,7 @@ from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
 from rlhf_pl.checkpoints import FOLDER, AtomicCheckpointIO, checkpoint_files, link_last
-from rlhf_pl.data.rounds import rounds_done
+from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.errors import InputError
 
 

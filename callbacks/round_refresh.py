@@ -8,8 +8,9 @@ import lightning as L
 
 from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint
 from rlhf_pl.console import console
+from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.prompts import Prompt
-from rlhf_pl.data.rounds import RoundDataModule, rounds_done
+from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.errors import InputError
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import resident_gib

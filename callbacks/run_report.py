@@ -7,7 +7,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pl.console import console
-from rlhf_pl.data.rounds import RoundDataModule, rounds_done
+from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.metrics import first_answers, held_out_metrics
 from rlhf_pl.rounds import RoundStore
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
-from rlhf_pl.data.rounds import rounds_done
+from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.errors import InputError
 from rlhf_pl.metrics import first_answers
 from rlhf_pl.rounds import RoundStore

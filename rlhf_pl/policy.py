@@ -25,35 +25,45 @@ class PolicySource:
         revision: Branch, tag or commit of a Hub id.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
+        option: The option that names the model, for errors.
     """
 
     path: str
     revision: str | None = None
     chat_template: str | None = None
     trust_remote_code: bool = False
+    option: str = "model.policy"
 
     @property
     def _hub_args(self) -> dict[str, Any]:
         return {"revision": self.revision, "trust_remote_code": self.trust_remote_code}
 
-    def _read(self, what: str, loader: Any, **kwargs: Any) -> Any:
+    @property
+    def _group(self) -> str:
+        """The options that this one stands among."""
+        return self.option.rpartition(".")[0]
+
+    def read(self, what: str, loader: Any, **kwargs: Any) -> Any:
+        """`loader.from_pretrained`, with an error that names the option."""
         folder = Path(self.path)
         if not folder.exists() and (self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1):
-            raise InputError(f"`model.policy`: no folder {self.path!r}. Give a model folder or a Hub id (owner/name).")
+            raise InputError(f"`{self.option}`: no folder {self.path!r}. Give a model folder or a Hub id (owner/name).")
         if folder.exists() and not (folder / "config.json").is_file():
-            raise InputError(f"`model.policy`: {self.path!r} has no config.json; it is no Hugging Face model folder.")
+            raise InputError(f"`{self.option}`: {self.path!r} has no config.json; it is no Hugging Face model folder.")
         try:
             return loader.from_pretrained(self.path, **self._hub_args, **kwargs)
         except (OSError, ValueError, KeyError, ImportError) as error:
             first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             local = "" if folder.exists() else " It is no local folder, and the Hub did not give it."
-            raise InputError(f"`model.policy`: cannot read the {what} of {self.path!r}.{local} {first_line}") from error
+            raise InputError(
+                f"`{self.option}`: cannot read the {what} of {self.path!r}.{local} {first_line}"
+            ) from error
 
     @cached_property
     def config(self) -> Any:
         from transformers import AutoConfig
 
-        return self._read("config", AutoConfig)
+        return self.read("config", AutoConfig)
 
     @cached_property
     def generation_config(self) -> Any:
@@ -69,16 +79,16 @@ class PolicySource:
         from transformers import AutoTokenizer
 
         _ = self.config  # its errors are clearer, and a Hub that is out of reach is asked for one file only
-        tokenizer = self._read("tokenizer", AutoTokenizer)
+        tokenizer = self.read("tokenizer", AutoTokenizer)
         if self.chat_template is not None:
             file = Path(self.chat_template)
             if not file.is_file():
-                raise InputError(f"`model.chat_template`: no file {self.chat_template!r}.")
+                raise InputError(f"`{self._group}.chat_template`: no file {self.chat_template!r}.")
             tokenizer.chat_template = file.read_text()
         if tokenizer.chat_template is None:
             raise InputError(
-                f"`model.policy`: the tokenizer of {self.path!r} has no chat template. Choose a chat model, or give a "
-                "Jinja template with --model.chat_template FILE."
+                f"`{self.option}`: the tokenizer of {self.path!r} has no chat template. Choose a chat model, or give a "
+                f"Jinja template with `{self._group}.chat_template`."
             )
         return tokenizer
 
@@ -87,7 +97,7 @@ class PolicySource:
         """Every id that ends an answer."""
         ids = eos_token_ids(self.tokenizer, self.config.get_text_config(), self.generation_config)
         if not ids:
-            raise InputError(f"`model.policy`: {self.path!r} names no EOS token, so no answer could ever end.")
+            raise InputError(f"`{self.option}`: {self.path!r} names no EOS token, so no answer could ever end.")
         return ids
 
     @property
@@ -167,23 +177,28 @@ def load_lm(source: PolicySource, dtype: DType = "float32", attn_implementation:
     """
     from transformers import AutoModelForCausalLM
 
-    config = deepcopy(source.config)
-    for key, value in vars(config).items():
-        if "dropout" in key and isinstance(value, float):
-            setattr(config, key, 0.0)
-    lm = source._read(
+    lm = source.read(
         "weights",
         AutoModelForCausalLM,
-        config=config,
+        config=without_dropout(source.config),
         dtype=getattr(torch, dtype),
         attn_implementation=attn_implementation,
     )
-    _check_logits(lm, source.path)
+    _check_logits(lm, source)
     return lm
 
 
+def without_dropout(config: Any) -> Any:
+    """A copy of a model's config with every dropout off."""
+    config = deepcopy(config)
+    for key, value in vars(config).items():
+        if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
+            setattr(config, key, 0.0)
+    return config
+
+
 @torch.no_grad()
-def _check_logits(lm: Any, path: str) -> None:
+def _check_logits(lm: Any, source: PolicySource) -> None:
     """Our logits must be the model's own: a head that is scaled in some new way would train on wrong log-probs."""
     ids = torch.arange(8).unsqueeze(0) % lm.config.get_text_config().vocab_size
     expected = lm(input_ids=ids.to(lm.device), use_cache=False).logits[0].float()
@@ -191,6 +206,6 @@ def _check_logits(lm: Any, path: str) -> None:
     actual = PolicyLM(lm).logits(hidden).float()
     if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3):
         raise InputError(
-            f"`model.policy`: {path!r} ({type(lm).__name__}) changes its logits after the output head in a way that "
-            "is not supported; log-probs would be wrong. Choose another architecture, or open an issue."
+            f"`{source.option}`: {source.path!r} ({type(lm).__name__}) changes its logits after the output head in a "
+            "way that is not supported; log-probs would be wrong. Choose another architecture, or open an issue."
         )

@@ -3,7 +3,7 @@
 from functools import partial
 
 from rlhf_pl.console import console
-from rlhf_pl.data.rounds import rounds_done
+from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.provenance import OF_POLICY, differences
 from rlhf_pl.round_maker import RoundMaker
 from rlhf_pl.rounds import STAGES, DamagedStoreError, Round

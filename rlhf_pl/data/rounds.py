@@ -8,6 +8,7 @@ import lightning as L
 import torch
 
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
+from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.prompts import (
     Prompt,
     count_duplicates,
@@ -19,12 +20,6 @@ from rlhf_pl.data.prompts import (
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import Round, RoundStore
-
-
-def rounds_done(trainer: L.Trainer) -> int:
-    """Rounds whose training is finished; `current_epoch` is stale while Lightning resumes."""
-    progress: Any = trainer.fit_loop.epoch_progress.current
-    return progress.processed
 
 
 class RoundDataModule(L.LightningDataModule):
