@@ -4,6 +4,7 @@ if __name__ != "rlhf_pl.callbacks":
     raise ImportError("Import `rlhf_pl.callbacks`: plain `callbacks` would be a second copy of the same classes.")
 
 from rlhf_pl.callbacks.degeneration_guard import DegenerationGuard
+from rlhf_pl.callbacks.epoch_run import EpochRun
 from rlhf_pl.callbacks.hf_export import HFExport
 from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint, RunStopped
 from rlhf_pl.callbacks.round_progress import RoundProgress
@@ -13,6 +14,7 @@ from rlhf_pl.callbacks.sample_table import SampleTable
 
 __all__ = [
     "DegenerationGuard",
+    "EpochRun",
     "HFExport",
     "RoundCheckpoint",
     "RoundProgress",

@@ -1,4 +1,4 @@
-"""Writes the trained policy as a Hugging Face folder."""
+"""Writes the trained model as a Hugging Face folder."""
 
 import json
 import os
@@ -10,19 +10,19 @@ import lightning as L
 
 from rlhf_pl.disk import naming_a_full_disk
 from rlhf_pl.errors import InputError
+from rlhf_pl.export import Exportable
 from rlhf_pl.fingerprints import weights_fingerprint
-from rlhf_pl.modules.rebel import RebelModule
 
 STAMP = "rlhf_pl.json"
 
 
 class HFExport(L.Callback):
-    """Writes the policy as a folder that transformers and vLLM load: safetensors, tokenizer, template, configs.
+    """Writes the trained model as a folder that transformers and vLLM load: safetensors, tokenizer, template, configs.
 
     Args:
         folder: Where to, inside the run directory.
         dtype: Dtype of the weights; null for that of the model the run started from.
-        every_round: Also write `<folder>-round-<n>` after every round.
+        every_round: Also write `<folder>-round-<n>` after every round (epoch).
     """
 
     def __init__(
@@ -52,8 +52,8 @@ class HFExport(L.Callback):
         if not trainer.is_global_zero:
             return
         target = Path(trainer.default_root_dir) / name
-        if not isinstance(pl_module, RebelModule):
-            raise InputError(f"HFExport works with RebelModule, got {type(pl_module).__name__}.")
+        if not isinstance(pl_module, Exportable):
+            raise InputError(f"HFExport works with this package's modules, got {type(pl_module).__name__}.")
         stamp = {
             "updates": trainer.global_step,
             "dtype": self.dtype,

@@ -10,7 +10,7 @@ from rlhf_pl.console import make_progress
 
 
 class RoundProgress(ProgressBar):
-    """Bars for loading the policy, for each round of training and for validation on pairs. Replaces Lightning's own."""
+    """Bars for loading the model, for each round of training and for validation on pairs. Replaces Lightning's own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class RoundProgress(ProgressBar):
         super().setup(trainer, pl_module, stage)
         if not trainer.is_global_zero:
             self.disable()
-        self._open("loading the policy", 1, "")  # which is what Lightning does next
+        self._open("loading the model", 1, "")  # which is what Lightning does next
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._advance(1, "")

@@ -4,9 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_pl.data import RoundDataModule
+    from rlhf_pl.data import PreferenceDataModule, RoundDataModule
+    from rlhf_pl.lora import LoRA
     from rlhf_pl.losses import PairwiseLoss, RebelLoss
-    from rlhf_pl.modules import RebelModule
+    from rlhf_pl.modules import RebelModule, RewardModelModule
     from rlhf_pl.pairs import BestWorst, PairSelector, RandomPair
     from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample
     from rlhf_pl.rollout import Sampler, SamplingConfig, TransformersSampler, VLLMSampler
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    "RoundDataModule": "rlhf_pl.data",
-    "RebelModule": "rlhf_pl.modules",
+    **dict.fromkeys(("PreferenceDataModule", "RoundDataModule"), "rlhf_pl.data"),
+    **dict.fromkeys(("RebelModule", "RewardModelModule"), "rlhf_pl.modules"),
+    "LoRA": "rlhf_pl.lora",
     **dict.fromkeys(("PairwiseLoss", "RebelLoss"), "rlhf_pl.losses"),
     **dict.fromkeys(("BestWorst", "PairSelector", "RandomPair"), "rlhf_pl.pairs"),
     **dict.fromkeys(("FunctionReward", "Reward", "RewardResult", "Sample"), "rlhf_pl.rewards"),
@@ -25,12 +27,15 @@ _HOME = {
 __all__ = [
     "BestWorst",
     "FunctionReward",
+    "LoRA",
     "PairSelector",
     "PairwiseLoss",
+    "PreferenceDataModule",
     "RandomPair",
     "RebelLoss",
     "RebelModule",
     "Reward",
+    "RewardModelModule",
     "RewardResult",
     "RoundDataModule",
     "Sample",

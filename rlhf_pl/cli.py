@@ -19,6 +19,7 @@ from lightning.pytorch.loggers import CSVLogger
 
 from rlhf_pl.callbacks import (
     DegenerationGuard,
+    EpochRun,
     HFExport,
     RoundCheckpoint,
     RoundProgress,
@@ -32,6 +33,7 @@ from rlhf_pl.cli_parser import DEFAULT_CLASSES, Parser
 from rlhf_pl.console import console
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.errors import InputError
+from rlhf_pl.export import Exportable
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import keep_freed_memory
 from rlhf_pl.mistakes import as_mistakes, mistake_behind
@@ -106,8 +108,22 @@ class RlhfCLI(LightningCLI):
         self.rounds: RoundRefresh = next(callback for callback in own if isinstance(callback, RoundRefresh))
         self.rounds.repair = self._get(self.config_init, "repair")
         self.rounds.accept_changes = self._get(self.config_init, "accept_changes")
+        report: list[Callback] = [RunReport()]
+        if not isinstance(self.model, RebelModule):
+            own, report = self._of_fixed_data(own), []
         # ours come first: what they log is there when EarlyStopping and the like look for it
-        return self._instantiate_trainer(config | kwargs | {"callbacks": [*own, *callbacks]}, [RunReport()])
+        return self._instantiate_trainer(config | kwargs | {"callbacks": [*own, *callbacks]}, report)
+
+    def _of_fixed_data(self, own: list[Callback]) -> list[Callback]:
+        """The callbacks of a run without rounds: reward models, SFT, users' own modules."""
+        if self.rounds.options is not None:
+            raise InputError(
+                f"`rollout.reward` is given, but {type(self.model).__name__} trains on fixed data: nothing is scored. "
+                "Leave it out, or train a RebelModule."
+            )
+        kinds = (RoundCheckpoint, HFExport) if isinstance(self.model, Exportable) else (RoundCheckpoint,)
+        kept: list[Callback] = [callback for callback in own if isinstance(callback, kinds)]
+        return [EpochRun(), *kept] if hasattr(self.model, "describe_epoch") else kept
 
     @staticmethod
     def _check_devices(config: dict[str, Any]) -> None:

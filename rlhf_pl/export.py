@@ -2,13 +2,24 @@
 
 from collections.abc import Mapping
 from copy import deepcopy
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.policy import PolicySource
+
+
+@runtime_checkable
+class Exportable(Protocol):
+    """A module that holds a model which can be written as a Hugging Face folder."""
+
+    def hf_state_dict(self) -> Mapping[str, Tensor]:
+        """The model's weights under their Hugging Face names, tied ones included."""
+
+    def export(self, folder: str, dtype: str | None = None) -> None:
+        """Write the folder."""
 
 
 def export_folder(

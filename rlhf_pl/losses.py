@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from rlhf_pl.errors import InputError
 
@@ -57,3 +58,27 @@ class RebelLoss(PairwiseLoss):
 
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
         return rebel_loss(chosen_logratios, rejected_logratios, reward_margins, self.eta)
+
+
+def bradley_terry_loss(margins: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of which of two answers people prefer.
+
+    Args:
+        margins: Score of the chosen minus that of the rejected answer, shape (B,), float32, reward units.
+        labels: Probability that the chosen answer is the better one, shape (B,); 1, or 0.5 for a tie.
+        targets: By how much the chosen answer's score should be higher, shape (B,), reward units; 0 in the plain model.
+
+    Returns:
+        Loss per pair, shape (B,), nats, not reduced.
+
+    Source: arXiv:2203.02155, Eq. 1; targets as in arXiv:2307.09288, Eq. 2.
+    """
+    return -labels * logsigmoid(margins - targets) - (1 - labels) * logsigmoid(-margins - targets)
+
+
+def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """Squared sum of a pair's scores, shape (B,): keeps scores near 0, which comparisons alone leave open.
+
+    Source: arXiv:2312.09244, Sec. 2.
+    """
+    return (chosen_scores + rejected_scores) ** 2

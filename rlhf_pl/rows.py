@@ -1,6 +1,6 @@
 """Rows of prompt and response, padded into batches for the policy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass
 
 import torch
@@ -46,7 +46,7 @@ def pad_rows(rows: Sequence[Row]) -> RowBatch:
     return RowBatch(input_ids, attention_mask, response_mask)
 
 
-def batches_by_length(rows: Sequence[Row], tokens_per_batch: int) -> Iterator[list[int]]:
+def batches_by_length(rows: Sequence[Sized], tokens_per_batch: int) -> Iterator[list[int]]:
     """Indices of rows of like length, longest first, padded tokens within the budget (one row at least)."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     start = 0

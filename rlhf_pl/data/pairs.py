@@ -119,10 +119,12 @@ class RoundBatches(Sampler):
         plan: How the round's pairs divide into updates and micro-batches.
         order_seed: Made of the run's seed and the round.
         rank: This process.
+        lengths: Of each pair; where given, the pairs of an update are sorted by it, so that a micro-batch's rows are
+            alike. The update sees the same pairs.
     """
 
-    def __init__(self, plan: UpdatePlan, order_seed: str, rank: int = 0) -> None:
-        self.plan, self.order_seed, self.rank = plan, order_seed, rank
+    def __init__(self, plan: UpdatePlan, order_seed: str, rank: int = 0, lengths: Sequence[int] | None = None) -> None:
+        self.plan, self.order_seed, self.rank, self.lengths = plan, order_seed, rank, lengths
         self.skip = 0
 
     def __len__(self) -> int:
@@ -133,6 +135,10 @@ class RoundBatches(Sampler):
             yield [], 0.0
         order = list(range(self.plan.pairs))
         random.Random(self.order_seed).shuffle(order)
+        if self.lengths is not None:
+            size, lengths = self.plan.pairs_per_update, self.lengths
+            for start in range(0, len(order), size):
+                order[start : start + size] = sorted(order[start : start + size], key=lambda i: lengths[i])
         skip, self.skip = self.skip, 0
         for micro_batch in self.plan.micro_batches[skip:]:
             mine = order[micro_batch.start + self.rank : micro_batch.stop : self.plan.world_size]
@@ -145,7 +151,7 @@ class RoundLoader(DataLoader):
     It reports its full length also after a resume, because Lightning compares its batch counter to that.
     """
 
-    def __init__(self, dataset: PairDataset, batches: RoundBatches, round_index: int, num_workers: int = 0) -> None:
+    def __init__(self, dataset: Dataset, batches: RoundBatches, round_index: int, num_workers: int = 0) -> None:
         self.round_index = round_index
         self._given = 0
         super().__init__(

@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
+from rlhf_pl.data.options import at_least
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.prompts import (
@@ -58,18 +59,14 @@ class RoundDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        for name, value, least in (
-            ("max_prompt_tokens", max_prompt_tokens, 1),
-            ("prompts_per_round", prompts_per_round, 1),
-            ("batch_size", batch_size, 1),
-            ("max_val_pairs", max_val_pairs, 0),
-            ("num_workers", num_workers, 0),
-            ("val_prompts", val_prompts, 0),
-        ):
-            if isinstance(value, int) and value < least:
-                raise InputError(f"`data.{name}` must be {least} or more, got {value}.")
-        if num_workers > 256:
-            raise InputError(f"`data.num_workers` starts a process each; it must be at most 256, got {num_workers}.")
+        at_least(
+            max_prompt_tokens=(max_prompt_tokens, 1),
+            prompts_per_round=(prompts_per_round, 1),
+            batch_size=(batch_size, 1),
+            max_val_pairs=(max_val_pairs, 0),
+            num_workers=(num_workers, 0),
+            val_prompts=(val_prompts if isinstance(val_prompts, int) else None, 0),
+        )
         self.prompts_source = prompts
         self.columns = columns
         self.split = split

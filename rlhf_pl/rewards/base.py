@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_pl.chat import Message
+from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
 
 
@@ -37,10 +38,21 @@ class Sample:
 
 @dataclass(frozen=True)
 class RewardResult:
-    """A score, and named parts of it for the logs."""
+    """A score.
+
+    Args:
+        reward: The number that training goes by.
+        components: Named parts of it, for the logs.
+        truncated_tokens: Tokens that a reward model did not get to see because the conversation was too long for it.
+    """
 
     reward: float
     components: Mapping[str, float] = field(default_factory=dict)
+    truncated_tokens: int = 0
+
+
+class BrokenRewardError(InputError):
+    """The reward itself can't work, whatever the answers: neither tried again nor counted as an answer's failure."""
 
 
 class Reward(ABC):
@@ -66,6 +78,17 @@ class Reward(ABC):
     def one_by_one(self) -> bool:
         """Whether answers are scored one at a time, each under the time limit, rather than many in one call."""
         return False
+
+    @property
+    def by_prompt(self) -> bool:
+        """Whether a prompt's answers are scored against each other, so that they have to be in one call."""
+        return False
+
+    def rest(self) -> None:  # noqa: B027 - nothing to move is a fine default
+        """Free the GPU until the next call: the policy trains now."""
+
+    def close(self) -> None:  # noqa: B027 - nothing to close is a fine default
+        """Give back weights and connections."""
 
     @property
     def name(self) -> str:

@@ -1,0 +1,61 @@
+"""What `RoundRefresh` is to runs in rounds, for runs over fixed data: lock, resume points, report."""
+
+from typing import Any
+
+import lightning as L
+
+from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint
+from rlhf_pl.console import console
+from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.lock import RunLock
+
+
+class EpochRun(L.Callback):
+    """Keeps the run directory to one process, saves a resume point after every epoch, and prints how it went.
+
+    It works with modules that have `describe_epoch` and DataModules that have `describe` and `val_set`.
+    """
+
+    def __init__(self) -> None:
+        self._lock: RunLock | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """From here on the run directory is written to, by this process alone."""
+        if trainer.is_global_zero:
+            self._lock = RunLock(trainer.default_root_dir)
+            self._lock.acquire()
+            console.print(f"{_data(trainer).describe()}. Run directory: {trainer.default_root_dir}", soft_wrap=True)
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """After the epoch's validation."""
+        for callback in trainer.callbacks:  # type: ignore[attr-defined]
+            if isinstance(callback, RoundCheckpoint):
+                callback.save_round(trainer)
+        if trainer.is_global_zero:
+            console.print(f"epoch {rounds_done(trainer)}: {self._line(trainer, pl_module)}", soft_wrap=True)
+
+    def _line(self, trainer: L.Trainer, module: Any) -> str:
+        metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
+        if "val/loss" in metrics:
+            return module.describe_epoch(metrics, len(_data(trainer).val_set))
+        return f"loss {metrics['train/loss']:.3f}" if "train/loss" in metrics else "no updates"
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.is_global_zero:
+            run_dir = trainer.default_root_dir
+            console.print(f"Done. The model is in {run_dir}/model; see the curves with tensorboard --logdir {run_dir}")
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._end()
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
+
+
+def _data(trainer: L.Trainer) -> Any:
+    return trainer.datamodule  # type: ignore[attr-defined]

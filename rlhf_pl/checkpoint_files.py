@@ -1,0 +1,119 @@
+"""What a model's weight files hold, read without loading them: names and shapes, and single tensors."""
+
+import hashlib
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.policy import PolicySource
+
+_NAMES = (
+    "model.safetensors",
+    "model.safetensors.index.json",
+    "pytorch_model.bin",
+    "pytorch_model.bin.index.json",
+)
+_PIECES, _PIECE_BYTES = 64, 65536
+
+
+class WeightFiles:
+    """The weight files of a model folder or Hub id: safetensors, or `.bin` read with `weights_only`.
+
+    Args:
+        source: The model.
+
+    Raises:
+        InputError: There are none.
+    """
+
+    def __init__(self, source: PolicySource) -> None:
+        self.source = source
+        folder = Path(source.path)
+        name = next((n for n in _NAMES if self._file(n, quiet=True)), None)
+        if name is None:
+            found = sorted(f.name for f in folder.iterdir())[:12] if folder.is_dir() else []
+            listed = f"; the folder holds {', '.join(found) or 'nothing'}" if folder.is_dir() else ""
+            raise InputError(f"`{source.option}`: {source.path!r} has no weights ({_NAMES[0]} or {_NAMES[2]}){listed}.")
+        if name.endswith(".json"):
+            index = json.loads(Path(self._file(name)).read_text())["weight_map"]
+            self._where: dict[str, str] | None = index
+            self._names = sorted(set(index.values()))
+        else:
+            self._where = None
+            self._names = [name]
+
+    def _file(self, name: str, quiet: bool = False) -> str:
+        from transformers.utils import cached_file
+
+        found = cached_file(
+            self.source.path,
+            name,
+            revision=self.source.revision,
+            _raise_exceptions_for_missing_entries=not quiet,
+            _raise_exceptions_for_gated_repo=not quiet,
+            _raise_exceptions_for_connection_errors=not quiet,
+        )
+        return found or ""
+
+    @property
+    def files(self) -> list[Path]:
+        """All weight files."""
+        return [Path(self._file(name)) for name in self._names]
+
+    @cached_property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every tensor by its name in the files."""
+        found: dict[str, tuple[int, ...]] = {}
+        for file in self.files:
+            if file.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(file, framework="pt") as opened:
+                    found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
+            else:
+                found |= {name: tuple(t.shape) for name, t in self._load_bin(file).items()}
+        return found
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """The tensors of these names."""
+        wanted = set(names)
+        found: dict[str, Tensor] = {}
+        for name, file in zip(self._names, self.files, strict=True):
+            here = wanted if self._where is None else {n for n in wanted if self._where[n] == name}
+            if not here:
+                continue
+            if file.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(file, framework="pt") as opened:
+                    found |= {n: opened.get_tensor(n) for n in here}
+            else:
+                state = self._load_bin(file)
+                found |= {n: state[n] for n in here}
+        return found
+
+    def _load_bin(self, file: Path) -> dict[str, Tensor]:
+        try:
+            state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except Exception as error:  # pickle and zip errors of many kinds
+            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+            raise InputError(f"`{self.source.option}`: cannot read {file} as weights alone: {line}") from error
+        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+
+    def fingerprint(self) -> str:
+        """A short hash of the files: their sizes, and pieces from all over them."""
+        digest = hashlib.sha256()
+        for file in self.files:
+            size = file.stat().st_size
+            digest.update(f"{file.name}:{size}".encode())
+            with file.open("rb") as opened:
+                for piece in range(_PIECES):
+                    opened.seek(max(0, size - _PIECE_BYTES) * piece // (_PIECES - 1))
+                    digest.update(opened.read(_PIECE_BYTES))
+        return digest.hexdigest()[:16]

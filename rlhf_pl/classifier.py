@@ -1,0 +1,270 @@
+"""Reward models with one output: loaded with their head or not at all, and run as one unit."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pl.checkpoint_files import WeightFiles
+from rlhf_pl.errors import InputError
+from rlhf_pl.policy import PolicySource, without_dropout
+
+# what reward models call their head: transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
+HEADS = (
+    "score",
+    "classifier",
+    "v_head.summary",
+    "v_head",
+    "value_head.summary",
+    "value_head",
+    "reward_head",
+    "rm_head",
+    "regression_head",
+    "scalar_head",
+)
+
+
+@dataclass(frozen=True)
+class HeadPlan:
+    """How a checkpoint fills transformers' classifier.
+
+    Args:
+        rename: The classifier's names by the checkpoint's; None if they are the same.
+    """
+
+    rename: dict[str, str] | None = None
+
+
+def find_head(source: PolicySource, files: WeightFiles) -> HeadPlan:
+    """How the checkpoint fills the head of transformers' classifier with one output.
+
+    Args:
+        source: Names the architecture.
+        files: The checkpoint's.
+
+    Raises:
+        InputError: The head is missing (the tensors are listed), has several layers, or has several outputs.
+    """
+    empty = _empty_classifier(source)
+    prefix, own, given = empty.base_model_prefix + ".", empty.state_dict(), files.shapes
+    head = [name for name in own if not name.startswith(prefix)]
+    output = [name for name in head if name.endswith("weight")][-1]
+    if all(name in given for name in head):
+        _check_outputs(files, given[output])
+        return HeadPlan()
+    backbone = [name.removeprefix(prefix) for name in own if name.startswith(prefix)]
+    given_prefix = _backbone_prefix(backbone, given)
+    weight = next((n for h in HEADS for n in given if f".{n}".endswith(f".{h}.weight")), None)
+    if len(head) == 1 and given_prefix is not None and weight is not None:
+        width = own[output].shape[1]
+        if given[weight] == (width,) or (len(given[weight]) == 2 and given[weight][1] == width):
+            _check_outputs(files, given[weight] if len(given[weight]) == 2 else (1,))
+            bias = weight.removesuffix("weight") + "bias"
+            rename = {given_prefix + name: prefix + name for name in backbone} | {weight: output}
+            return HeadPlan(rename | ({bias: output.removesuffix("weight") + "bias"} if bias in given else {}))
+    missing = [name for name in head if name not in given]
+    words = {h.split(".")[0] for h in HEADS}
+    similar = [name for name in given if words & set(name.split(".")) and name not in own]
+    raise InputError(
+        f"`{files.source.option}`: {files.source.path!r} lacks the head of a reward model: {', '.join(missing)}. "
+        + (
+            f"It has {', '.join(similar[:6])}, which is not one linear layer on top of this architecture."
+            if similar
+            else "It is no reward model, and a head of random numbers would give random scores."
+        )
+    )
+
+
+def _backbone_prefix(backbone: list[str], given: dict[str, tuple[int, ...]]) -> str | None:
+    """What stands in front of the backbone's names in a checkpoint; None if the backbone is not whole there."""
+    longest = max(backbone, key=len)
+    prefixes = sorted({name.removesuffix(longest) for name in given if name.endswith(longest)}, key=len)
+    return next((p for p in prefixes if all(p + name in given for name in backbone)), None)
+
+
+def _check_outputs(files: WeightFiles, shape: tuple[int, ...]) -> None:
+    if shape[0] != 1:
+        raise InputError(
+            f"`{files.source.option}`: {files.source.path!r} has {shape[0]} labels; a reward model has 1. A classifier "
+            "of several classes gives no single reward; ArmoRM is loaded by `ArmoRMReward`."
+        )
+
+
+def _empty_classifier(source: PolicySource) -> Any:
+    """transformers' classifier of this architecture with one output, without memory for its weights."""
+    from transformers import AutoModelForSequenceClassification
+
+    config = deepcopy(source.config)
+    config.num_labels = 1
+    try:
+        with torch.device("meta"):
+            return AutoModelForSequenceClassification.from_config(config, trust_remote_code=source.trust_remote_code)
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(
+            f"`{source.option}`: transformers has no sequence classifier of this architecture "
+            f"({type(source.config).__name__}, {source.path!r})."
+        ) from error
+
+
+def load_classifier(
+    source: PolicySource,
+    weights: PolicySource | None = None,
+    dtype: torch.dtype | None = None,
+    attn_implementation: str = "sdpa",
+) -> Any:
+    """The reward model of `source` with all its weights and one output, dropout off, in eval mode.
+
+    Args:
+        source: Config and tokenizer.
+        weights: Where the weights are, if not in `source`.
+        dtype: Of the weights; None for that of the checkpoint.
+        attn_implementation: Attention of transformers.
+
+    Raises:
+        InputError: The head or other weights are missing, or there is more than one label.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    weights = weights or source
+    files = WeightFiles(weights)
+    rename = find_head(source, files).rename
+    config = without_dropout(source.config)
+    config.num_labels = 1
+    arguments = {"config": config, "attn_implementation": attn_implementation, "output_loading_info": True}
+    if rename is None:
+        model, info = weights.read("weights", AutoModelForSequenceClassification, **arguments, dtype=dtype or "auto")
+    else:
+        state = {rename[name]: tensor for name, tensor in files.tensors(rename).items()}
+        dtype = dtype or state["score.weight"].dtype
+        state["score.weight"] = state["score.weight"].view(1, -1)
+        bias = state.pop("score.bias", None)
+        kind = type(_empty_classifier(source))
+        model, info = kind.from_pretrained(None, state_dict=state, dtype=dtype, **arguments)
+        if bias is not None:  # transformers' own head has none
+            model.score.bias = nn.Parameter(bias.view(1).to(dtype))
+    if info["missing_keys"]:
+        missing = ", ".join(sorted(info["missing_keys"])[:8])
+        raise InputError(f"`{weights.option}`: {weights.path!r} lacks {missing}; they would be random numbers.")
+    return model.eval()
+
+
+def check_new_classifier(source: PolicySource) -> None:
+    """Raise InputError if transformers has no classifier of this architecture, or there are no weights."""
+    _empty_classifier(source)
+    WeightFiles(source)
+
+
+def new_classifier(
+    source: PolicySource, seed: int, dtype: torch.dtype | None = None, attn_implementation: str = "sdpa"
+) -> Any:
+    """A classifier with one output on the backbone of `source`; a head that is there is kept, else it is drawn.
+
+    Args:
+        source: A causal LM or a reward model.
+        seed: Of the head.
+        dtype: Of the weights; None for that of the checkpoint.
+        attn_implementation: Attention of transformers.
+    """
+    from transformers import AutoModelForSequenceClassification
+
+    try:
+        return load_classifier(source, None, dtype, attn_implementation)
+    except InputError:
+        files = WeightFiles(source)  # whose own error is clearer
+    config = without_dropout(source.config)
+    config.num_labels = 1
+    model, info = source.read(
+        "weights",
+        AutoModelForSequenceClassification,
+        config=config,
+        dtype=dtype or "auto",
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+        ignore_mismatched_sizes=True,
+    )
+    prefix = model.base_model_prefix + "."
+    lost = sorted(name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in name)
+    if lost:
+        raise InputError(f"`{source.option}`: {files.source.path!r} lacks {', '.join(lost[:8])}.")
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.startswith(prefix):
+                continue
+            # small, so that training starts near equal scores (as in arXiv:2009.01325)
+            std = (parameter.shape[-1] + 1) ** -0.5 if parameter.dim() > 1 else 0.0
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    return model.eval()
+
+
+class ClassifierLM(nn.Module):
+    """A classifier as one unit: token ids in, one score a row out.
+
+    The score is read where transformers reads it: at the last token that is not the padding token. Where that is one
+    linear layer on the last hidden state, the layer is computed in the dtype of its weights, autocast aside: bf16
+    scores near 10 would be steps of 0.06.
+
+    Args:
+        model: A Hugging Face sequence classifier with one output.
+    """
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = model
+        self.pad_token_id = model.config.get_text_config().pad_token_id
+        self.linear = _is_linear_on_last(model)
+
+    def pad_id(self, rows: list[list[int]]) -> int:
+        """An id to pad these rows with: the model's, or, where it has none, one that is in no row."""
+        if self.pad_token_id is not None:
+            return self.pad_token_id
+        used = {token for row in rows for token in row}
+        return next(i for i in range(len(used) + 1) if i not in used)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Scores of rows that are padded on the right with `pad_id`.
+
+        Args:
+            input_ids: Shape (R, T), int64.
+            attention_mask: 1 at tokens, shape (R, T).
+            inputs: Others that the architecture takes, such as `token_type_ids`, shape (R, T).
+
+        Returns:
+            Shape (R,), float32.
+        """
+        if not self.linear:
+            if self.pad_token_id is None and len(input_ids) > 1:
+                rows = [
+                    self(ids[m.bool()][None], m[m.bool()][None])
+                    for ids, m in zip(input_ids, attention_mask, strict=True)
+                ]
+                return torch.cat(rows)
+            return self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits[:, 0].float()
+        hidden = self.model.base_model(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
+        ).last_hidden_state
+        counts = attention_mask.bool()
+        if self.pad_token_id is not None:
+            counts = counts & (input_ids != self.pad_token_id)
+        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+        last = (positions * counts).argmax(-1)
+        head = self.model.score
+        with torch.autocast(hidden.device.type, enabled=False):
+            return head(hidden[torch.arange(len(last)), last].to(head.weight.dtype))[:, 0].float()
+
+
+@torch.no_grad()
+def _is_linear_on_last(model: Any) -> bool:
+    """Whether the model's own score is `score(last hidden state at the last token)`, tried on a few ids."""
+    if not isinstance(getattr(model, "score", None), nn.Linear):
+        return False
+    config = model.config.get_text_config()
+    ids = torch.tensor([[i for i in range(1, 12) if i != config.pad_token_id][:6]], device=model.device)
+    ids = ids % config.vocab_size
+    expected = model(input_ids=ids).logits[0, 0].float()
+    hidden = getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
+    if hidden is None:
+        return False
+    return bool(torch.allclose(model.score(hidden[0, -1])[0].float(), expected, rtol=1e-3, atol=1e-3))

@@ -1,0 +1,35 @@
+"""Which rows are held out."""
+
+import hashlib
+from collections.abc import Sequence
+
+from rlhf_pl.errors import InputError
+
+
+def split_groups(keys: Sequence[str], held_out: float, seed: int, option: str) -> tuple[list[int], list[int]]:
+    """(training rows, held-out rows), by their numbers; rows with the same key are on the same side.
+
+    Args:
+        keys: One per row.
+        held_out: A share below 1 or a number of rows; whole groups are taken until it is reached.
+        seed: Another seed holds out others; the order of the rows does not matter.
+        option: The option that gave `held_out`, for errors.
+
+    Raises:
+        InputError: `held_out` is no share or number, or nothing would be left to train on.
+    """
+    if held_out < 0 or (held_out >= 1 and held_out != int(held_out)):
+        raise InputError(f"`{option}` must be a share below 1 or a whole number, got {held_out}.")
+    wanted = round(held_out * len(keys)) if held_out < 1 else int(held_out)
+    groups: dict[str, list[int]] = {}
+    for i, key in enumerate(keys):
+        groups.setdefault(key, []).append(i)
+    ranked = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    val: set[int] = set()
+    for key in ranked:
+        if len(val) >= wanted:
+            break
+        val.update(groups[key])
+    if len(val) == len(keys):
+        raise InputError(f"`{option}` of {held_out} leaves none of {len(keys)} rows to train on.")
+    return [i for i in range(len(keys)) if i not in val], sorted(val)

@@ -1,0 +1,182 @@
+"""The DataModule of reward-model training."""
+
+import os
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.options import at_least
+from rlhf_pl.data.pairs import RoundBatches, RoundLoader
+from rlhf_pl.data.preferences import Preference, load_preferences
+from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.rendering import Rendered, Renderer, padded
+
+
+class PreferenceBatch:
+    """B comparisons, chosen rows first.
+
+    Args:
+        inputs: What the reward model takes: 2B rows, B chosen, then B rejected, each tensor of shape (2B, T).
+        labels: Probability that the chosen answer is better, shape (B,), float32.
+        margins: By how much its score should be higher, shape (B,), float32, reward units.
+        longer: Whether the chosen answer is the longer text: 1, 0.5 for equal lengths, 0; shape (B,), float32.
+        weight: Factor on the mean loss, so that an update's gradient is the mean over its pairs.
+    """
+
+    def __init__(
+        self, inputs: dict[str, Tensor], labels: Tensor, margins: Tensor, longer: Tensor, weight: float = 1.0
+    ) -> None:
+        self.inputs, self.labels, self.margins, self.longer, self.weight = inputs, labels, margins, longer, weight
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> "PreferenceBatch":
+        """The batch on `device`; Lightning calls it."""
+        inputs = {name: tensor.to(device, **kwargs) for name, tensor in self.inputs.items()}
+        labels, margins, longer = (t.to(device, **kwargs) for t in (self.labels, self.margins, self.longer))
+        return PreferenceBatch(inputs, labels, margins, longer, self.weight)
+
+
+class PreferenceDataset(Dataset):
+    """Comparisons as token ids.
+
+    Args:
+        pairs: The comparisons.
+        render: The reward model's.
+    """
+
+    def __init__(self, pairs: Sequence[Preference], render: Renderer) -> None:
+        self.pairs = pairs
+        self.rows = [[render(p.messages, answer) for answer in (p.chosen, p.rejected)] for p in pairs]
+        self.pad_id = 0
+        self.truncated = sum(row.truncated_tokens > 0 for both in self.rows for row in both)
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def lengths(self) -> list[int]:
+        """Tokens of each pair's longer row."""
+        return [max(map(len, both)) for both in self.rows]
+
+    def __getitems__(self, request: tuple[list[int], float]) -> PreferenceBatch:
+        indices, weight = request
+        pairs = [self.pairs[i] for i in indices]
+        rows: list[Rendered] = [self.rows[i][which] for which in (0, 1) for i in indices]
+        longer = [0.5 * (1 + (len(p.chosen) > len(p.rejected)) - (len(p.chosen) < len(p.rejected))) for p in pairs]
+        return PreferenceBatch(
+            padded(rows, self.pad_id),
+            torch.tensor([p.label for p in pairs]),
+            torch.tensor([p.margin for p in pairs]),
+            torch.tensor(longer),
+            weight,
+        )
+
+
+class PreferenceDataModule(L.LightningDataModule):
+    """Comparisons for training a reward model.
+
+    Args:
+        preferences: A .jsonl, .json, .csv or .parquet file, or a Hub id.
+        columns: What your data calls the columns `prompt`, `chosen`, `rejected`, `label` and `margin`.
+        split: Split of a Hub data set.
+        system_prompt: Put in front of conversations that have none.
+        ties: `drop` rows without a preference, or keep them with the label 0.5 (`half`).
+        on_wrong_pairs: What becomes of rows with equal or empty answers: `error`, or `drop`, which counts them.
+        val_preferences: Held out: a share below 1, a number of pairs, or a file or Hub id of such. All pairs of a
+            prompt are on the same side.
+        split_seed: Chooses the held-out prompts.
+        max_tokens: Longer conversations are cut from the left of the prompt, and counted.
+        batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
+        num_workers: Loader processes.
+        seed: Shuffles the pairs; null takes the run's `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        preferences: str,
+        columns: dict[str, str] | None = None,
+        split: str = "train",
+        system_prompt: str | None = None,
+        ties: Literal["drop", "half"] = "drop",
+        on_wrong_pairs: Literal["error", "drop"] = "error",
+        val_preferences: float | str = 0.1,
+        split_seed: int = 0,
+        max_tokens: int = 1024,
+        batch_size: int = 8,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        at_least(max_tokens=(max_tokens, 2), batch_size=(batch_size, 1), num_workers=(num_workers, 0))
+        self.source, self.columns, self.split, self.system_prompt = preferences, columns, split, system_prompt
+        self.ties, self.on_wrong_pairs = ties, on_wrong_pairs
+        self.val_source, self.split_seed = val_preferences, split_seed
+        self.max_tokens, self.batch_size, self.num_workers, self._seed = max_tokens, batch_size, num_workers, seed
+        self.train_set: PreferenceDataset | None = None
+        self.val_set: PreferenceDataset | None = None
+        self.dropped: dict[str, int] = {}
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+
+    def setup(self, stage: str) -> None:
+        """Read, check, split and tokenize the pairs. Runs before any model loads."""
+        if self.train_set is not None:
+            return
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        render = module.renderer(self.max_tokens)
+        pairs = self._load(self.source, "data.preferences")
+        if isinstance(self.val_source, str):
+            train, val = pairs, self._load(self.val_source, "data.val_preferences")
+        else:
+            keys = [repr(p.messages) for p in pairs]
+            train_rows, val_rows = split_groups(keys, self.val_source, self.split_seed, "data.val_preferences")
+            train, val = [pairs[i] for i in train_rows], [pairs[i] for i in val_rows]
+        self.train_set, self.val_set = PreferenceDataset(train, render), PreferenceDataset(val, render)
+
+    def _load(self, source: str, option: str) -> list[Preference]:
+        found = load_preferences(
+            source, self.columns, self.system_prompt, self.split, self.ties, self.on_wrong_pairs, option
+        )
+        for reason, count in found.dropped.items():
+            self.dropped[reason] = self.dropped.get(reason, 0) + count
+        return found.pairs
+
+    def describe(self) -> str:
+        """What there is to train on, in a line."""
+        assert self.train_set is not None
+        assert self.val_set is not None
+        notes = [f"{count} left out ({reason.replace('_', ' ')})" for reason, count in self.dropped.items() if count]
+        truncated = self.train_set.truncated + self.val_set.truncated
+        if truncated:
+            notes.append(f"{truncated} conversations cut to {self.max_tokens} tokens")
+        return "; ".join([f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out", *notes])
+
+    def train_dataloader(self) -> Any:
+        assert self.train_set is not None
+        assert self.trainer is not None
+        trainer, epoch = self.trainer, rounds_done(self.trainer)
+        plan = UpdatePlan(len(self.train_set), self.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
+        return self._loader(self.train_set, plan, f"{self.seed}:{epoch}", epoch)
+
+    def val_dataloader(self) -> Any:
+        assert self.val_set is not None
+        assert self.trainer is not None
+        if len(self.val_set) == 0:
+            return []
+        plan = UpdatePlan(len(self.val_set), self.batch_size, 1, self.trainer.world_size)
+        return self._loader(self.val_set, plan, "held-out", 0)
+
+    def _loader(self, dataset: PreferenceDataset, plan: UpdatePlan, order: str, epoch: int) -> RoundLoader:
+        assert self.trainer is not None
+        module: Any = self.trainer.lightning_module
+        dataset.pad_id = module.pad_id
+        batches = RoundBatches(plan, order, self.trainer.global_rank, dataset.lengths())
+        return RoundLoader(dataset, batches, epoch, self.num_workers)

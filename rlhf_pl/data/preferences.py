@@ -1,0 +1,238 @@
+"""Preference rows: two answers to one prompt, one of them preferred, in the forms in which people publish them."""
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+from rlhf_pl.chat import Message, message_problem, with_system_prompt
+from rlhf_pl.data.files import Row, check_columns, parse_rows
+from rlhf_pl.errors import InputError
+
+COLUMNS = ("prompt", "chosen", "rejected", "label", "margin")
+_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+
+@dataclass(frozen=True)
+class Preference:
+    """One comparison.
+
+    Args:
+        messages: The conversation before the answers, system prompt included.
+        chosen: Text of the preferred answer.
+        rejected: Text of the other one.
+        label: Probability that `chosen` is the better one: 1, or 0.5 for a tie.
+        margin: By how much the chosen answer's score should be higher at least, reward units.
+    """
+
+    messages: list[Message]
+    chosen: str
+    rejected: str
+    label: float = 1.0
+    margin: float = 0.0
+
+
+class WrongPairError(InputError):
+    """A pair that nothing can be learned from: equal answers, or an empty one."""
+
+
+@dataclass(frozen=True)
+class Preferences:
+    """What a file holds.
+
+    Args:
+        pairs: The usable comparisons.
+        dropped: Rows left out, by reason.
+    """
+
+    pairs: list[Preference]
+    dropped: dict[str, int]
+
+
+def load_preferences(
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    system_prompt: str | None = None,
+    split: str = "train",
+    ties: Literal["drop", "half"] = "drop",
+    on_wrong_pairs: Literal["error", "drop"] = "error",
+    option: str = "data.preferences",
+) -> Preferences:
+    """All comparisons of a file or a Hub data set.
+
+    A row has `chosen` and `rejected`: texts, answers as lists of messages, or whole conversations that share their
+    beginning. The prompt is in `prompt` (text or messages), or it is that shared beginning; texts of the form
+    `\\n\\nHuman: ... \\n\\nAssistant: ...` are taken apart into messages. `label` may say how sure it is that `chosen`
+    is better (1, 0.5 or `tie`, 0), `margin` by how much.
+
+    Args:
+        source: A .jsonl, .json, .csv or .parquet file, or a Hub id.
+        columns: What the data calls our columns, such as `{"chosen": "better"}`.
+        system_prompt: Put in front of conversations that have none.
+        split: Split of a Hub data set.
+        ties: Leave rows without a preference out, or keep them with the label 0.5.
+        on_wrong_pairs: What becomes of rows with equal or empty answers.
+        option: The option that names the source, for errors.
+
+    Raises:
+        InputError: The source can't be read, or rows are wrong: up to 10 are listed.
+    """
+    names = check_columns(columns, COLUMNS)
+    dropped = {"tie": 0, "equal_or_empty": 0}
+
+    def parse(where: str, number: int, row: Row) -> Preference | None:
+        try:
+            pair = parse_preference(row, names)
+        except WrongPairError as error:
+            if on_wrong_pairs == "drop":
+                dropped["equal_or_empty"] += 1
+                return None
+            raise InputError(f"{error}. `data.on_wrong_pairs: drop` leaves such rows out") from error
+        if pair.label == 0.5 and ties == "drop":
+            dropped["tie"] += 1
+            return None
+        return replace(pair, messages=with_system_prompt(pair.messages, system_prompt))
+
+    pairs = [pair for pair in parse_rows(source, split, option, parse) if pair is not None]
+    if not pairs:
+        raise InputError(f"`{option}`: no row of {source!r} is left: {dropped['tie']} ties and "
+                         f"{dropped['equal_or_empty']} pairs of equal or empty answers are left out.")  # fmt: skip
+    return Preferences(pairs, dropped)
+
+
+def parse_preference(row: Row, names: Mapping[str, str]) -> Preference:
+    """A row as a comparison.
+
+    Raises:
+        WrongPairError: Its answers are equal, or one is empty.
+        InputError: It is no comparison at all.
+    """
+    columns = {key: names.get(key, key) for key in COLUMNS}
+    for key in ("chosen", "rejected"):
+        if columns[key] not in row:
+            found = ", ".join(map(str, row)) or "none"
+            raise InputError(f"no column `{columns[key]}`; found {found}. Name yours with --data.columns.{key}")
+    prompt = row.get(columns["prompt"])
+    messages, chosen, rejected = _take_apart(prompt, row[columns["chosen"]], row[columns["rejected"]], columns)
+    if problem := message_problem(messages):
+        raise InputError(f"`{columns['prompt']}`: {problem}")
+    for key, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text.strip():
+            raise WrongPairError(f"the answer in `{columns[key]}` is empty; expected text")
+    if chosen.strip() == rejected.strip():
+        raise WrongPairError(f"`{columns['chosen']}` and `{columns['rejected']}` are the same answer")
+    label, margin = _label(row, columns["label"]), _number(row, columns["margin"], 0.0)
+    if margin < 0:
+        raise InputError(f"`{columns['margin']}` is {margin}; expected 0 or more")
+    if label < 0.5:
+        chosen, rejected, label = rejected, chosen, 1 - label
+    return Preference(messages, chosen, rejected, label, margin)
+
+
+def _label(row: Row, column: str) -> float:
+    value = row.get(column)
+    if isinstance(value, str) and value.strip().lower() == "tie":
+        return 0.5
+    label = _number(row, column, 1.0)
+    if not 0 <= label <= 1:
+        raise InputError(f"`{column}` is {value!r}; expected 1 (chosen is better), 0.5 or `tie`, or 0")
+    return label
+
+
+def _number(row: Row, column: str, default: float) -> float:
+    value = row.get(column)
+    if value is None or value == "":
+        return default
+    try:
+        number = float(value)
+    except (TypeError, ValueError):
+        number = math.nan
+    if not math.isfinite(number):
+        raise InputError(f"`{column}` is {value!r}; expected a number")
+    return number
+
+
+def _take_apart(prompt: Any, chosen: Any, rejected: Any, columns: Mapping[str, str]) -> tuple[list[Message], str, str]:
+    """(messages of the prompt, chosen answer, rejected answer)."""
+    if isinstance(chosen, str) and isinstance(rejected, str):
+        if prompt is not None:
+            return prompt_messages(prompt, columns["prompt"]), chosen, rejected
+        if _is_dialogue(chosen) and _is_dialogue(rejected):
+            return _shared_beginning(_turns(chosen), _turns(rejected), columns)
+        return _shared_text(chosen, rejected, columns)
+    both = []
+    for key, value in (("chosen", chosen), ("rejected", rejected)):
+        if isinstance(value, Mapping):
+            value = [value]
+        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
+            found = type(value).__name__
+            raise InputError(f"`{columns[key]}` is {found}; expected text or a list of messages, like the other answer")
+        for i, message in enumerate(value):
+            if not isinstance(message, Mapping) or not all(
+                isinstance(message.get(k), str) for k in ("role", "content")
+            ):
+                raise InputError(f"`{columns[key]}`: message {i} has no text under `role` and `content`")
+        if not value or value[-1]["role"] != "assistant":
+            raise InputError(f"`{columns[key]}` does not end with a message of the assistant's")
+        both.append([{"role": m["role"], "content": m["content"]} for m in value])
+    if prompt is not None and all(len(answer) == 1 for answer in both):
+        return prompt_messages(prompt, columns["prompt"]), both[0][0]["content"], both[1][0]["content"]
+    return _shared_beginning(both[0], both[1], columns)
+
+
+def prompt_messages(prompt: Any, column: str) -> list[Message]:
+    """A prompt column, text or messages, as messages."""
+    if isinstance(prompt, str):
+        if _is_dialogue(prompt):
+            turns = _turns(prompt)
+            return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"] else turns
+        return [{"role": "user", "content": prompt}]
+    if problem := message_problem(prompt):
+        raise InputError(f"`{column}`: {problem}")
+    return [{"role": m["role"], "content": m["content"]} for m in prompt]
+
+
+def _is_dialogue(text: str) -> bool:
+    found = _TURN.match(text)
+    return found is not None and found[1] == "Human"
+
+
+def _turns(text: str) -> list[Message]:
+    """`\\n\\nHuman: ...\\n\\nAssistant: ...` as messages."""
+    parts = _TURN.split(text)[1:]
+    roles = {"Human": "user", "Assistant": "assistant"}
+    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+
+
+def _shared_beginning(
+    chosen: list[Message], rejected: list[Message], columns: Mapping[str, str]
+) -> tuple[list[Message], str, str]:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
+        shared += 1
+    ends = (chosen[shared:], rejected[shared:])
+    if any(len(end) != 1 or end[0]["role"] != "assistant" for end in ends):
+        raise InputError(
+            f"the conversations in `{columns['chosen']}` and `{columns['rejected']}` part at message {shared}; "
+            "expected them to differ in one answer of the assistant's at the end"
+        )
+    if shared == 0:
+        raise InputError(
+            f"no column `{columns['prompt']}`, and the answers share no beginning that could be the prompt"
+        )
+    return chosen[:shared], ends[0][0]["content"], ends[1][0]["content"]
+
+
+def _shared_text(chosen: str, rejected: str, columns: Mapping[str, str]) -> tuple[list[Message], str, str]:
+    """The prompt as the texts' common beginning, up to the end of a word."""
+    if chosen == rejected:
+        raise WrongPairError(f"`{columns['chosen']}` and `{columns['rejected']}` are the same text")
+    length = next(
+        (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
+    )
+    shared = re.match(r"(?s).*\s", chosen[:length])
+    if shared is None or not shared[0].strip():
+        raise InputError(f"no column `{columns['prompt']}`, and the texts share no beginning that could be the prompt")
+    end = len(shared[0])
+    return [{"role": "user", "content": shared[0].strip()}], chosen[end:], rejected[end:]

@@ -1,0 +1,211 @@
+"""Training a reward model from comparisons."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+from torchmetrics.classification import BinaryCalibrationError
+
+from rlhf_pl.classifier import ClassifierLM, check_new_classifier, new_classifier
+from rlhf_pl.data.preference_module import PreferenceBatch
+from rlhf_pl.errors import InputError
+from rlhf_pl.export import check_weights, export_folder
+from rlhf_pl.lora import LoRA, add_lora, check_lora, merged_state_dict
+from rlhf_pl.losses import bradley_terry_loss, centering_loss
+from rlhf_pl.modules.logging import Means, is_update, log_update
+from rlhf_pl.modules.optimization import Optimization, check_precision
+from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.policy import DType, PolicySource
+from rlhf_pl.rendering import Renderer, SystemPrompt, reward_tokenizer
+
+
+class RewardModelModule(L.LightningModule):
+    """A reward model that learns from comparisons by the Bradley-Terry loss.
+
+    Args:
+        backbone: A causal LM, or a classifier whose head is kept if it has one output: folder or Hub id.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer; it steps once an update.
+        centering: Weight of the squared sum of a pair's scores, which keeps scores near 0.
+        lora: Train low-rank adapters and the head instead of all weights; they are merged in the export.
+        dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
+        attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        system_prompt: `keep` or `drop` system messages.
+        pair_encoding: Give prompt and answer as a pair of texts, for encoders without a chat template.
+        chat_template: A Jinja file that replaces the tokenizer's chat template.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
+    """
+
+    def __init__(
+        self,
+        backbone: str,
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5),
+        lr_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o, warmup=0.1),
+        centering: float = 0.0,
+        lora: LoRA | None = None,
+        dtype: DType = "float32",
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        system_prompt: SystemPrompt = "keep",
+        pair_encoding: bool = False,
+        chat_template: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if centering < 0:
+            raise InputError(f"`model.centering` must be 0 or more, got {centering}.")
+        check_lora(lora)
+        self.source = PolicySource(backbone, revision, chat_template, trust_remote_code, "model.backbone")
+        self.optimization = Optimization(optimizer, lr_scheduler)
+        self.centering, self.lora = centering, lora
+        self.dtype_name: DType = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.system_prompt: SystemPrompt = system_prompt
+        self.pair_encoding = pair_encoding
+        self.classifier: ClassifierLM | None = None
+        self.train_means, self.val_means = Means(), Means()
+        self.calibration = BinaryCalibrationError(n_bins=10)
+
+    def renderer(self, max_tokens: int) -> Renderer:
+        """Renders conversations for this model, as `ClassifierReward` will."""
+        limit = min(max_tokens, self.source.max_context_tokens)
+        tokenizer = reward_tokenizer(self.source, self.pair_encoding)
+        return Renderer(tokenizer, limit, self.system_prompt, self.pair_encoding, "model.backbone")
+
+    @property
+    def pad_id(self) -> int:
+        """What rows are padded with."""
+        assert self.classifier is not None
+        return self.classifier.model.config.get_text_config().pad_token_id
+
+    def setup(self, stage: str) -> None:
+        check_precision(self.trainer)
+        check_new_classifier(self.source)
+
+    def configure_model(self) -> None:
+        """Load the backbone. Lightning calls it after all inputs have been checked."""
+        if self.classifier is not None:
+            return
+        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        model = new_classifier(self.source, seed, getattr(torch, self.dtype_name), self.attn_implementation)
+        tokenizer = reward_tokenizer(self.source, self.pair_encoding)
+        text_config = model.config.get_text_config()
+        if text_config.pad_token_id is None:  # plain transformers needs one to score batches
+            text_config.pad_token_id = _padding_token(tokenizer, self.source)
+        if self.lora is not None:
+            add_lora(model, self.lora, seed, train_head=True)
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self.classifier = ClassifierLM(model).train()
+
+    def forward(self, **inputs: Tensor) -> Tensor:
+        """Scores of rows, shape (R,)."""
+        assert self.classifier is not None
+        return self.classifier(**inputs)
+
+    def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
+        losses, parts = self._losses(batch)
+        self.train_means.add(**parts)
+        if is_update(self.trainer, batch_idx):
+            log_update(self, self.train_means.take("train"))
+        return losses.mean() * batch.weight
+
+    def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        _, parts = self._losses(batch)
+        self.val_means.add(**parts, longer_accuracy=batch.longer)
+        sure = batch.labels != 0.5
+        margins = parts["margin"][sure]
+        if len(margins):
+            self.calibration.update(margins.abs().sigmoid(), (margins > 0).int())
+
+    def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
+        """Loss per pair, and what is logged about it, each of shape (B,)."""
+        chosen, rejected = self(**batch.inputs).view(2, -1)
+        margins = chosen - rejected
+        losses = bradley_terry_loss(margins, batch.labels, batch.margins)
+        if self.centering > 0:
+            losses = losses + self.centering * centering_loss(chosen, rejected)
+        margins = margins.detach()
+        parts = {
+            "loss": losses.detach(),
+            "accuracy": 0.5 * (1 + margins.sign())[batch.labels != 0.5],
+            "margin": margins,
+            "score_chosen": chosen.detach(),
+            "score_rejected": rejected.detach(),
+        }
+        return losses, parts
+
+    def on_validation_epoch_end(self) -> None:
+        metrics = self.val_means.take("val")
+        metrics["val/calibration_error"] = float(self.calibration.compute())
+        self.calibration.reset()
+        self.log_dict(metrics)
+
+    def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
+        """The held-out metrics of an epoch in a line."""
+        accuracy, longer = metrics["val/accuracy"], metrics["val/longer_accuracy"]
+        low, high = wilson_interval(accuracy, held_out)
+        return (
+            f"held-out accuracy {accuracy:.3f} (95%: {low:.3f} to {high:.3f}, {held_out} pairs), margin "
+            f"{metrics['val/margin']:.3f}, loss {metrics['val/loss']:.3f}, calibration error "
+            f"{metrics['val/calibration_error']:.3f}; length alone gets {max(longer, 1 - longer):.3f}"
+        )
+
+    def hf_state_dict(self) -> Mapping[str, Tensor]:
+        """The weights under their Hugging Face names, adapters merged."""
+        assert self.classifier is not None
+        return merged_state_dict(self.classifier.model)
+
+    def export(self, folder: str, dtype: str | None = None) -> None:
+        """Write the reward model as a Hugging Face folder that `ClassifierReward` and plain transformers load.
+
+        Args:
+            folder: Where to; made if missing.
+            dtype: Dtype of the weights; None for that of the model the run started from.
+        """
+        assert self.classifier is not None
+        export_folder(self.classifier.model, self.source, self.hf_state_dict(), folder, dtype)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.classifier is not None:
+            check_weights(self, checkpoint["state_dict"], self.source)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return self.optimization.configure(self)
+
+    def on_train_start(self) -> None:
+        self.optimization.on_train_start(self.trainer)
+
+    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
+        self.optimization.on_train_batch_start(self.trainer, batch_idx)
+
+
+def _padding_token(tokenizer: Any, source: PolicySource) -> int:
+    """A padding token that ends no answer, if the tokenizer has one: transformers takes trailing ones for padding."""
+    ends = {tokenizer.eos_token_id}
+    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id):
+        if token is not None and token not in ends:
+            return token
+    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
+        if token is not None:
+            return token
+    raise InputError(f"`model.backbone`: the tokenizer of {source.path!r} has no padding, unknown or EOS token.")
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95% interval of a share seen in `count` trials (Wilson 1927)."""
+    if count == 0:
+        return 0.0, 1.0
+    centre = share + z * z / (2 * count)
+    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)

@@ -1,0 +1,151 @@
+"""Conversations with their answer as a reward model reads them: its own template and tokens, cut to its length."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_pl.chat import Message
+from rlhf_pl.errors import InputError
+
+SystemPrompt = Literal["keep", "drop"]
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """A conversation as token ids.
+
+    Args:
+        ids: Token ids.
+        turn: Position of the first token of what stands between the last prompt message and the answer: the end of
+            that message's turn and the assistant's header. None if the template has no such text.
+        truncated_tokens: Tokens cut away.
+        token_type_ids: Of pair encodings; empty otherwise.
+    """
+
+    ids: list[int]
+    turn: int | None = None
+    truncated_tokens: int = 0
+    token_type_ids: tuple[int, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+class Renderer:
+    """Renders conversations by a tokenizer's chat template, cut from the left of the prompt.
+
+    What is too long loses tokens right after its BOS, up to where the answer's turn begins; only an answer that alone
+    is too long loses its end.
+
+    Args:
+        tokenizer: The reward model's.
+        max_tokens: Longest conversation, answer included.
+        system_prompt: Whether system messages are rendered.
+        pair_encoding: Give the prompt's and the answer's text as a pair instead, for encoders without a chat template.
+        option: The option that names the model, for errors.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Any,
+        max_tokens: int,
+        system_prompt: SystemPrompt = "keep",
+        pair_encoding: bool = False,
+        option: str = "rollout.reward.model",
+    ) -> None:
+        self.tokenizer, self.max_tokens, self.system_prompt = tokenizer, max_tokens, system_prompt
+        self.pair_encoding, self.option = pair_encoding, option
+
+    def __call__(self, messages: Sequence[Message], response: str) -> Rendered:
+        """The conversation with `response` as its last message.
+
+        Raises:
+            InputError: The template refuses it.
+        """
+        if self.system_prompt == "drop":
+            messages = [m for m in messages if m["role"] != "system"]
+        if self.pair_encoding:
+            return self._as_pair("\n\n".join(m["content"] for m in messages), response)
+        text = self._render([*messages, {"role": "assistant", "content": response}])
+        encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
+        ids = list(encoded["input_ids"])
+        turn = self._turn_position(text, ids, encoded)
+        return self._cut(ids, turn)
+
+    def _render(self, messages: Sequence[Message]) -> str:
+        try:
+            return self.tokenizer.apply_chat_template(list(messages), tokenize=False)
+        except Exception as error:  # each template refuses in its own way
+            roles = [m["role"] for m in messages]
+            hint = " Give `system_prompt: drop` to leave system messages out." if "system" in roles else ""
+            raise InputError(f"`{self.option}`: the chat template refuses the roles {roles}: {error}.{hint}") from error
+
+    @cached_property
+    def turn_text(self) -> str:
+        """What the template writes between the last message of the prompt and the answer; empty if that can't be told.
+
+        Found by rendering a conversation whose texts are known.
+        """
+        question, answer = "Xqzjw", "Wjzqx"
+        text = self._render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+        start, end = text.find(question), text.find(answer)
+        return text[start + len(question) : end] if 0 <= start < end else ""
+
+    def _turn_position(self, text: str, ids: list[int], encoded: Any) -> int | None:
+        """The token at which the last `turn_text` begins."""
+        start = text.rfind(self.turn_text) if self.turn_text else -1
+        if start < 0:
+            return None
+        if not self.tokenizer.is_fast:
+            return len(self.tokenizer(text[:start], add_special_tokens=False)["input_ids"])
+        return next((i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > start), None)
+
+    def _cut(self, ids: list[int], turn: int | None) -> Rendered:
+        overflow = max(0, len(ids) - self.max_tokens)
+        if overflow == 0:
+            return Rendered(ids, turn)
+        start = 1 if ids and ids[0] == self.tokenizer.bos_token_id else 0
+        end = len(ids) if turn is None else turn
+        cut = min(overflow, max(0, end - start))
+        kept = (ids[:start] + ids[start + cut :])[: self.max_tokens]
+        return Rendered(kept, None if turn is None else turn - cut, overflow)
+
+    def _as_pair(self, prompt: str, response: str) -> Rendered:
+        tokenizer = self.tokenizer
+        whole = tokenizer(prompt, response)
+        overflow = max(0, len(whole["input_ids"]) - self.max_tokens)
+        if overflow:
+            ids = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            prompt = tokenizer.decode(ids[overflow:], skip_special_tokens=False) if overflow < len(ids) else ""
+            whole = tokenizer(prompt, response, truncation=True, max_length=self.max_tokens)
+        return Rendered(list(whole["input_ids"]), None, overflow, tuple(whole.get("token_type_ids", ())))
+
+
+def reward_tokenizer(source: Any, pair_encoding: bool) -> Any:
+    """The tokenizer of a reward model; it needs a chat template unless pairs are encoded."""
+    if not pair_encoding:
+        return source.tokenizer
+    from transformers import AutoTokenizer
+
+    return source.read("tokenizer", AutoTokenizer)
+
+
+def padded(rows: Sequence[Rendered], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+    """`input_ids`, `attention_mask` and, where rows have them, `token_type_ids`, padded on the right, shape (R, T)."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), pad_id)
+    mask = torch.zeros_like(ids)
+    types = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)] = torch.tensor(row.ids)
+        mask[i, : len(row)] = 1
+        if row.token_type_ids:
+            types[i, : len(row)] = torch.tensor(row.token_type_ids)
+    batch = {"input_ids": ids, "attention_mask": mask}
+    if any(row.token_type_ids for row in rows):
+        batch["token_type_ids"] = types
+    return {name: tensor.to(device) for name, tensor in batch.items()}

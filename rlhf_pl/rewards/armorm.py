@@ -1,0 +1,269 @@
+"""ArmoRM (arXiv:2406.12845) as a reward, without the remote code that its checkpoint asks for."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pl.checkpoint_files import WeightFiles
+from rlhf_pl.errors import InputError
+from rlhf_pl.fingerprints import describe
+from rlhf_pl.policy import PolicySource, without_dropout
+from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
+from rlhf_pl.rewards.base import Reward, RewardResult, Sample
+from rlhf_pl.rewards.local_model import LocalModel, ModelDType
+
+# in the order of the regression layer's outputs, as the model card names them
+OBJECTIVES = (
+    "helpsteer-helpfulness",
+    "helpsteer-correctness",
+    "helpsteer-coherence",
+    "helpsteer-complexity",
+    "helpsteer-verbosity",
+    "ultrafeedback-overall_score",
+    "ultrafeedback-instruction_following",
+    "ultrafeedback-truthfulness",
+    "ultrafeedback-honesty",
+    "ultrafeedback-helpfulness",
+    "beavertails-is_safe",
+    "prometheus-score",
+    "argilla-overall_quality",
+    "argilla-judge_lm",
+    "code-complexity",
+    "code-style",
+    "code-explanation",
+    "code-instruction-following",
+    "code-readability",
+)
+
+
+@dataclass(frozen=True)
+class ArmoRMOutput:
+    """What ArmoRM says of R conversations, float32.
+
+    Args:
+        score: The gated score, shape (R,).
+        rewards: The objectives, shape (R, objectives).
+        coefficients: What the gate makes of each objective, shape (R, objectives): `score` is the sum over objectives
+            of `rewards * coefficients`.
+    """
+
+    score: Tensor
+    rewards: Tensor
+    coefficients: Tensor
+
+
+class ArmoRM(nn.Module):
+    """The heads of ArmoRM on a decoder without its output head.
+
+    With h the last token's hidden state and g the hidden state where the prompt ends (the first token of the text
+    between it and the answer): rewards = regression_layer(h); gate = softmax(gating(g) / temperature) * logit_scale;
+    score = sum(gate * (rewards @ reward_transform_matrix)).
+
+    Args:
+        backbone: A Hugging Face decoder.
+        config: Its config, with `num_objectives`, `gating_temperature`, `gating_hidden_dim`, `gating_n_hidden`.
+    """
+
+    def __init__(self, backbone: Any, config: Any) -> None:
+        super().__init__()
+        self.backbone = backbone
+        width, count = config.get_text_config().hidden_size, config.num_objectives
+        widths = [width, *[config.gating_hidden_dim] * config.gating_n_hidden, count]
+        self.regression_layer = nn.Linear(width, count, bias=False)
+        self.reward_transform_matrix = nn.Parameter(torch.zeros(count, count))
+        self.gating_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
+        self.logit_scale = nn.Parameter(torch.ones(1))
+        self.temperature = float(config.gating_temperature)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor, gating_positions: Tensor) -> ArmoRMOutput:
+        """Scores of rows that are padded on the right.
+
+        Args:
+            input_ids: Shape (R, T), int64.
+            attention_mask: 1 at tokens, shape (R, T).
+            gating_positions: Where g is read, shape (R,), int64.
+        """
+        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        rows = torch.arange(len(states), device=states.device)
+        # the heads in float32: they are small, and bf16 scores would be steps of 1/256 of their size
+        last = states[rows, attention_mask.sum(-1) - 1].float()
+        gate = states[rows, gating_positions].float()
+        rewards = self.regression_layer(last)
+        for i, layer in enumerate(self.gating_layers):
+            gate = layer(gate if i == 0 else gate.relu())
+        gate = (gate / self.temperature).softmax(-1) * self.logit_scale
+        coefficients = gate @ self.reward_transform_matrix.T
+        return ArmoRMOutput((gate * (rewards @ self.reward_transform_matrix)).sum(-1), rewards, coefficients)
+
+
+class ArmoRMReward(Reward):
+    """`RLHFlow/ArmoRM-Llama3-8B-v0.1` and checkpoints of its layout, loaded natively.
+
+    The reward is the gated score. Components are the 19 objectives under their published names. `objectives` chooses
+    or re-weights them: the reward is then the weighted sum of what these objectives contribute to the score (`gated`),
+    or of the objectives themselves.
+
+    Args:
+        model: Model folder or Hub id.
+        objectives: Weights by objective, such as `{helpsteer-correctness: 1.0}`; null for the published score.
+        gated: With `objectives`: weigh their gated contributions (true) or the objectives themselves (false).
+        dtype: Of the backbone; null for that of the checkpoint. The heads are computed in float32.
+        device: `auto` for the GPU where there is one, `cpu`, `cuda:1`, ...
+        max_tokens: Longer conversations are cut from the left of the prompt, and counted.
+        tokens_per_batch: Padded tokens of a batch; rows of like length go together.
+        system_prompt: `keep` or `drop` system messages.
+        offload: Keep the weights on the CPU while the policy trains.
+        chat_template: A Jinja file that replaces the tokenizer's chat template.
+        attn_implementation: Attention of transformers.
+        revision: Branch, tag or commit of a Hub id.
+    """
+
+    def __init__(
+        self,
+        model: str = "RLHFlow/ArmoRM-Llama3-8B-v0.1",
+        objectives: Mapping[str, float] | None = None,
+        gated: bool = True,
+        dtype: ModelDType | None = None,
+        device: str = "auto",
+        max_tokens: int = 4096,
+        tokens_per_batch: int = 16384,
+        system_prompt: SystemPrompt = "keep",
+        offload: bool = True,
+        chat_template: str | None = None,
+        attn_implementation: str = "sdpa",
+        revision: str | None = None,
+    ) -> None:
+        self.source = PolicySource(model, revision, chat_template, False, "rollout.reward.model")
+        self.model, self.dtype, self.gated = model, dtype, gated
+        self.objectives = None if objectives is None else dict(objectives)
+        unknown = [name for name in self.objectives or () if name not in OBJECTIVES]
+        if unknown:
+            raise InputError(
+                f"`rollout.reward.objectives` names {', '.join(unknown)}; ArmoRM's are {', '.join(OBJECTIVES)}."
+            )
+        if self.objectives == {}:
+            raise InputError("`rollout.reward.objectives` is empty; null gives the published score.")
+        self.max_tokens, self.system_prompt = max_tokens, system_prompt
+        self.chat_template, self.attn_implementation, self.revision = chat_template, attn_implementation, revision
+        self._renderer: Renderer | None = None
+        self._local = LocalModel(self._load, _run, device, tokens_per_batch, offload)
+
+    @property
+    def name(self) -> str:
+        return f"ArmoRMReward({self.model})"
+
+    def fingerprint(self) -> str:
+        return f"{describe(self)}:{WeightFiles(self.source).fingerprint()}"
+
+    def renderer(self) -> Renderer:
+        """Renders conversations as the model reads them."""
+        if self._renderer is None:
+            limit = min(self.max_tokens, self.source.max_context_tokens)
+            self._renderer = Renderer(reward_tokenizer(self.source, False), limit, self.system_prompt)
+        return self._renderer
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        _heads(self.source)
+        for sample in samples:
+            self._row(sample)
+
+    def _row(self, sample: Sample) -> Rendered:
+        row = self.renderer()(sample.messages, sample.response)
+        if row.turn is None:
+            raise InputError(
+                f"`rollout.reward.model`: the chat template of {self.model!r} gives no text between prompt and answer, "
+                "where the gate would be read."
+            )
+        if row.turn >= len(row):
+            raise InputError(f"`rollout.reward.max_tokens` of {self.max_tokens} leaves no room for an answer.")
+        return row
+
+    def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
+        rows = [self._row(s) for s in batch]
+        if not rows:
+            return []
+        score, rewards, coefficients = self._local(rows).split([1, len(OBJECTIVES), len(OBJECTIVES)], dim=-1)
+        chosen = score[:, 0]
+        if self.objectives is not None:
+            weights = torch.tensor([self.objectives.get(name, 0.0) for name in OBJECTIVES])
+            chosen = ((rewards * coefficients if self.gated else rewards) * weights).sum(-1)
+        return [
+            RewardResult(value, dict(zip(OBJECTIVES, parts, strict=True)), row.truncated_tokens)
+            for value, parts, row in zip(chosen.tolist(), rewards.tolist(), rows, strict=True)
+        ]
+
+    def rest(self) -> None:
+        self._local.rest()
+
+    def close(self) -> None:
+        self._local.close()
+
+    def _load(self) -> nn.Module:
+        return load_armorm(self.source, self.dtype, self.attn_implementation)
+
+
+def _heads(source: PolicySource) -> dict[str, str]:
+    """Our names of the heads' tensors by the checkpoint's, once config and files are seen to have them.
+
+    Raises:
+        InputError: They do not.
+    """
+    config = source.config
+    keys = ("num_objectives", "gating_temperature", "gating_hidden_dim", "gating_n_hidden")
+    if absent := [key for key in keys if not hasattr(config, key)]:
+        raise InputError(
+            f"`{source.option}`: the config of {source.path!r} has no {', '.join(absent)}; it is no ArmoRM. For a "
+            "model with one output take ClassifierReward."
+        )
+    if config.num_objectives != len(OBJECTIVES):
+        raise InputError(
+            f"`{source.option}`: {source.path!r} has {config.num_objectives} objectives; ArmoRM has {len(OBJECTIVES)}."
+        )
+    layers = range(config.gating_n_hidden + 1)
+    names = {f"gating.layers.{i}.{part}": f"gating_layers.{i}.{part}" for i in layers for part in ("weight", "bias")}
+    names |= {"gating.logit_scale": "logit_scale"}
+    names |= {name: name for name in ("regression_layer.weight", "reward_transform_matrix")}
+    if missing := [name for name in names if name not in WeightFiles(source).shapes]:
+        raise InputError(f"`{source.option}`: {source.path!r} lacks ArmoRM's {', '.join(missing)}.")
+    return names
+
+
+def load_armorm(source: PolicySource, dtype: str | None = None, attn_implementation: str = "sdpa") -> ArmoRM:
+    """The ArmoRM of a checkpoint in the published layout, in eval mode.
+
+    Raises:
+        InputError: Tensors or config keys are missing, or shapes do not fit.
+    """
+    from transformers import AutoModel
+
+    names = _heads(source)
+    backbone, info = source.read(
+        "weights",
+        AutoModel,
+        config=without_dropout(source.config),
+        dtype="auto" if dtype is None else getattr(torch, dtype),
+        attn_implementation=attn_implementation,
+        output_loading_info=True,
+    )
+    if info["missing_keys"]:
+        raise InputError(f"`{source.option}`: {source.path!r} lacks {', '.join(sorted(info['missing_keys'])[:8])}.")
+    model = ArmoRM(backbone, source.config)
+    heads = {names[name]: tensor.float() for name, tensor in WeightFiles(source).tensors(names).items()}
+    own = model.state_dict()
+    if wrong := [name for name, tensor in heads.items() if own[name].shape != tensor.shape]:
+        raise InputError(
+            f"`{source.option}`: {wrong[0]} of {source.path!r} has the shape {tuple(heads[wrong[0]].shape)}; its "
+            f"config says {tuple(own[wrong[0]].shape)}."
+        )
+    model.load_state_dict(heads, strict=False)
+    return model.eval()
+
+
+def _run(module: Any, rows: list[Rendered], device: torch.device) -> Tensor:
+    positions = torch.tensor([row.turn for row in rows], device=device)
+    output = module(**padded(rows, 0, device), gating_positions=positions)
+    return torch.cat([output.score[:, None], output.rewards, output.coefficients], dim=-1)

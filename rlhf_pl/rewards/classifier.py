@@ -1,0 +1,106 @@
+"""Reward models with one output as rewards."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pl.checkpoint_files import WeightFiles
+from rlhf_pl.classifier import ClassifierLM, find_head, load_classifier
+from rlhf_pl.fingerprints import describe
+from rlhf_pl.policy import PolicySource
+from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
+from rlhf_pl.rewards.base import Reward, RewardResult, Sample
+from rlhf_pl.rewards.local_model import LocalModel, ModelDType
+
+
+class ClassifierReward(Reward):
+    """A sequence-classification reward model with one label, of any architecture that transformers knows.
+
+    The conversation is rendered with the reward model's own tokenizer and chat template. Heads under the names that
+    TRL, OpenRLHF, DeepSpeed-Chat, Starling and CleanRL use are understood too. A head that the checkpoint does not
+    fill is an error.
+
+    Args:
+        model: Model folder or Hub id.
+        base: Where config and tokenizer come from, if `model` brings weights alone, as Starling-RM does.
+        dtype: Of the weights; null for that of the checkpoint.
+        device: `auto` for the GPU where there is one, `cpu`, `cuda:1`, ...
+        max_tokens: Longer conversations are cut from the left of the prompt, and counted.
+        tokens_per_batch: Padded tokens of a batch; rows of like length go together.
+        system_prompt: `keep` or `drop` system messages.
+        pair_encoding: Give prompt and answer as a pair of texts, for encoders without a chat template.
+        offload: Keep the weights on the CPU while the policy trains.
+        chat_template: A Jinja file that replaces the tokenizer's chat template.
+        attn_implementation: Attention of transformers.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        base: str | None = None,
+        dtype: ModelDType | None = None,
+        device: str = "auto",
+        max_tokens: int = 4096,
+        tokens_per_batch: int = 16384,
+        system_prompt: SystemPrompt = "keep",
+        pair_encoding: bool = False,
+        offload: bool = True,
+        chat_template: str | None = None,
+        attn_implementation: str = "sdpa",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        self.weights = PolicySource(model, revision, chat_template, trust_remote_code, "rollout.reward.model")
+        self.source = self.weights
+        if base is not None:
+            self.source = PolicySource(base, None, chat_template, trust_remote_code, "rollout.reward.base")
+        self.model, self.base, self.dtype = model, base, dtype
+        self.max_tokens, self.system_prompt, self.pair_encoding = max_tokens, system_prompt, pair_encoding
+        self.chat_template, self.attn_implementation, self.revision = chat_template, attn_implementation, revision
+        self._renderer: Renderer | None = None
+        self._local = LocalModel(self._load, _run, device, tokens_per_batch, offload)
+
+    @property
+    def name(self) -> str:
+        return f"ClassifierReward({self.model})"
+
+    def fingerprint(self) -> str:
+        return f"{describe(self)}:{WeightFiles(self.weights).fingerprint()}"
+
+    def renderer(self) -> Renderer:
+        """Renders conversations as the model reads them."""
+        if self._renderer is None:
+            tokenizer = reward_tokenizer(self.source, self.pair_encoding)
+            limit = min(self.max_tokens, self.source.max_context_tokens)
+            self._renderer = Renderer(tokenizer, limit, self.system_prompt, self.pair_encoding)
+        return self._renderer
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        find_head(self.source, WeightFiles(self.weights))
+        for sample in samples:
+            self.renderer()(sample.messages, sample.response)
+
+    def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
+        rows = [self.renderer()(s.messages, s.response) for s in batch]
+        scores = self._local(rows).tolist() if rows else []
+        return [
+            RewardResult(score, truncated_tokens=row.truncated_tokens) for score, row in zip(scores, rows, strict=True)
+        ]
+
+    def rest(self) -> None:
+        self._local.rest()
+
+    def close(self) -> None:
+        self._local.close()
+
+    def _load(self) -> nn.Module:
+        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        return ClassifierLM(load_classifier(self.source, self.weights, dtype, self.attn_implementation))
+
+
+def _run(module: Any, rows: list[Rendered], device: torch.device) -> Tensor:
+    return module(**padded(rows, module.pad_id([row.ids for row in rows]), device))

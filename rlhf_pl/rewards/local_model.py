@@ -1,0 +1,71 @@
+"""A reward model in this process: loaded when first used, run in batches of like length, moved aside when idle."""
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.rendering import Rendered
+from rlhf_pl.rewards.base import BrokenRewardError
+from rlhf_pl.rows import batches_by_length
+
+ModelDType = Literal["float32", "bfloat16", "float16"]
+
+
+class LocalModel:
+    """Runs `module(rows)` over rows in batches, whatever their number and lengths.
+
+    Args:
+        load: Makes the module, on the CPU.
+        run: (module, rows of a batch, device) -> a tensor whose first dimension is the rows.
+        device: `auto` for the GPU where there is one.
+        tokens_per_batch: Padded tokens of a batch.
+        offload: Move to the CPU in `rest`.
+    """
+
+    def __init__(
+        self,
+        load: Callable[[], nn.Module],
+        run: Callable[[nn.Module, list[Rendered], torch.device], Tensor],
+        device: str,
+        tokens_per_batch: int,
+        offload: bool,
+    ) -> None:
+        try:
+            self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
+        except RuntimeError as error:
+            raise InputError(
+                f"`rollout.reward.device`: {device!r} is no device: {str(error).splitlines()[0]}"
+            ) from error
+        if tokens_per_batch < 1:
+            raise InputError(f"`rollout.reward.tokens_per_batch` must be 1 or more, got {tokens_per_batch}.")
+        self._load, self._run = load, run
+        self.tokens_per_batch, self.offload = tokens_per_batch, offload
+        self._module: nn.Module | None = None
+
+    def __call__(self, rows: Sequence[Rendered]) -> Tensor:
+        """The module's outputs in the order of `rows`, float32, on the CPU."""
+        if self._module is None:
+            try:
+                self._module = self._load().requires_grad_(False).eval()
+            except InputError as error:
+                raise BrokenRewardError(str(error)) from error
+        module = self._module.to(self.device)
+        found: dict[int, Tensor] = {}
+        with torch.inference_mode():
+            for batch in batches_by_length(rows, self.tokens_per_batch):
+                outputs = self._run(module, [rows[i] for i in batch], self.device).float().cpu()
+                found |= dict(zip(batch, outputs, strict=True))
+        return torch.stack([found[i] for i in range(len(rows))])
+
+    def rest(self) -> None:
+        """Leave the GPU to others until the next call."""
+        if self._module is not None and self.offload and self.device.type != "cpu":
+            self._module = self._module.to("cpu")
+            torch.cuda.empty_cache()
+
+    def close(self) -> None:
+        """Drop the weights."""
+        self._module = None
