@@ -25,6 +25,7 @@ from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.round_maker import RoundMaker
 from rlhf_pl.round_settings import RoundOptions, held_out_sampling
 from rlhf_pl.rounds import DamagedStoreError
+from rlhf_pl.shaping import RewardShaping
 
 
 class RoundRefresh(L.Callback):
@@ -41,6 +42,7 @@ class RoundRefresh(L.Callback):
         sampler: Draws the answers.
         sampling: How answers are drawn for training.
         scoring: How the reward is called: time limit, retries, what to do about failures.
+        shaping: Penalties on scores, and their normalisation, before pairs are made.
         selector: Makes pairs of the scored answers.
         val_num_responses: Answers per held-out prompt; 2 or more also give held-out pairs for `val/loss`.
         val_temperature: Temperature on held-out prompts; null for that of training, 0 for the likeliest answer.
@@ -57,6 +59,7 @@ class RoundRefresh(L.Callback):
         sampler: Sampler = VLLMSampler(),  # noqa: B008 - starts nothing; the command line shows it as the default
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
         scoring: ScoringConfig = ScoringConfig(),  # noqa: B008 - frozen
+        shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
         selector: PairSelector = BestWorst(),  # noqa: B008 - stateless
         val_num_responses: int = 1,
         val_temperature: float | None = None,
@@ -79,6 +82,7 @@ class RoundRefresh(L.Callback):
                 scoring=scoring,
                 sampling=sampling,
                 val_sampling=held_out_sampling(sampling, val_num_responses, val_temperature),
+                shaping=shaping,
                 selector=selector,
                 prompts_per_shard=prompts_per_shard,
                 logps_batch_tokens=logps_batch_tokens,
@@ -163,7 +167,13 @@ class RoundRefresh(L.Callback):
             maker.pair_held_out(index)
         stored = maker.make(index)
         _log(trainer, {**round_metrics(stored), "system/resident_gib": resident_gib()}, trainer.global_step)
+        self._rest()
+
+    def _rest(self) -> None:
+        """The policy trains now: sampler and reward leave the device to it."""
         self._link.rest()
+        if self.options is not None:
+            self.options.reward.rest()
 
     def _evaluate(self, trainer: L.Trainer, version: int) -> dict[str, float]:
         """Metrics of the policy after `version` rounds on the held-out prompts; logged once."""
@@ -196,7 +206,7 @@ class RoundRefresh(L.Callback):
         if self.options is not None:
             # for checkpoints that monitor them; the loggers have them already
             pl_module.log_dict(self._evaluate(trainer, version), logger=False)
-        self._link.rest()
+        self._rest()
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()
@@ -206,6 +216,8 @@ class RoundRefresh(L.Callback):
 
     def _end(self) -> None:
         self._link.close()
+        if self.options is not None:
+            self.options.reward.close()
         self._maker, self._begun = None, False
         if self._lock is not None:
             self._lock.release()

@@ -42,6 +42,8 @@ def round_metrics(stored: Round) -> dict[str, float]:
         "rollout/reward_best": rewards["best"],
         "rollout/reward_worst": rewards["worst"],
         **{f"rollout/reward/{name}": value for name, value in rewards["components"].items()},
+        "rollout/truncated": float(rewards.get("truncated", 0)),
+        **{f"rollout/penalty/{name}": pairs["penalties"][name] for name in _penalties(pairs)},
         "rollout/response_tokens": answers["tokens_mean"],
         "rollout/finished_share": answers["finished_share"],
         "rollout/pairs": pairs["pairs"],
@@ -49,6 +51,11 @@ def round_metrics(stored: Round) -> dict[str, float]:
         "time/score_s": rewards["seconds"],
         "time/logps_s": stages["logps"]["seconds"],
     }
+
+
+def _penalties(pairs: dict[str, Any]) -> list[str]:
+    """The penalties that took something off."""
+    return [name for name in ("missing_eos", "length") if pairs.get("penalties", {}).get(name)]
 
 
 def first_answers(stored: Round) -> dict[str, dict[str, Any]]:

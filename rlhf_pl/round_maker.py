@@ -138,7 +138,7 @@ class RoundMaker:
             return
         if not stored.is_complete("pairs"):
             limit = self.data.max_val_pairs if stored.is_held_out else None
-            select(stored, self.options.selector, self.data.seed, limit)
+            select(stored, self.options.selector, self.data.seed, limit, self.options.shaping)
         if not stored.is_complete("logps"):
             self._pair_logps(stored, policy(), what)
 

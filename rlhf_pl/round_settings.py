@@ -1,6 +1,7 @@
 """What rounds are made with, as the options say, and as a manifest notes it."""
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import lightning as L
 
@@ -11,6 +12,7 @@ from rlhf_pl.pairs import PairSelector
 from rlhf_pl.provenance import StageSettings
 from rlhf_pl.rewards import Reward, ScoringConfig
 from rlhf_pl.rollout import SamplingConfig
+from rlhf_pl.shaping import RewardShaping
 
 
 @dataclass(frozen=True)
@@ -22,6 +24,7 @@ class RoundOptions:
     sampling: SamplingConfig
     val_sampling: SamplingConfig
     selector: PairSelector
+    shaping: RewardShaping
     prompts_per_shard: int
     logps_batch_tokens: int
 
@@ -32,7 +35,7 @@ def downstream_settings(
     """The settings of all stages after the answers, which are known before anything loads."""
     return {
         "rewards": {"reward": options.reward.fingerprint()},
-        "pairs": {"selector": describe(options.selector)},
+        "pairs": {"selector": describe(options.selector), **_changed(options.shaping)},
         "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
         "training": {
             **module.training_settings(),
@@ -42,6 +45,11 @@ def downstream_settings(
             "gradient_clip_val": trainer.gradient_clip_val,
         },
     }
+
+
+def _changed(shaping: RewardShaping) -> dict[str, Any]:
+    """Nothing where scores stay as they are."""
+    return {} if shaping == RewardShaping() else {"shaping": vars(shaping)}
 
 
 def held_out_sampling(sampling: SamplingConfig, num_responses: int, temperature: float | None) -> SamplingConfig:

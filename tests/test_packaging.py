@@ -20,8 +20,8 @@ def test_wheel_holds_the_callbacks_once(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", str(tmp_path)]
     subprocess.run([*command, str(source)], check=True, capture_output=True, text=True)
     names = zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist()
-    for folder in ("callbacks", "data", "modules", "rewards", "rollout"):
-        expected = {f"rlhf_pl/{folder}/{file.name}" for file in (ROOT / "rlhf_pl" / folder).glob("*.py")}
-        assert expected <= set(names)
+    package = ROOT / "rlhf_pl"
+    files = [*package.rglob("*.py"), *(package / "callbacks").glob("*.py")]
+    assert {f"rlhf_pl/{file.relative_to(package)}" for file in files} <= set(names)
     assert "rlhf_pl/py.typed" in names
     assert not [name for name in names if name.startswith(("callbacks/", "tests/", "examples/"))]

@@ -51,6 +51,21 @@ class RewardResult:
     truncated_tokens: int = 0
 
 
+@dataclass(frozen=True)
+class Failure:
+    """Why an answer has no reward. Rewards may return it in place of a result.
+
+    Args:
+        kind: `timeout`, `exception`, `not_finite`, `wrong_count` or `unreachable`.
+        detail: A sentence.
+        final: Whether it was tried again already, so that there is no use in more attempts.
+    """
+
+    kind: str
+    detail: str
+    final: bool = False
+
+
 class BrokenRewardError(InputError):
     """The reward itself can't work, whatever the answers: neither tried again nor counted as an answer's failure."""
 
@@ -59,8 +74,8 @@ class Reward(ABC):
     """Scores answers. Subclass it and name your class in `rollout.reward.class_path`."""
 
     @abstractmethod
-    def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
-        """One finite result per sample, in their order."""
+    def score(self, batch: Sequence[Sample]) -> Sequence["RewardResult | Failure"]:
+        """One finite result per sample, in their order; a Failure for an answer that has none."""
 
     def check(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - nothing to check is a fine default
         """Raise InputError for what can be known to fail before any model loads.

@@ -10,7 +10,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf_pl.errors import InputError
-from rlhf_pl.rewards.base import Reward, RewardResult, Sample
+from rlhf_pl.rewards.base import BrokenRewardError, Failure, Reward, RewardResult, Sample
+from rlhf_pl.rewards.combine import CombinedReward
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,6 @@ class ScoringConfig:
     def substitute(self) -> float | None:
         """The reward of an answer that failed; None leaves it out."""
         return None if isinstance(self.on_failure, str) else float(self.on_failure)
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why an answer has no reward: `timeout`, `exception`, `not_finite` or `wrong_count`, and the details."""
-
-    kind: str
-    detail: str
 
 
 class RewardTimeout(BaseException):
@@ -130,31 +123,63 @@ def _decide(reward: Reward, sample: Sample, outcome: Outcome, config: ScoringCon
 
 
 def _score(reward: Reward, batch: list[Sample], config: ScoringConfig) -> list[Outcome]:
-    """Call with retries; a batch that fails as a whole is split, so that one bad answer costs only itself."""
+    """Call with retries of what failed; a batch that fails as a whole is split, so that a bad answer costs itself."""
+    outcomes: dict[int, Outcome] = {}
+    todo, whole = list(range(len(batch))), None
     for attempt in range(config.retries + 1):
         if attempt:
             time.sleep(config.backoff_s * 2 ** (attempt - 1))
-        outcomes = _call(reward, batch, config.timeout_s)
-        if isinstance(outcomes, list) and not any(isinstance(o, Failure) for o in outcomes):
-            return outcomes
-    if isinstance(outcomes, list):
-        return outcomes
-    if len(batch) == 1 or outcomes.kind == "wrong_count":  # nobody can tell whose scores these are
-        return [outcomes] * len(batch)
-    return _split(reward, batch, outcomes, config.timeout_s, [])
+        found = _call(reward, [batch[i] for i in todo], config.timeout_s)
+        whole = found if isinstance(found, Failure) else None
+        if not isinstance(found, Failure):
+            outcomes |= dict(zip(todo, found, strict=True))
+            todo = _to_retry(reward, batch, outcomes)
+            if not todo:
+                break
+    if whole is not None:
+        rest = [batch[i] for i in todo]
+        units = _units(reward, rest)
+        if len(units) == 1 or whole.kind == "wrong_count":  # nobody can tell whose scores these are
+            outcomes |= dict.fromkeys(todo, whole)
+        else:
+            outcomes |= dict(zip(todo, _split(reward, units, whole, config.timeout_s, []), strict=True))
+    return [outcomes[i] for i in range(len(batch))]
+
+
+def _to_retry(reward: Reward, batch: list[Sample], outcomes: dict[int, Outcome]) -> list[int]:
+    """Answers to score once more: those that failed, with the others of their prompt where these belong together."""
+    failed = [i for i, o in sorted(outcomes.items()) if isinstance(o, Failure) and not o.final]
+    if not reward.by_prompt:
+        return failed
+    prompts = {batch[i].prompt_id for i in failed}
+    return [i for i, sample in enumerate(batch) if sample.prompt_id in prompts]
+
+
+def _units(reward: Reward, batch: list[Sample]) -> list[list[Sample]]:
+    """What may be scored apart: single answers, or all answers to a prompt."""
+    if not reward.by_prompt:
+        return [[sample] for sample in batch]
+    units: list[list[Sample]] = []
+    for sample in batch:
+        if units and units[-1][0].prompt_id == sample.prompt_id:
+            units[-1].append(sample)
+        else:
+            units.append([sample])
+    return units
 
 
 def _split(
-    reward: Reward, batch: list[Sample], failure: Failure, timeout_s: float, hung: list[Failure]
+    reward: Reward, units: list[list[Sample]], failure: Failure, timeout_s: float, hung: list[Failure]
 ) -> list[Outcome]:
     """Halve a failed batch until the answers stand alone that fail. Three that hang alone speak for all the rest."""
-    if len(batch) == 1 or len(hung) >= 3:
+    if len(units) == 1 or len(hung) >= 3:
         if failure.kind == "timeout":
             hung.append(failure)
-        return [failure] * len(batch)
+        return [failure] * sum(map(len, units))
     found: list[Outcome] = []
-    for half in (batch[: len(batch) // 2], batch[len(batch) // 2 :]):
-        outcomes = failure if len(hung) >= 3 else _call(reward, half, timeout_s)
+    for half in (units[: len(units) // 2], units[len(units) // 2 :]):
+        samples = [sample for unit in half for sample in unit]
+        outcomes = failure if len(hung) >= 3 else _call(reward, samples, timeout_s)
         found += outcomes if isinstance(outcomes, list) else _split(reward, half, outcomes, timeout_s, hung)
     return found
 
@@ -166,6 +191,8 @@ def _call(reward: Reward, batch: list[Sample], timeout_s: float) -> list[Outcome
             results = list(reward.score(batch))
     except RewardTimeout:
         return Failure("timeout", f"no result within {timeout_s:g} s (rollout.scoring.timeout_s).")
+    except BrokenRewardError:
+        raise
     except Exception as error:  # users' code may raise anything
         text = str(error)
         return Failure("exception", text if isinstance(error, InputError) else f"{type(error).__name__}: {text}.")
@@ -180,6 +207,8 @@ def _call(reward: Reward, batch: list[Sample], timeout_s: float) -> list[Outcome
 
 def _finite(result: Any) -> Outcome:
     """A result as plain floats; numbers are taken for rewards without components."""
+    if isinstance(result, Failure):
+        return result
     try:
         reward = float(getattr(result, "reward", result))
         components = {str(k): float(v) for k, v in getattr(result, "components", {}).items()}
@@ -189,7 +218,7 @@ def _finite(result: Any) -> Outcome:
         if not math.isfinite(value):
             which = f" as component `{name}`" if name else ""
             return Failure("not_finite", f"returned {value}{which}. Every score must be a finite number.")
-    return RewardResult(reward, components)
+    return RewardResult(reward, components, int(getattr(result, "truncated_tokens", 0)))
 
 
 def try_reward(reward: Reward, samples: Sequence[Sample], config: ScoringConfig) -> None:
@@ -199,11 +228,12 @@ def try_reward(reward: Reward, samples: Sequence[Sample], config: ScoringConfig)
         InputError: Says what is wrong.
     """
     reward.check(samples)
-    if reward.trial and config.on_failure == "error":
-        try:
-            guarded_scores(reward, samples, replace(config, retries=0))
-        except InputError as error:
-            raise InputError(f"{error} (Found by a trial call before loading any model.)") from error
+    for part in reward.parts if isinstance(reward, CombinedReward) else [reward]:
+        if part.trial and config.on_failure == "error":
+            try:
+                guarded_scores(part, samples, replace(config, retries=0))
+            except InputError as error:
+                raise InputError(f"{error} (Found by a trial call before loading any model.)") from error
 
 
 def _shorten(text: str, limit: int = 80) -> str:

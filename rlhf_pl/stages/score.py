@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.disk import naming_a_full_disk, write_atomically
 from rlhf_pl.errors import InputError
-from rlhf_pl.rewards.base import Reward, RewardResult, Sample
-from rlhf_pl.rewards.guard import Failure, Outcome, ScoringConfig, guarded_scores
+from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
+from rlhf_pl.rewards.guard import Outcome, ScoringConfig, guarded_scores
 from rlhf_pl.rounds import Round
 from rlhf_pl.stages.generate import Report
 
@@ -112,6 +112,7 @@ def _reward_table(table: pa.Table, outcomes: list[Outcome], config: ScoringConfi
         "response_index": table["response_index"],
         "reward": pa.array([config.substitute if r is None else r.reward for r in results], pa.float64()),
         "failure": pa.array(failures, pa.string()),
+        "truncated_tokens": pa.array([0 if r is None else r.truncated_tokens for r in results], pa.int32()),
         **{
             f"reward/{n}": pa.array([None if r is None else r.components.get(n) for r in results], pa.float64())
             for n in parts
@@ -160,7 +161,7 @@ class _Journal:
 def _entry(outcome: Outcome) -> list[Any]:
     if isinstance(outcome, Failure):
         return ["failure", outcome.kind, outcome.detail]
-    return ["result", outcome.reward, dict(outcome.components)]
+    return ["result", outcome.reward, dict(outcome.components), outcome.truncated_tokens]
 
 
 def reward_statistics(stored: Round) -> dict[str, Any]:
@@ -182,6 +183,7 @@ def reward_statistics(stored: Round) -> dict[str, Any]:
     return {
         "scored": len(scored),
         "failures": dict(failures),
+        "truncated": int((table["truncated_tokens"].to_numpy() > 0).sum()),
         "mean": float(rewards.mean()),
         "std": float(rewards.std()),
         "best": float(grouped["reward_max"].to_numpy().mean()),

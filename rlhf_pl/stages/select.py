@@ -6,6 +6,7 @@ import pyarrow as pa
 
 from rlhf_pl.pairs import PairSelector
 from rlhf_pl.rounds import Round
+from rlhf_pl.shaping import RewardShaping, shape_rewards
 from rlhf_pl.stages.generate import TOKENS, prompt_seed
 
 PAIRS = pa.schema(
@@ -24,7 +25,13 @@ PAIRS = pa.schema(
 )
 
 
-def select(stored: Round, selector: PairSelector, run_seed: int, limit: int | None = None) -> None:
+def select(
+    stored: Round,
+    selector: PairSelector,
+    run_seed: int,
+    limit: int | None = None,
+    shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
+) -> None:
     """Make pairs of the scored answers, at most `limit`, and count the prompts that give none, by reason."""
     groups: dict[str, list[dict[str, Any]]] = {}
     rewards = stored.read("rewards")["reward"].to_pylist()
@@ -32,18 +39,19 @@ def select(stored: Round, selector: PairSelector, run_seed: int, limit: int | No
         group = groups.setdefault(row["prompt_id"], [])
         if reward is not None:
             group.append(row | {"reward": reward})
+    scores = [[a["reward"] for a in answers] for answers in groups.values()]
+    lengths = [[len(a["response_tokens"]) for a in answers] for answers in groups.values()]
+    finished = [[a["finished"] for a in answers] for answers in groups.values()]
+    shaped, notes = shape_rewards(scores, lengths, finished, shaping)
     dropped = {"no_reward_difference": 0, "same_answer": 0, "not_scored": 0}
     pairs = []
-    for prompt_id, answers in groups.items():
+    for i, (prompt_id, answers) in enumerate(groups.items()):
         if len(answers) < 2:
             dropped["not_scored"] += 1
             continue
-        picked = selector(
-            [a["reward"] for a in answers],
-            [len(a["response_tokens"]) for a in answers],
-            [a["finished"] for a in answers],
-            prompt_seed(run_seed, "select", prompt_id),
-        )
+        for answer, reward in zip(answers, shaped[i], strict=True):
+            answer["reward"] = reward
+        picked = selector(shaped[i], lengths[i], finished[i], prompt_seed(run_seed, "select", prompt_id))
         different = [(c, r) for c, r in picked if answers[c]["response_tokens"] != answers[r]["response_tokens"]]
         if not picked:
             dropped["no_reward_difference"] += 1
@@ -52,7 +60,14 @@ def select(stored: Round, selector: PairSelector, run_seed: int, limit: int | No
         pairs += [_pair_row(answers[c], answers[r]) for c, r in different]
     pairs = pairs[:limit]
     stored.write_shard("pairs", 0, pa.Table.from_pylist(pairs, schema=PAIRS))
-    stored.complete("pairs", prompts=len(groups), pairs=len(pairs), dropped=dropped, selector=type(selector).__name__)
+    stored.complete(
+        "pairs",
+        prompts=len(groups),
+        pairs=len(pairs),
+        dropped=dropped,
+        selector=type(selector).__name__,
+        penalties=notes,
+    )
 
 
 def _pair_row(chosen: dict[str, Any], rejected: dict[str, Any]) -> dict[str, Any]:

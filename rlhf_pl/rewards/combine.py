@@ -1,0 +1,101 @@
+"""Several rewards as one: their weighted sum."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
+from rlhf_pl.rewards.function import FunctionReward
+
+
+def as_reward(reward: Reward | str | Callable[..., Any]) -> Reward:
+    """A function, or the import path of one, becomes a `FunctionReward`."""
+    return reward if isinstance(reward, Reward) else FunctionReward(reward)
+
+
+@dataclass
+class WeightedReward:
+    """A part of a `CombinedReward`.
+
+    Args:
+        reward: A `Reward`, or a Python function, in a config by its import path.
+        weight: Factor on its score; negative for what is to be avoided.
+        name: What logs call it; null for its class or function.
+    """
+
+    reward: Reward | str
+    weight: float = 1.0
+    name: str | None = None
+
+
+class CombinedReward(Reward):
+    """The weighted sum of several rewards. Each one's own score is logged as a component under its name.
+
+    An answer that one of them fails on has no reward.
+
+    Args:
+        rewards: The parts.
+    """
+
+    def __init__(self, rewards: list[WeightedReward]) -> None:
+        if not rewards:
+            raise InputError("`rollout.reward.rewards` is empty; name at least one reward.")
+        self.parts = [as_reward(part.reward) for part in rewards]
+        self.weights = [float(part.weight) for part in rewards]
+        self.names = [part.name or _short_name(reward.name) for part, reward in zip(rewards, self.parts, strict=True)]
+        if len(set(self.names)) < len(self.names):
+            raise InputError(
+                f"`rollout.reward.rewards`: two parts have the same name: {', '.join(self.names)}. Give each a `name`."
+            )
+
+    @property
+    def name(self) -> str:
+        return " + ".join(f"{weight:g} {name}" for weight, name in zip(self.weights, self.names, strict=True))
+
+    def fingerprint(self) -> str:
+        parts = zip(self.names, self.weights, self.parts, strict=True)
+        return "CombinedReward(" + ", ".join(f"{n}: {w!r} * {p.fingerprint()}" for n, w, p in parts) + ")"
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        for part in self.parts:
+            part.check(samples)
+
+    @property
+    def by_prompt(self) -> bool:
+        return any(part.by_prompt for part in self.parts)
+
+    @property
+    def one_by_one(self) -> bool:
+        return all(part.one_by_one for part in self.parts)
+
+    def score(self, batch: Sequence[Sample]) -> list[RewardResult | Failure]:
+        scored = [part.score(batch) for part in self.parts]
+        for name, results in zip(self.names, scored, strict=True):
+            if len(results) != len(batch):
+                raise ValueError(f"`{name}` returned {len(results)} scores for {len(batch)} answers")
+        return [self._sum(results) for results in zip(*scored, strict=True)]
+
+    def _sum(self, results: Sequence[Any]) -> RewardResult | Failure:
+        total, components, truncated = 0.0, {}, 0
+        for name, weight, result in zip(self.names, self.weights, results, strict=True):
+            if isinstance(result, Failure):
+                return Failure(result.kind, f"{name}: {result.detail}", result.final)
+            total += weight * result.reward
+            components[name] = result.reward
+            components |= {f"{name}/{part}": value for part, value in result.components.items()}
+            truncated = max(truncated, result.truncated_tokens)
+        return RewardResult(total, components, truncated)
+
+    def rest(self) -> None:
+        for part in self.parts:
+            part.rest()
+
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
+
+def _short_name(name: str) -> str:
+    """`package.module.function` as `function`; a class without its arguments."""
+    return name.partition("(")[0].rpartition(":")[2].rpartition(".")[2]

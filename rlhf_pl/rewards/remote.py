@@ -1,0 +1,171 @@
+"""JSON over HTTP to a service that scores: many requests at once, each with a time limit and retries."""
+
+import asyncio
+import json
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.rewards.base import Failure
+
+T = TypeVar("T")
+MAX_BODY_BYTES = 64 * 2**20
+_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that may be different a moment later
+
+
+class WrongAnswerError(Exception):
+    """The service answered something else than was agreed on."""
+
+
+class Service:
+    """A URL that takes and gives JSON.
+
+    Args:
+        url: Where requests are posted to.
+        timeout_s: Time limit of an attempt, seconds, from connecting to the last byte.
+        retries: Further attempts after a failure.
+        backoff_s: Pause before the second attempt, seconds; doubled before every further one.
+        concurrency: Requests under way at a time.
+        api_key_env: Environment variable with a key that is sent as a bearer token; None for none.
+        option: The option that holds the URL, for errors.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        timeout_s: float,
+        retries: int,
+        backoff_s: float,
+        concurrency: int,
+        api_key_env: str | None,
+        option: str = "rollout.reward.url",
+    ) -> None:
+        if not url.startswith(("http://", "https://")):
+            raise InputError(f"`{option}` must begin with http:// or https://, got {url!r}.")
+        for name, value, least in (
+            ("concurrency", concurrency, 1),
+            ("retries", retries, 0),
+            ("backoff_s", backoff_s, 0),
+        ):
+            if value < least:
+                raise InputError(f"`rollout.reward.{name}` must be {least} or more, got {value}.")
+        if not timeout_s > 0:
+            raise InputError(f"`rollout.reward.timeout_s` must be above 0 seconds, got {timeout_s}.")
+        self.url, self.timeout_s, self.retries, self.backoff_s = url, timeout_s, retries, backoff_s
+        self.concurrency, self.api_key_env = concurrency, api_key_env
+
+    def check(self) -> None:
+        """Raise InputError if the key is not in the environment."""
+        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
+            raise InputError(
+                f"`rollout.reward.api_key_env`: the environment variable {self.api_key_env} is not set. Set it to your "
+                "key; null sends none."
+            )
+
+    def map(self, payloads: Sequence[Mapping[str, Any]], parse: Callable[[int, Any], T]) -> list[T | Failure]:
+        """What `parse(number of the payload, JSON body)` makes of the service's answers, in order.
+
+        `parse` raises WrongAnswerError for a body that is not as agreed, which is tried again like a server's error.
+        """
+        if not payloads:
+            return []
+        return _run(self._map(payloads, parse))
+
+    async def _map(self, payloads: Sequence[Mapping[str, Any]], parse: Callable[[int, Any], T]) -> list[T | Failure]:
+        import httpx
+
+        gate = asyncio.Semaphore(self.concurrency)
+        headers = {"content-type": "application/json"}
+        if self.api_key_env is not None and os.environ.get(self.api_key_env):
+            headers["authorization"] = f"Bearer {os.environ[self.api_key_env]}"
+        limits = httpx.Limits(max_connections=self.concurrency)
+        async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers) as client:
+
+            async def one(number: int) -> T | Failure:
+                async with gate:
+                    return await self._post(client, payloads[number], lambda body: parse(number, body))
+
+            return list(await asyncio.gather(*(one(i) for i in range(len(payloads)))))
+
+    async def _post(self, client: Any, payload: Mapping[str, Any], parse: Callable[[Any], T]) -> T | Failure:
+        failure = Failure("exception", "", True)
+        for attempt in range(self.retries + 1):
+            pause = self.backoff_s * 2 ** (attempt - 1) if attempt else 0.0
+            await asyncio.sleep(pause)
+            found, again, wait = await self._attempt(client, payload, parse)
+            if not isinstance(found, Failure):
+                return found
+            times = f" ({attempt + 1} attempts)" if attempt else ""
+            failure = Failure(found.kind, f"{found.detail}{times}.", True)
+            if not again:
+                break
+            if wait and attempt < self.retries:
+                await asyncio.sleep(max(0.0, min(wait, 60.0) - self.backoff_s * 2**attempt))
+        return failure
+
+    async def _attempt(
+        self, client: Any, payload: Mapping[str, Any], parse: Callable[[Any], T]
+    ) -> tuple[T | Failure, bool, float]:
+        """(what came of it, whether another attempt may help, how long the service asks to wait, seconds)."""
+        import httpx
+
+        try:
+            async with asyncio.timeout(self.timeout_s):
+                status, headers, body = await self._exchange(client, payload)
+        except TimeoutError:
+            return Failure("timeout", f"{self.url} gave no whole answer within {self.timeout_s:g} s"), True, 0.0
+        except httpx.ConnectError as error:
+            return Failure("unreachable", f"{self.url} can't be reached: {error or type(error).__name__}"), True, 0.0
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            reason = str(error) or type(error).__name__
+            return Failure("exception", f"the connection to {self.url} broke: {reason}"), True, 0.0
+        except WrongAnswerError as error:
+            return Failure("exception", f"{self.url}: {error}"), False, 0.0
+        if not 200 <= status < 300:
+            said = body[:200].decode(errors="replace").strip().replace("\n", " ")
+            wait = headers.get("retry-after", "")
+            seconds = float(wait) if wait.isdigit() else 0.0
+            return Failure("exception", f"{self.url} answered with status {status}: {said}"), status in _AGAIN, seconds
+        try:
+            return parse(json.loads(body)), False, 0.0
+        except (ValueError, RecursionError):
+            said = body[:80].decode(errors="replace")
+            return Failure("exception", f"{self.url} gave no JSON: {said!r}"), True, 0.0
+        except WrongAnswerError as error:
+            return Failure("exception", f"{self.url}: {error}"), True, 0.0
+
+    async def _exchange(self, client: Any, payload: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
+        content = json.dumps(payload, ensure_ascii=False, default=str).encode("utf-8", "replace")
+        async with client.stream("POST", self.url, content=content) as response:
+            body = bytearray()
+            async for piece in response.aiter_bytes():
+                body += piece
+                if len(body) > MAX_BODY_BYTES:
+                    raise WrongAnswerError(f"the answer is longer than {MAX_BODY_BYTES // 2**20} MiB")
+            return response.status_code, response.headers, bytes(body)
+
+
+def _run(coroutine: Any) -> Any:
+    """Run to the end, also where an event loop runs already, as in a notebook."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(coroutine)
+    found: list[Any] = []
+    thread = threading.Thread(target=lambda: found.append(asyncio.run(coroutine)))
+    thread.start()
+    thread.join()
+    return found[0]
+
+
+def number(value: Any, what: str) -> float:
+    """A JSON number; NaN and infinities pass, for the caller to refuse by name.
+
+    Raises:
+        WrongAnswerError: It is none.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise WrongAnswerError(f"{what} is {value!r}; expected a number")
+    return float(value)
