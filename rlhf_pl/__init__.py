@@ -4,10 +4,10 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_pl.data import PreferenceDataModule, RoundDataModule
+    from rlhf_pl.data import PreferenceDataModule, RoundDataModule, SFTDataModule
     from rlhf_pl.lora import LoRA
     from rlhf_pl.losses import PairwiseLoss, RebelLoss
-    from rlhf_pl.modules import RebelModule, RewardModelModule
+    from rlhf_pl.modules import RebelModule, RewardModelModule, SFTModule
     from rlhf_pl.pairs import BestWorst, PairSelector, RandomPair
     from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample
     from rlhf_pl.rollout import Sampler, SamplingConfig, TransformersSampler, VLLMSampler
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("PreferenceDataModule", "RoundDataModule"), "rlhf_pl.data"),
-    **dict.fromkeys(("RebelModule", "RewardModelModule"), "rlhf_pl.modules"),
+    **dict.fromkeys(("PreferenceDataModule", "RoundDataModule", "SFTDataModule"), "rlhf_pl.data"),
+    **dict.fromkeys(("RebelModule", "RewardModelModule", "SFTModule"), "rlhf_pl.modules"),
     "LoRA": "rlhf_pl.lora",
     **dict.fromkeys(("PairwiseLoss", "RebelLoss"), "rlhf_pl.losses"),
     **dict.fromkeys(("BestWorst", "PairSelector", "RandomPair"), "rlhf_pl.pairs"),
@@ -38,6 +38,8 @@ __all__ = [
     "RewardModelModule",
     "RewardResult",
     "RoundDataModule",
+    "SFTDataModule",
+    "SFTModule",
     "Sample",
     "Sampler",
     "SamplingConfig",

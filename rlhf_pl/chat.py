@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from rlhf_pl.errors import InputError
+
 Message = dict[str, str]
 
 
@@ -53,3 +55,59 @@ def eos_token_ids(tokenizer: Any, *configs: Any) -> tuple[int, ...]:
         if value is not None:
             ids.update(value if isinstance(value, list | tuple) else [value])
     return tuple(sorted(ids))
+
+
+def encode_conversation(
+    tokenizer: Any, messages: Sequence[Message], eos: Sequence[int], every_answer: bool = True
+) -> tuple[list[int], list[bool]]:
+    """Token ids of a whole conversation, and which of them the assistant says.
+
+    An answer is what stands between the point where it would be generated and its EOS, which belongs to it. Prompts
+    and answers are tokenized apart, as they are when the model answers.
+
+    Args:
+        tokenizer: With a chat template.
+        messages: The last one is the assistant's.
+        eos: Ids that end an answer.
+        every_answer: Mark all the assistant's messages, or only the last one.
+
+    Returns:
+        (ids, mask), equally long; the mask is True at answers.
+
+    Raises:
+        InputError: The template writes no EOS after an answer, or writes earlier turns otherwise than last ones.
+    """
+    text = _render(tokenizer, messages, False)
+    answers = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
+    ids: list[int] = []
+    mask: list[bool] = []
+    position = 0
+
+    def add(piece: str, count: int = 0) -> None:
+        tokens = tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
+        end = 0
+        if count:
+            ends = [i for i, token in enumerate(tokens) if token in eos]
+            if not ends:
+                raise InputError("the chat template writes no EOS after the answer: a model would never learn to stop")
+            end = ends[-1] + 1
+        ids.extend(tokens)
+        mask.extend(i < end for i in range(len(tokens)))
+
+    for i in answers if every_answer else answers[-1:]:
+        before, through = _render(tokenizer, messages[:i], True), _render(tokenizer, messages[: i + 1], False)
+        if not (text.startswith(through) and through.startswith(before)):
+            hint = "take the last answer alone (loss_on: last)" if every_answer and len(answers) > 1 else "change it"
+            raise InputError(f"the chat template writes message {i} otherwise when more follows; {hint}")
+        add(text[position : len(before)])
+        add(text[len(before) : len(through)], 1)
+        position = len(through)
+    add(text[position:])
+    return ids, mask
+
+
+def _render(tokenizer: Any, messages: Sequence[Message], generation_prompt: bool) -> str:
+    try:
+        return tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=generation_prompt)
+    except Exception as error:  # each template refuses in its own way
+        raise InputError(f"the chat template refuses the roles {[m['role'] for m in messages]}: {error}") from error

@@ -123,21 +123,28 @@ class PolicyLM(nn.Module):
         self.logprob_chunk_tokens = logprob_chunk_tokens
 
     def forward(
-        self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float = 1.0
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None,
+        response_mask: Tensor,
+        temperature: float = 1.0,
+        position_ids: Tensor | None = None,
     ) -> Tensor:
         """Log-prob of every response token given what stands before it.
 
         Args:
             input_ids: Prompt, response, padding on the right, shape (B, T), int64.
-            attention_mask: 1 at prompt and response tokens, shape (B, T).
+            attention_mask: 1 at prompt and response tokens, shape (B, T); None with `position_ids`.
             response_mask: 1 at response tokens (EOS included), shape (B, T), bool; never at position 0.
             temperature: The sampling temperature that divides the logits.
+            position_ids: Positions of several sequences in a row, from 0 in each, shape (B, T): where they start anew
+                a sequence begins that does not see those before it.
 
         Returns:
             Shape (B, T), float32, nats; 0 where `response_mask` is 0.
         """
         hidden = self.lm.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, use_cache=False
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
         ).last_hidden_state
         mask = response_mask[:, 1:].bool()
         logps = chunked_logps(

@@ -121,10 +121,19 @@ class RoundBatches(Sampler):
         rank: This process.
         lengths: Of each pair; where given, the pairs of an update are sorted by it, so that a micro-batch's rows are
             alike. The update sees the same pairs.
+        sizes: What each pair counts; where given, weights make an update's gradient the mean over these instead of
+            over pairs.
     """
 
-    def __init__(self, plan: UpdatePlan, order_seed: str, rank: int = 0, lengths: Sequence[int] | None = None) -> None:
-        self.plan, self.order_seed, self.rank, self.lengths = plan, order_seed, rank, lengths
+    def __init__(
+        self,
+        plan: UpdatePlan,
+        order_seed: str,
+        rank: int = 0,
+        lengths: Sequence[int] | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> None:
+        self.plan, self.order_seed, self.rank, self.lengths, self.sizes = plan, order_seed, rank, lengths, sizes
         self.skip = 0
 
     def __len__(self) -> int:
@@ -142,7 +151,14 @@ class RoundBatches(Sampler):
         skip, self.skip = self.skip, 0
         for micro_batch in self.plan.micro_batches[skip:]:
             mine = order[micro_batch.start + self.rank : micro_batch.stop : self.plan.world_size]
-            yield mine, micro_batch.weight
+            yield mine, micro_batch.weight if self.sizes is None else self._weight(order, mine, micro_batch.start)
+
+    def _weight(self, order: list[int], mine: list[int], start: int) -> float:
+        """Factor on the mean over `mine`, so that Lightning's mean over micro-batches and ranks is that over sizes."""
+        assert self.sizes is not None
+        plan, first = self.plan, start - start % self.plan.pairs_per_update
+        total = sum(self.sizes[i] for i in order[first : first + plan.pairs_per_update])
+        return plan.accumulate * plan.world_size * sum(self.sizes[i] for i in mine) / max(1, total)
 
 
 class RoundLoader(DataLoader):

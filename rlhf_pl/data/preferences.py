@@ -3,7 +3,7 @@
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 from rlhf_pl.chat import Message, message_problem, with_system_prompt
@@ -24,6 +24,7 @@ class Preference:
         rejected: Text of the other one.
         label: Probability that `chosen` is the better one: 1, or 0.5 for a tie.
         margin: By how much the chosen answer's score should be higher at least, reward units.
+        columns: The row's other columns.
     """
 
     messages: list[Message]
@@ -31,6 +32,7 @@ class Preference:
     rejected: str
     label: float = 1.0
     margin: float = 0.0
+    columns: Mapping[str, Any] = field(default_factory=dict)
 
 
 class WrongPairError(InputError):
@@ -127,7 +129,8 @@ def parse_preference(row: Row, names: Mapping[str, str]) -> Preference:
         raise InputError(f"`{columns['margin']}` is {margin}; expected 0 or more")
     if label < 0.5:
         chosen, rejected, label = rejected, chosen, 1 - label
-    return Preference(messages, chosen, rejected, label, margin)
+    rest = {str(k): v for k, v in row.items() if k not in columns.values()}
+    return Preference(messages, chosen, rejected, label, margin, rest)
 
 
 def _label(row: Row, column: str) -> float:

@@ -2,5 +2,6 @@
 
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.modules.reward_model import RewardModelModule
+from rlhf_pl.modules.sft import SFTModule
 
-__all__ = ["RebelModule", "RewardModelModule"]
+__all__ = ["RebelModule", "RewardModelModule", "SFTModule"]

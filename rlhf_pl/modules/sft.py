@@ -1,0 +1,167 @@
+"""Supervised fine-tuning as a LightningModule."""
+
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
+
+from rlhf_pl.data.sft_module import SFTBatch
+from rlhf_pl.errors import InputError
+from rlhf_pl.export import check_weights, export_folder
+from rlhf_pl.lora import LoRA, add_lora, check_lora, merged_state_dict
+from rlhf_pl.modules.logging import Means, is_update, log_update
+from rlhf_pl.modules.optimization import Optimization, check_precision
+from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm
+
+
+class SFTModule(L.LightningModule):
+    """A policy that learns to give the answers of the data: cross-entropy over the assistant's tokens alone.
+
+    Args:
+        policy: The model to tune: a folder in Hugging Face format, or a Hub id.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer; it steps once an update.
+        lora: Train low-rank adapters instead of all weights; they are merged in the export.
+        dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
+        attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
+        gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
+        logprob_chunk_tokens: Answer tokens whose logits are in memory at a time.
+        chat_template: A Jinja file that replaces the tokenizer's chat template.
+        revision: Branch, tag or commit of a Hub id.
+        trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
+    """
+
+    def __init__(
+        self,
+        policy: str,
+        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5),
+        lr_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o, warmup=0.1),
+        lora: LoRA | None = None,
+        dtype: DType = "float32",
+        attn_implementation: str = "sdpa",
+        gradient_checkpointing: bool = False,
+        logprob_chunk_tokens: int = 1024,
+        chat_template: str | None = None,
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> None:
+        super().__init__()
+        if logprob_chunk_tokens < 1:
+            raise InputError(f"`model.logprob_chunk_tokens` must be 1 or more, got {logprob_chunk_tokens}.")
+        check_lora(lora)
+        self.source = PolicySource(policy, revision, chat_template, trust_remote_code)
+        self.optimization = Optimization(optimizer, lr_scheduler)
+        self.lora = lora
+        self.dtype_name: DType = dtype
+        self.attn_implementation = attn_implementation
+        self.gradient_checkpointing = gradient_checkpointing
+        self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.policy: PolicyLM | None = None
+        self.train_means, self.val_means = Means(), Means()
+
+    def setup(self, stage: str) -> None:
+        check_precision(self.trainer)
+
+    def configure_model(self) -> None:
+        """Load the policy. Lightning calls it after all inputs have been checked."""
+        if self.policy is not None:
+            return
+        lm = load_lm(self.source, self.dtype_name, self.attn_implementation)
+        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
+            check_packing(lm, self.source)
+        if self.lora is not None:
+            add_lora(lm, self.lora, int(os.environ.get("PL_GLOBAL_SEED", 0)), train_head=False)
+        if self.gradient_checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self.policy = PolicyLM(lm, self.logprob_chunk_tokens).train()
+
+    def forward(self, input_ids: Tensor, position_ids: Tensor, response_mask: Tensor) -> Tensor:
+        """Log-probs of the learned tokens, shape (R, T); 0 elsewhere."""
+        assert self.policy is not None
+        return self.policy(input_ids, None, response_mask, position_ids=position_ids)
+
+    def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
+        loss, tokens = self._loss(batch)
+        self.train_means.add(weights=float(tokens), loss=loss.detach())
+        if is_update(self.trainer, batch_idx):
+            log_update(self, self.train_means.take("train"))
+        return loss * batch.weight
+
+    def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
+        loss, tokens = self._loss(batch)
+        self.val_means.add(weights=float(tokens), loss=loss)
+
+    def _loss(self, batch: SFTBatch) -> tuple[Tensor, int]:
+        """(mean negative log-prob of the learned tokens, nats; their number)."""
+        tokens = int(batch.inputs["response_mask"].sum())
+        return -self(**batch.inputs).sum() / max(1, tokens), tokens
+
+    def on_validation_epoch_end(self) -> None:
+        metrics = self.val_means.take("val")
+        metrics["val/perplexity"] = math.exp(min(metrics["val/loss"], 700.0))
+        self.log_dict(metrics)
+
+    def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
+        """The held-out metrics of an epoch in a line."""
+        return (
+            f"held-out perplexity {metrics['val/perplexity']:.3f} (loss {metrics['val/loss']:.3f} nats a token, "
+            f"{held_out} conversations)"
+        )
+
+    def hf_state_dict(self) -> Mapping[str, Tensor]:
+        """The policy's weights under their Hugging Face names, tied ones included, adapters merged."""
+        assert self.policy is not None
+        return merged_state_dict(self.policy.lm)
+
+    def export(self, folder: str, dtype: str | None = None) -> None:
+        """Write the policy as a Hugging Face folder: safetensors, tokenizer, chat template, generation config.
+
+        Args:
+            folder: Where to; made if missing.
+            dtype: Dtype of the weights; None for that of the model the run started from.
+        """
+        assert self.policy is not None
+        export_folder(self.policy.lm, self.source, self.hf_state_dict(), folder, dtype)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.policy is not None:
+            check_weights(self, checkpoint["state_dict"], self.source)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        return self.optimization.configure(self)
+
+    def on_train_start(self) -> None:
+        self.optimization.on_train_start(self.trainer)
+
+    def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
+        self.optimization.on_train_batch_start(self.trainer, batch_idx)
+
+
+@torch.no_grad()
+def check_packing(lm: Any, source: PolicySource) -> None:
+    """Two sequences in a row must give what each gives alone.
+
+    Raises:
+        InputError: They see each other in this architecture.
+    """
+    vocabulary = lm.config.get_text_config().vocab_size
+    first, second = torch.arange(5, 12) % vocabulary, torch.arange(3, 9) % vocabulary
+    alone = [lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in (first, second)]
+    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None]
+    packed = lm.base_model(
+        input_ids=torch.cat([first, second])[None], position_ids=positions, use_cache=False
+    ).last_hidden_state[0]
+    expected = torch.cat(alone).float()
+    tolerance = (1e-3 if lm.dtype == torch.float32 else 5e-2) * float(expected.abs().max())
+    if (packed.float() - expected).abs().max() > tolerance:
+        raise InputError(
+            f"`data.packing`: in {source.path!r} ({type(lm).__name__}) conversations in one row would see each other. "
+            "Set --data.packing false."
+        )
