@@ -6,6 +6,7 @@ if __name__ != "rlhf_pl.callbacks":
 from rlhf_pl.callbacks.degeneration_guard import DegenerationGuard
 from rlhf_pl.callbacks.epoch_run import EpochRun
 from rlhf_pl.callbacks.hf_export import HFExport
+from rlhf_pl.callbacks.offline_logps import OfflineLogps
 from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint, RunStopped
 from rlhf_pl.callbacks.round_progress import RoundProgress
 from rlhf_pl.callbacks.round_refresh import RoundRefresh
@@ -16,6 +17,7 @@ __all__ = [
     "DegenerationGuard",
     "EpochRun",
     "HFExport",
+    "OfflineLogps",
     "RoundCheckpoint",
     "RoundProgress",
     "RoundRefresh",

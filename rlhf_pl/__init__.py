@@ -4,7 +4,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_pl.data import PreferenceDataModule, RoundDataModule, SFTDataModule
+    from rlhf_pl.data import OfflineDataModule, PreferenceDataModule, RoundDataModule, SFTDataModule
     from rlhf_pl.lora import LoRA
     from rlhf_pl.losses import PairwiseLoss, RebelLoss
     from rlhf_pl.modules import RebelModule, RewardModelModule, SFTModule
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _HOME = {
-    **dict.fromkeys(("PreferenceDataModule", "RoundDataModule", "SFTDataModule"), "rlhf_pl.data"),
+    **dict.fromkeys(("OfflineDataModule", "PreferenceDataModule", "RoundDataModule", "SFTDataModule"), "rlhf_pl.data"),
     **dict.fromkeys(("RebelModule", "RewardModelModule", "SFTModule"), "rlhf_pl.modules"),
     "LoRA": "rlhf_pl.lora",
     **dict.fromkeys(("PairwiseLoss", "RebelLoss"), "rlhf_pl.losses"),
@@ -28,6 +28,7 @@ __all__ = [
     "BestWorst",
     "FunctionReward",
     "LoRA",
+    "OfflineDataModule",
     "PairSelector",
     "PairwiseLoss",
     "PreferenceDataModule",

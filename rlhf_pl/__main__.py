@@ -11,6 +11,7 @@ RLHF on PyTorch Lightning: improve a chat model with REBEL, round after round.
 
 commands:
   fit     train; `rlhf-pl fit --help` lists every option, `--print_config` writes a complete config
+  score   score a file of conversations, or of preference pairs, with a reward
   rounds  show what a run directory holds: `rlhf-pl rounds RUN_DIR`
 
 A first run, from the repository:  rlhf-pl fit --config configs/quickstart.yaml
@@ -38,13 +39,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rlhf_pl import inspect_rounds
 
         return inspect_rounds.run(argv[1:])
-    if argv[0] != "fit":
+    if argv[0] not in ("fit", "score"):
         print(f"error: unknown command {argv[0]!r}. `rlhf-pl --help` lists the commands.", file=sys.stderr)
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
-    from rlhf_pl.cli import run
+    return _with_one_error(argv)
 
-    return run(argv)
+
+def _with_one_error(argv: list[str]) -> int:
+    """Run a command that loads models; a wrong input ends it with one message."""
+    from rlhf_pl.mistakes import mistake_behind
+    from rlhf_pl.quiet import quiet_libraries
+
+    quiet_libraries()
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())  # users' rewards and classes live where they call us
+    try:
+        if argv[0] == "score":
+            from rlhf_pl import score_command
+
+            return score_command.run(argv[1:])
+        from rlhf_pl import cli
+
+        return cli.run(argv)
+    except Exception as error:
+        wrong = mistake_behind(error)
+        if wrong is None:
+            raise
+        print(f"error: {wrong}", file=sys.stderr)
+        return 1
 
 
 if __name__ == "__main__":

@@ -1,11 +1,9 @@
 """`rlhf-pl fit`: a LightningCLI with this project's defaults."""
 
-import logging
 import os
 import signal
 import sys
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,6 +19,7 @@ from rlhf_pl.callbacks import (
     DegenerationGuard,
     EpochRun,
     HFExport,
+    OfflineLogps,
     RoundCheckpoint,
     RoundProgress,
     RoundRefresh,
@@ -31,12 +30,12 @@ from rlhf_pl.callbacks import (
 from rlhf_pl.checkpoints import read_progress
 from rlhf_pl.cli_parser import DEFAULT_CLASSES, Parser
 from rlhf_pl.console import console
-from rlhf_pl.data import RoundDataModule
+from rlhf_pl.data import OfflineDataModule, RoundDataModule
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import Exportable
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import keep_freed_memory
-from rlhf_pl.mistakes import as_mistakes, mistake_behind
+from rlhf_pl.mistakes import as_mistakes
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.provenance import StageSettings
 from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
@@ -109,21 +108,22 @@ class RlhfCLI(LightningCLI):
         self.rounds.repair = self._get(self.config_init, "repair")
         self.rounds.accept_changes = self._get(self.config_init, "accept_changes")
         report: list[Callback] = [RunReport()]
-        if not isinstance(self.model, RebelModule):
+        if not isinstance(self.model, RebelModule) or isinstance(self.datamodule, OfflineDataModule):
             own, report = self._of_fixed_data(own), []
         # ours come first: what they log is there when EarlyStopping and the like look for it
         return self._instantiate_trainer(config | kwargs | {"callbacks": [*own, *callbacks]}, report)
 
     def _of_fixed_data(self, own: list[Callback]) -> list[Callback]:
-        """The callbacks of a run without rounds: reward models, SFT, users' own modules."""
+        """The callbacks of a run that samples nothing: reward models, SFT, offline pairs, users' own modules."""
         if self.rounds.options is not None:
             raise InputError(
-                f"`rollout.reward` is given, but {type(self.model).__name__} trains on fixed data: nothing is scored. "
-                "Leave it out, or train a RebelModule."
+                f"`rollout.reward` is given, but {type(self.model).__name__} with {type(self.datamodule).__name__} "
+                "trains on fixed data: nothing is scored. Leave it out, or train a RebelModule on a RoundDataModule."
             )
+        offline = [OfflineLogps()] if isinstance(self.datamodule, OfflineDataModule) else []
         kinds = (RoundCheckpoint, HFExport) if isinstance(self.model, Exportable) else (RoundCheckpoint,)
         kept: list[Callback] = [callback for callback in own if isinstance(callback, kinds)]
-        return [EpochRun(), *kept] if hasattr(self.model, "describe_epoch") else kept
+        return [EpochRun(), *offline, *kept] if hasattr(self.model, "describe_epoch") else kept
 
     @staticmethod
     def _check_devices(config: dict[str, Any]) -> None:
@@ -190,26 +190,16 @@ def _has(callbacks: list[Callback], kind: type) -> bool:
 
 def run(argv: Sequence[str]) -> int:
     """`rlhf-pl fit ...`: 0, or 1 with one error for a wrong input."""
-    _quiet_libraries()
     if not torch.cuda.is_available():
         keep_freed_memory()
-    if str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))  # users' rewards and classes live where they call us
-    before = sys.argv
     # Lightning's launchers start further processes with these arguments.
-    sys.argv = [before[0], argv[0], *_environment_arguments(), *argv[1:]]
+    sys.argv = [sys.argv[0], argv[0], *_environment_arguments(), *argv[1:]]
     try:
         with _stopped_early():
             RlhfCLI()
     except RunStopped as stop:
         print(stop, file=sys.stderr)
         return 128 + stop.signum
-    except Exception as error:
-        wrong = mistake_behind(error)
-        if wrong is None:
-            raise
-        print(f"error: {wrong}", file=sys.stderr)
-        return 1
     return 0
 
 
@@ -243,18 +233,3 @@ def _environment_arguments() -> list[str]:
                 field = name.removeprefix(prefix).lower().replace("__", ".")
                 arguments.append(f"--{group}.{field}={value}")
     return arguments
-
-
-def _quiet_libraries() -> None:
-    """Keep the terminal for what the user asked for. `RLHF_PL_VERBOSE=1` lets the libraries talk."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if os.environ.get("RLHF_PL_VERBOSE") == "1":
-        return
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "huggingface_hub", "filelock"):
-        logging.getLogger(name).setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse|vllm)\b.*")
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    from transformers.utils import logging as transformers_logging
-
-    transformers_logging.disable_progress_bar()

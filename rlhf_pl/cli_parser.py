@@ -5,11 +5,28 @@ import re
 import sys
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.modules import RebelModule
+
+
+def _drop_defaults(parser_or_action: Any, before: Any, now: Any) -> None:
+    """When another class is chosen, drop the defaults of the one before: its learning rate is not the new one's.
+
+    jsonargparse keeps all options that both classes have; those that a user has set are still kept.
+    """
+    if before and before.get("init_args") and before["class_path"] != now["class_path"]:
+        defaults = _typehints.ActionTypeHint.get_class_parser(before["class_path"], {}).get_defaults()
+        for name in list(vars(before["init_args"])):
+            if name in defaults and before["init_args"][name] == defaults[name]:
+                del before["init_args"][name]
+    _discard(parser_or_action, before, now)
+
+
+_discard = _typehints.discard_init_args_on_class_path_change
+_typehints.discard_init_args_on_class_path_change = _drop_defaults
 
 DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
 MAX_ERROR_LINES = 12

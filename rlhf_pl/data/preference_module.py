@@ -15,6 +15,7 @@ from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
 
 
@@ -66,7 +67,7 @@ class PreferenceDataset(Dataset):
         indices, weight = request
         pairs = [self.pairs[i] for i in indices]
         rows: list[Rendered] = [self.rows[i][which] for which in (0, 1) for i in indices]
-        longer = [0.5 * (1 + (len(p.chosen) > len(p.rejected)) - (len(p.chosen) < len(p.rejected))) for p in pairs]
+        longer = [longer_text(p.chosen, p.rejected) for p in pairs]
         return PreferenceBatch(
             padded(rows, self.pad_id),
             torch.tensor([p.label for p in pairs]),

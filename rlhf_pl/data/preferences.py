@@ -39,6 +39,10 @@ class WrongPairError(InputError):
     """A pair that nothing can be learned from: equal answers, or an empty one."""
 
 
+class EqualAnswersError(WrongPairError):
+    """Both answers are the same."""
+
+
 @dataclass(frozen=True)
 class Preferences:
     """What a file holds.
@@ -111,6 +115,27 @@ def parse_preference(row: Row, names: Mapping[str, str]) -> Preference:
         InputError: It is no comparison at all.
     """
     columns = {key: names.get(key, key) for key in COLUMNS}
+    messages, chosen, rejected = parse_answers(row, columns)
+    label, margin = _label(row, columns["label"]), number_of(row, columns["margin"], 0.0)
+    if margin < 0:
+        raise InputError(f"`{columns['margin']}` is {margin}; expected 0 or more")
+    if label < 0.5:
+        chosen, rejected, label = rejected, chosen, 1 - label
+    rest = {str(k): v for k, v in row.items() if k not in columns.values()}
+    return Preference(messages, chosen, rejected, label, margin, rest)
+
+
+def parse_answers(row: Row, columns: Mapping[str, str]) -> tuple[list[Message], str, str]:
+    """(messages of the prompt, chosen answer, rejected answer) of a row.
+
+    Args:
+        row: The row.
+        columns: What it calls `prompt`, `chosen` and `rejected`.
+
+    Raises:
+        WrongPairError: The answers are equal (EqualAnswersError), or one is empty.
+        InputError: It has no two answers to one prompt.
+    """
     for key in ("chosen", "rejected"):
         if columns[key] not in row:
             found = ", ".join(map(str, row)) or "none"
@@ -123,27 +148,22 @@ def parse_preference(row: Row, names: Mapping[str, str]) -> Preference:
         if not text.strip():
             raise WrongPairError(f"the answer in `{columns[key]}` is empty; expected text")
     if chosen.strip() == rejected.strip():
-        raise WrongPairError(f"`{columns['chosen']}` and `{columns['rejected']}` are the same answer")
-    label, margin = _label(row, columns["label"]), _number(row, columns["margin"], 0.0)
-    if margin < 0:
-        raise InputError(f"`{columns['margin']}` is {margin}; expected 0 or more")
-    if label < 0.5:
-        chosen, rejected, label = rejected, chosen, 1 - label
-    rest = {str(k): v for k, v in row.items() if k not in columns.values()}
-    return Preference(messages, chosen, rejected, label, margin, rest)
+        raise EqualAnswersError(f"`{columns['chosen']}` and `{columns['rejected']}` are the same answer")
+    return messages, chosen, rejected
 
 
 def _label(row: Row, column: str) -> float:
     value = row.get(column)
     if isinstance(value, str) and value.strip().lower() == "tie":
         return 0.5
-    label = _number(row, column, 1.0)
+    label = number_of(row, column, 1.0)
     if not 0 <= label <= 1:
         raise InputError(f"`{column}` is {value!r}; expected 1 (chosen is better), 0.5 or `tie`, or 0")
     return label
 
 
-def _number(row: Row, column: str, default: float) -> float:
+def number_of(row: Row, column: str, default: float) -> float:
+    """A finite number in a column; `default` where it is empty."""
     value = row.get(column)
     if value is None or value == "":
         return default
@@ -230,7 +250,7 @@ def _shared_beginning(
 def _shared_text(chosen: str, rejected: str, columns: Mapping[str, str]) -> tuple[list[Message], str, str]:
     """The prompt as the texts' common beginning, up to the end of a word."""
     if chosen == rejected:
-        raise WrongPairError(f"`{columns['chosen']}` and `{columns['rejected']}` are the same text")
+        raise EqualAnswersError(f"`{columns['chosen']}` and `{columns['rejected']}` are the same text")
     length = next(
         (i for i, (a, b) in enumerate(zip(chosen, rejected, strict=False)) if a != b), min(len(chosen), len(rejected))
     )

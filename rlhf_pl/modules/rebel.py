@@ -158,6 +158,13 @@ class RebelModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.val_means.take("val"))
 
+    def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
+        """The held-out metrics of an epoch over offline pairs in a line."""
+        return (
+            f"held-out loss {metrics['val/loss']:.3f}, sign agreement {metrics['val/sign_align']:.3f}, KL "
+            f"{metrics['val/kl']:.3f} nats ({held_out} pairs)"
+        )
+
     def round_summary(self) -> dict[str, float | None]:
         """Mean loss over the round's pairs and the KL of its last update; None for a round without updates."""
         trained = float(self.round_loss.weight) > 0

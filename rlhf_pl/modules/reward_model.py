@@ -1,6 +1,5 @@
 """Training a reward model from comparisons."""
 
-import math
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -21,6 +20,7 @@ from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.pair_metrics import wilson_interval
 from rlhf_pl.policy import DType, PolicySource
 from rlhf_pl.rendering import Renderer, SystemPrompt, reward_tokenizer
 
@@ -200,12 +200,3 @@ def _padding_token(tokenizer: Any, source: PolicySource) -> int:
         if token is not None:
             return token
     raise InputError(f"`model.backbone`: the tokenizer of {source.path!r} has no padding, unknown or EOS token.")
-
-
-def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a share seen in `count` trials (Wilson 1927)."""
-    if count == 0:
-        return 0.0, 1.0
-    centre = share + z * z / (2 * count)
-    spread = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
-    return (centre - spread) / (1 + z * z / count), (centre + spread) / (1 + z * z / count)

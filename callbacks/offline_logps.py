@@ -1,0 +1,134 @@
+"""Stores offline pairs with their old policy's log-probs before a run trains on them."""
+
+from typing import Any
+
+import lightning as L
+import numpy as np
+import pyarrow as pa
+
+from rlhf_pl.console import console, phase
+from rlhf_pl.data.offline import OfflineDataModule, OfflinePair, as_table
+from rlhf_pl.errors import InputError
+from rlhf_pl.fingerprints import rows_fingerprint
+from rlhf_pl.modules.rebel import RebelModule
+from rlhf_pl.policy import PolicyLM, load_lm
+from rlhf_pl.provenance import ChangedSettingsError, differences
+from rlhf_pl.rounds import Round
+from rlhf_pl.rows import Row, pad_rows
+from rlhf_pl.snapshot import logps_function
+from rlhf_pl.stages import pair_logps
+from rlhf_pl.stages.select import PAIRS
+
+SURPRISE = 0.1  # nats a token between given and computed log-probs
+
+
+class OfflineLogps(L.Callback):
+    """Computes the log-probs of offline pairs once, from the policy as it starts, and keeps them.
+
+    Args:
+        logps_batch_tokens: Padded tokens per batch.
+    """
+
+    def __init__(self, logps_batch_tokens: int = 4096) -> None:
+        if logps_batch_tokens < 1:
+            raise InputError(f"`logps_batch_tokens` must be 1 or more, got {logps_batch_tokens}.")
+        self.logps_batch_tokens = logps_batch_tokens
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Refuse a run directory of other pairs, and offer the DataModule to prepare its round."""
+        if not isinstance(pl_module, RebelModule):
+            raise InputError(f"OfflineLogps works with RebelModule, got {type(pl_module).__name__}.")
+        if trainer.world_size > 1:
+            raise InputError("`trainer.devices`: log-probs are prepared by one process so far. Set it to 1.")
+        data: Any = trainer.datamodule  # type: ignore[attr-defined]
+        assert isinstance(data, OfflineDataModule)
+        for stored, pairs in ((data.stored, data.train_set), (data.stored_held_out, data.val_set)):
+            before = stored.manifest.get("settings")
+            if before is None:
+                continue
+            if changed := differences(before["pairs"], Round.as_stored(_settings(pl_module, data, pairs))["pairs"]):
+                raise ChangedSettingsError(
+                    f"{stored.path} was made with other settings:\n"
+                    + "\n".join(f"  {line}" for line in changed)
+                    + "\nGive this run a directory of its own (--trainer.default_root_dir DIR)."
+                )
+        data.prepare_round = lambda: self._prepare(trainer, pl_module, data)
+
+    def _prepare(self, trainer: L.Trainer, module: RebelModule, data: OfflineDataModule) -> None:
+        for stored, pairs in ((data.stored, data.train_set), (data.stored_held_out, data.val_set)):
+            settings = Round.as_stored(_settings(module, data, pairs))
+            done = stored.is_complete("logps") and stored.manifest["settings"]["logps"] == settings["logps"]
+            if not pairs or done:
+                continue
+            stored.update(settings=settings)
+            if not stored.is_complete("pairs"):
+                stored.write_shard("pairs", 0, as_table(pairs, PAIRS))
+                stored.complete("pairs", pairs=len(pairs), dropped=data.dropped)
+            self._logps(trainer, module, data, stored, pairs)
+
+    def _logps(
+        self,
+        trainer: L.Trainer,
+        module: RebelModule,
+        data: OfflineDataModule,
+        stored: Round,
+        pairs: list[OfflinePair],
+    ) -> None:
+        given = [p.logps for p in pairs if p.logps is not None]
+        policies = {}
+        if len(given) < len(pairs):
+            policies["old"] = logps_function(trainer, module, _starting_policy(trainer, module))
+        if module.kl_coef > 0:
+            policies["reference"] = logps_function(trainer, module, module.load_reference())
+        show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        if policies:
+            with phase("log-probs of pairs", 2 * len(pairs) * len(policies), "answers", show) as report:
+                pair_logps(stored, policies, self.logps_batch_tokens, data.temperature, report)
+        if len(given) == len(pairs):
+            _keep_given(stored, pairs)
+            self._compare(trainer, module, data, pairs)
+
+    def _compare(
+        self, trainer: L.Trainer, module: RebelModule, data: OfflineDataModule, pairs: list[OfflinePair]
+    ) -> None:
+        """Warn if the log-probs in the data are not those of the policy that this run starts from."""
+
+        logps = logps_function(trainer, module, _starting_policy(trainer, module))
+        few = pairs[:4]
+        rows = [Row(p.prompt_tokens, p.tokens[which]) for p in few for which in (0, 1)]
+        own = logps(pad_rows(rows), data.temperature).sum(-1).double().cpu().numpy()
+        theirs = np.array([value for p in few for value in p.logps or ()])
+        off = float(np.mean(np.abs(own - theirs) / [len(row.response) for row in rows]))
+        if off > SURPRISE:
+            console.print(
+                f"[yellow]warning[/yellow]: the log-probs in the data are {off:.2f} nats a token from this policy's at "
+                f"temperature {data.temperature:g}. They are used as those of the policy that drew the answers; with "
+                "--data.use_logprobs false this policy's own are taken.",
+                soft_wrap=True,
+            )
+
+
+def _settings(module: RebelModule, data: OfflineDataModule, pairs: list[OfflinePair]) -> dict[str, dict[str, Any]]:
+    rows = rows_fingerprint((list(p.prompt_tokens), *map(list, p.tokens), p.rewards, p.logps) for p in pairs)
+    return {
+        "pairs": {"policy": module.source.path, "temperature": data.temperature, "pairs": len(pairs), "rows": rows},
+        "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
+    }
+
+
+def _starting_policy(trainer: L.Trainer, module: RebelModule) -> Any:
+    """The policy before its first update, also in a run that goes on."""
+    if trainer.global_step == 0:
+        return trainer.model
+    lm = load_lm(module.source, module.dtype_name, module.attn_implementation)
+    return PolicyLM(lm.to(module.device), module.logprob_chunk_tokens).requires_grad_(False).eval()
+
+
+def _keep_given(stored: Round, pairs: list[OfflinePair]) -> None:
+    """The log-probs that came with the data, beside those of the reference if there are any."""
+    table = stored.read("logps") if stored.shards("logps") else pa.table({"prompt_id": [p.prompt_id for p in pairs]})
+    for which, name in enumerate(("chosen_old_logp", "rejected_old_logp")):
+        values = pa.array([p.logps[which] if p.logps else None for p in pairs], pa.float64())
+        table = table.append_column(name, values) if name not in table.column_names else table
+    stored.write_shard("logps", 0, table)
+    stored.complete("logps", policies=["given"])

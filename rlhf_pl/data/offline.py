@@ -1,0 +1,293 @@
+"""Pairs with rewards that someone else sampled and scored: rows, and the DataModule that trains on them."""
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import lightning as L
+import pyarrow as pa
+
+from rlhf_pl.chat import encode_conversation, encode_prompt, with_system_prompt
+from rlhf_pl.data.files import Row, check_columns, parse_rows
+from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.options import at_least
+from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
+from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
+from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.errors import InputError
+from rlhf_pl.rounds import Round, RoundStore
+
+# our names, and what the published data sets of REBEL's authors call them
+ALIASES = {
+    "prompt_id": (),
+    "prompt": (),
+    "chosen": (),
+    "rejected": ("reject",),
+    "chosen_reward": (),
+    "rejected_reward": ("reject_reward",),
+    "prompt_tokens": ("llama_prompt_tokens",),
+    "chosen_tokens": ("llama_chosen_tokens",),
+    "rejected_tokens": ("llama_reject_tokens",),
+    "chosen_logprob": (),
+    "rejected_logprob": ("reject_logprob",),
+}
+_TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
+_LOGPROBS = ("chosen_logprob", "rejected_logprob")
+
+
+@dataclass(frozen=True)
+class OfflinePair:
+    """A pair with its rewards.
+
+    Args:
+        prompt_id: The row's.
+        prompt_tokens: Token ids up to where the answers start.
+        texts: The answers, chosen first.
+        tokens: Their token ids, EOS included.
+        rewards: Theirs, reward units.
+        logps: Their summed log-probs under the policy that drew them, nats; None if unknown.
+    """
+
+    prompt_id: str
+    prompt_tokens: Sequence[int]
+    texts: tuple[str, str]
+    tokens: tuple[Sequence[int], Sequence[int]]
+    rewards: tuple[float, float]
+    logps: tuple[float, float] | None
+
+
+class OfflineDataModule(L.LightningDataModule):
+    """Pairs with rewards as the one round of a run that samples nothing.
+
+    A row has `prompt`, `chosen`, `rejected`, `chosen_reward` and `rejected_reward`; the columns of the authors'
+    published data (`reject`, `llama_chosen_tokens`, `chosen_logprob`, ...) are known. Token columns are trained on as
+    they are, without their padding. The log-probs of the old policy are computed once, from the policy as it starts,
+    and kept in the run directory. Every epoch is one more pass over the same pairs.
+
+    Args:
+        pairs: A .jsonl, .json, .csv or .parquet file, or a Hub id.
+        columns: What your data calls the columns, such as `{"rejected_reward": "worst_score"}`.
+        split: Split of a Hub data set.
+        system_prompt: Put in front of conversations that have none.
+        temperature: What the answers were drawn at; log-probs are at this temperature.
+        use_tokens: Take token columns where they are there, instead of tokenizing the texts.
+        use_logprobs: Take log-prob columns where they are there (they need the token columns).
+        max_prompt_tokens: Pairs with longer prompts are left out and counted.
+        max_response_tokens: Pairs with longer answers are left out and counted.
+        val_pairs: Held out: a share below 1, a number of pairs, or a file or Hub id of such.
+        split_seed: Chooses the held-out prompts.
+        batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
+        num_workers: Loader processes.
+        seed: Shuffles the pairs; null takes the run's `seed_everything`.
+    """
+
+    def __init__(
+        self,
+        pairs: str,
+        columns: dict[str, str] | None = None,
+        split: str = "train",
+        system_prompt: str | None = None,
+        temperature: float = 1.0,
+        use_tokens: bool = True,
+        use_logprobs: bool = True,
+        max_prompt_tokens: int = 1024,
+        max_response_tokens: int = 2048,
+        val_pairs: float | str = 0.0,
+        split_seed: int = 0,
+        batch_size: int = 4,
+        num_workers: int = 0,
+        seed: int | None = None,
+    ) -> None:
+        super().__init__()
+        at_least(
+            max_prompt_tokens=(max_prompt_tokens, 1),
+            max_response_tokens=(max_response_tokens, 1),
+            batch_size=(batch_size, 1),
+            num_workers=(num_workers, 0),
+        )
+        if not temperature > 0:
+            raise InputError(f"`data.temperature` must be above 0, got {temperature}.")
+        self.source, self.columns, self.split, self.system_prompt = pairs, columns, split, system_prompt
+        self.temperature, self.use_tokens, self.use_logprobs = temperature, use_tokens, use_logprobs
+        self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
+        self.val_source, self.split_seed = val_pairs, split_seed
+        self.batch_size, self.num_workers, self._seed = batch_size, num_workers, seed
+        self.train_set: list[OfflinePair] = []
+        self.val_set: list[OfflinePair] = []
+        self.dropped: dict[str, int] = {}
+        self.prepare_round: Callable[[], None] | None = None
+
+    @property
+    def seed(self) -> int:
+        """The run's seed."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+
+    @property
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            raise RuntimeError("OfflineDataModule works inside a Trainer: trainer.fit(module, datamodule=this).")
+        return self.trainer
+
+    @property
+    def stored(self) -> Round:
+        """The training pairs in the run directory."""
+        return RoundStore(self._trainer.default_root_dir).round(0)
+
+    @property
+    def stored_held_out(self) -> Round:
+        """The held-out pairs in the run directory."""
+        return RoundStore(self._trainer.default_root_dir).held_out(0)
+
+    def setup(self, stage: str) -> None:
+        """Read, check, tokenize and split the pairs. Runs before any model loads."""
+        if self.train_set:
+            return
+        module: Any = self._trainer.lightning_module
+        pairs = self._load(self.source, "data.pairs", module.source)
+        if isinstance(self.val_source, str):
+            self.train_set, self.val_set = pairs, self._load(self.val_source, "data.val_pairs", module.source)
+            return
+        keys = [repr(list(p.prompt_tokens)) for p in pairs]
+        train, val = split_groups(keys, self.val_source, self.split_seed, "data.val_pairs")
+        self.train_set, self.val_set = [pairs[i] for i in train], [pairs[i] for i in val]
+
+    def _load(self, source: str, option: str, model: Any) -> list[OfflinePair]:
+        names = check_columns(self.columns, tuple(ALIASES))
+
+        def parse(where: str, number: int, row: Row) -> OfflinePair | None:
+            columns = {ours: _column(ours, row, names) for ours in ALIASES}
+            found = self._parse(row, columns, number, model)
+            if isinstance(found, str):
+                self.dropped[found] = self.dropped.get(found, 0) + 1
+                return None
+            return found
+
+        pairs = [pair for pair in parse_rows(source, self.split, option, parse) if pair is not None]
+        if not pairs:
+            raise InputError(f"`{option}`: no row of {source!r} is left to train on: {self._left_out()}.")
+        return pairs
+
+    def _parse(self, row: Row, columns: Mapping[str, str], number: int, model: Any) -> OfflinePair | str:
+        """A pair, or the reason to leave it out."""
+        for name in ("chosen_reward", "rejected_reward"):
+            if row.get(columns[name]) in (None, ""):
+                found = ", ".join(map(str, row))
+                raise InputError(f"no `{columns[name]}`; found {found}. Name yours with --data.columns.{name}")
+        rewards = (number_of(row, columns["chosen_reward"], 0.0), number_of(row, columns["rejected_reward"], 0.0))
+        try:
+            before, *texts = parse_answers(row, columns)
+        except EqualAnswersError:
+            return "equal answers"
+        if rewards[0] == rewards[1]:
+            return "equal rewards"
+        has_tokens = self.use_tokens and all(row.get(columns[name]) is not None for name in _TOKENS)
+        if has_tokens:
+            prompt, *answers = (_without_padding(row[columns[name]], columns[name], model) for name in _TOKENS)
+            _check_tokenizer(answers[0], texts[0], columns["chosen_tokens"], model.tokenizer)
+        else:
+            messages = with_system_prompt(before, self.system_prompt)
+            prompt = encode_prompt(model.tokenizer, messages)
+            answers = [_encode_answer(model, messages, text) for text in texts]
+        if len(prompt) > self.max_prompt_tokens:
+            return "long prompts"
+        if max(map(len, answers)) > self.max_response_tokens:
+            return "long answers"
+        logps = None
+        if has_tokens and self.use_logprobs and all(row.get(columns[name]) is not None for name in _LOGPROBS):
+            logps = (number_of(row, columns["chosen_logprob"], 0.0), number_of(row, columns["rejected_logprob"], 0.0))
+        given = row.get(columns["prompt_id"])
+        prompt_id = f"row-{number}" if given is None else str(given)
+        return OfflinePair(prompt_id, prompt, (texts[0], texts[1]), (answers[0], answers[1]), rewards, logps)
+
+    def _left_out(self) -> str:
+        return ", ".join(f"{count} of {reason}" for reason, count in self.dropped.items()) or "none"
+
+    def describe(self) -> str:
+        """What there is to train on, in a line."""
+        left_out = f"; left out: {self._left_out()}" if self.dropped else ""
+        return f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out{left_out}"
+
+    def train_dataloader(self) -> Any:
+        trainer, epoch = self._trainer, rounds_done(self._trainer)
+        if self.prepare_round is not None:
+            self.prepare_round()
+        dataset = self._pairs(self.stored)
+        plan = UpdatePlan(len(dataset), self.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
+        batches = RoundBatches(plan, f"{self.seed}:{epoch}", trainer.global_rank, dataset.lengths())
+        return RoundLoader(dataset, batches, epoch, self.num_workers)
+
+    def val_dataloader(self) -> Any:
+        if not self.val_set:
+            return []
+        if self.prepare_round is not None:
+            self.prepare_round()
+        dataset = self._pairs(self.stored_held_out)
+        plan = UpdatePlan(len(dataset), self.batch_size, 1, self._trainer.world_size)
+        batches = RoundBatches(plan, "held-out", self._trainer.global_rank, dataset.lengths())
+        return RoundLoader(dataset, batches, 0, self.num_workers)
+
+    def _pairs(self, stored: Round) -> PairDataset:
+        if not stored.is_complete("logps"):
+            raise InputError(f"The log-probs of {stored.path} are missing: give the Trainer OfflineLogps().")
+        return PairDataset(stored.read("pairs"), stored.read("logps"), self.temperature)
+
+
+def _column(ours: str, row: Row, names: Mapping[str, str]) -> str:
+    """What this data calls one of our columns."""
+    if ours in names:
+        return names[ours]
+    return next((name for name in (ours, *ALIASES[ours]) if name in row), ours)
+
+
+def _without_padding(ids: Any, column: str, model: Any) -> list[int]:
+    """Token ids without the padding at their ends: ids outside of the vocabulary, and padding that is no EOS."""
+    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) for i in ids):
+        raise InputError(f"`{column}` is {type(ids).__name__}; expected a list of token ids")
+    padding = model.tokenizer.pad_token_id
+    size = len(model.tokenizer)
+    inside = [0 <= i < size and not (i == padding and padding not in model.eos_token_ids) for i in ids]
+    if True not in inside:
+        raise InputError(f"`{column}` holds nothing but padding")
+    first, last = inside.index(True), len(inside) - inside[::-1].index(True)
+    if not all(inside[first:last]):
+        raise InputError(f"`{column}` has ids outside of this tokenizer's vocabulary of {size}: another model's?")
+    return list(ids[first:last])
+
+
+def _check_tokenizer(ids: Sequence[int], text: str, column: str, tokenizer: Any) -> None:
+    """The token columns must be of the policy's tokenizer."""
+    decoded = tokenizer.decode(ids, skip_special_tokens=True)
+    if "".join(decoded.split()) != "".join(text.split()):
+        raise InputError(
+            f"`{column}` reads {decoded[:60]!r} with this policy's tokenizer, but the text is {text[:60]!r}: it is of "
+            "another model. `data.use_tokens: false` tokenizes the texts"
+        )
+
+
+def _encode_answer(model: Any, messages: list[dict[str, str]], text: str) -> list[int]:
+    """The answer's token ids, as if it had been sampled and come to its end."""
+    whole = [*messages, {"role": "assistant", "content": text}]
+    ids, mask = encode_conversation(model.tokenizer, whole, model.eos_token_ids, every_answer=False)
+    return [token for token, answer in zip(ids, mask, strict=True) if answer]
+
+
+def as_table(pairs: Sequence[OfflinePair], schema: pa.Schema) -> pa.Table:
+    """Pairs as the `pairs` stage of a round."""
+    rows = [
+        {
+            "prompt_id": pair.prompt_id,
+            "chosen_index": 0,
+            "rejected_index": 1,
+            "chosen": pair.texts[0],
+            "rejected": pair.texts[1],
+            "chosen_reward": pair.rewards[0],
+            "rejected_reward": pair.rewards[1],
+            "prompt_tokens": pair.prompt_tokens,
+            "chosen_tokens": pair.tokens[0],
+            "rejected_tokens": pair.tokens[1],
+        }
+        for pair in pairs
+    ]
+    return pa.Table.from_pylist(rows, schema=schema)

@@ -1,0 +1,20 @@
+"""Keeps the terminal for what the user asked for."""
+
+import logging
+import os
+import warnings
+
+
+def quiet_libraries() -> None:
+    """Keep the terminal for what the user asked for. `RLHF_PL_VERBOSE=1` lets the libraries talk."""
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if os.environ.get("RLHF_PL_VERBOSE") == "1":
+        return
+    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "huggingface_hub", "filelock"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse|vllm)\b.*")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -1,0 +1,192 @@
+"""`rlhf-pl score`: the rewards of a file of conversations, or how well they agree with preference pairs."""
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+from rich.table import Table
+
+from rlhf_pl.console import console, phase
+from rlhf_pl.data.conversations import load_conversations
+from rlhf_pl.data.files import read_rows
+from rlhf_pl.data.preferences import Preferences, load_preferences
+from rlhf_pl.disk import write_atomically
+from rlhf_pl.errors import InputError
+from rlhf_pl.mistakes import as_mistakes
+from rlhf_pl.pair_metrics import PairMetrics, longer_text, pair_metrics
+from rlhf_pl.rewards import Reward, RewardResult, Sample, ScoringConfig, as_reward
+from rlhf_pl.rewards.guard import guarded_scores, try_reward
+
+HELP = """Score conversations with a reward.
+
+A row of the data has `messages` that end with an answer, or `prompt` and `response`. Rows with `chosen` and `rejected`
+are preference pairs: then accuracy (with its 95% interval), mean margin and calibration are reported, beside what
+length alone would get."""
+
+
+def make_parser() -> ArgumentParser:
+    """The options of `rlhf-pl score`."""
+    parser = ArgumentParser(prog="rlhf-pl score", description=HELP, default_env=False)
+    parser.add_argument("--config", action="config", help="YAML file with these options.")
+    parser.add_argument(
+        "--reward", type=Reward | str, required=True, help="A Reward class, or the import path of a Python function."
+    )
+    parser.add_argument("--data", type=str, required=True, help=".jsonl, .json, .csv or .parquet file, or a Hub id.")
+    parser.add_argument("--output", type=str | None, default=None, help="JSON Lines file for the rows with rewards.")
+    parser.add_argument("--columns", type=dict[str, str] | None, default=None, help="What the data calls our columns.")
+    parser.add_argument("--split", type=str, default="train", help="Split of a Hub data set.")
+    parser.add_argument("--system_prompt", type=str | None, default=None, help="For conversations that have none.")
+    parser.add_argument("--limit", type=int | None, default=None, help="Score only so many rows.")
+    parser.add_argument(
+        "--on_wrong_pairs",
+        type=str,
+        default="error",
+        choices=["error", "drop"],
+        help="Equal or empty answers.",
+    )
+    parser.add_class_arguments(ScoringConfig, "scoring", help="How the reward is called.")
+    return parser
+
+
+def run(argv: Sequence[str]) -> int:
+    """`rlhf-pl score ...`: the exit code. Raises InputError for wrong inputs."""
+    parser = make_parser()
+    with as_mistakes("The command line can't be read"):
+        config = parser.parse_args(list(argv))
+    with as_mistakes("This reward can't be built"):
+        given = parser.instantiate_classes(config)
+    reward = as_reward(given.reward)
+    scoring = given.scoring if isinstance(given.scoring, ScoringConfig) else ScoringConfig(**given.scoring)
+    if config.limit is not None and config.limit < 1:
+        raise InputError(f"`limit` must be 1 or more, got {config.limit}.")
+    if config.output is not None and not Path(config.output).resolve().parent.is_dir():
+        raise InputError(f"`output`: no folder {str(Path(config.output).parent)!r}.")
+    if _has_pairs(config):
+        rows = _score_pairs(config, reward, scoring)
+    else:
+        rows = _score_conversations(config, reward, scoring)
+    if config.output is not None:
+        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        write_atomically(Path(config.output), lambda file: file.write(text.encode()))
+        console.print(f"The rows with their rewards are in {config.output}.", soft_wrap=True)
+    return 0
+
+
+def _has_pairs(config: Any) -> bool:
+    columns = config.columns or {}
+    if {"chosen", "rejected"} & set(columns):
+        return True
+    for _, row in read_rows(config.data, config.split, "data"):
+        return isinstance(row, dict) and {"chosen", "rejected"} <= set(row)
+    return False
+
+
+def _score(reward: Reward, samples: list[Sample], scoring: ScoringConfig) -> list[RewardResult | None]:
+    """The results; None for answers that failed and are left out."""
+    try_reward(reward, samples[:2], scoring)
+    results: list[RewardResult | None] = []
+    # a prompt's answers stand side by side
+    size = max(1, scoring.prompts_per_call) * 2
+    with phase("scoring", len(samples), "answers", sys.stdout.isatty()) as report:
+        for start in range(0, len(samples), size):
+            outcomes = guarded_scores(reward, samples[start : start + size], scoring)
+            report(len(outcomes), "")
+            for outcome in outcomes:
+                if isinstance(outcome, RewardResult):
+                    results.append(outcome)
+                else:
+                    results.append(None if scoring.substitute is None else RewardResult(scoring.substitute))
+    reward.close()
+    return results
+
+
+def _score_conversations(config: Any, reward: Reward, scoring: ScoringConfig) -> list[dict[str, Any]]:
+    conversations = load_conversations(config.data, config.columns, config.system_prompt, config.split, "data")
+    conversations = conversations[: config.limit]
+    samples = [Sample(c.name, c.messages[:-1], c.messages[-1]["content"], columns=c.columns) for c in conversations]
+    results = _score(reward, samples, scoring)
+    found = [r for r in results if r is not None]
+    if not found:
+        raise InputError(f"The reward failed for all {len(samples)} answers.")
+    table = Table(title=f"{reward.name} on {len(found)} answers", title_justify="left")
+    for header in ("", "mean", "lowest", "highest"):
+        table.add_column(header, justify="right" if header else "left")
+    for name in ["reward", *found[0].components]:
+        values = [r.reward if name == "reward" else r.components.get(name, float("nan")) for r in found]
+        table.add_row(name, *(f"{v:.4f}" for v in (sum(values) / len(values), min(values), max(values))))
+    console.print(table)
+    _print_counts(results)
+    return [
+        {"prompt_id": c.name, "messages": c.messages, **c.columns, **_as_row(result)}
+        for c, result in zip(conversations, results, strict=True)
+    ]
+
+
+def _score_pairs(config: Any, reward: Reward, scoring: ScoringConfig) -> list[dict[str, Any]]:
+    loaded: Preferences = load_preferences(
+        config.data, config.columns, config.system_prompt, config.split, "half", config.on_wrong_pairs, "data"
+    )
+    pairs = loaded.pairs[: config.limit]
+    samples = [
+        Sample(f"pair-{i}", pair.messages, answer, columns=pair.columns)
+        for i, pair in enumerate(pairs)
+        for answer in (pair.chosen, pair.rejected)
+    ]
+    results = _score(reward, samples, scoring)
+    rows, margins, longer, ties = [], [], [], 0
+    for pair, chosen, rejected in zip(pairs, results[::2], results[1::2], strict=True):
+        row = {"prompt": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected, **pair.columns}
+        row |= {"label": pair.label, **_as_row(chosen, "chosen_"), **_as_row(rejected, "rejected_")}
+        rows.append(row)
+        if chosen is None or rejected is None:
+            continue
+        if pair.label == 0.5:
+            ties += 1
+            continue
+        margins.append(chosen.reward - rejected.reward)
+        longer.append(longer_text(pair.chosen, pair.rejected))
+    if not margins:
+        raise InputError(f"`data`: {config.data!r} has no scored pair with a preference ({ties} ties).")
+    _print_pairs(reward.name, pair_metrics(margins, longer))
+    if ties:
+        console.print(f"{ties} ties are scored, but not counted.")
+    if wrong := loaded.dropped["equal_or_empty"]:
+        console.print(f"{wrong} pairs of equal or empty answers are left out.")
+    _print_counts(results)
+    return rows
+
+
+def _print_pairs(name: str, metrics: PairMetrics) -> None:
+    table = Table(title=f"{name} on {metrics.pairs} pairs", title_justify="left", show_header=False)
+    best = max(metrics.longer, 1 - metrics.longer)
+    which = "longer" if metrics.longer >= 0.5 else "shorter"
+    for what, value in (
+        ("accuracy", f"{metrics.accuracy:.4f} (95%: {metrics.low:.4f} to {metrics.high:.4f})"),
+        (f"accuracy of taking the {which} answer", f"{best:.4f}"),
+        ("margin", f"{metrics.margin:.4f}"),
+        ("calibration error", f"{metrics.calibration_error:.4f}"),
+        ("Bradley-Terry loss", f"{metrics.loss:.4f} nats"),
+    ):
+        table.add_row(what, value)
+    console.print(table)
+
+
+def _print_counts(results: Sequence[RewardResult | None]) -> None:
+    if failed := sum(r is None for r in results):
+        console.print(f"{failed} answers have no reward: it failed on them, and they are left out.")
+    if cut := sum(r is not None and r.truncated_tokens > 0 for r in results):
+        console.print(f"{cut} conversations were cut to fit the reward model.")
+
+
+def _as_row(result: RewardResult | None, prefix: str = "") -> dict[str, Any]:
+    if result is None:
+        return {f"{prefix}reward": None}
+    row: dict[str, Any] = {f"{prefix}reward": result.reward}
+    if result.components:
+        row[f"{prefix}components"] = dict(result.components)
+    if result.truncated_tokens:
+        row[f"{prefix}truncated_tokens"] = result.truncated_tokens
+    return row
