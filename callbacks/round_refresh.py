@@ -197,7 +197,7 @@ class RoundRefresh(L.Callback):
         data, version = _datamodule(trainer), rounds_done(trainer)
         stored = data.store.round(version - 1)
         seconds = time.monotonic() - self._training_since
-        speed = stored.info("pairs")["pairs"] / seconds if stored.is_complete("pairs") else 0.0
+        speed = data.passes * stored.info("pairs")["pairs"] / seconds if stored.is_complete("pairs") else 0.0
         stored.complete("training", seconds=seconds, **pl_module.round_summary())
         _log(trainer, {"time/train_s": seconds, "train/pairs_per_s": speed}, max(0, trainer.global_step - 1))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]

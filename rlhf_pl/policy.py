@@ -195,6 +195,19 @@ def load_lm(source: PolicySource, dtype: DType = "float32", attn_implementation:
     return lm
 
 
+def train_last_layers(lm: Any, count: int, source: PolicySource) -> None:
+    """Freeze the embeddings and all decoder layers but the last `count`.
+
+    Raises:
+        InputError: The model has fewer layers.
+    """
+    layers = max((m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    if count > len(layers):
+        raise InputError(f"`model.trainable_layers` is {count}, but {source.path!r} has {len(layers)} layers.")
+    for module in (lm.get_input_embeddings(), *list(layers)[: len(layers) - count]):
+        module.requires_grad_(False)
+
+
 def without_dropout(config: Any) -> Any:
     """A copy of a model's config with every dropout off."""
     config = deepcopy(config)

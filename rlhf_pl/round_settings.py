@@ -40,6 +40,7 @@ def downstream_settings(
         "training": {
             **module.training_settings(),
             "batch_size": data.batch_size,
+            **({} if data.passes == 1 else {"passes": data.passes}),
             "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),
             "gradient_clip_val": trainer.gradient_clip_val,

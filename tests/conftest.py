@@ -90,3 +90,33 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
         return str(file)
 
     return write
+
+
+def save_reward_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random Llama classifier with one output, and `make_tokenizer`'s tokenizer."""
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    tokenizer = make_tokenizer()
+    settings = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 64,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "max_position_embeddings": 512,
+        "initializer_range": 0.2,
+        "num_labels": 1,
+        "pad_token_id": 1,
+    } | changes
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = LlamaForSequenceClassification(LlamaConfig(**settings))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def reward_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_reward_model(tmp_path_factory.mktemp("models") / "reward")

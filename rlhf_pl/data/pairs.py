@@ -123,6 +123,7 @@ class RoundBatches(Sampler):
             alike. The update sees the same pairs.
         sizes: What each pair counts; where given, weights make an update's gradient the mean over these instead of
             over pairs.
+        passes: Times that every pair comes, shuffled anew each time; `plan` counts the pairs of all passes.
     """
 
     def __init__(
@@ -132,7 +133,9 @@ class RoundBatches(Sampler):
         rank: int = 0,
         lengths: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
+        passes: int = 1,
     ) -> None:
+        self.passes = passes
         self.plan, self.order_seed, self.rank, self.lengths, self.sizes = plan, order_seed, rank, lengths, sizes
         self.skip = 0
 
@@ -142,8 +145,7 @@ class RoundBatches(Sampler):
     def __iter__(self) -> Iterator[tuple[list[int], float]]:
         if not self.plan.micro_batches:  # Lightning ends a run whose loader is empty; a None batch it passes over
             yield [], 0.0
-        order = list(range(self.plan.pairs))
-        random.Random(self.order_seed).shuffle(order)
+        order = self._order()
         if self.lengths is not None:
             size, lengths = self.plan.pairs_per_update, self.lengths
             for start in range(0, len(order), size):
@@ -152,6 +154,14 @@ class RoundBatches(Sampler):
         for micro_batch in self.plan.micro_batches[skip:]:
             mine = order[micro_batch.start + self.rank : micro_batch.stop : self.plan.world_size]
             yield mine, micro_batch.weight if self.sizes is None else self._weight(order, mine, micro_batch.start)
+
+    def _order(self) -> list[int]:
+        order: list[int] = []
+        for number in range(self.passes):
+            once = list(range(self.plan.pairs if self.passes == 1 else self.plan.total_pairs // self.passes))
+            random.Random(self.order_seed + (f":{number}" if number else "")).shuffle(once)
+            order += once
+        return order[: self.plan.pairs]
 
     def _weight(self, order: list[int], mine: list[int], start: int) -> float:
         """Factor on the mean over `mine`, so that Lightning's mean over micro-batches and ranks is that over sizes."""

@@ -38,6 +38,7 @@ class RoundDataModule(L.LightningDataModule):
         val_prompts: Prompts held out for evaluation, or a file or Hub id of such.
         prompts_per_round: Prompts a round answers; all if null.
         batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
+        passes: Times that a round's pairs are trained on.
         max_val_pairs: At most this many held-out pairs for `val/loss` and `val/sign_align`; 0 for none. They exist
             where held-out prompts get 2 or more answers.
         num_workers: Loader processes.
@@ -54,6 +55,7 @@ class RoundDataModule(L.LightningDataModule):
         val_prompts: int | str = 0,
         prompts_per_round: int | None = None,
         batch_size: int = 4,
+        passes: int = 1,
         max_val_pairs: int = 64,
         num_workers: int = 0,
         seed: int | None = None,
@@ -63,6 +65,7 @@ class RoundDataModule(L.LightningDataModule):
             max_prompt_tokens=(max_prompt_tokens, 1),
             prompts_per_round=(prompts_per_round, 1),
             batch_size=(batch_size, 1),
+            passes=(passes, 1),
             max_val_pairs=(max_val_pairs, 0),
             num_workers=(num_workers, 0),
             val_prompts=(val_prompts if isinstance(val_prompts, int) else None, 0),
@@ -75,6 +78,7 @@ class RoundDataModule(L.LightningDataModule):
         self.val_prompts_source = val_prompts
         self.prompts_per_round = prompts_per_round
         self.batch_size = batch_size
+        self.passes = passes
         self.max_val_pairs = max_val_pairs
         self.num_workers = num_workers
         self._seed = seed
@@ -158,9 +162,12 @@ class RoundDataModule(L.LightningDataModule):
                 f"Round {index} is not in {self.store.run_dir}, and no `rollout.reward` is there to make it."
             )
         plan = UpdatePlan(
-            len(dataset), self.batch_size, self._trainer.accumulate_grad_batches, self._trainer.world_size
+            self.passes * len(dataset),
+            self.batch_size,
+            self._trainer.accumulate_grad_batches,
+            self._trainer.world_size,
         )
-        batches = RoundBatches(plan, f"{self.seed}:{index}", self._trainer.global_rank)
+        batches = RoundBatches(plan, f"{self.seed}:{index}", self._trainer.global_rank, passes=self.passes)
         return RoundLoader(dataset, batches, index, self.num_workers)
 
     def val_dataloader(self) -> Any:

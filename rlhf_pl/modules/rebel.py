@@ -18,7 +18,7 @@ from rlhf_pl.losses import PairwiseLoss, RebelLoss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
-from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm, train_last_layers
 
 
 class RebelModule(L.LightningModule):
@@ -31,6 +31,8 @@ class RebelModule(L.LightningModule):
         lr_scheduler: Makes the learning-rate schedule from the optimizer; it steps once an update.
         kl_coef: Weight of the KL penalty to the fixed reference, in reward units per nat. At 0 no reference is loaded.
         reference: The fixed reference of the KL penalty; null for the policy as it was before training.
+        trainable_layers: Train only so many of the last layers, the final norm and an output head that is not tied
+            to the embeddings; null for all weights.
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
@@ -48,6 +50,7 @@ class RebelModule(L.LightningModule):
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o, warmup=0.1),
         kl_coef: float = 0.0,
         reference: str | None = None,
+        trainable_layers: int | None = None,
         dtype: DType = "float32",
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
@@ -65,6 +68,9 @@ class RebelModule(L.LightningModule):
             )
         if logprob_chunk_tokens < 1:
             raise InputError(f"`model.logprob_chunk_tokens` must be 1 or more, got {logprob_chunk_tokens}.")
+        if trainable_layers is not None and trainable_layers < 1:
+            raise InputError(f"`model.trainable_layers` must be 1 or more, or null for all, got {trainable_layers}.")
+        self.trainable_layers = trainable_layers
         self.source = PolicySource(policy, revision, chat_template, trust_remote_code)
         self.reference_source = (
             self.source if reference is None else PolicySource(reference, None, None, trust_remote_code)
@@ -93,6 +99,8 @@ class RebelModule(L.LightningModule):
         if self.policy is not None:
             return
         lm = load_lm(self.source, self.dtype_name, self.attn_implementation)
+        if self.trainable_layers is not None:
+            train_last_layers(lm, self.trainable_layers, self.source)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = PolicyLM(lm, self.logprob_chunk_tokens).train()
@@ -194,6 +202,7 @@ class RebelModule(L.LightningModule):
             **self.optimization.settings(),
             "kl_coef": self.kl_coef,
             "dtype": self.dtype_name,
+            **({} if self.trainable_layers is None else {"trainable_layers": self.trainable_layers}),
         }
 
     def on_train_start(self) -> None:

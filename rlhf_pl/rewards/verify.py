@@ -12,7 +12,7 @@ from typing import Any, Literal
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 
-_NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)?(?:\.\d+|\d)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
+_NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
 _MARKED = (
     re.compile(r"\\boxed\{([^{}]*)\}"),
     re.compile(r"####\s*([^\n]+)"),

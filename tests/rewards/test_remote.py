@@ -1,0 +1,237 @@
+"""Endpoints that behave and that misbehave, on a real server in this process."""
+
+import json
+import threading
+import time
+from collections.abc import Callable, Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+
+from examples.reward_server import Handler as ExampleHandler
+from rlhf_pl.errors import InputError
+from rlhf_pl.rewards import (
+    CombinedReward,
+    Failure,
+    HTTPReward,
+    JudgePairReward,
+    JudgeScoreReward,
+    LengthWindow,
+    RewardResult,
+    Sample,
+    ScoringConfig,
+    WeightedReward,
+)
+from rlhf_pl.rewards.guard import guarded_scores, try_reward
+
+Answer = Callable[[dict[str, Any], int], tuple[int, bytes]]
+
+
+def samples(*responses: str, prompt_id: str = "p") -> list[Sample]:
+    return [Sample(prompt_id, [{"role": "user", "content": "Why?"}], r, columns={"key": 1}) for r in responses]
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., tuple[str, list[dict[str, Any]]]]]:
+    """Starts a server that answers with `answer(request, number of the request)`; gives its URL and the requests."""
+    servers: list[ThreadingHTTPServer] = []
+
+    def start(answer: Answer | type[BaseHTTPRequestHandler]) -> tuple[str, list[dict[str, Any]]]:
+        seen: list[dict[str, Any]] = []
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                request = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                seen.append(request)
+                status, body = answer(request, len(seen))  # type: ignore[operator]
+                self.send_response(status)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), answer if isinstance(answer, type) else Handler)
+        server.daemon_threads = True
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        servers.append(server)
+        return f"http://127.0.0.1:{server.server_port}", seen
+
+    yield start
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def rewards(request: dict[str, Any], _number: int = 0) -> tuple[int, bytes]:
+    return 200, json.dumps({"rewards": [len(s["response"]) for s in request["samples"]]}).encode()
+
+
+def test_scores_in_order_over_many_requests(serve: Callable[..., Any]) -> None:
+    url, seen = serve(rewards)
+    reward = HTTPReward(url, samples_per_request=3, concurrency=4)
+    texts = ["x" * n for n in range(20)]
+    assert [r.reward for r in reward.score(samples(*texts)) if isinstance(r, RewardResult)] == list(range(20))
+    assert len(seen) == 7
+    first = next(r for r in seen if r["samples"][0]["response"] == "")["samples"][0]
+    assert first == {
+        "prompt_id": "p",
+        "messages": [{"role": "user", "content": "Why?"}],
+        "response": "",
+        "finished": True,
+        "columns": {"key": 1},
+    }
+
+
+def test_the_example_server_works(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ExampleHandler, "log_message", lambda *_: None)
+    url, _ = serve(ExampleHandler)
+    (result,) = HTTPReward(url).score(samples("one two three"))
+    assert result == RewardResult(0.25)
+
+
+def test_components_and_nulls(serve: Callable[..., Any]) -> None:
+    body = {"rewards": [{"reward": 1, "components": {"style": 0.5}}, None]}
+    url, _ = serve(lambda request, n: (200, json.dumps(body).encode()))
+    good, bad = HTTPReward(url).score(samples("a", "b"))
+    assert good == RewardResult(1.0, {"style": 0.5})
+    assert isinstance(bad, Failure)
+
+
+def test_a_server_error_is_tried_again(serve: Callable[..., Any]) -> None:
+    url, seen = serve(lambda request, n: (503, b"busy") if n < 3 else rewards(request))
+    (result,) = HTTPReward(url, backoff_s=0.01).score(samples("abc"))
+    assert result == RewardResult(3.0)
+    assert len(seen) == 3
+
+
+@pytest.mark.parametrize(
+    ("answer", "detail"),
+    [
+        (lambda r, n: (200, b"<html>Welcome</html>"), "gave no JSON: '<html>"),
+        (lambda r, n: (200, b'{"rewards": [1, 2]}'), "2 rewards for 1 samples"),
+        (lambda r, n: (200, b'{"scores": [1]}'), 'a list under "rewards"'),
+        (lambda r, n: (200, b'{"rewards": ["1"]}'), "a reward is '1'; expected a number"),
+        (lambda r, n: (404, b"nothing here"), "status 404: nothing here"),
+        (lambda r, n: (500, b"oh no"), "status 500: oh no .3 attempts."),
+    ],
+)
+def test_what_is_not_as_agreed_is_a_failure_that_says_so(
+    serve: Callable[..., Any], answer: Answer, detail: str
+) -> None:
+    url, _ = serve(answer)
+    (result,) = HTTPReward(url, retries=2, backoff_s=0.01).score(samples("a"))
+    assert isinstance(result, Failure)
+    assert detail.replace(".", "") in result.detail.replace("(", "").replace(")", "").replace(".", "")
+
+
+def test_nan_is_refused_by_name(serve: Callable[..., Any]) -> None:
+    url, _ = serve(lambda r, n: (200, b'{"rewards": [NaN]}'))
+    with pytest.raises(InputError, match=r"prompt_id 'p'.*nan.*finite number"):
+        guarded_scores(HTTPReward(url), samples("a"), ScoringConfig(retries=0))
+
+
+def test_one_bad_answer_costs_only_itself(serve: Callable[..., Any]) -> None:
+    def answer(request: dict[str, Any], n: int) -> tuple[int, bytes]:
+        return (500, b"") if any(s["response"] == "bad" for s in request["samples"]) else rewards(request)
+
+    url, _ = serve(answer)
+    reward = HTTPReward(url, retries=1, backoff_s=0.01)
+    outcomes = guarded_scores(reward, samples("a", "bad", "abc"), ScoringConfig(on_failure="drop", retries=0))
+    assert [getattr(o, "reward", None) for o in outcomes] == [1.0, None, 3.0]
+
+
+def test_a_server_that_drips_is_cut_off(serve: Callable[..., Any]) -> None:
+    class Drip(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            self.send_response(200)
+            self.send_header("content-length", "1000")
+            self.end_headers()
+            for _ in range(100):
+                try:
+                    self.wfile.write(b" ")
+                except OSError:
+                    return
+                time.sleep(0.05)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    url, _ = serve(Drip)
+    started = time.monotonic()
+    (result,) = HTTPReward(url, timeout_s=0.3, retries=0).score(samples("a"))
+    assert isinstance(result, Failure)
+    assert result.kind == "timeout"
+    assert time.monotonic() - started < 2
+
+
+def test_an_endpoint_that_is_down_is_found_before_anything_loads() -> None:
+    reward = HTTPReward("http://127.0.0.1:9", retries=1, backoff_s=0.01)
+    with pytest.raises(InputError, match=r"can't be reached.*2 attempts.*trial call before loading any model"):
+        try_reward(reward, samples("a", "b"), ScoringConfig())
+    with pytest.raises(InputError, match="must begin with http"):
+        HTTPReward("localhost:8000")
+
+
+def test_failures_of_a_part_are_failures_of_the_whole(serve: Callable[..., Any]) -> None:
+    url, _ = serve(lambda r, n: (404, b"gone"))
+    parts = [WeightedReward(LengthWindow()), WeightedReward(HTTPReward(url, retries=0), 2.0)]
+    (result,) = CombinedReward(parts).score(samples("a"))
+    assert isinstance(result, Failure)
+    assert "HTTPReward" in result.detail
+
+
+def chat(content: str) -> bytes:
+    return json.dumps({"choices": [{"message": {"content": content}}]}).encode()
+
+
+@pytest.mark.parametrize("said", ['{"score": 7}', 'Clear and right.\n{"score": 7}', "**Score:** 7", "score = 7."])
+def test_judges_score_is_read_and_scaled(serve: Callable[..., Any], said: str) -> None:
+    """On the scale of 1 to 10 a 7 is 6/9 of the way."""
+    url, seen = serve(lambda request, n: (200, chat(said)))
+    (result,) = JudgeScoreReward(url + "/v1", "judge").score(samples("Because."))
+    assert result == RewardResult(pytest.approx(6 / 9), {"score": pytest.approx(7)})
+    assert "Because." in seen[0]["messages"][0]["content"]
+    assert seen[0]["response_format"]["json_schema"]["schema"]["required"] == ["score"]
+
+
+@pytest.mark.parametrize("said", ["", "I like it.", '{"score": 70}', '{"score": "good"}'])
+def test_verdicts_that_can_not_be_read_are_failures(serve: Callable[..., Any], said: str) -> None:
+    url, _ = serve(lambda request, n: (200, chat(said)))
+    (result,) = JudgeScoreReward(url, "judge", retries=0).score(samples("Because."))
+    assert isinstance(result, Failure)
+
+
+def longer_wins(request: dict[str, Any], _number: int) -> tuple[int, bytes]:
+    """Judges by length; of equals it takes the one it sees first."""
+    text = request["messages"][0]["content"]
+    a, b = text.split("# Answer A\n\n")[1].split("\n\n# Your")[0].split("\n\n# Answer B\n\n")
+    return 200, chat(json.dumps({"better": "A" if len(a) >= len(b) else "B"}))
+
+
+def test_pairwise_judge_gives_the_share_of_wins_in_both_orders(serve: Callable[..., Any]) -> None:
+    """Of four answers the longest wins all three comparisons; two equal ones share theirs, whatever comes first."""
+    url, seen = serve(longer_wins)
+    results = JudgePairReward(url, "judge").score(samples("aaaa", "bb", "cc", "d"))
+    assert [r.reward for r in results if isinstance(r, RewardResult)] == [1.0, 0.5, 0.5, 0.0]
+    assert len(seen) == 12
+
+
+def test_pairwise_judge_against_a_reference(serve: Callable[..., Any]) -> None:
+    url, _ = serve(longer_wins)
+    rows = [Sample("p", [{"role": "user", "content": "?"}], r, columns={"human": "333"}) for r in ("4444", "22")]
+    reward = JudgePairReward(url, "judge", reference_column="human")
+    assert [r.reward for r in reward.score(rows) if isinstance(r, RewardResult)] == [1.0, 0.0]
+    with pytest.raises(InputError, match="no text in the column `human`"):
+        reward.check(samples("a"))
+
+
+def test_pairwise_judge_keeps_a_prompts_answers_together(serve: Callable[..., Any]) -> None:
+    """One verdict in the second prompt fails: the first prompt's rewards stand."""
+    url, _ = serve(lambda r, n: (500, b"") if "bad" in r["messages"][0]["content"] else longer_wins(r, n))
+    batch = [*samples("aa", "b", prompt_id="1"), *samples("bad", "c", prompt_id="2")]
+    config = ScoringConfig(on_failure="drop", retries=1, backoff_s=0)
+    outcomes = guarded_scores(JudgePairReward(url, "judge", retries=0), batch, config)
+    assert [getattr(o, "reward", None) for o in outcomes] == [1.0, 0.0, None, None]
