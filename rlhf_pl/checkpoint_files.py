@@ -34,7 +34,7 @@ class WeightFiles:
 
     def __init__(self, source: PolicySource) -> None:
         self.source = source
-        folder = Path(source.path)
+        folder = source.check_path()
         name = next((n for n in _NAMES if self._file(n, quiet=True)), None)
         if name is None:
             found = sorted(f.name for f in folder.iterdir())[:12] if folder.is_dir() else []

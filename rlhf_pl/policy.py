@@ -43,11 +43,20 @@ class PolicySource:
         """The options that this one stands among."""
         return self.option.rpartition(".")[0]
 
-    def read(self, what: str, loader: Any, **kwargs: Any) -> Any:
-        """`loader.from_pretrained`, with an error that names the option."""
+    def check_path(self) -> Path:
+        """The path, if it can be a folder or a Hub id.
+
+        Raises:
+            InputError: It is neither.
+        """
         folder = Path(self.path)
         if not folder.exists() and (self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1):
             raise InputError(f"`{self.option}`: no folder {self.path!r}. Give a model folder or a Hub id (owner/name).")
+        return folder
+
+    def read(self, what: str, loader: Any, **kwargs: Any) -> Any:
+        """`loader.from_pretrained`, with an error that names the option."""
+        folder = self.check_path()
         if folder.exists() and not (folder / "config.json").is_file():
             raise InputError(f"`{self.option}`: {self.path!r} has no config.json; it is no Hugging Face model folder.")
         try:
