@@ -3,10 +3,12 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: help setup quickstart model test test-slow lint lock clean
+.PHONY: help setup quickstart tutorial model test test-slow lint lock clean
 
 help:
 	@echo "make quickstart  set up, and improve a small chat model in three rounds"
+	@echo "make tutorial    set up, and tune, reward-model and improve that model: SFT, reward model, REBEL"
+	@echo "                 (PREFERENCES=file.jsonl trains the reward model on comparisons of yours)"
 	@echo "make test        set up, and run linting, type checks and the tests"
 	@echo "make test-slow   the tests that take minutes"
 	@echo "make setup       only the virtual environment in .venv"
@@ -26,6 +28,13 @@ $(MODEL)/config.json: scripts/get_smollm2.py | .venv/ready
 
 quickstart: setup model
 	$(BIN)/rlhf-pl fit --config configs/quickstart.yaml
+
+PREFERENCES := data/preferences.jsonl
+
+tutorial: setup model
+	$(BIN)/rlhf-pl fit --config configs/tutorial/sft.yaml
+	$(BIN)/rlhf-pl fit --config configs/tutorial/reward_model.yaml --data.preferences $(PREFERENCES)
+	$(BIN)/rlhf-pl fit --config configs/tutorial/rebel.yaml
 
 lint: setup
 	$(BIN)/ruff check .

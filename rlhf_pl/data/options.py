@@ -1,4 +1,6 @@
-"""Checks of the DataModules' options."""
+"""Checks of the DataModules' options and states."""
+
+from typing import Any
 
 from rlhf_pl.errors import InputError
 
@@ -14,3 +16,12 @@ def at_least(**options: tuple[int | None, int]) -> None:
             raise InputError(
                 f"`data.num_workers` starts a process each; it must be at most {MAX_WORKERS}, got {value}."
             )
+
+
+def refuse_other_rows(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError if a checkpoint was trained on other rows."""
+    if before != now:
+        raise InputError(
+            "This run directory was trained on other data than the config now gives. Give this run a directory of its "
+            "own (--trainer.default_root_dir DIR), or remove the old one to train anew."
+        )

@@ -10,11 +10,12 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.options import at_least
+from rlhf_pl.data.options import at_least, refuse_other_rows
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
 
@@ -159,6 +160,15 @@ class PreferenceDataModule(L.LightningDataModule):
         if truncated:
             notes.append(f"{truncated} conversations cut to {self.max_tokens} tokens")
         return "; ".join([f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out", *notes])
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint notes of the data."""
+        assert self.train_set is not None
+        return {"rows": rows_fingerprint(row.ids for both in self.train_set.rows for row in both)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other data than the checkpoint's."""
+        refuse_other_rows(state_dict, self.state_dict())
 
     def train_dataloader(self) -> Any:
         assert self.train_set is not None

@@ -13,12 +13,13 @@ from torch.utils.data import Dataset
 from rlhf_pl.chat import encode_conversation
 from rlhf_pl.data.conversations import Conversation, load_conversations
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.options import at_least
+from rlhf_pl.data.options import at_least, refuse_other_rows
 from rlhf_pl.data.packing import Example, lay_out, pack
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError
+from rlhf_pl.fingerprints import rows_fingerprint
 
 
 class SFTBatch:
@@ -167,6 +168,14 @@ class SFTDataModule(L.LightningDataModule):
             f"Conversations: {len(self.examples)} for training ({learned} answer tokens), {len(self.val_set)} held "
             f"out{left_out}"
         )
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint notes of the data."""
+        return {"rows": rows_fingerprint((list(e.ids), list(e.mask)) for e in self.examples)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Refuse to go on with other data than the checkpoint's."""
+        refuse_other_rows(state_dict, self.state_dict())
 
     def train_dataloader(self) -> Any:
         assert self.trainer is not None
