@@ -2,7 +2,6 @@
 
 import inspect
 import re
-import sys
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser, _typehints
@@ -10,6 +9,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.modules import RebelModule
+from rlhf_pl.parser_errors import exit_with_error
 
 
 def _drop_defaults(parser_or_action: Any, before: Any, now: Any) -> None:
@@ -29,7 +29,6 @@ _discard = _typehints.discard_init_args_on_class_path_change
 _typehints.discard_init_args_on_class_path_change = _drop_defaults
 
 DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
-MAX_ERROR_LINES = 12
 
 
 class Parser(LightningArgumentParser):
@@ -47,13 +46,7 @@ class Parser(LightningArgumentParser):
         return text
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        message = re.sub(r"required: (\w+)$", _full_name, str(message))
-        lines = list(dict.fromkeys(line for line in message.splitlines() if not _is_noise(line)))
-        if len(lines) > MAX_ERROR_LINES:
-            lines = [*lines[: MAX_ERROR_LINES - 1], "  ..."]
-        print("error: " + "\n".join(lines).strip(), file=sys.stderr)
-        print("`rlhf-pl fit --help` lists the options.", file=sys.stderr)
-        sys.exit(2)
+        exit_with_error(re.sub(r"required: (\w+)$", _full_name, str(message)), "fit")
 
 
 def _full_name(required: re.Match[str]) -> str:
@@ -61,10 +54,3 @@ def _full_name(required: re.Match[str]) -> str:
     name = required[1]
     key = next((k for k, kind in DEFAULT_CLASSES.items() if name in inspect.signature(kind).parameters), None)
     return f"required: --{key}.{name}" if key else required[0]
-
-
-def _is_noise(line: str) -> bool:
-    """What jsonargparse says of the alternatives that nobody meant."""
-    text = line.strip()
-    alternatives = ("Subtypes: [", "Subclass types expect", "- a class path (str)", "- a dict w")
-    return text.startswith(("Given value type:", "Given value: NestedArg", *alternatives)) or "NoneType" in text

@@ -4,7 +4,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from rich.table import Table
@@ -17,6 +17,7 @@ from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
 from rlhf_pl.mistakes import as_mistakes
 from rlhf_pl.pair_metrics import PairMetrics, longer_text, pair_metrics
+from rlhf_pl.parser_errors import exit_with_error
 from rlhf_pl.rewards import Reward, RewardResult, Sample, ScoringConfig, as_reward
 from rlhf_pl.rewards.guard import guarded_scores, try_reward
 
@@ -27,9 +28,14 @@ are preference pairs: then accuracy (with its 95% interval), mean margin and cal
 length alone would get."""
 
 
+class _Parser(ArgumentParser):
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        exit_with_error(str(message), "score")
+
+
 def make_parser() -> ArgumentParser:
     """The options of `rlhf-pl score`."""
-    parser = ArgumentParser(prog="rlhf-pl score", description=HELP, default_env=False)
+    parser = _Parser(prog="rlhf-pl score", description=HELP, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with these options.")
     parser.add_argument(
         "--reward", type=Reward | str, required=True, help="A Reward class, or the import path of a Python function."

@@ -11,7 +11,7 @@ import pyarrow as pa
 from rlhf_pl.chat import encode_conversation, encode_prompt, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.options import at_least
+from rlhf_pl.data.options import at_least, check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
 from rlhf_pl.data.progress import rounds_done
@@ -145,6 +145,7 @@ class OfflineDataModule(L.LightningDataModule):
         if self.train_set:
             return
         module: Any = self._trainer.lightning_module
+        check_module(module, self, "RebelModule")
         pairs = self._load(self.source, "data.pairs", module.source)
         if isinstance(self.val_source, str):
             self.train_set, self.val_set = pairs, self._load(self.val_source, "data.val_pairs", module.source)

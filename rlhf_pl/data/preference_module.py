@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.options import at_least, refuse_other_rows
+from rlhf_pl.data.options import at_least, check_module, refuse_other_rows
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.progress import rounds_done
@@ -133,6 +133,7 @@ class PreferenceDataModule(L.LightningDataModule):
             return
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
+        check_module(module, self, "RewardModelModule")
         render = module.renderer(self.max_tokens)
         pairs = self._load(self.source, "data.preferences")
         if isinstance(self.val_source, str):

@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import torch
 
-from rlhf_pl.data.options import at_least
+from rlhf_pl.data.options import at_least, check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.prompts import (
@@ -115,6 +115,7 @@ class RoundDataModule(L.LightningDataModule):
         if self.train_prompts:
             return
         module: Any = self._trainer.lightning_module
+        check_module(module, self, "RebelModule")
         tokenizer = module.source.tokenizer
         everything = self._load(self.prompts_source)
         if isinstance(self.val_prompts_source, str):

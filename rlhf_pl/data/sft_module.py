@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from rlhf_pl.chat import encode_conversation
 from rlhf_pl.data.conversations import Conversation, load_conversations
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.options import at_least, refuse_other_rows
+from rlhf_pl.data.options import at_least, check_module, refuse_other_rows
 from rlhf_pl.data.packing import Example, lay_out, pack
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.progress import rounds_done
@@ -120,6 +120,7 @@ class SFTDataModule(L.LightningDataModule):
             return
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
+        check_module(module, self, "SFTModule")
         if self.max_tokens > module.source.max_context_tokens:
             raise InputError(
                 f"`data.max_tokens` of {self.max_tokens} is over the context of {module.source.path!r}, "

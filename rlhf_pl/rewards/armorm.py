@@ -196,6 +196,9 @@ class ArmoRMReward(Reward):
             for value, parts, row in zip(chosen.tolist(), rewards.tolist(), rows, strict=True)
         ]
 
+    def open(self) -> None:
+        self._local.open()
+
     def rest(self) -> None:
         self._local.rest()
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rlhf_pl.chat import Message
-from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
 
 
@@ -66,10 +65,6 @@ class Failure:
     final: bool = False
 
 
-class BrokenRewardError(InputError):
-    """The reward itself can't work, whatever the answers: neither tried again nor counted as an answer's failure."""
-
-
 class Reward(ABC):
     """Scores answers. Subclass it and name your class in `rollout.reward.class_path`."""
 
@@ -98,6 +93,9 @@ class Reward(ABC):
     def by_prompt(self) -> bool:
         """Whether a prompt's answers are scored against each other, so that they have to be in one call."""
         return False
+
+    def open(self) -> None:  # noqa: B027 - nothing to load is a fine default
+        """Load what scoring needs, outside of the time limit; called before every `score`."""
 
     def rest(self) -> None:  # noqa: B027 - nothing to move is a fine default
         """Free the GPU until the next call: the policy trains now."""

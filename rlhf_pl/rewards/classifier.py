@@ -91,6 +91,9 @@ class ClassifierReward(Reward):
             RewardResult(score, truncated_tokens=row.truncated_tokens) for score, row in zip(scores, rows, strict=True)
         ]
 
+    def open(self) -> None:
+        self._local.open()
+
     def rest(self) -> None:
         self._local.rest()
 

@@ -87,6 +87,10 @@ class CombinedReward(Reward):
             truncated = max(truncated, result.truncated_tokens)
         return RewardResult(total, components, truncated)
 
+    def open(self) -> None:
+        for part in self.parts:
+            part.open()
+
     def rest(self) -> None:
         for part in self.parts:
             part.rest()

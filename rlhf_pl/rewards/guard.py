@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf_pl.errors import InputError
-from rlhf_pl.rewards.base import BrokenRewardError, Failure, Reward, RewardResult, Sample
+from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.combine import CombinedReward
 
 
@@ -103,6 +103,7 @@ def guarded_scores(
     Raises:
         InputError: An answer has no reward and `on_failure` is `error`; names prompt_id, reason and the choices.
     """
+    reward.open()
     outcomes: list[Outcome] = []
     calls = [[sample] for sample in samples] if reward.one_by_one else [list(samples)]
     for call in calls:
@@ -191,8 +192,6 @@ def _call(reward: Reward, batch: list[Sample], timeout_s: float) -> list[Outcome
             results = list(reward.score(batch))
     except RewardTimeout:
         return Failure("timeout", f"no result within {timeout_s:g} s (rollout.scoring.timeout_s).")
-    except BrokenRewardError:
-        raise
     except Exception as error:  # users' code may raise anything
         text = str(error)
         return Failure("exception", text if isinstance(error, InputError) else f"{type(error).__name__}: {text}.")

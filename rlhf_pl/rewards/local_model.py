@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.rendering import Rendered
-from rlhf_pl.rewards.base import BrokenRewardError
 from rlhf_pl.rows import batches_by_length
 
 ModelDType = Literal["float32", "bfloat16", "float16"]
@@ -45,14 +44,15 @@ class LocalModel:
         self.tokens_per_batch, self.offload = tokens_per_batch, offload
         self._module: nn.Module | None = None
 
+    def open(self) -> nn.Module:
+        """The module on its device, loaded if it is not yet."""
+        if self._module is None:
+            self._module = self._load().requires_grad_(False).eval()
+        return self._module.to(self.device)
+
     def __call__(self, rows: Sequence[Rendered]) -> Tensor:
         """The module's outputs in the order of `rows`, float32, on the CPU."""
-        if self._module is None:
-            try:
-                self._module = self._load().requires_grad_(False).eval()
-            except InputError as error:
-                raise BrokenRewardError(str(error)) from error
-        module = self._module.to(self.device)
+        module = self.open()
         found: dict[int, Tensor] = {}
         with torch.inference_mode():
             for batch in batches_by_length(rows, self.tokens_per_batch):
@@ -64,7 +64,8 @@ class LocalModel:
         """Leave the GPU to others until the next call."""
         if self._module is not None and self.offload and self.device.type != "cpu":
             self._module = self._module.to("cpu")
-            torch.cuda.empty_cache()
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
 
     def close(self) -> None:
         """Drop the weights."""

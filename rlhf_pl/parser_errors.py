@@ -1,0 +1,23 @@
+"""What a wrong command line is told: a few lines instead of a page of usage."""
+
+import sys
+from typing import NoReturn
+
+MAX_ERROR_LINES = 12
+
+
+def exit_with_error(message: str, command: str) -> NoReturn:
+    """Print what matters of a parser's message, and end with the code 2."""
+    lines = list(dict.fromkeys(line for line in message.splitlines() if not _is_noise(line)))
+    if len(lines) > MAX_ERROR_LINES:
+        lines = [*lines[: MAX_ERROR_LINES - 1], "  ..."]
+    print("error: " + "\n".join(lines).strip(), file=sys.stderr)
+    print(f"`rlhf-pl {command} --help` lists the options.", file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_noise(line: str) -> bool:
+    """What jsonargparse says of the alternatives that nobody meant."""
+    text = line.strip()
+    alternatives = ("Subtypes: [", "Subclass types expect", "- a class path (str)", "- a dict w")
+    return text.startswith(("Given value type:", "Given value: NestedArg", *alternatives)) or "NoneType" in text
