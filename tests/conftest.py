@@ -43,24 +43,34 @@ def make_tokenizer() -> Any:
     )
 
 
-def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random Llama of 100,000 parameters with `make_tokenizer`'s tokenizer; ids 1 and 2 end an answer."""
-    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
-
-    tokenizer = make_tokenizer()
-    settings = {
+def _sizes(tokenizer: Any) -> dict[str, int]:
+    """Of a small Llama."""
+    return {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
         "num_attention_heads": 2,  # heads of 32: vLLM has no smaller ones on the CPU
         "num_key_value_heads": 1,
-        "max_position_embeddings": 256,
-        "tie_word_embeddings": True,
-        "bos_token_id": 0,
-        "eos_token_id": 2,
-        "initializer_range": 0.2,
-    } | changes
+    }
+
+
+def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """A random Llama of 100,000 parameters with `make_tokenizer`'s tokenizer; ids 1 and 2 end an answer."""
+    from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
+
+    tokenizer = make_tokenizer()
+    settings = (
+        _sizes(tokenizer)
+        | {
+            "max_position_embeddings": 256,
+            "tie_word_embeddings": True,
+            "bos_token_id": 0,
+            "eos_token_id": 2,
+            "initializer_range": 0.2,
+        }
+        | changes
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForCausalLM(LlamaConfig(**settings))
@@ -97,18 +107,16 @@ def save_reward_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     tokenizer = make_tokenizer()
-    settings = {
-        "vocab_size": len(tokenizer),
-        "hidden_size": 64,
-        "intermediate_size": 64,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_key_value_heads": 1,
-        "max_position_embeddings": 512,
-        "initializer_range": 0.2,
-        "num_labels": 1,
-        "pad_token_id": 1,
-    } | changes
+    settings = (
+        _sizes(tokenizer)
+        | {
+            "max_position_embeddings": 512,
+            "initializer_range": 0.2,
+            "num_labels": 1,
+            "pad_token_id": 1,
+        }
+        | changes
+    )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         model = LlamaForSequenceClassification(LlamaConfig(**settings))

@@ -1,6 +1,5 @@
 """Pairs with rewards that someone else sampled and scored: rows, and the DataModule that trains on them."""
 
-import os
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from rlhf_pl.data.held_out import split_groups
 from rlhf_pl.data.options import at_least, check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import Round, RoundStore
@@ -122,7 +121,7 @@ class OfflineDataModule(L.LightningDataModule):
     @property
     def seed(self) -> int:
         """The run's seed."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+        return run_seed() if self._seed is None else self._seed
 
     @property
     def _trainer(self) -> L.Trainer:

@@ -1,6 +1,5 @@
 """The DataModule of reward-model training."""
 
-import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -13,7 +12,7 @@ from rlhf_pl.data.held_out import split_groups
 from rlhf_pl.data.options import at_least, check_module, refuse_other_rows
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.pair_metrics import longer_text
@@ -125,7 +124,7 @@ class PreferenceDataModule(L.LightningDataModule):
     @property
     def seed(self) -> int:
         """The run's seed."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+        return run_seed() if self._seed is None else self._seed
 
     def setup(self, stage: str) -> None:
         """Read, check, split and tokenize the pairs. Runs before any model loads."""

@@ -1,6 +1,5 @@
 """The DataModule over the round store: an epoch is a round."""
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +8,7 @@ import torch
 
 from rlhf_pl.data.options import at_least, check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.prompts import (
     Prompt,
     count_duplicates,
@@ -92,7 +91,7 @@ class RoundDataModule(L.LightningDataModule):
     @property
     def seed(self) -> int:
         """The run's seed."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+        return run_seed() if self._seed is None else self._seed
 
     @property
     def store(self) -> RoundStore:

@@ -1,6 +1,5 @@
 """The DataModule of supervised fine-tuning."""
 
-import os
 import random
 from collections.abc import Sequence
 from typing import Any, Literal
@@ -16,7 +15,7 @@ from rlhf_pl.data.held_out import split_groups
 from rlhf_pl.data.options import at_least, check_module, refuse_other_rows
 from rlhf_pl.data.packing import Example, lay_out, pack
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
@@ -112,7 +111,7 @@ class SFTDataModule(L.LightningDataModule):
     @property
     def seed(self) -> int:
         """The run's seed."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0)) if self._seed is None else self._seed
+        return run_seed() if self._seed is None else self._seed
 
     def setup(self, stage: str) -> None:
         """Read, check, split and tokenize the conversations. Runs before any model loads."""

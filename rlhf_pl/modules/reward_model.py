@@ -1,6 +1,5 @@
 """Training a reward model from comparisons."""
 
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,6 +12,7 @@ from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_pl.classifier import ClassifierLM, check_new_classifier, new_classifier
 from rlhf_pl.data.preference_module import PreferenceBatch
+from rlhf_pl.data.progress import run_seed
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_folder
 from rlhf_pl.lora import LoRA, add_lora, check_lora, merged_state_dict
@@ -96,7 +96,7 @@ class RewardModelModule(L.LightningModule):
         """Load the backbone. Lightning calls it after all inputs have been checked."""
         if self.classifier is not None:
             return
-        seed = int(os.environ.get("PL_GLOBAL_SEED", 0))
+        seed = run_seed()
         model = new_classifier(self.source, seed, getattr(torch, self.dtype_name), self.attn_implementation)
         tokenizer = reward_tokenizer(self.source, self.pair_encoding)
         text_config = model.config.get_text_config()

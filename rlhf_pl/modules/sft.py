@@ -1,7 +1,6 @@
 """Supervised fine-tuning as a LightningModule."""
 
 import math
-import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.sft_module import SFTBatch
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_folder
@@ -77,7 +77,7 @@ class SFTModule(L.LightningModule):
         if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
             check_packing(lm, self.source)
         if self.lora is not None:
-            add_lora(lm, self.lora, int(os.environ.get("PL_GLOBAL_SEED", 0)), train_head=False)
+            add_lora(lm, self.lora, run_seed(), train_head=False)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         self.policy = PolicyLM(lm, self.logprob_chunk_tokens).train()
