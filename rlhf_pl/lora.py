@@ -47,10 +47,13 @@ def add_lora(model: Any, settings: LoRA, seed: int, train_head: bool) -> None:
         seed: Of their initial values.
         train_head: Whether what stands on the backbone trains as a whole.
     """
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
     peft = _peft()
     model.requires_grad_(False)
     prefix = model.base_model_prefix + "."
-    linear = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and n.startswith(prefix)]
+    kinds = (torch.nn.Linear, Conv1D)
+    linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and n.startswith(prefix)]
     wanted = settings.target_modules
     if wanted is not None:
         linear = [n for n in linear if n.split(".")[-1] in wanted]
