@@ -130,6 +130,8 @@ def load_classifier(
     weights = weights or source
     files = WeightFiles(weights)
     rename = find_head(source, files).rename
+    if rename is None and weights is not source:  # it may come without the config that transformers looks for
+        rename = {name: name for name in files.shapes}
     config = without_dropout(source.config)
     config.num_labels = 1
     arguments = {"config": config, "attn_implementation": attn_implementation, "output_loading_info": True}
@@ -137,8 +139,9 @@ def load_classifier(
         model, info = weights.read("weights", AutoModelForSequenceClassification, **arguments, dtype=dtype or "auto")
     else:
         state = {rename[name]: tensor for name, tensor in files.tensors(rename).items()}
-        dtype = dtype or state["score.weight"].dtype
-        state["score.weight"] = state["score.weight"].view(1, -1)
+        dtype = dtype or next(iter(state.values())).dtype
+        if "score.weight" in state:
+            state["score.weight"] = state["score.weight"].view(1, -1)
         bias = state.pop("score.bias", None)
         kind = type(_empty_classifier(source))
         model, info = kind.from_pretrained(None, state_dict=state, dtype=dtype, **arguments)

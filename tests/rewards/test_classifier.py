@@ -110,6 +110,11 @@ def test_a_bias_counts_and_weights_may_come_without_a_config(reward_model: Path,
     assert scores(tmp_path, base=str(reward_model)) == pytest.approx(expected, abs=1e-5)
 
 
+def test_weights_under_transformers_own_names_may_come_without_a_config_too(reward_model: Path, tmp_path: Path) -> None:
+    shutil.copy(reward_model / "model.safetensors", tmp_path)
+    assert scores(tmp_path, base=str(reward_model)) == pytest.approx(plain_scores(reward_model), abs=1e-5)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
