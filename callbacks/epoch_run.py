@@ -44,7 +44,8 @@ class EpochRun(L.Callback):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero:
             run_dir = trainer.default_root_dir
-            console.print(f"Done. The model is in {run_dir}/model; see the curves with tensorboard --logdir {run_dir}")
+            done = f"Done. The model is in {run_dir}/model; see the curves with tensorboard --logdir {run_dir}"
+            console.print(done, soft_wrap=True)
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()

@@ -64,7 +64,7 @@ class RoundProgress(ProgressBar):
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._close()
-        self._open("validating on held-out pairs", sum(trainer.num_val_batches))
+        self._open("validating", sum(trainer.num_val_batches))
 
     def on_validation_batch_end(
         self,
