@@ -115,6 +115,11 @@ class RoundRefresh(L.Callback):
                 f"{options.sampling.max_response_tokens} = {longest} is over the context of {pl_module.source.path!r}, "
                 f"{pl_module.source.max_context_tokens} tokens. Lower one of them."
             )
+        if options.reward.by_prompt and data.val_prompts and options.val_sampling.num_responses < 2:
+            raise InputError(
+                f"`rollout.val_num_responses` must be 2 or more: {options.reward.name} compares a prompt's answers "
+                "with each other, on held-out prompts too."
+            )
         if not self.repair:
             _refuse_damage(data)
         try_reward(options.reward, _trial_samples(data.train_prompts), options.scoring)

@@ -23,7 +23,7 @@ def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
     variance = sum((g - mean) ** 2 for g in gains) / max(1, len(gains) - 1)
     return {
         "val/reward_mean": rewards["mean"],
-        **{f"val/reward/{name}": value for name, value in rewards["components"].items()},
+        **{f"val/reward/{name}": value for name, value in rewards.get("components", {}).items()},
         "val/reward_gain": mean,
         "val/reward_gain_se": math.sqrt(variance / max(1, len(gains))),
         "val/win_rate": sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gains) / max(1, len(gains)),

@@ -93,6 +93,13 @@ def test_fit_leaves_a_whole_run_directory(
         (["--rollout.sampling.temperature", "0"], "would be the same"),
         (["--trainer.precision", "bf16-true"], "32-true"),
         (["--trainer.devices", "2"], "prepared by one process"),
+        (
+            [
+                *("--rollout.reward", "JudgePairReward", "--rollout.reward.url", "http://127.0.0.1:9"),
+                *("--rollout.reward.model", "m", "--data.val_prompts", "2"),
+            ],
+            "`rollout.val_num_responses` must be 2 or more",
+        ),
     ],
 )
 def test_wrong_inputs_end_with_one_error(
@@ -241,7 +248,8 @@ def test_guards_can_stop_a_run(
         "--guards.stop_on",
         f"[{sign}]",
     ]
-    assert main([*arguments, "--rollout.sampling.max_response_tokens", "40"]) == 1
+    answers = ["--rollout.sampling.max_response_tokens", "40", "--rollout.sampling.temperature", "0.3"]  # that loop
+    assert main([*arguments, *answers]) == 1
     captured = capsys.readouterr()
     assert "Stopped in round 1 (`guards.stop_on`): the answers repeat themselves" in captured.err
     assert "warning: round 1: the answers repeat" in " ".join(captured.out.split())
@@ -265,7 +273,13 @@ def test_printed_config_shows_the_recipes_defaults(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[str(c.relative_to(ROOT)) for c in CONFIGS])
 def test_every_shipped_config_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert printed_config(capsys, ["fit", "--config", str(config)])["rollout"]["reward"]
+    """What a config sets is what the program takes; one with a policy to improve names a reward."""
+    given, parsed = yaml.safe_load(config.read_text()), printed_config(capsys, ["fit", "--config", str(config)])
+    assert parsed["trainer"]["default_root_dir"] == given["trainer"]["default_root_dir"]
+    if "rollout" in given:
+        assert parsed["rollout"]["reward"]
+    else:
+        assert parsed["model"]["class_path"] == f"rlhf_pl.{given['model']['class_path']}"
 
 
 def test_help_lists_every_group(capsys: pytest.CaptureFixture[str]) -> None:

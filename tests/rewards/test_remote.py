@@ -1,10 +1,12 @@
 """Endpoints that behave and that misbehave, on a real server in this process."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -90,6 +92,17 @@ def test_the_example_server_works(serve: Callable[..., Any], monkeypatch: pytest
     url, _ = serve(ExampleHandler)
     (result,) = HTTPReward(url).score(samples("one two three"))
     assert result == RewardResult(0.25)
+
+
+def test_what_is_sent_and_taken_is_what_the_docs_schema_says(serve: Callable[..., Any]) -> None:
+    import jsonschema
+
+    page = (Path(__file__).parents[2] / "docs" / "rewards.md").read_text()
+    schema = next(s for s in map(json.loads, re.findall(r"```json\n(.*?)```", page, re.DOTALL)) if "request" in s)
+    url, seen = serve(rewards)
+    HTTPReward(url).score(samples("a", "b"))
+    jsonschema.validate(seen[0], schema["request"])
+    jsonschema.validate({"rewards": [0.5, {"reward": 0.7, "components": {"style": 0.2}}, None]}, schema["response"])
 
 
 def test_components_and_nulls(serve: Callable[..., Any]) -> None:
