@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any
 
@@ -157,7 +158,11 @@ class ArmoRMReward(Reward):
         return f"ArmoRMReward({self.model})"
 
     def fingerprint(self) -> str:
-        return f"{describe(self)}:{WeightFiles(self.source).fingerprint()}"
+        return f"{describe(self)}:{self._weights_hash}"
+
+    @cached_property
+    def _weights_hash(self) -> str:
+        return WeightFiles(self.source).fingerprint()
 
     def renderer(self) -> Renderer:
         """Renders conversations as the model reads them."""
@@ -230,7 +235,8 @@ def _heads(source: PolicySource) -> dict[str, str]:
     names = {f"gating.layers.{i}.{part}": f"gating_layers.{i}.{part}" for i in layers for part in ("weight", "bias")}
     names |= {"gating.logit_scale": "logit_scale"}
     names |= {name: name for name in ("regression_layer.weight", "reward_transform_matrix")}
-    if missing := [name for name in names if name not in WeightFiles(source).shapes]:
+    given = WeightFiles(source).shapes
+    if missing := [name for name in names if name not in given]:
         raise InputError(f"`{source.option}`: {source.path!r} lacks ArmoRM's {', '.join(missing)}.")
     return names
 

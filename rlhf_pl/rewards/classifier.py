@@ -1,6 +1,7 @@
 """Reward models with one output as rewards."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -69,7 +70,11 @@ class ClassifierReward(Reward):
         return f"ClassifierReward({self.model})"
 
     def fingerprint(self) -> str:
-        return f"{describe(self)}:{WeightFiles(self.weights).fingerprint()}"
+        return f"{describe(self)}:{self._weights_hash}"
+
+    @cached_property
+    def _weights_hash(self) -> str:
+        return WeightFiles(self.weights).fingerprint()
 
     def renderer(self) -> Renderer:
         """Renders conversations as the model reads them."""
