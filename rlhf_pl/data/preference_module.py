@@ -1,6 +1,7 @@
 """The DataModule of reward-model training."""
 
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -163,8 +164,13 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint notes of the data."""
+        return {"rows": self._rows_hash}
+
+    @cached_property
+    def _rows_hash(self) -> str:
+        """Of the training rows, which stay as they are; every checkpoint asks for it."""
         assert self.train_set is not None
-        return {"rows": rows_fingerprint(row.ids for both in self.train_set.rows for row in both)}
+        return rows_fingerprint(row.ids for both in self.train_set.rows for row in both)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with other data than the checkpoint's."""

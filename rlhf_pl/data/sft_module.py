@@ -2,6 +2,7 @@
 
 import random
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, Literal
 
 import lightning as L
@@ -171,7 +172,12 @@ class SFTDataModule(L.LightningDataModule):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint notes of the data."""
-        return {"rows": rows_fingerprint((list(e.ids), list(e.mask)) for e in self.examples)}
+        return {"rows": self._rows_hash}
+
+    @cached_property
+    def _rows_hash(self) -> str:
+        """Of the training rows, which stay as they are; every checkpoint asks for it."""
+        return rows_fingerprint((list(e.ids), list(e.mask)) for e in self.examples)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Refuse to go on with other data than the checkpoint's."""
