@@ -9,6 +9,7 @@ from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.degeneration import answer_statistics
 from rlhf_pl.errors import InputError
+from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rounds import Round
 
 SIGNS = ("kl", "distinct", "identical", "length", "pairs", "reward_std")
@@ -88,7 +89,7 @@ class DegenerationGuard(L.Callback):
                 self._judge(trainer, stored, {"kl": sign})
 
     def _signs_of_answers(self, trainer: L.Trainer, stored: Round, first: Round) -> dict[str, str]:
-        seen = answer_statistics(stored.read("responses"))
+        seen = ranks_of(trainer).first(lambda: answer_statistics(stored.read("responses")))
         for logger in trainer.loggers:
             logger.log_metrics({f"rollout/{name}": value for name, value in seen.items()}, step=trainer.global_step)
         length, at_first = (r.info("responses")["tokens_mean"] for r in (stored, first))
@@ -124,9 +125,9 @@ class DegenerationGuard(L.Callback):
         return {name: text for name, (bad, text) in signs.items() if bad}
 
     def _judge(self, trainer: L.Trainer, stored: Round, signs: dict[str, str]) -> None:
-        known: dict[str, Any] = stored.manifest.get("warnings", {})
-        if signs and {**known, **signs} != known and trainer.is_global_zero:
-            stored.update(warnings=known | signs)
+        known: dict[str, Any] = ranks_of(trainer).share(stored.manifest.get("warnings", {}))
+        if signs and {**known, **signs} != known:
+            ranks_of(trainer).first(lambda: stored.update(warnings=known | signs))
         number = int(stored.path.name) + 1
         for text in signs.values():
             console.print(f"[yellow]warning[/yellow]: round {number}: {text}.", soft_wrap=True)

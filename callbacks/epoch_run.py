@@ -8,6 +8,7 @@ from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint
 from rlhf_pl.console import console
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.lock import RunLock
+from rlhf_pl.ranks import forget_ranks, ranks_of, report_failure
 
 
 class EpochRun(L.Callback):
@@ -19,11 +20,14 @@ class EpochRun(L.Callback):
     def __init__(self) -> None:
         self._lock: RunLock | None = None
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        ranks_of(trainer)  # from here on the ranks hear of each other's end
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on the run directory is written to, by this process alone."""
+        self._lock = RunLock(trainer.default_root_dir)
+        ranks_of(trainer).first(self._lock.acquire)
         if trainer.is_global_zero:
-            self._lock = RunLock(trainer.default_root_dir)
-            self._lock.acquire()
             console.print(f"{_data(trainer).describe()}. Run directory: {trainer.default_root_dir}", soft_wrap=True)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
@@ -49,8 +53,10 @@ class EpochRun(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()
+        forget_ranks(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        report_failure(trainer, exception)
         self._end()
 
     def _end(self) -> None:

@@ -12,6 +12,7 @@ from rlhf_pl.disk import naming_a_full_disk
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import Exportable
 from rlhf_pl.fingerprints import weights_fingerprint
+from rlhf_pl.ranks import ranks_of
 
 STAMP = "rlhf_pl.json"
 
@@ -49,30 +50,31 @@ class HFExport(L.Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
         """Write beside the target and rename, so that a folder of this name is always whole."""
-        if not trainer.is_global_zero:
-            return
         target = Path(trainer.default_root_dir) / name
         if not isinstance(pl_module, Exportable):
             raise InputError(f"HFExport works with this package's modules, got {type(pl_module).__name__}.")
         stamp = {
             "updates": trainer.global_step,
             "dtype": self.dtype,
-            "weights": weights_fingerprint(pl_module.hf_state_dict()),
+            "weights": weights_fingerprint(pl_module.weights().stream()),
         }
-        if _stamp_of(target) == stamp:
+        ranks = ranks_of(trainer)
+        if ranks.share(_stamp_of(target) == stamp):
             return
         temporary = target.with_name(f".{target.name}.tmp")
-        shutil.rmtree(temporary, ignore_errors=True)
-        with naming_a_full_disk(target):
+        with ranks.phase("exporting the model"), naming_a_full_disk(target):
             try:
+                ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
                 pl_module.export(str(temporary), self.dtype)
-                (temporary / STAMP).write_text(json.dumps(stamp))
-                if target.exists():
-                    shutil.rmtree(target)
-                os.replace(temporary, target)
+                if trainer.is_global_zero:
+                    (temporary / STAMP).write_text(json.dumps(stamp))
+                    if target.exists():
+                        shutil.rmtree(target)
+                    os.replace(temporary, target)
             except OSError:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
+            ranks.wait()
 
 
 def _stamp_of(folder: Path) -> Any:

@@ -13,11 +13,13 @@ from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.policy import PolicyLM, load_lm
 from rlhf_pl.provenance import ChangedSettingsError, differences
+from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rounds import Round
 from rlhf_pl.rows import Row, pad_rows
 from rlhf_pl.snapshot import logps_function
 from rlhf_pl.stages import pair_logps
 from rlhf_pl.stages.select import PAIRS
+from rlhf_pl.strategies import callable_policy, shard_frozen
 
 SURPRISE = 0.1  # nats a token between given and computed log-probs
 
@@ -38,8 +40,6 @@ class OfflineLogps(L.Callback):
         """Refuse a run directory of other pairs, and offer the DataModule to prepare its round."""
         if not isinstance(pl_module, RebelModule):
             raise InputError(f"OfflineLogps works with RebelModule, got {type(pl_module).__name__}.")
-        if trainer.world_size > 1:
-            raise InputError("`trainer.devices`: log-probs are prepared by one process so far. Set it to 1.")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, OfflineDataModule)
         for stored, pairs in ((data.stored, data.train_set), (data.stored_held_out, data.val_set)):
@@ -57,14 +57,21 @@ class OfflineLogps(L.Callback):
     def _prepare(self, trainer: L.Trainer, module: RebelModule, data: OfflineDataModule) -> None:
         for stored, pairs in ((data.stored, data.train_set), (data.stored_held_out, data.val_set)):
             settings = Round.as_stored(_settings(module, data, pairs))
-            done = stored.is_complete("logps") and stored.manifest["settings"]["logps"] == settings["logps"]
-            if not pairs or done:
-                continue
-            stored.update(settings=settings)
-            if not stored.is_complete("pairs"):
-                stored.write_shard("pairs", 0, as_table(pairs, PAIRS))
-                stored.complete("pairs", pairs=len(pairs), dropped=data.dropped)
-            self._logps(trainer, module, data, stored, pairs)
+
+            def keep_pairs(
+                stored: Round = stored, pairs: list[OfflinePair] = pairs, settings: dict[str, Any] = settings
+            ) -> bool:
+                """Store the pairs; whether their log-probs are there already."""
+                if stored.is_complete("logps") and stored.manifest["settings"]["logps"] == settings["logps"]:
+                    return True
+                stored.update(settings=settings)
+                if not stored.is_complete("pairs"):
+                    stored.write_shard("pairs", 0, as_table(pairs, PAIRS))
+                    stored.complete("pairs", pairs=len(pairs), dropped=data.dropped)
+                return False
+
+            if pairs and not ranks_of(trainer).first(keep_pairs):
+                self._logps(trainer, module, data, stored, pairs)
 
     def _logps(
         self,
@@ -81,11 +88,12 @@ class OfflineLogps(L.Callback):
         if module.kl_coef > 0:
             policies["reference"] = logps_function(trainer, module, module.load_reference())
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        ranks, what = ranks_of(trainer), "log-probs of pairs"
         if policies:
-            with phase("log-probs of pairs", 2 * len(pairs) * len(policies), "answers", show) as report:
-                pair_logps(stored, policies, self.logps_batch_tokens, data.temperature, report)
+            with ranks.phase(what), phase(what, 2 * len(pairs) * len(policies), "answers", show) as report:
+                pair_logps(stored, policies, self.logps_batch_tokens, data.temperature, report, ranks)
         if len(given) == len(pairs):
-            _keep_given(stored, pairs)
+            ranks.first(lambda: _keep_given(stored, pairs))
             self._compare(trainer, module, data, pairs)
 
     def _compare(
@@ -119,9 +127,9 @@ def _settings(module: RebelModule, data: OfflineDataModule, pairs: list[OfflineP
 def _starting_policy(trainer: L.Trainer, module: RebelModule) -> Any:
     """The policy before its first update, also in a run that goes on."""
     if trainer.global_step == 0:
-        return trainer.model
+        return callable_policy(trainer)
     lm = load_lm(module.source, module.dtype_name, module.attn_implementation)
-    return PolicyLM(lm.to(module.device), module.logprob_chunk_tokens).requires_grad_(False).eval()
+    return shard_frozen(trainer, PolicyLM(lm, module.logprob_chunk_tokens))
 
 
 def _keep_given(stored: Round, pairs: list[OfflinePair]) -> None:

@@ -11,9 +11,18 @@ import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from rlhf_pl.checkpoints import FOLDER, AtomicCheckpointIO, checkpoint_files, link_last
+from rlhf_pl.checkpoints import (
+    FOLDER,
+    AtomicCheckpointIO,
+    checkpoint_files,
+    link_last,
+    remove_checkpoint,
+    save_sharded,
+)
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.errors import InputError
+from rlhf_pl.ranks import ranks_of
+from rlhf_pl.strategies import writes_sharded
 
 
 class RunStopped(BaseException):
@@ -64,7 +73,7 @@ class RoundCheckpoint(Checkpoint):
         self._trainer = trainer
         for leftover in (Path(trainer.default_root_dir) / FOLDER).glob(".*.tmp"):
             if trainer.is_global_zero:
-                leftover.unlink()
+                remove_checkpoint(leftover)
 
     def listen(self) -> None:
         """Take over SIGTERM and Ctrl-C. Lightning sets its own handlers after `on_fit_start`, so not there."""
@@ -137,11 +146,17 @@ class RoundCheckpoint(Checkpoint):
                 flush()
             logger.save()
         file = Path(trainer.default_root_dir) / FOLDER / name
-        trainer.save_checkpoint(file)
+        ranks = ranks_of(trainer)
+        with ranks.phase("saving a checkpoint"):
+            if writes_sharded(trainer):
+                save_sharded(trainer, file, ranks)
+            else:
+                trainer.save_checkpoint(file)
         self._saved_at = trainer.global_step
         if trainer.is_global_zero:
             link_last(file)
             self._remove_old(file)
+        ranks.wait()
         self._at_once = at_once
         if at_once and self._requested is not None:
             self._stop()
@@ -152,7 +167,7 @@ class RoundCheckpoint(Checkpoint):
         keep = rounds if self.keep_rounds == -1 else rounds[-self.keep_rounds :]
         for file in files:
             if file not in keep:
-                file.unlink()
+                remove_checkpoint(file)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()

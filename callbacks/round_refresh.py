@@ -17,6 +17,7 @@ from rlhf_pl.memory import resident_gib
 from rlhf_pl.metrics import held_out_metrics, round_metrics
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.pairs import BestWorst, PairSelector
+from rlhf_pl.ranks import DEFAULT_TIMEOUT, forget_ranks, ranks_of, report_failure
 from rlhf_pl.repair import repair
 from rlhf_pl.rewards import Reward, Sample, ScoringConfig, as_reward
 from rlhf_pl.rewards.guard import try_reward
@@ -48,6 +49,8 @@ class RoundRefresh(L.Callback):
         val_temperature: Temperature on held-out prompts; null for that of training, 0 for the likeliest answer.
         prompts_per_shard: Prompts per file of the round store, answered together: what a crash can lose.
         logps_batch_tokens: Padded tokens per batch when log-probs are computed before training.
+        timeout_minutes: In a run of several processes, minutes that one waits for the others before the run is ended
+            with a message that names who is late, and where.
     """
 
     repair = False  # set by `--repair`: make damaged files of the store again
@@ -65,6 +68,7 @@ class RoundRefresh(L.Callback):
         val_temperature: float | None = None,
         prompts_per_shard: int = 64,
         logps_batch_tokens: int = 4096,
+        timeout_minutes: float = DEFAULT_TIMEOUT,
     ) -> None:
         for name, value in (
             ("val_num_responses", val_num_responses),
@@ -73,6 +77,8 @@ class RoundRefresh(L.Callback):
         ):
             if value < 1:
                 raise InputError(f"`rollout.{name}` must be 1 or more, got {value}.")
+        if timeout_minutes <= 0:
+            raise InputError(f"`rollout.timeout_minutes` must be above 0, got {timeout_minutes}.")
         if sampling.num_responses < 2:
             raise InputError(f"`rollout.sampling.num_responses` must be 2 or more, got {sampling.num_responses}.")
         self.options: RoundOptions | None = None
@@ -88,6 +94,7 @@ class RoundRefresh(L.Callback):
                 logps_batch_tokens=logps_batch_tokens,
             )
         self._link = SamplerLink(sampler)
+        self._timeout = timeout_minutes
         self._maker: RoundMaker | None = None
         self._begun = False
         self._lock: RunLock | None = None
@@ -102,10 +109,11 @@ class RoundRefresh(L.Callback):
         data, options = _datamodule(trainer), self.options
         if not isinstance(pl_module, RebelModule):
             raise InputError(f"RoundRefresh works with RebelModule, got {type(pl_module).__name__}.")
-        if trainer.world_size > 1:
+        ranks = ranks_of(trainer, self._timeout)
+        if trainer.world_size % self._link.sampler.ranks_per_engine:
             raise InputError(
-                f"`trainer.devices`: rounds are prepared by one process so far, and this run has {trainer.world_size}. "
-                "Set --trainer.devices 1."
+                f"`rollout.sampler`: engines of {self._link.sampler.ranks_per_engine} ranks each do not divide the "
+                f"{trainer.world_size} ranks of this run. Change tensor_parallel_size or the number of devices."
             )
         self._link.sampler.check()
         longest = data.max_prompt_tokens + options.sampling.max_response_tokens
@@ -121,8 +129,8 @@ class RoundRefresh(L.Callback):
                 "with each other, on held-out prompts too."
             )
         if not self.repair:
-            _refuse_damage(data)
-        try_reward(options.reward, _trial_samples(data.train_prompts), options.scoring)
+            ranks.first(lambda: _refuse_damage(data))
+        ranks.first(lambda: try_reward(options.reward, _trial_samples(data.train_prompts), options.scoring))
         self._maker = RoundMaker(
             trainer,
             pl_module,
@@ -141,9 +149,8 @@ class RoundRefresh(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on the run directory is written to, by this process alone."""
-        if trainer.is_global_zero:
-            self._lock = RunLock(trainer.default_root_dir)
-            self._lock.acquire()
+        self._lock = RunLock(trainer.default_root_dir)
+        ranks_of(trainer).first(self._lock.acquire)
 
     def _begin(self, trainer: L.Trainer) -> RoundMaker:
         """The maker of this run's rounds, once weights are restored."""
@@ -203,7 +210,7 @@ class RoundRefresh(L.Callback):
         stored = data.store.round(version - 1)
         seconds = time.monotonic() - self._training_since
         speed = data.passes * stored.info("pairs")["pairs"] / seconds if stored.is_complete("pairs") else 0.0
-        stored.complete("training", seconds=seconds, **pl_module.round_summary())
+        ranks_of(trainer).first(lambda: stored.complete("training", seconds=seconds, **pl_module.round_summary()))
         _log(trainer, {"time/train_s": seconds, "train/pairs_per_s": speed}, max(0, trainer.global_step - 1))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RoundCheckpoint):
@@ -215,8 +222,10 @@ class RoundRefresh(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()
+        forget_ranks(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        report_failure(trainer, exception)
         self._end()
 
     def _end(self) -> None:

@@ -66,7 +66,8 @@ def _with_one_error(argv: list[str]) -> int:
         wrong = mistake_behind(error)
         if wrong is None:
             raise
-        print(f"error: {wrong}", file=sys.stderr)
+        if not getattr(wrong, "reported", False):  # by rank 0 of a run of several processes
+            print(f"error: {wrong}", file=sys.stderr)
         return 1
 
 

@@ -1,20 +1,28 @@
 """Checkpoint files: written atomically, and what can be told about one without loading it."""
 
+import json
 import os
 import pickle
+import shutil
 import zipfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from torch import Tensor
 
-from rlhf_pl.disk import write_atomically
+from rlhf_pl.disk import naming_a_full_disk, sync_folder, write_atomically
 from rlhf_pl.errors import InputError
+from rlhf_pl.ranks import Ranks
 
 FOLDER = "checkpoints"
 SUPERSEDED = "superseded"
+META = "meta.pt"  # in a sharded checkpoint, all but weights and optimizer
+CONTENTS = "files.json"
 
 
 @dataclass(frozen=True, order=True)
@@ -30,6 +38,11 @@ class Progress:
     global_step: int
     rounds_done: int
     inside_round: bool
+
+
+def is_sharded_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint is a folder with a part from each rank."""
+    return path.is_dir()
 
 
 class AtomicCheckpointIO(TorchCheckpointIO):
@@ -54,12 +67,37 @@ def checkpoint_files(run_dir: str | Path) -> list[Path]:
     return [f for f in folder.glob("*.ckpt") if f.name.startswith(("after-round-", "update-")) and not f.is_symlink()]
 
 
+def save_sharded(trainer: L.Trainer, target: Path, ranks: Ranks) -> None:
+    """Have all ranks write their parts beside the target, flush, and rename; called by all ranks.
+
+    What is in the folder and how large it is stands in `files.json`, so that a part which is lost or cut is noticed.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
+    with naming_a_full_disk(target):
+        trainer.save_checkpoint(temporary)
+
+        def commit() -> None:
+            sizes = {file.name: file.stat().st_size for file in sorted(temporary.iterdir())}
+            write_atomically(temporary / CONTENTS, lambda file: file.write(json.dumps(sizes).encode()))
+            with (temporary / META).open("rb") as file:
+                os.fsync(file.fileno())
+            shutil.rmtree(target, ignore_errors=True)
+            os.replace(temporary, target)
+            sync_folder(target.parent)
+
+        ranks.first(commit)
+
+
 def is_whole(file: Path) -> bool:
-    """Whether every record of a checkpoint matches the checksum that torch wrote with it."""
+    """Whether every record of a checkpoint matches the checksum that torch wrote with it; of a folder, every size."""
     try:
+        if is_sharded_checkpoint(file):
+            sizes: dict[str, int] = json.loads((file / CONTENTS).read_text())
+            return all((file / name).stat().st_size == size for name, size in sizes.items())
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError):
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError):
         return False
 
 
@@ -69,19 +107,49 @@ def read_progress(file: Path) -> Progress | None:
     Raises:
         InputError: It holds objects that can't be loaded safely.
     """
+    part = file / META if is_sharded_checkpoint(file) else file
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        content = torch.load(part, map_location="cpu", weights_only=True, mmap=True)
         epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]
         return Progress(content["global_step"], epochs["processed"], epochs["started"] > epochs["processed"])
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, AttributeError):
         return None
     except pickle.UnpicklingError as error:
-        if not zipfile.is_zipfile(file):
+        if not zipfile.is_zipfile(part):
             return None
         raise InputError(
             f"{file} holds objects that can't be loaded safely: a callback's `state_dict` must hold plain values and "
             f"tensors only. {str(error).splitlines()[0]}"
         ) from error
+
+
+def read_weights(file: Path, prefix: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, whole, under their names without `prefix`.
+
+    Args:
+        file: One file, or a folder with a part from each rank.
+        prefix: Of the wanted names in the LightningModule.
+        like: Names and shapes to expect.
+    """
+    if not is_sharded_checkpoint(file):
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    from torch.distributed.checkpoint import FileSystemReader, load
+
+    reader = FileSystemReader(file)
+    stored = reader.read_metadata().state_dict_metadata
+    group = next(name.partition(".")[0] for name in stored if f".{prefix}" in name)  # FSDP1 and FSDP2 name it otherwise
+    wanted = {f"{group}.{prefix}{name}": torch.empty_like(t, device="cpu") for name, t in like.items()}
+    load(wanted, storage_reader=reader, no_dist=True)
+    return {name.removeprefix(f"{group}.{prefix}"): tensor for name, tensor in wanted.items()}
+
+
+def remove_checkpoint(path: Path) -> None:
+    """Delete a checkpoint of either form."""
+    if is_sharded_checkpoint(path) and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
 
 
 def progress_of_files(run_dir: str | Path) -> dict[Path, Progress]:
@@ -105,9 +173,9 @@ def supersede(files: list[Path]) -> Path | None:
     folder = files[-1].parent / SUPERSEDED
     folder.mkdir(exist_ok=True)
     for old in folder.glob("*.ckpt"):
-        old.unlink()
+        remove_checkpoint(old)
     for file in files[:-1]:
-        file.unlink()
+        remove_checkpoint(file)
     kept = folder / files[-1].name
     os.replace(files[-1], kept)
     return kept

@@ -41,6 +41,7 @@ from rlhf_pl.provenance import StageSettings
 from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
 from rlhf_pl.round_settings import downstream_settings
 from rlhf_pl.run_files import RunConfig, RunLogger, keep_csv
+from rlhf_pl.strategies import runnable_strategy
 
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -100,7 +101,7 @@ class RlhfCLI(LightningCLI):
             callbacks.append(RoundProgress())
         if config["logger"] in (None, True):
             kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
-        self._check_devices(config)
+        kwargs["strategy"] = runnable_strategy(config["strategy"], _on_gpu(config["accelerator"]))
         own = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
         if config["enable_checkpointing"] is False:
             own = [callback for callback in own if not isinstance(callback, RoundCheckpoint)]
@@ -125,17 +126,6 @@ class RlhfCLI(LightningCLI):
         kept: list[Callback] = [callback for callback in own if isinstance(callback, kinds)]
         return [EpochRun(), *offline, *kept] if hasattr(self.model, "describe_epoch") else kept
 
-    @staticmethod
-    def _check_devices(config: dict[str, Any]) -> None:
-        """Refuse several devices before Lightning starts their processes."""
-        devices, nodes = config["devices"], config["num_nodes"]
-        count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdigit() else 1
-        if count * nodes > 1:
-            raise InputError(
-                f"`trainer.devices`: rounds are prepared by one process so far, and this run asks for {count} devices "
-                f"on {nodes} nodes. Set --trainer.devices 1 --trainer.num_nodes 1."
-            )
-
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with as_mistakes("The command line can't be read"):
             super().parse_arguments(parser, args)
@@ -152,7 +142,9 @@ class RlhfCLI(LightningCLI):
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         run_dir = self.trainer.default_root_dir
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        RunLock(run_dir).check()
+        console.quiet = not self.trainer.is_global_zero
+        if self.trainer.is_global_zero:
+            RunLock(run_dir).check()
         chosen = arguments.get("ckpt_path")
         if chosen not in (None, "last"):
             point = chosen_resume_point(run_dir, Path(chosen))
@@ -170,7 +162,7 @@ class RlhfCLI(LightningCLI):
         for logger in self.trainer.loggers:
             if isinstance(logger, RunLogger):
                 logger.purge_from(progress.global_step if progress else 0)
-            elif isinstance(logger, CSVLogger):
+            elif isinstance(logger, CSVLogger) and self.trainer.is_global_zero:
                 keep_csv(Path(logger.log_dir))
         if point.checkpoint is not None:
             console.print(f"Going on from {point.checkpoint}.", soft_wrap=True)
@@ -182,6 +174,11 @@ class RlhfCLI(LightningCLI):
         if options is None or not isinstance(module, RebelModule) or not isinstance(data, RoundDataModule):
             return None
         return downstream_settings(module, options, self.trainer, data)
+
+
+def _on_gpu(accelerator: Any) -> bool:
+    """Whether the Trainer will find GPUs."""
+    return accelerator not in ("cpu",) and torch.cuda.is_available()
 
 
 def _has(callbacks: list[Callback], kind: type) -> bool:
@@ -198,7 +195,8 @@ def run(argv: Sequence[str]) -> int:
         with _stopped_early():
             RlhfCLI()
     except RunStopped as stop:
-        print(stop, file=sys.stderr)
+        if not getattr(stop, "reported", False):
+            print(stop, file=sys.stderr)
         return 128 + stop.signum
     return 0
 

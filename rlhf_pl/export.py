@@ -4,28 +4,33 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any, Protocol, runtime_checkable
 
+import lightning as L
 import torch
-from torch import Tensor, nn
 
 from rlhf_pl.errors import InputError
+from rlhf_pl.lora import LoRA, save_adapter
 from rlhf_pl.policy import PolicySource
+from rlhf_pl.strategies import is_sharded
+from rlhf_pl.weights import Weights, full_tensors
 
 
 @runtime_checkable
 class Exportable(Protocol):
     """A module that holds a model which can be written as a Hugging Face folder."""
 
-    def hf_state_dict(self) -> Mapping[str, Tensor]:
+    def weights(self) -> Weights:
         """The model's weights under their Hugging Face names, tied ones included."""
 
     def export(self, folder: str, dtype: str | None = None) -> None:
-        """Write the folder."""
+        """Write the folder; to be called by all ranks."""
 
 
 def export_folder(
-    model: Any, source: PolicySource, weights: Mapping[str, Tensor], folder: str, dtype: str | None = None
+    model: Any, source: PolicySource, weights: Weights, folder: str, dtype: str | None = None, write: bool = True
 ) -> None:
     """Write a model with its tokenizer and chat template: safetensors and configs.
+
+    Sharded weights are put together in the memory of the CPU of the rank that writes.
 
     Args:
         model: The Hugging Face model; its config is written, with the dropout that `source` has.
@@ -33,9 +38,15 @@ def export_folder(
         weights: Its weights by their Hugging Face names, tied ones included.
         folder: Where to; made if missing.
         dtype: Dtype of the weights; None for that of the model the run started from.
+        write: Whether this is the rank that writes.
     """
     target = getattr(torch, dtype) if dtype else source.config.dtype or torch.float32
-    state = {name: tensor.detach().cpu().to(target).clone() for name, tensor in weights.items()}
+    state = {}
+    for name, tensor in weights.stream():
+        if write:
+            state[name] = tensor.detach().cpu().to(target).clone()
+    if not write:
+        return
     config = model.config
     try:
         model.config = deepcopy(config)
@@ -51,13 +62,23 @@ def export_folder(
     source.tokenizer.save_pretrained(folder)
 
 
-def check_weights(module: nn.Module, weights: Mapping[str, Tensor], source: PolicySource) -> None:
-    """A checkpoint's weights must be those of this architecture.
+def export_adapter(module: L.LightningModule, settings: LoRA, model: Any, source: PolicySource, folder: str) -> None:
+    """Write a model's adapters to `folder/adapter`, for peft; all ranks must call it, and rank 0 writes."""
+    tensors = {n: t.detach().cpu().clone() for n, t in full_tensors(module, model, lambda name: ".lora_" in name)}
+    if module.global_rank == 0:
+        save_adapter(settings, model, tensors, source.path, f"{folder}/adapter")
+
+
+def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], source: PolicySource) -> None:
+    """A checkpoint's weights must be those of this architecture. Strategies that shard take them out and check them.
 
     Raises:
         InputError: Names or shapes differ.
     """
-    own, given = module.state_dict(), weights
+    trainer = module._trainer
+    if "state_dict" not in checkpoint or (trainer is not None and is_sharded(trainer)):
+        return
+    own, given = module.state_dict(), checkpoint["state_dict"]
     wrong = [n for n in [*own, *given] if n not in own or n not in given or own[n].shape != given[n].shape]
     if wrong:
         raise InputError(

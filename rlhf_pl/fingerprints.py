@@ -5,22 +5,27 @@ import contextlib
 import hashlib
 import inspect
 import json
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+_PART = 2**24  # numbers
 
-def weights_fingerprint(weights: Mapping[str, Tensor]) -> str:
-    """A short hash that changes with any weight, whatever device they are on."""
-    digest = hashlib.sha256()
+
+def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
+    """A short hash that changes with any weight, whatever order they come in and whatever device they are on."""
+    lines = []
     with torch.no_grad():
-        for name, tensor in weights.items():
-            wide = tensor.double()
+        for name, tensor in weights:
+            total, squares = 0.0, 0.0
+            for part in tensor.detach().flatten().split(_PART):  # so that no whole tensor is copied to float64
+                wide = part.double()
+                total, squares = total + wide.sum().item(), squares + wide.square().sum().item()
             # ten digits: the last ones depend on the order of summation, and so on the device
-            digest.update(f"{name}:{wide.sum().item():.10e}:{wide.square().sum().item():.10e}".encode())
-    return digest.hexdigest()[:16]
+            lines.append(f"{name}:{total:.10e}:{squares:.10e}")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:16]
 
 
 def rows_fingerprint(rows: Iterable[Any]) -> str:

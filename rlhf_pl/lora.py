@@ -1,5 +1,7 @@
 """LoRA adapters (arXiv:2106.09685) by peft, put into a model in place."""
 
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,6 +9,8 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.errors import InputError
+
+TensorsOf = Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,7 @@ def add_lora(model: Any, settings: LoRA, seed: int, train_head: bool) -> None:
         linear = [n for n in linear if n.split(".")[-1] in wanted]
     if not linear:
         raise InputError(f"`model.lora.target_modules`: no linear layer of {type(model).__name__} is called {wanted}.")
-    config = peft.LoraConfig(
-        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=linear
-    )
+    config = _config(settings, linear)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model)
@@ -71,19 +73,89 @@ def add_lora(model: Any, settings: LoRA, seed: int, train_head: bool) -> None:
                 parameter.requires_grad_(True)
 
 
-def merged_state_dict(model: Any) -> dict[str, Tensor]:
-    """The model's weights with adapters merged in, in copies, under the names they have without adapters."""
-    merged = {}
-    for name, tensor in model.state_dict().items():
-        if ".lora_" in name:
-            continue
-        if ".base_layer." in name:
-            layer = model.get_submodule(name.partition(".base_layer.")[0])
-            if name.endswith(".base_layer.weight"):
-                delta = sum(layer.get_delta_weight(adapter) for adapter in layer.active_adapters)
-                tensor = (tensor.float() + delta.float()).to(tensor.dtype)
-        merged[name.replace(".base_layer.", ".")] = tensor
-    return merged
+def adapted_layers(model: Any) -> dict[str, Any]:
+    """The layers with adapters, by the names they have in a model that is not wrapped."""
+    found = {}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A") and hasattr(module, "base_layer"):
+            found[unwrapped_name(name)] = module
+    return found
+
+
+def unwrapped_name(name: str) -> str:
+    """A parameter's or module's name without what FSDP and activation checkpointing put into it."""
+    for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
+        name = name.replace(wrapper, "")
+    for wrapper in ("._fsdp_wrapped_module", "._checkpoint_wrapped_module"):
+        name = name.removesuffix(wrapper)
+    return name
+
+
+def merged_tensors(model: Any, tensors: TensorsOf) -> Iterator[tuple[str, Tensor]]:
+    """A model's tensors with adapters merged in, in copies, under the names they have without adapters.
+
+    Args:
+        model: A Hugging Face model, with adapters or without.
+        tensors: Gives those of its tensors whose names are wanted, whole.
+    """
+    layers = adapted_layers(model)
+    if not layers:
+        yield from tensors(lambda name: True)
+        return
+    adapters = {name: tensor.detach().clone() for name, tensor in tensors(lambda name: ".lora_" in name)}
+    for name, tensor in tensors(lambda name: ".lora_" not in name):
+        layer_name, base, _ = name.rpartition(".base_layer.weight")
+        if base:
+            tensor = (tensor.float() + _update(layers[layer_name], layer_name, adapters)).to(tensor.dtype)
+        yield name.replace(".base_layer.", "."), tensor
+
+
+def _update(layer: Any, name: str, adapters: dict[str, Tensor]) -> Tensor:
+    """What a layer's adapters add to its weight, in its shape, float32."""
+    total: Any = 0
+    for adapter in layer.active_adapters:
+        down, up = (adapters[f"{name}.lora_{part}.{adapter}.weight"].float() for part in "AB")
+        update = up @ down
+        total = total + layer.scaling[adapter] * (update.T if layer.fan_in_fan_out else update)
+    return total
+
+
+@contextmanager
+def without_adapters(model: Any) -> Iterator[None]:
+    """The model as it was before adapters were put into it. For inference: what trains is left alone."""
+    layers = list(adapted_layers(model).values())
+    for layer in layers:
+        layer._disable_adapters = True  # `enable_adapters` would also touch what requires gradients
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+def save_adapter(settings: LoRA, model: Any, adapters: Mapping[str, Tensor], base: str, folder: str) -> None:
+    """Write the adapters as a folder that peft loads onto the base model.
+
+    Args:
+        settings: The adapters' settings.
+        model: With the adapters in it.
+        adapters: Their tensors, by their names in the model.
+        base: Folder or Hub id of the base model.
+        folder: Where to; made if missing.
+    """
+    from safetensors.torch import save_file
+
+    config = _config(settings, sorted(adapted_layers(model)))
+    config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
+    config.save_pretrained(folder)
+    tensors = {f"base_model.model.{n.replace('.default.', '.')}": t.cpu().contiguous() for n, t in adapters.items()}
+    save_file(tensors, f"{folder}/adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _config(settings: LoRA, layers: list[str]) -> Any:
+    return _peft().LoraConfig(
+        r=settings.rank, lora_alpha=settings.alpha, lora_dropout=settings.dropout, target_modules=layers
+    )
 
 
 def _peft() -> Any:

@@ -10,9 +10,10 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from rlhf_pl.disk import full_disk_error
 from rlhf_pl.errors import InputError
+from rlhf_pl.ranks import RanksError
 from rlhf_pl.rollout.self_check import StaleSamplerError
 
-_MISTAKES = (InputError, StaleSamplerError, MisconfigurationException, PermissionError)
+_MISTAKES = (InputError, StaleSamplerError, RanksError, MisconfigurationException, PermissionError)
 
 
 def mistake_behind(error: BaseException | None) -> BaseException | None:

@@ -210,11 +210,24 @@ def train_last_layers(lm: Any, count: int, source: PolicySource) -> None:
     Raises:
         InputError: The model has fewer layers.
     """
-    layers = max((m for m in lm.base_model.modules() if isinstance(m, nn.ModuleList)), key=len)
+    layers = decoder_layers(lm)
     if count > len(layers):
         raise InputError(f"`model.trainable_layers` is {count}, but {source.path!r} has {len(layers)} layers.")
-    for module in (lm.get_input_embeddings(), *list(layers)[: len(layers) - count]):
+    for module in (lm.get_input_embeddings(), *layers[: len(layers) - count]):
         module.requires_grad_(False)
+
+
+def decoder_layers(model: nn.Module) -> list[nn.Module]:
+    """The layers of a decoder, first to last: of all lists of modules the longest that is inside no other."""
+    found: list[nn.ModuleList] = []
+    todo: list[nn.Module] = [model]
+    while todo:
+        module = todo.pop()
+        if isinstance(module, nn.ModuleList):  # what is inside, such as a layer's experts, is no list of layers
+            found.append(module)
+        else:
+            todo.extend(module.children())
+    return list(max(found, key=len, default=()))
 
 
 def without_dropout(config: Any) -> Any:

@@ -1,14 +1,16 @@
 """Makes rounds: answers, rewards, pairs, log-probs; and evaluates policies on the held-out prompts."""
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import lightning as L
+from torch import Tensor
 
-from rlhf_pl.console import phase
+from rlhf_pl.console import Advance, phase
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.disk import check_space
@@ -16,13 +18,16 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.provenance import OF_POLICY, StageSettings, differences, reconcile_round, refuse_upstream_change
+from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rollout import EngineSpec, SamplingConfig
 from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.rollout.self_check import tolerance
 from rlhf_pl.round_settings import RoundOptions, downstream_settings
 from rlhf_pl.rounds import ORDER, STAGES, DamagedStoreError, Round
+from rlhf_pl.rows import RowBatch
 from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy
 from rlhf_pl.stages import generate, pair_logps, score, select
+from rlhf_pl.strategies import compute_dtype
 
 
 class RoundMaker:
@@ -36,6 +41,9 @@ class RoundMaker:
         options: How rounds are made.
         log: Takes metrics.
         accept_changes: Go on although upstream settings have changed.
+
+    In a run of several processes all of them make every call together: each draws and scores its share, and rank 0
+    decides and writes what there is one of.
     """
 
     def __init__(
@@ -50,6 +58,7 @@ class RoundMaker:
     ) -> None:
         self.trainer, self.module, self.data, self.link = trainer, module, data, link
         self.options, self.log, self.accept_changes = options, log, accept_changes
+        self.ranks = ranks_of(trainer)
         self._show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         self._present: tuple[int, PolicySnapshot] | None = None
         self._fingerprints = {
@@ -73,15 +82,24 @@ class RoundMaker:
             ChangedSettingsError: They are not, and that is not accepted.
         """
         store = self.data.store
-        for stored in [*list(store.rounds().values())[-1:], *list(store.evaluations().values())[-1:]]:
-            if not self.accept_changes:
+
+        def refuse() -> None:
+            for stored in [*list(store.rounds().values())[-1:], *list(store.evaluations().values())[-1:]]:
                 refuse_upstream_change(stored, Round.as_stored(self.settings(stored, of_present_policy=False)))
+
+        if not self.accept_changes:
+            self.ranks.first(refuse)
 
     def make(self, index: int) -> Round:
         """Round `index`, complete, of the present policy."""
         stored = self.data.store.round(index)
-        if not stored.manifest.get("settings") and index > 0 and not self.accept_changes:
-            refuse_upstream_change(self.data.store.round(index - 1), Round.as_stored(self.settings(stored)))
+        settings = self.settings(stored)
+
+        def refuse_change() -> None:
+            if not stored.manifest.get("settings") and index > 0 and not self.accept_changes:
+                refuse_upstream_change(self.data.store.round(index - 1), Round.as_stored(settings))
+
+        self.ranks.first(refuse_change)
         self.reconcile(stored)
         self.fill(stored, self.policy, "pairs")
         return stored
@@ -98,23 +116,16 @@ class RoundMaker:
         if self.accept_changes:
             return
         now = Round.as_stored(self.settings(stored))
-        refuse_upstream_change(stored, now)
-        before = stored.manifest.get("settings", now)
-        changed = [line for stage in ORDER[1:] for line in differences(before[stage], now[stage])]
-        if changed:
-            raise InputError(
-                f"The training on {stored.path} was begun with other settings:\n"
-                + "\n".join(f"  {line}" for line in changed)
-                + "\nResume from the checkpoint before that round, or give --accept_changes to go on with the new ones "
-                "in its middle."
-            )
+        self.ranks.first(lambda: _refuse_inside(stored, now))
 
     def evaluate(self, version: int) -> Round:
         """The answers of the policy after `version` rounds to the held-out prompts, scored; pairs where wanted."""
-        for other, stored in self.data.store.evaluations().items():
-            if other < version and stored.is_complete("responses"):  # so that all are scored by the same reward
-                self.reconcile(stored, stored.manifest["settings"]["responses"])
-                self.fill(stored, partial(self.past_policy, stored), "held-out pairs", pairs=False)
+        store = self.data.store
+        earlier = [v for v, e in store.evaluations().items() if v < version and e.is_complete("responses")]
+        for other in self.ranks.share(earlier):  # so that all are scored by the same reward
+            stored = store.held_out(other)
+            self.reconcile(stored, stored.manifest["settings"]["responses"])
+            self.fill(stored, partial(self.past_policy, stored), "held-out pairs", pairs=False)
         stored = self.data.store.held_out(version)
         self.reconcile(stored)
         self.fill(stored, self.policy, "held-out pairs", pairs=False)
@@ -128,44 +139,65 @@ class RoundMaker:
         """Every stage that is missing, from the shards that exist."""
         prompts, sampling = self._prompts(stored), self._sampling(stored)
         name = "held-out " if stored.is_held_out else ""
-        if not stored.is_complete("responses"):
+        if self._lacks(stored, "responses"):
             self._generate(stored, prompts, sampling, policy(), name)
-        if not stored.is_complete("rewards"):
+        if self._lacks(stored, "rewards"):
             total = stored.info("responses")["responses"]
-            with phase(f"scoring {name}answers", total, "answers", self._show) as report:
-                score(stored, prompts, self.options.reward, self.options.scoring, report)
+            with self._phase(f"scoring {name}answers", total, "answers") as report:
+                score(stored, prompts, self.options.reward, self.options.scoring, report, self.ranks)
         if not pairs:
             return
-        if not stored.is_complete("pairs"):
+        if self._lacks(stored, "pairs"):
             limit = self.data.max_val_pairs if stored.is_held_out else None
-            select(stored, self.options.selector, self.data.seed, limit, self.options.shaping)
-        if not stored.is_complete("logps"):
+            with self.ranks.phase("making pairs"):
+                self.ranks.first(
+                    lambda: select(stored, self.options.selector, self.data.seed, limit, self.options.shaping)
+                )
+        if self._lacks(stored, "logps"):
             self._pair_logps(stored, policy(), what)
+
+    def _lacks(self, stored: Round, stage: str) -> bool:
+        """Whether a stage is to be made, as rank 0 sees it: another may already see what rank 0 does next."""
+        return self.ranks.share(not stored.is_complete(stage))
+
+    @contextmanager
+    def _phase(self, description: str, total: int, unit: str) -> Iterator[Advance]:
+        with self.ranks.phase(description), phase(description, total, unit, self._show) as report:
+            yield report
 
     def _generate(
         self, stored: Round, prompts: list[Prompt], sampling: SamplingConfig, policy: PolicySnapshot, name: str
     ) -> None:
         lost = stored.manifest["stages"].get("responses", {}).get("lost", [])
-        metrics = self.link.bring(policy, self._engine(), self._check_prompts(), self._tolerance(), self._show)
+        with self.ranks.phase("handing weights to the sampler"):
+            metrics = self.link.bring(
+                policy, self._engine(), self._check_prompts(), self._tolerance(), self._show, self.ranks
+            )
         if metrics:
             self.log(metrics)
         shard = stored.manifest["prompts_per_shard"]
         tokenizer = self.module.source.tokenizer
-        with phase(f"answering {name}prompts", len(prompts), "prompts", self._show) as report:
-            generate(stored, prompts, self.link.sampler, sampling, tokenizer, self.data.seed, shard, report)
-        again = {file.name for file in stored.shards("responses").values()}
-        if not set(lost) <= again and not stored.is_complete("training"):
-            stored.clear("rewards")  # the answers came out differently, so what was made of them is void
+        with self._phase(f"answering {name}prompts", len(prompts), "prompts") as report:
+            generate(stored, prompts, self.link.sampler, sampling, tokenizer, self.data.seed, shard, report, self.ranks)
+
+        def void_what_was_made_of_others() -> None:
+            again = {file.name for file in stored.shards("responses").values()}
+            if not set(lost) <= again and not stored.is_complete("training"):
+                stored.clear("rewards")
+
+        self.ranks.first(void_what_was_made_of_others)
 
     def _pair_logps(self, stored: Round, policy: PolicySnapshot, what: str) -> None:
-        policies = {"old": policy.logps}
-        if self.module.kl_coef > 0:
-            reference = self.module.load_reference()
-            policies["reference"] = logps_function(self.trainer, self.module, reference)
-        rows = 2 * stored.info("pairs")["pairs"]
+        if not stored.is_held_out:
+            self.link.rest()  # nothing more is drawn before training
+        with_reference = self.module.kl_coef > 0
+        rows = 2 * stored.info("pairs")["pairs"] * (1 + with_reference)
         temperature = stored.info("responses")["sampling"]["temperature"]
-        with phase(f"log-probs of {what}", rows * len(policies), "answers", self._show) as report:
-            pair_logps(stored, policies, self.options.logps_batch_tokens, temperature, report)
+        policies: dict[str, Callable[[RowBatch, float], Tensor]] = {"old": policy.logps}
+        if with_reference:
+            policies["reference"] = logps_function(self.trainer, self.module, self.module.load_reference())
+        with self._phase(f"log-probs of {what}", rows, "answers") as report:
+            pair_logps(stored, policies, self.options.logps_batch_tokens, temperature, report, self.ranks)
 
     def past_policy(self, stored: Round) -> PolicySnapshot:
         """The policy that answered in `stored`."""
@@ -188,7 +220,7 @@ class RoundMaker:
             settings["responses"] |= {k: answered_by[k] for k in OF_POLICY}
         prompts = self._prompts(stored)
         fresh = {
-            "prompts_per_shard": self.options.prompts_per_shard,
+            "prompts_per_shard": self._prompts_per_shard(len(prompts)),
             "prompts": {
                 "training": len(self.data.train_prompts),
                 "held_out": len(self.data.val_prompts),
@@ -197,11 +229,20 @@ class RoundMaker:
                 "in_round": len(prompts),
             },
         }
-        reconcile_round(stored, settings, self.accept_changes, fresh)
-        scored = stored.manifest["stages"].get("rewards", {})
-        changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
-        if scored.get("failures") and changed and not stored.is_complete("training"):
-            stored.reopen("rewards")
+
+        def change() -> None:
+            reconcile_round(stored, settings, self.accept_changes, fresh)
+            scored = stored.manifest["stages"].get("rewards", {})
+            changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
+            if scored.get("failures") and changed and not stored.is_complete("training"):
+                stored.reopen("rewards")
+
+        self.ranks.first(change)
+
+    def _prompts_per_shard(self, prompts: int) -> int:
+        """At most what the user wants, and few enough that every engine has a shard."""
+        engines = self.ranks.size // self.link.sampler.ranks_per_engine
+        return max(1, min(self.options.prompts_per_shard, -(-prompts // engines)))
 
     def settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
         """What the stages of a round would be made from; the policy is looked at only if wanted."""
@@ -237,15 +278,14 @@ class RoundMaker:
         return [p.token_ids for p in self.data.train_prompts[:4]]
 
     def _tolerance(self) -> float:
-        compute = self.module.dtype_name if str(self.trainer.precision) == "32-true" else "bfloat16"
+        compute = compute_dtype(self.trainer, self.module.dtype_name)
         return tolerance(compute, getattr(self.link.sampler, "dtype", "float32"))
 
     def _engine(self) -> EngineSpec:
         data, options = self.data, self.options
-        shard = options.prompts_per_shard
         most = max(
-            options.sampling.num_responses * min(shard, len(data.round_prompts(0))),
-            options.val_sampling.num_responses * min(shard, len(data.val_prompts)),
+            options.sampling.num_responses * self._prompts_per_shard(len(data.round_prompts(0))),
+            options.val_sampling.num_responses * self._prompts_per_shard(len(data.val_prompts)),
         )
         longest = max(len(p.token_ids) for p in [*data.train_prompts, *data.val_prompts])
         return EngineSpec(self.module.source, longest + options.sampling.max_response_tokens, max_sequences=most)
@@ -254,12 +294,25 @@ class RoundMaker:
         """Refuse a round whose answers, checkpoint or final model would not fit on the disk."""
         run_dir = self.data.store.run_dir
         parts = {"answers": _answers_bytes(self.data, self.options.sampling, index)}
-        weights = sum(t.numel() * t.element_size() for t in self.module.parameters())
+        weights = sum(t.numel() * t.element_size() for t in self.module.weights().like.values())
         if self.trainer.checkpoint_callbacks:
             parts["checkpoint"] = 3 * weights  # with AdamW's two moments
         if self.trainer.max_epochs == index + 1:
             parts["final model"] = weights
-        check_space(Path(run_dir), parts, f"round {index + 1}")
+        self.ranks.first(lambda: check_space(Path(run_dir), parts, f"round {index + 1}"))
+
+
+def _refuse_inside(stored: Round, now: StageSettings) -> None:
+    refuse_upstream_change(stored, now)
+    before = stored.manifest.get("settings", now)
+    changed = [line for stage in ORDER[1:] for line in differences(before[stage], now[stage])]
+    if changed:
+        raise InputError(
+            f"The training on {stored.path} was begun with other settings:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + "\nResume from the checkpoint before that round, or give --accept_changes to go on with the new ones "
+            "in its middle."
+        )
 
 
 def _answers_bytes(data: RoundDataModule, sampling: SamplingConfig, index: int) -> int:

@@ -33,15 +33,15 @@ def downstream_settings(
     module: RebelModule, options: RoundOptions, trainer: L.Trainer, data: RoundDataModule
 ) -> StageSettings:
     """The settings of all stages after the answers, which are known before anything loads."""
+    devices = trainer.num_devices * trainer.num_nodes
     return {
         "rewards": {"reward": options.reward.fingerprint()},
         "pairs": {"selector": describe(options.selector), **_changed(options.shaping)},
         "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
         "training": {
             **module.training_settings(),
-            "batch_size": data.batch_size,
+            "pairs_per_update": data.batch_size * trainer.accumulate_grad_batches * devices,
             **({} if data.passes == 1 else {"passes": data.passes}),
-            "accumulate_grad_batches": trainer.accumulate_grad_batches,
             "precision": str(trainer.precision),
             "gradient_clip_val": trainer.gradient_clip_val,
         },

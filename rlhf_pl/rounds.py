@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,21 @@ class Round:
         """The shards that are there, by number, ascending."""
         files = sorted((self.path / stage).glob("[0-9]*-*.parquet"))
         return {int(file.name.split("-")[0]): file for file in files}
+
+    def await_shards(self, stage: str, count: int, seconds: float = 60.0) -> None:
+        """Wait until all shards of a stage can be seen: a shared file system shows those of other hosts late.
+
+        Raises:
+            InputError: They do not appear.
+        """
+        end = time.monotonic() + seconds
+        while len(found := self.shards(stage)) < count:
+            if time.monotonic() > end:
+                raise InputError(
+                    f"`trainer.default_root_dir`: {self.path / stage} shows {len(found)} of {count} files that the "
+                    "ranks wrote. It must be on a file system that all nodes share."
+                )
+            time.sleep(0.2)
 
     def write_shard(self, stage: str, number: int, table: pa.Table) -> None:
         sink = pa.BufferOutputStream()

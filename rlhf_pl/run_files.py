@@ -8,6 +8,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from lightning.pytorch.loggers import TensorBoardLogger
 
 from rlhf_pl.disk import write_atomically
+from rlhf_pl.ranks import ranks_of
 from rlhf_pl.resume import ResumePoint
 
 
@@ -46,15 +47,16 @@ class RunConfig(SaveConfigCallback):
                 logger.ready = True
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
-            self.resume_point.commit()
-            folder = Path(trainer.default_root_dir)
-            once = {"repair": False, "accept_changes": False, "ckpt_path": None}  # of this start, not of the run
-            config = self.config.clone()
-            for key, value in once.items():
-                config[key] = value
-            text = self.parser.dump(config, skip_none=False)
-            write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
+        ranks_of(trainer).first(lambda: self._write(Path(trainer.default_root_dir)))
+
+    def _write(self, folder: Path) -> None:
+        self.resume_point.commit()
+        once = {"repair": False, "accept_changes": False, "ckpt_path": None}  # of this start, not of the run
+        config = self.config.clone()
+        for key, value in once.items():
+            config[key] = value
+        text = self.parser.dump(config, skip_none=False)
+        write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
 
 
 def keep_csv(folder: Path) -> None:

@@ -1,6 +1,6 @@
 """Policies at one moment of a run: the present one, the starting one, and those of checkpoints."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -10,11 +10,14 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from rlhf_pl.checkpoints import checkpoint_files, read_progress
+from rlhf_pl.checkpoints import checkpoint_files, read_progress, read_weights
 from rlhf_pl.fingerprints import weights_fingerprint
 from rlhf_pl.modules.rebel import RebelModule
-from rlhf_pl.policy import PolicyLM, load_lm
+from rlhf_pl.policy import PolicyLM
+from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rows import RowBatch
+from rlhf_pl.strategies import callable_policy
+from rlhf_pl.weights import Weights, like_of, model_weights
 
 
 @dataclass(frozen=True)
@@ -25,47 +28,46 @@ class PolicySnapshot:
         weights: By their Hugging Face names, tied ones included.
         logps: (rows, temperature) -> token log-probs, shape (R, T), nats.
         rounding: rows -> mean absolute difference per token between float32 and bfloat16 compute, nats.
-        fingerprint: `weights_fingerprint(weights)`.
+        fingerprint: `weights_fingerprint` of the weights.
     """
 
-    weights: Mapping[str, Tensor]
+    weights: Weights
     logps: Callable[[RowBatch, float], Tensor]
     rounding: Callable[[RowBatch], float]
     fingerprint: str
 
 
 def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:
-    """The policy that trains."""
-    weights = module.hf_state_dict()
-    return _snapshot(trainer, module, trainer.model, weights, weights_fingerprint(weights))
+    """The policy that trains. All ranks must ask for it together."""
+    return _snapshot(trainer, module, callable_policy(trainer), module.weights())
 
 
 def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
     """The policy of an earlier update, from the model the run started from or from a checkpoint; None if it is gone."""
-    lm = load_lm(module.source, module.dtype_name, module.attn_implementation)
-    if step == 0 and weights_fingerprint(lm.state_dict()) == fingerprint:
-        return _frozen(trainer, module, lm, fingerprint)
+    lm = module.build_lm()
+    like = like_of(lm)
+
+    def found() -> PolicySnapshot | None:
+        weights = model_weights(module, lm, like)
+        if weights_fingerprint(weights.stream()) != fingerprint:
+            return None
+        policy = PolicyLM(lm.to(module.device), module.logprob_chunk_tokens).requires_grad_(False).eval()
+        return _snapshot(trainer, module, policy, weights)
+
+    if step == 0 and (start := found()) is not None:
+        return start
     for file in checkpoint_files(trainer.default_root_dir):
         progress = read_progress(file)
-        if progress is None or progress.global_step != step:
-            continue
-        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
-        weights = {name.removeprefix("policy.lm."): t for name, t in state.items() if name.startswith("policy.lm.")}
-        if weights_fingerprint(weights) == fingerprint:
-            lm.load_state_dict(weights)
-            return _frozen(trainer, module, lm, fingerprint)
+        if progress is not None and progress.global_step == step:
+            lm.load_state_dict(read_weights(file, "policy.lm.", lm.state_dict()))
+            if (past := found()) is not None:
+                return past
     return None
 
 
-def _frozen(trainer: L.Trainer, module: RebelModule, lm: Any, fingerprint: str) -> PolicySnapshot:
-    policy = PolicyLM(lm.to(module.device), module.logprob_chunk_tokens).requires_grad_(False).eval()
-    return _snapshot(trainer, module, policy, lm.state_dict(), fingerprint)
-
-
-def _snapshot(
-    trainer: L.Trainer, module: RebelModule, policy: Any, weights: Mapping[str, Tensor], fingerprint: str
-) -> PolicySnapshot:
+def _snapshot(trainer: L.Trainer, module: RebelModule, policy: Any, weights: Weights) -> PolicySnapshot:
     rounding = partial(_rounding, trainer, module, policy)
+    fingerprint = ranks_of(trainer).share(weights_fingerprint(weights.stream()))
     return PolicySnapshot(weights, logps_function(trainer, module, policy), rounding, fingerprint)
 
 

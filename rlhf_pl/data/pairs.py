@@ -153,15 +153,20 @@ class RoundBatches(Sampler):
         skip, self.skip = self.skip, 0
         for micro_batch in self.plan.micro_batches[skip:]:
             mine = order[micro_batch.start + self.rank : micro_batch.stop : self.plan.world_size]
-            yield mine, micro_batch.weight if self.sizes is None else self._weight(order, mine, micro_batch.start)
+            if not mine:  # strategies need a step from every rank: one pair that does not count
+                yield order[micro_batch.start : micro_batch.start + 1], 0.0
+            elif self.sizes is None:
+                yield mine, self.plan.weight(len(mine), micro_batch)
+            else:
+                yield mine, self._weight(order, mine, micro_batch.start)
 
     def _order(self) -> list[int]:
         order: list[int] = []
         for number in range(self.passes):
-            once = list(range(self.plan.pairs if self.passes == 1 else self.plan.total_pairs // self.passes))
+            once = list(range(self.plan.total_pairs // self.passes))
             random.Random(self.order_seed + (f":{number}" if number else "")).shuffle(once)
             order += once
-        return order[: self.plan.pairs]
+        return order
 
     def _weight(self, order: list[int], mine: list[int], start: int) -> float:
         """Factor on the mean over `mine`, so that Lightning's mean over micro-batches and ranks is that over sizes."""

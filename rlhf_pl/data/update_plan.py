@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Positions `start:stop` of the round's order, dealt out to the ranks in turn, and the weight of its mean loss."""
+    """Positions `start:stop` of the round's order, dealt out to the ranks in turn; its update has `of_update` pairs."""
 
     start: int
     stop: int
-    weight: float
+    of_update: int
 
 
 @dataclass(frozen=True)
@@ -17,8 +17,8 @@ class UpdatePlan:
     """Every pair is used, and every update's gradient is the mean over its pairs, also over those of a short last one.
 
     Lightning divides each micro-batch's loss by `accumulate` and averages over ranks; the weights turn that into the
-    mean over the pairs of the update. Only up to `world_size - 1` pairs at the round's end are left out, so that all
-    ranks have equally many.
+    mean over the pairs of the update. Ranks may have different numbers of pairs in a micro-batch, but every rank has
+    equally many micro-batches.
 
     Args:
         total_pairs: Pairs in the round.
@@ -33,25 +33,23 @@ class UpdatePlan:
     world_size: int = 1
 
     @property
-    def pairs(self) -> int:
-        """Pairs used."""
-        return self.total_pairs - self.total_pairs % self.world_size
-
-    @property
     def pairs_per_update(self) -> int:
         return self.batch_size * self.accumulate * self.world_size
 
     @property
     def updates(self) -> int:
-        return -(-self.pairs // self.pairs_per_update)
+        return -(-self.total_pairs // self.pairs_per_update)
 
     @property
     def micro_batches(self) -> list[MicroBatch]:
         width = self.batch_size * self.world_size
         batches = []
-        for first in range(0, self.pairs, self.pairs_per_update):
-            end = min(first + self.pairs_per_update, self.pairs)
+        for first in range(0, self.total_pairs, self.pairs_per_update):
+            end = min(first + self.pairs_per_update, self.total_pairs)
             for start in range(first, end, width):
-                stop = min(start + width, end)
-                batches.append(MicroBatch(start, stop, self.accumulate * (stop - start) / (end - first)))
+                batches.append(MicroBatch(start, min(start + width, end), end - first))
         return batches
+
+    def weight(self, mine: int, micro_batch: MicroBatch) -> float:
+        """Factor on the mean loss over a rank's `mine` pairs of a micro-batch."""
+        return self.accumulate * self.world_size * mine / micro_batch.of_update

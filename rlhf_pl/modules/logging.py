@@ -1,29 +1,44 @@
 """What the modules log, and when: once an update, over all its micro-batches and ranks."""
 
+import math
+
 import lightning as L
 from torch import Tensor
 from torchmetrics import MeanMetric
 
+from rlhf_pl.ranks import Ranks
+
 
 class Means:
-    """Running means by name, over everything since they were last taken, and over ranks."""
+    """Running means by name, over everything since they were last taken, and over ranks.
+
+    `taken` holds the weight behind each mean that was taken last.
+    """
 
     def __init__(self) -> None:
         self._means: dict[str, MeanMetric] = {}
+        self.taken: dict[str, float] = {}
 
     def add(self, weights: Tensor | float = 1.0, **values: Tensor) -> None:
         """Add values, each a tensor of any shape, all weighted alike."""
         for name, value in values.items():
             if name not in self._means:
-                self._means[name] = MeanMetric().to(value.device)
+                # ranks are summed over in `take`, all names at once; a rank may have none of them
+                self._means[name] = MeanMetric(sync_on_compute=False).to(value.device)
             self._means[name].update(value.detach(), weights)
 
-    def take(self, prefix: str) -> dict[str, float]:
-        """The means as `prefix/name`; they begin anew."""
-        taken = {f"{prefix}/{name}": float(mean.compute()) for name, mean in self._means.items()}
+    def take(self, prefix: str, ranks: Ranks) -> dict[str, float]:
+        """The means as `prefix/name`; they begin anew. All ranks must take them together."""
+        own = {name: (float(mean.mean_value), float(mean.weight)) for name, mean in self._means.items()}
         for mean in self._means.values():
             mean.reset()
-        return taken
+        sums: dict[str, tuple[float, float]] = {}  # weighted sum, weight
+        for of_rank in ranks.gather(own):
+            for name, (total, weight) in of_rank.items():
+                before = sums.get(name, (0.0, 0.0))
+                sums[name] = (before[0] + total, before[1] + weight)
+        self.taken = {name: weight for name, (_, weight) in sums.items()}
+        return {f"{prefix}/{name}": total / weight if weight else math.nan for name, (total, weight) in sums.items()}
 
 
 def is_update(trainer: L.Trainer, batch_idx: int) -> bool:

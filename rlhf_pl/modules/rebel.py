@@ -1,24 +1,27 @@
 """REBEL as a LightningModule."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from rlhf_pl.data.pairs import PairBatch
+from rlhf_pl.data.progress import run_seed
 from rlhf_pl.errors import InputError
-from rlhf_pl.export import check_weights, export_folder
+from rlhf_pl.export import check_weights, export_adapter, export_folder
 from rlhf_pl.fingerprints import describe
+from rlhf_pl.lora import LoRA, add_lora, check_lora, without_adapters
 from rlhf_pl.losses import PairwiseLoss, RebelLoss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm, train_last_layers
+from rlhf_pl.ranks import ranks_of
+from rlhf_pl.strategies import callable_policy, check_strategy, clip_gradients, shard, shard_frozen
+from rlhf_pl.weights import Weights, like_of, model_weights
 
 
 class RebelModule(L.LightningModule):
@@ -33,6 +36,8 @@ class RebelModule(L.LightningModule):
         reference: The fixed reference of the KL penalty; null for the policy as it was before training.
         trainable_layers: Train only so many of the last layers, the final norm and an output head that is not tied
             to the embeddings; null for all weights.
+        lora: Train low-rank adapters instead of all weights. The model without them is the reference of `kl_coef`; the
+            sampler gets them merged in, and the export holds both the merged model and the adapters alone.
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
@@ -51,6 +56,7 @@ class RebelModule(L.LightningModule):
         kl_coef: float = 0.0,
         reference: str | None = None,
         trainable_layers: int | None = None,
+        lora: LoRA | None = None,
         dtype: DType = "float32",
         attn_implementation: str = "sdpa",
         gradient_checkpointing: bool = False,
@@ -70,7 +76,16 @@ class RebelModule(L.LightningModule):
             raise InputError(f"`model.logprob_chunk_tokens` must be 1 or more, got {logprob_chunk_tokens}.")
         if trainable_layers is not None and trainable_layers < 1:
             raise InputError(f"`model.trainable_layers` must be 1 or more, or null for all, got {trainable_layers}.")
+        if lora is not None and trainable_layers is not None:
+            raise InputError("`model.lora` and `model.trainable_layers` exclude each other: give one of them.")
+        if lora is not None and lora.dropout > 0:
+            raise InputError(
+                f"`model.lora.dropout` is {lora.dropout}: the policy must give the log-probs that its answers were "
+                "drawn with. Set it to 0."
+            )
+        check_lora(lora)
         self.trainable_layers = trainable_layers
+        self.lora = lora
         self.source = PolicySource(policy, revision, chat_template, trust_remote_code)
         self.reference_source = (
             self.source if reference is None else PolicySource(reference, None, None, trust_remote_code)
@@ -85,11 +100,13 @@ class RebelModule(L.LightningModule):
         self.policy: PolicyLM | None = None
         self.train_means = Means()
         self.val_means = Means()
-        self.round_loss = MeanMetric()
+        self._round = {"loss": 0.0, "pairs": 0.0}  # of the round in training: summed loss, number of pairs
         self.last_kl: float | None = None
+        self._like: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
+        check_strategy(self.trainer, self.dtype_name)
         check_ready = getattr(getattr(self.trainer, "datamodule", None), "check_ready", None)
         if check_ready is not None:
             check_ready()
@@ -98,22 +115,42 @@ class RebelModule(L.LightningModule):
         """Load the policy. Lightning calls it after all inputs have been checked."""
         if self.policy is not None:
             return
-        lm = load_lm(self.source, self.dtype_name, self.attn_implementation)
+        lm = self.build_lm()
         if self.trainable_layers is not None:
             train_last_layers(lm, self.trainable_layers, self.source)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self._like = like_of(lm)
         self.policy = PolicyLM(lm, self.logprob_chunk_tokens).train()
+        shard(self, self.policy)
 
-    def load_reference(self) -> PolicyLM:
-        """The fixed reference of the KL penalty, frozen, on this module's device. The caller drops it after use."""
-        lm = load_lm(self.reference_source, self.dtype_name, self.attn_implementation).to(self.device)
-        return PolicyLM(lm, self.logprob_chunk_tokens).requires_grad_(False).eval()
+    def build_lm(self) -> Any:
+        """The policy as the run starts from it, adapters included."""
+        lm = load_lm(self.source, self.dtype_name, self.attn_implementation)
+        if self.lora is not None:
+            add_lora(lm, self.lora, run_seed(), train_head=False)
+        return lm
 
-    def hf_state_dict(self) -> Mapping[str, Tensor]:
-        """The policy's weights under their Hugging Face names, tied ones included."""
+    def load_reference(self) -> Callable[..., Tensor]:
+        """The fixed reference of the KL penalty, to be called as the policy is. The caller drops it after use.
+
+        With adapters that start from it, it is the policy without them; otherwise a second model, sharded as the first.
+        """
+        if self.lora is None or self.reference_source is not self.source:
+            lm = load_lm(self.reference_source, self.dtype_name, self.attn_implementation)
+            return shard_frozen(self.trainer, PolicyLM(lm, self.logprob_chunk_tokens))
+
+        def base(*inputs: Any) -> Tensor:
+            assert self.policy is not None
+            with without_adapters(self.policy.lm):
+                return callable_policy(self.trainer)(*inputs)
+
+        return base
+
+    def weights(self) -> Weights:
+        """The policy's weights under their Hugging Face names, tied ones included, adapters merged."""
         assert self.policy is not None
-        return self.policy.lm.state_dict()
+        return model_weights(self, self.policy.lm, self._like)
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
         """`PolicyLM.forward` through whatever the strategy wrapped around this module."""
@@ -122,17 +159,23 @@ class RebelModule(L.LightningModule):
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         losses, parts = self._losses(batch)
-        self.train_means.add(loss=losses.detach(), **parts)
-        self.round_loss.update(losses.detach())
+        if batch.weight > 0:
+            self.train_means.add(loss=losses.detach(), **parts)
         if is_update(self.trainer, batch_idx):  # log over all its pairs
-            metrics = self.train_means.take("train")
+            metrics = self.train_means.take("train", ranks_of(self.trainer))
+            pairs = self.train_means.taken["loss"]
+            self._round = {
+                "loss": self._round["loss"] + pairs * metrics["train/loss"],
+                "pairs": self._round["pairs"] + pairs,
+            }
             self.last_kl = metrics["train/kl"]
             log_update(self, metrics)
         return losses.mean() * batch.weight
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
         losses, parts = self._losses(batch)
-        self.val_means.add(loss=losses, **parts)
+        if batch.weight > 0:
+            self.val_means.add(loss=losses, **parts)
 
     def _losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss per pair, and what is logged about it, each of shape (B,)."""
@@ -164,7 +207,7 @@ class RebelModule(L.LightningModule):
         return losses, parts
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.val_means.take("val"))
+        self.log_dict(self.val_means.take("val", ranks_of(self.trainer)))
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
         """The held-out metrics of an epoch over offline pairs in a line."""
@@ -175,22 +218,18 @@ class RebelModule(L.LightningModule):
 
     def round_summary(self) -> dict[str, float | None]:
         """Mean loss over the round's pairs and the KL of its last update; None for a round without updates."""
-        trained = float(self.round_loss.weight) > 0
-        return {"loss": float(self.round_loss.compute()) if trained else None, "kl": self.last_kl if trained else None}
+        pairs = self._round["pairs"]
+        return {"loss": self._round["loss"] / pairs, "kl": self.last_kl} if pairs else {"loss": None, "kl": None}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        summed = [float(self.round_loss.mean_value), float(self.round_loss.weight)]
-        checkpoint["rlhf_pl"] = {"round_loss": summed, "last_kl": self.last_kl}
+        checkpoint["rlhf_pl"] = {"round": dict(self._round), "last_kl": self.last_kl}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:
-            check_weights(self, checkpoint["state_dict"], self.source)
+            check_weights(self, checkpoint, self.source)
         kept = checkpoint.get("rlhf_pl")
         if kept is not None:
-            mean_value, weight = kept["round_loss"]
-            self.round_loss.mean_value = torch.tensor(mean_value, device=self.round_loss.device)
-            self.round_loss.weight = torch.tensor(weight, device=self.round_loss.device)
-            self.last_kl = kept["last_kl"]
+            self._round, self.last_kl = dict(kept["round"]), kept["last_kl"]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.optimization.configure(self)
@@ -203,13 +242,19 @@ class RebelModule(L.LightningModule):
             "kl_coef": self.kl_coef,
             "dtype": self.dtype_name,
             **({} if self.trainable_layers is None else {"trainable_layers": self.trainable_layers}),
+            **({} if self.lora is None else {"lora": vars(self.lora)}),
         }
 
     def on_train_start(self) -> None:
         self.optimization.on_train_start(self.trainer)
 
     def on_train_epoch_start(self) -> None:
-        self.round_loss.reset()
+        self._round = {"loss": 0.0, "pairs": 0.0}
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         self.optimization.on_train_batch_start(self.trainer, batch_idx)
@@ -217,9 +262,13 @@ class RebelModule(L.LightningModule):
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the policy as a Hugging Face folder: safetensors, tokenizer, chat template, generation config.
 
+        All ranks must call it; rank 0 writes. Adapters are merged in, and are in the subfolder `adapter` as well.
+
         Args:
             folder: Where to; made if missing.
             dtype: Dtype of the weights; None for that of the model the run started from.
         """
         assert self.policy is not None
-        export_folder(self.policy.lm, self.source, self.hf_state_dict(), folder, dtype)
+        export_folder(self.policy.lm, self.source, self.weights(), folder, dtype, self.global_rank == 0)
+        if self.lora is not None:
+            export_adapter(self, self.lora, self.policy.lm, self.source, folder)

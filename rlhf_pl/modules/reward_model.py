@@ -15,14 +15,17 @@ from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_folder
-from rlhf_pl.lora import LoRA, add_lora, check_lora, merged_state_dict
+from rlhf_pl.lora import LoRA, add_lora, check_lora
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.pair_metrics import wilson_interval
 from rlhf_pl.policy import DType, PolicySource
+from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rendering import Renderer, SystemPrompt, reward_tokenizer
+from rlhf_pl.strategies import check_strategy, clip_gradients, shard
+from rlhf_pl.weights import Weights, like_of, model_weights
 
 
 class RewardModelModule(L.LightningModule):
@@ -74,7 +77,8 @@ class RewardModelModule(L.LightningModule):
         self.pair_encoding = pair_encoding
         self.classifier: ClassifierLM | None = None
         self.train_means, self.val_means = Means(), Means()
-        self.calibration = BinaryCalibrationError(n_bins=10)
+        self._like: dict[str, Tensor] = {}
+        self._margins: list[Tensor] = []  # of held-out pairs with a clear label
 
     def renderer(self, max_tokens: int) -> Renderer:
         """Renders conversations for this model, as `ClassifierReward` will."""
@@ -90,6 +94,7 @@ class RewardModelModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
+        check_strategy(self.trainer, self.dtype_name)
         check_new_classifier(self.source)
 
     def configure_model(self) -> None:
@@ -106,7 +111,9 @@ class RewardModelModule(L.LightningModule):
             add_lora(model, self.lora, seed, train_head=True)
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._like = like_of(model)
         self.classifier = ClassifierLM(model).train()
+        shard(self, self.classifier)
 
     def forward(self, **inputs: Tensor) -> Tensor:
         """Scores of rows, shape (R,)."""
@@ -115,18 +122,17 @@ class RewardModelModule(L.LightningModule):
 
     def training_step(self, batch: PreferenceBatch, batch_idx: int) -> Tensor:
         losses, parts = self._losses(batch)
-        self.train_means.add(**parts)
+        if batch.weight > 0:
+            self.train_means.add(**parts)
         if is_update(self.trainer, batch_idx):
-            log_update(self, self.train_means.take("train"))
+            log_update(self, self.train_means.take("train", ranks_of(self.trainer)))
         return losses.mean() * batch.weight
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         _, parts = self._losses(batch)
-        self.val_means.add(**parts, longer_accuracy=batch.longer)
-        sure = batch.labels != 0.5
-        margins = parts["margin"][sure]
-        if len(margins):
-            self.calibration.update(margins.abs().sigmoid(), (margins > 0).int())
+        if batch.weight > 0:
+            self.val_means.add(**parts, longer_accuracy=batch.longer)
+            self._margins.append(parts["margin"][batch.labels != 0.5].cpu())
 
     def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss per pair, and what is logged about it, each of shape (B,)."""
@@ -146,9 +152,13 @@ class RewardModelModule(L.LightningModule):
         return losses, parts
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self.val_means.take("val")
-        metrics["val/calibration_error"] = float(self.calibration.compute())
-        self.calibration.reset()
+        metrics = self.val_means.take("val", ranks_of(self.trainer))
+        margins = torch.cat(ranks_of(self.trainer).gather(torch.cat([torch.zeros(0), *self._margins])))
+        self._margins = []
+        calibration = BinaryCalibrationError(n_bins=10)
+        if len(margins):
+            calibration.update(margins.abs().sigmoid(), (margins > 0).int())
+        metrics["val/calibration_error"] = float(calibration.compute())
         self.log_dict(metrics)
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
@@ -161,10 +171,10 @@ class RewardModelModule(L.LightningModule):
             f"{metrics['val/calibration_error']:.3f}; length alone gets {max(longer, 1 - longer):.3f}"
         )
 
-    def hf_state_dict(self) -> Mapping[str, Tensor]:
+    def weights(self) -> Weights:
         """The weights under their Hugging Face names, adapters merged."""
         assert self.classifier is not None
-        return merged_state_dict(self.classifier.model)
+        return model_weights(self, self.classifier.model, self._like)
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the reward model as a Hugging Face folder that `ClassifierReward` and plain transformers load.
@@ -174,14 +184,19 @@ class RewardModelModule(L.LightningModule):
             dtype: Dtype of the weights; None for that of the model the run started from.
         """
         assert self.classifier is not None
-        export_folder(self.classifier.model, self.source, self.hf_state_dict(), folder, dtype)
+        export_folder(self.classifier.model, self.source, self.weights(), folder, dtype, self.global_rank == 0)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.classifier is not None:
-            check_weights(self, checkpoint["state_dict"], self.source)
+            check_weights(self, checkpoint, self.source)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.optimization.configure(self)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
         self.optimization.on_train_start(self.trainer)

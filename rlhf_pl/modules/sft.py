@@ -13,12 +13,15 @@ from torch import Tensor
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.sft_module import SFTBatch
 from rlhf_pl.errors import InputError
-from rlhf_pl.export import check_weights, export_folder
-from rlhf_pl.lora import LoRA, add_lora, check_lora, merged_state_dict
+from rlhf_pl.export import check_weights, export_adapter, export_folder
+from rlhf_pl.lora import LoRA, add_lora, check_lora
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm
+from rlhf_pl.ranks import ranks_of
+from rlhf_pl.strategies import check_strategy, clip_gradients, shard
+from rlhf_pl.weights import Weights, like_of, model_weights
 
 
 class SFTModule(L.LightningModule):
@@ -65,9 +68,11 @@ class SFTModule(L.LightningModule):
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.policy: PolicyLM | None = None
         self.train_means, self.val_means = Means(), Means()
+        self._like: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
+        check_strategy(self.trainer, self.dtype_name)
 
     def configure_model(self) -> None:
         """Load the policy. Lightning calls it after all inputs have been checked."""
@@ -80,7 +85,9 @@ class SFTModule(L.LightningModule):
             add_lora(lm, self.lora, run_seed(), train_head=False)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
+        self._like = like_of(lm)
         self.policy = PolicyLM(lm, self.logprob_chunk_tokens).train()
+        shard(self, self.policy)
 
     def forward(self, input_ids: Tensor, position_ids: Tensor, response_mask: Tensor) -> Tensor:
         """Log-probs of the learned tokens, shape (R, T); 0 elsewhere."""
@@ -89,14 +96,16 @@ class SFTModule(L.LightningModule):
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         loss, tokens = self._loss(batch)
-        self.train_means.add(weights=float(tokens), loss=loss.detach())
+        if batch.weight > 0:
+            self.train_means.add(weights=float(tokens), loss=loss.detach())
         if is_update(self.trainer, batch_idx):
-            log_update(self, self.train_means.take("train"))
+            log_update(self, self.train_means.take("train", ranks_of(self.trainer)))
         return loss * batch.weight
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
         loss, tokens = self._loss(batch)
-        self.val_means.add(weights=float(tokens), loss=loss)
+        if batch.weight > 0:
+            self.val_means.add(weights=float(tokens), loss=loss)
 
     def _loss(self, batch: SFTBatch) -> tuple[Tensor, int]:
         """(mean negative log-prob of the learned tokens, nats; their number)."""
@@ -104,7 +113,7 @@ class SFTModule(L.LightningModule):
         return -self(**batch.inputs).sum() / max(1, tokens), tokens
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self.val_means.take("val")
+        metrics = self.val_means.take("val", ranks_of(self.trainer))
         metrics["val/perplexity"] = math.exp(min(metrics["val/loss"], 700.0))
         self.log_dict(metrics)
 
@@ -115,10 +124,10 @@ class SFTModule(L.LightningModule):
             f"{held_out} conversations)"
         )
 
-    def hf_state_dict(self) -> Mapping[str, Tensor]:
+    def weights(self) -> Weights:
         """The policy's weights under their Hugging Face names, tied ones included, adapters merged."""
         assert self.policy is not None
-        return merged_state_dict(self.policy.lm)
+        return model_weights(self, self.policy.lm, self._like)
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the policy as a Hugging Face folder: safetensors, tokenizer, chat template, generation config.
@@ -128,14 +137,21 @@ class SFTModule(L.LightningModule):
             dtype: Dtype of the weights; None for that of the model the run started from.
         """
         assert self.policy is not None
-        export_folder(self.policy.lm, self.source, self.hf_state_dict(), folder, dtype)
+        export_folder(self.policy.lm, self.source, self.weights(), folder, dtype, self.global_rank == 0)
+        if self.lora is not None:
+            export_adapter(self, self.lora, self.policy.lm, self.source, folder)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:
-            check_weights(self, checkpoint["state_dict"], self.source)
+            check_weights(self, checkpoint, self.source)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.optimization.configure(self)
+
+    def configure_gradient_clipping(
+        self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
+    ) -> None:
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
         self.optimization.on_train_start(self.trainer)

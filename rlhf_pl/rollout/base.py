@@ -94,8 +94,11 @@ class Sampler(ABC):
 
     Life: `start` once, then for every policy `wake`, `forget`, `load_weights`, any number of `reset` and `generate`,
     `sleep`; `close` last.
-    Equal seeds must give equal answers, whatever else is drawn at the same time.
+    Equal seeds must give equal answers, whatever else is drawn at the same time. In a run of several processes each has
+    its own sampler, on its own device, and the policy's weights are a stream that all of them go through together.
     """
+
+    ranks_per_engine = 1  # ranks that draw the same answers together, such as those of tensor parallelism
 
     @abstractmethod
     def start(self, spec: EngineSpec) -> None:

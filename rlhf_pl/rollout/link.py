@@ -6,6 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from rlhf_pl.console import phase
+from rlhf_pl.ranks import Ranks
 from rlhf_pl.rollout.base import EngineSpec, Sampler
 from rlhf_pl.rollout.self_check import check_sampler, hand_over
 from rlhf_pl.snapshot import PolicySnapshot
@@ -24,7 +25,13 @@ class SamplerLink:
         self._holds: PolicySnapshot | None = None
 
     def bring(
-        self, policy: PolicySnapshot, spec: EngineSpec, prompts: Sequence[Sequence[int]], limit: float, show: bool
+        self,
+        policy: PolicySnapshot,
+        spec: EngineSpec,
+        prompts: Sequence[Sequence[int]],
+        limit: float,
+        show: bool,
+        ranks: Ranks,
     ) -> dict[str, float]:
         """Bring the sampler to `policy`, if it is not there, and check that it is.
 
@@ -34,6 +41,7 @@ class SamplerLink:
             prompts: Token ids of a few prompts for the check.
             limit: See `check_sampler`.
             show: Whether to show progress.
+            ranks: All of them bring their samplers there together.
 
         Returns:
             Metrics; empty if nothing had to be done.
@@ -54,7 +62,9 @@ class SamplerLink:
             weights = policy.weights
             hand_over(self.sampler, weights)
             room = spec.max_model_tokens - max(map(len, prompts))
-            error = check_sampler(self.sampler, prompts, policy.logps, weights, limit, min(24, room), policy.rounding)
+            error = check_sampler(
+                self.sampler, prompts, policy.logps, weights, limit, min(24, room), policy.rounding, ranks
+            )
         self._holds = policy
         return {"time/sync_s": time.monotonic() - started, "rollout/sampler_logp_error": error}
 

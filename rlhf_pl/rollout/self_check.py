@@ -1,13 +1,15 @@
 """Proof that the sampler draws from the policy that trains."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from rlhf_pl.errors import InputError
+from rlhf_pl.ranks import Ranks
 from rlhf_pl.rollout.base import PromptTokens, Sampler, SamplingConfig
 from rlhf_pl.rows import Row, RowBatch, pad_rows
+from rlhf_pl.weights import Weights
 
 
 class StaleSamplerError(RuntimeError):
@@ -25,20 +27,21 @@ def tolerance(*dtypes: str) -> float:
 TIMES_ROUNDING = 4.0  # above the policy's own difference between its dtypes; 0.6 to 1.5 times was measured
 
 
-def hand_over(sampler: Sampler, weights: Mapping[str, Tensor]) -> None:
+def hand_over(sampler: Sampler, weights: Weights) -> None:
     """Give the sampler new weights; a tensor that does not arrive leaves NaNs behind instead of old weights."""
-    sampler.forget(weights)
-    sampler.load_weights(weights.items())
+    sampler.forget(weights.like)
+    sampler.load_weights(weights.stream())
 
 
 def check_sampler(
     sampler: Sampler,
     prompts: Sequence[Sequence[int]],
     policy: Callable[[RowBatch, float], Tensor],
-    weights: Mapping[str, Tensor],
+    weights: Weights,
     limit: float,
     response_tokens: int = 24,
     rounding: Callable[[RowBatch], float] = lambda rows: 0.0,
+    ranks: Ranks = Ranks(),  # noqa: B008 - one process
 ) -> float:
     """Compare what can be read of the sampler's weights, and its log-probs of tokens it draws, with the policy's.
 
@@ -51,6 +54,7 @@ def check_sampler(
         response_tokens: Tokens to draw per prompt.
         rounding: rows -> mean absolute difference per token that the dtypes make in the policy itself. Where they make
             much of one, the limit is `TIMES_ROUNDING` times that.
+        ranks: All of them check their samplers together.
 
     Returns:
         The mean absolute difference per token, nats.
@@ -59,7 +63,7 @@ def check_sampler(
         StaleSamplerError: A weight differs, or the difference is above `limit`.
         InputError: The policy's own log-probs are not finite.
     """
-    if wrong := _wrong_weights(sampler, weights):
+    if wrong := next(filter(None, ranks.gather(_wrong_weights(sampler, weights))), []):
         raise StaleSamplerError(
             f"The sampler does not hold the policy's weights: {', '.join(wrong[:3])}"
             + (f" and {len(wrong) - 3} more" if len(wrong) > 3 else "")
@@ -70,16 +74,16 @@ def check_sampler(
     answers = {index: responses[0] for index, responses in sampler.generate(requests, sampling)}
     rows = pad_rows([Row(prompts[i], answers[i].token_ids) for i in range(len(prompts))])
     expected = policy(rows, 1.0)[rows.response_mask].cpu()
-    if not expected.isfinite().all():
+    if not all(ranks.gather(bool(expected.isfinite().all()))):
         raise InputError(
             "The policy's log-probs are not finite: training has diverged. Go on from an earlier checkpoint "
             "(--ckpt_path) with a lower learning rate (--model.optimizer.lr) or gradient clipping "
             "(--trainer.gradient_clip_val 1)."
         )
     actual = torch.tensor([logp for i in range(len(prompts)) for logp in answers[i].logps])
-    error = (actual - expected).abs().mean().item()
+    error = max(ranks.gather((actual - expected).abs().mean().item()), key=lambda e: (e != e, e))  # NaN is the worst
     if error > limit:
-        limit = max(limit, TIMES_ROUNDING * rounding(rows))
+        limit = max(limit, TIMES_ROUNDING * max(ranks.gather(rounding(rows))))
     if not error <= limit:
         raise StaleSamplerError(
             f"The sampler does not draw from the policy: its log-probs are off by {error:.3g} nats a token on average, "
@@ -90,12 +94,13 @@ def check_sampler(
 
 
 @torch.no_grad()
-def _wrong_weights(sampler: Sampler, weights: Mapping[str, Tensor]) -> list[str]:
+def _wrong_weights(sampler: Sampler, weights: Weights) -> list[str]:
     """Names of tensors that the sampler can show and that are not the policy's, cast to the sampler's dtype."""
+    shown = dict(sampler.held_weights())
     wrong = []
-    for name, held in sampler.held_weights():
-        given = weights.get(name)
-        if given is not None and given.shape == held.shape:
+    for name, given in weights.stream() if shown else ():
+        held = shown.get(name)
+        if held is not None and given.shape == held.shape:
             same = torch.equal(given.detach().to(held.device, held.dtype), held)
             if not same:
                 wrong.append(name)

@@ -33,8 +33,12 @@ class TransformersSampler(Sampler):
         self._model = model.to(device).eval()
 
     def load_weights(self, tensors: NamedTensors) -> None:
-        # not strict: a tensor that is missing stays NaN, which the check after a hand-over reports in its own words
-        self._model.load_state_dict({name: tensor.detach() for name, tensor in tensors}, strict=False)
+        # a tensor that is missing stays NaN, which the check after a hand-over reports in its own words
+        own = self._model.state_dict()
+        with torch.no_grad():
+            for name, tensor in tensors:
+                if name in own:
+                    own[name].copy_(tensor)
 
     @torch.no_grad()
     def forget(self, tensors: Mapping[str, Tensor]) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from rlhf_pl.data.prompts import Prompt
+from rlhf_pl.ranks import Ranks
 from rlhf_pl.rollout.base import PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rounds import Round
 
@@ -45,19 +46,25 @@ def generate(
     run_seed: int,
     prompts_per_shard: int,
     report: Report = lambda count, note: None,
+    ranks: Ranks = Ranks(),  # noqa: B008 - one process
 ) -> None:
     """Draw the answers of all prompts whose shard is not there yet. `report` gets (prompts done, note).
 
     The shards are drawn one after the other, each from a clean engine: the last digits of log-probs depend on what is
-    computed together, so this makes a shard the same whenever it is drawn.
+    computed together, so this makes a shard the same whenever and wherever it is drawn. The missing ones are dealt out
+    to the ranks, or to groups of ranks that share an engine, whose first rank writes.
     """
     seeds = [prompt_seed(run_seed, stored.name, p.prompt_id) for p in prompts]
-    done = stored.shards("responses")
+    done = ranks.share(set(stored.shards("responses")))
+    starts = list(enumerate(range(0, len(prompts), prompts_per_shard)))
+    together = sampler.ranks_per_engine
+    mine = [n for n, _ in starts if n not in done][ranks.rank // together :: ranks.size // together]
     started, tokens = time.monotonic(), 0
-    for number, first in enumerate(range(0, len(prompts), prompts_per_shard)):
+    for number, first in starts:
         shard = range(first, min(first + prompts_per_shard, len(prompts)))
         if number in done:
             report(len(shard), "")
+        if number not in mine:
             continue
         sampler.reset()
         requests = [PromptTokens(list(prompts[i].token_ids), seeds[i]) for i in shard]
@@ -65,21 +72,35 @@ def generate(
         for position, responses in sampler.generate(requests, sampling):
             answers[shard[position]] = responses
             tokens += sum(len(r.token_ids) for r in responses)
-            report(1, f"{tokens / (time.monotonic() - started):.0f} tokens/s")
+            report(1, _speed(tokens, started))
+        if ranks.rank % together:
+            continue
         rows = [row for i in shard for row in _response_rows(prompts[i], seeds[i], answers[i], tokenizer)]
         stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
+    drawn = sum(ranks.gather(tokens if ranks.rank % together == 0 else 0))
     seconds = time.monotonic() - started
+    others = [n for n, _ in starts if n not in done and n not in mine]
+    report(sum(min(prompts_per_shard, len(prompts) - n * prompts_per_shard) for n in others), _speed(drawn, started))
+    ranks.first(lambda: _complete(stored, len(starts), len(prompts), seconds, drawn, sampling))
+
+
+def _speed(tokens: int, started: float) -> str:
+    return f"{tokens / (time.monotonic() - started):.0f} tokens/s"
+
+
+def _complete(stored: Round, shards: int, prompts: int, seconds: float, drawn: int, sampling: SamplingConfig) -> None:
+    stored.await_shards("responses", shards)
     table = stored.read("responses")
     lengths = table["response_tokens"].combine_chunks().value_lengths().to_numpy()
     stored.complete(
         "responses",
-        prompts=len(prompts),
+        prompts=prompts,
         responses=len(table),
         tokens=int(lengths.sum()),
         tokens_mean=float(lengths.mean()),
         finished_share=float(table["finished"].to_numpy().mean()),
         seconds=seconds,
-        tokens_per_s=tokens / seconds,
+        tokens_per_s=drawn / seconds,
         sampling=vars(sampling),
     )
 

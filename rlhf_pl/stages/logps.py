@@ -8,6 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from rlhf_pl.ranks import Ranks
 from rlhf_pl.rounds import Round
 from rlhf_pl.rows import Row, RowBatch, batches_by_length, pad_rows
 from rlhf_pl.stages.generate import Report
@@ -21,6 +22,7 @@ def pair_logps(
     tokens_per_batch: int,
     temperature: float,
     report: Report = lambda count, note: None,
+    ranks: Ranks = Ranks(),  # noqa: B008 - one process
 ) -> None:
     """Summed log-probs of every pair's two answers under each of `policies` (`old`, and perhaps `reference`).
 
@@ -30,6 +32,8 @@ def pair_logps(
         tokens_per_batch: Padded tokens per batch.
         temperature: The temperature the answers were drawn at.
         report: Gets (answers done, note).
+        ranks: The batches are dealt out to them. Sharded policies need all ranks at every call, so a rank that has one
+            batch fewer goes through one for nothing.
     """
     started = time.monotonic()
     pairs = stored.read("pairs").select(["prompt_id", "prompt_tokens", "chosen_tokens", "rejected_tokens"]).to_pylist()
@@ -37,10 +41,19 @@ def pair_logps(
     rows = [Row(p["prompt_tokens"], p[f"{which}_tokens"]) for which in ("chosen", "rejected") for p in pairs]
     for name, policy in policies.items():
         logps = torch.zeros(len(rows), dtype=torch.float64)
-        for batch in batches_by_length(rows, tokens_per_batch):
-            logps[batch] = policy(pad_rows([rows[i] for i in batch]), temperature).sum(-1).double().cpu()
-            report(len(batch), "")
-        chosen, rejected = logps.view(2, len(pairs)).numpy()
+        batches = list(batches_by_length(rows, tokens_per_batch))
+        for start in range(0, len(batches), ranks.size):
+            counts = start + ranks.rank < len(batches)
+            batch = batches[start + ranks.rank if counts else -1]
+            found = policy(pad_rows([rows[i] for i in batch]), temperature).sum(-1).double().cpu()
+            if counts:
+                logps[batch] = found
+            report(sum(map(len, batches[start : start + ranks.size])), "")
+        chosen, rejected = ranks.total(logps).view(2, len(pairs)).numpy()
         columns |= {f"chosen_{name}_logp": chosen, f"rejected_{name}_logp": rejected}
-    stored.write_shard("logps", 0, pa.table(columns))
-    stored.complete("logps", seconds=time.monotonic() - started, policies=list(policies))
+
+    def write() -> None:
+        stored.write_shard("logps", 0, pa.table(columns))
+        stored.complete("logps", seconds=time.monotonic() - started, policies=list(policies))
+
+    ranks.first(write)

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.disk import naming_a_full_disk, write_atomically
 from rlhf_pl.errors import InputError
+from rlhf_pl.ranks import Ranks
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.guard import Outcome, ScoringConfig, guarded_scores
 from rlhf_pl.rounds import Round
@@ -26,8 +27,9 @@ def score(
     reward: Reward,
     config: ScoringConfig = ScoringConfig(),  # noqa: B008 - frozen
     report: Report = lambda count, note: None,
+    ranks: Ranks = Ranks(),  # noqa: B008 - one process
 ) -> None:
-    """Give every answer its reward. `report` gets (answers done, note).
+    """Give every answer its reward. `report` gets (answers done, note); the shards are dealt out to the ranks.
 
     What a call returned is kept in a journal beside the shards until its shard is written, so that nothing that was
     scored is scored again.
@@ -37,13 +39,17 @@ def score(
     """
     by_id = {p.prompt_id: p for p in prompts}
     started = time.monotonic()
-    done = stored.shards("rewards")
-    for number, file in stored.shards("responses").items():
+    done = ranks.share(set(stored.shards("rewards")))
+    answers = ranks.share({number: file.name for number, file in stored.shards("responses").items()})
+    stored.await_shards("responses", len(answers))
+    todo = [n for n in answers if n not in done] + [n for n in answers if n in done]
+    mine = sorted(todo[ranks.rank :: ranks.size])
+    for number in mine:
         table = stored.read_shard("responses", number)
         if number in done and _settle_failures(stored, number, config):
             report(len(table), "")
             continue
-        journal = _Journal(stored.path / "rewards" / f"_{number:05d}.journal", [file.name, reward.fingerprint()])
+        journal = _Journal(stored.path / "rewards" / f"_{number:05d}.journal", [answers[number], reward.fingerprint()])
         samples = _samples(table, by_id)
         outcomes = journal.read()
         report(len(outcomes), "")
@@ -56,11 +62,20 @@ def score(
             batch = _next_call(samples, len(outcomes), config.prompts_per_call)
             outcomes += guarded_scores(reward, batch, config, keep)
         stored.write_shard("rewards", number, _reward_table(table, outcomes, config))
+    ranks.wait()
+    seconds = time.monotonic() - started
+    if len(mine) < len(answers):
+        report(sum(len(stored.read_shard("responses", n)) for n in answers if n not in mine), "")
+    ranks.first(lambda: _complete(stored, len(answers), reward, config, seconds))
+
+
+def _complete(stored: Round, shards: int, reward: Reward, config: ScoringConfig, seconds: float) -> None:
+    stored.await_shards("rewards", shards)
     for journal_file in (stored.path / "rewards").glob("_*.journal"):
         journal_file.unlink()
     stored.complete(
         "rewards",
-        seconds=time.monotonic() - started,
+        seconds=seconds,
         reward=reward.name,
         on_failure=config.on_failure,
         **reward_statistics(stored),

@@ -112,7 +112,7 @@ def prompts(write_jsonl: Callable[..., str]) -> str:
 
 
 def weights(module: RebelModule) -> dict[str, torch.Tensor]:
-    return {name: tensor.clone() for name, tensor in module.hf_state_dict().items()}
+    return {name: tensor.clone() for name, tensor in module.weights().stream()}
 
 
 def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
