@@ -83,6 +83,8 @@ def _summoned(root: Any, model: nn.Module, wanted: Callable[[str], bool]) -> Ite
 
     names = {id(m): name for name, m in model.named_modules()}
     found: set[str] = set()
+    with FSDP.summon_full_params(root, recurse=False, writeback=False):
+        pass  # before its first step a unit would take itself for the root
     for unit in FSDP.fsdp_modules(root):
         inside = [m for m in _own_modules(unit) if id(m) in names]
         if not any(wanted(n) for m in inside for n in _names(names[id(m)], m)):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from rlhf_pl.data.pairs import PairBatch
 from rlhf_pl.data.progress import run_seed
+from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_adapter, export_folder
 from rlhf_pl.fingerprints import describe
@@ -223,10 +224,12 @@ class RebelModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlhf_pl"] = {"round": dict(self._round), "last_kl": self.last_kl}
+        note_split(self.trainer, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:
             check_weights(self, checkpoint, self.source)
+        adapt_split(self.trainer, checkpoint)
         kept = checkpoint.get("rlhf_pl")
         if kept is not None:
             self._round, self.last_kl = dict(kept["round"]), kept["last_kl"]

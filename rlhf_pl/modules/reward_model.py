@@ -13,6 +13,7 @@ from torchmetrics.classification import BinaryCalibrationError
 from rlhf_pl.classifier import ClassifierLM, check_new_classifier, new_classifier
 from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
+from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_folder
 from rlhf_pl.lora import LoRA, add_lora, check_lora
@@ -186,9 +187,13 @@ class RewardModelModule(L.LightningModule):
         assert self.classifier is not None
         export_folder(self.classifier.model, self.source, self.weights(), folder, dtype, self.global_rank == 0)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        note_split(self.trainer, checkpoint)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.classifier is not None:
             check_weights(self, checkpoint, self.source)
+        adapt_split(self.trainer, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.optimization.configure(self)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.sft_module import SFTBatch
+from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_adapter, export_folder
 from rlhf_pl.lora import LoRA, add_lora, check_lora
@@ -141,9 +142,13 @@ class SFTModule(L.LightningModule):
         if self.lora is not None:
             export_adapter(self, self.lora, self.policy.lm, self.source, folder)
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        note_split(self.trainer, checkpoint)
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:
             check_weights(self, checkpoint, self.source)
+        adapt_split(self.trainer, checkpoint)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.optimization.configure(self)

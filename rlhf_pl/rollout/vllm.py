@@ -31,6 +31,7 @@ class VLLMSampler(Sampler):
         max_sequences: Answers drawn at a time.
         gpu_memory_utilization: Share of the GPU the engine may take; the rest is the trainer's. Unused on the CPU.
         kv_cache_gib: Memory for the KV cache on the CPU, GiB. Unused on GPUs.
+        tensor_parallel_size: Ranks that share one engine, each with a part of the model; 1 for an engine per rank.
         engine_args: Any other argument of `vllm.LLM`.
     """
 
@@ -40,12 +41,16 @@ class VLLMSampler(Sampler):
         max_sequences: int = 256,
         gpu_memory_utilization: float = 0.3,
         kv_cache_gib: float = 1.0,
+        tensor_parallel_size: int = 1,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
         self.dtype = dtype
         self.max_sequences = max_sequences
         self.gpu_memory_utilization = gpu_memory_utilization
         self.kv_cache_gib = kv_cache_gib
+        if tensor_parallel_size < 1:
+            raise InputError(f"`rollout.sampler.tensor_parallel_size` must be 1 or more, got {tensor_parallel_size}.")
+        self.ranks_per_engine = tensor_parallel_size
         self.engine_args = engine_args or {}
         self._llm: Any = None
         self._requests = 0
@@ -96,6 +101,7 @@ class VLLMSampler(Sampler):
             # Lightning leaves RANK unset; the launcher backend makes each rank's engine use its own device.
             os.environ["RANK"] = str(torch.distributed.get_rank())
             args["distributed_executor_backend"] = "external_launcher"
+            args["tensor_parallel_size"] = self.ranks_per_engine
         try:
             with _private_rng(), _own_temporary_files():
                 self._llm = LLM(spec.source.path, **(args | self.engine_args))

@@ -1,0 +1,51 @@
+"""How an epoch goes on from its middle when its updates are divided into other micro-batches, or over other ranks."""
+
+from typing import Any
+
+import lightning as L
+
+from rlhf_pl.errors import InputError
+
+_KEY = "rlhf_pl_split"
+
+
+def _split_of(trainer: L.Trainer) -> dict[str, int] | None:
+    batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    if batch_size is None:
+        return None
+    accumulate = trainer.accumulate_grad_batches
+    return {"accumulate": accumulate, "rows_per_update": batch_size * accumulate * trainer.world_size}
+
+
+def note_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Write into a checkpoint what its batch counts mean."""
+    if (split := _split_of(trainer)) is not None:
+        checkpoint[_KEY] = split
+
+
+def adapt_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
+    """Turn a checkpoint's batch counts, which are micro-batches of a rank, into those of this run.
+
+    Raises:
+        InputError: The epoch can't go on there with updates of another size.
+    """
+    before, now = checkpoint.get(_KEY), _split_of(trainer)
+    loop = checkpoint["loops"]["fit_loop"]
+    epochs = loop["epoch_progress"]["current"]
+    if before is None or now is None or before == now or epochs["started"] == epochs["processed"]:
+        return
+    progress = loop["epoch_loop.batch_progress"]
+    done = progress["current"]["processed"]
+    rows, rest = divmod(done * before["rows_per_update"], before["accumulate"])
+    if rest or done % before["accumulate"] or rows % now["rows_per_update"]:
+        raise InputError(
+            f"The checkpoint stands in the middle of an epoch of {before['rows_per_update']} pairs or rows per update, "
+            f"and this run has {now['rows_per_update']} (`data.batch_size` x `trainer.accumulate_grad_batches` x "
+            "devices). Keep their product, or resume from a checkpoint after a round."
+        )
+    batches = rows // now["rows_per_update"] * now["accumulate"]
+    for counts in (progress["current"], progress["total"]):
+        for name in counts:
+            counts[name] += batches - done
+    for state in loop["state_dict"].get("combined_loader", []):
+        state["batches"] = batches
