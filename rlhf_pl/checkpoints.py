@@ -13,6 +13,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch import Tensor
 
 from rlhf_pl.disk import naming_a_full_disk, sync_folder, write_atomically
@@ -123,6 +124,33 @@ def read_progress(file: Path) -> Progress | None:
         ) from error
 
 
+def sharded_by(path: Path) -> str:
+    """The group that a sharded checkpoint's weights are in: `model` from FSDP, `state_dict` from FSDP2."""
+    from torch.distributed.checkpoint import FileSystemReader
+
+    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    return next(name.partition(".")[0] for name in names if not name.startswith("optimizer"))
+
+
+def check_readable(path: Path, trainer: L.Trainer) -> None:
+    """Refuse a checkpoint in a form that the run's strategy can't read, before anything loads.
+
+    Raises:
+        InputError: Says with which strategy it can be read.
+    """
+    if not is_sharded_checkpoint(path):
+        return
+    fsdp = {"model": FSDPStrategy, "state_dict": ModelParallelStrategy}
+    wanted = fsdp.get(sharded_by(path))
+    if wanted is not None and not isinstance(trainer.strategy, wanted):
+        name = "fsdp" if wanted is FSDPStrategy else "fsdp2"
+        raise InputError(
+            f"{path} was written by --trainer.strategy {name} in parts, which `trainer.strategy` "
+            f"{type(trainer.strategy).__name__} can't read. Go on with --trainer.strategy {name}, on any number of "
+            "devices, one included."
+        )
+
+
 def read_weights(file: Path, prefix: str, like: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The tensors of a checkpoint, whole, under their names without `prefix`.
 
@@ -136,9 +164,7 @@ def read_weights(file: Path, prefix: str, like: Mapping[str, Tensor]) -> dict[st
         return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     from torch.distributed.checkpoint import FileSystemReader, load
 
-    reader = FileSystemReader(file)
-    stored = reader.read_metadata().state_dict_metadata
-    group = next(name.partition(".")[0] for name in stored if f".{prefix}" in name)  # FSDP1 and FSDP2 name it otherwise
+    reader, group = FileSystemReader(file), sharded_by(file)
     wanted = {f"{group}.{prefix}{name}": torch.empty_like(t, device="cpu") for name, t in like.items()}
     load(wanted, storage_reader=reader, no_dist=True)
     return {name.removeprefix(f"{group}.{prefix}"): tensor for name, tensor in wanted.items()}

@@ -27,7 +27,7 @@ from rlhf_pl.callbacks import (
     RunStopped,
     SampleTable,
 )
-from rlhf_pl.checkpoints import read_progress
+from rlhf_pl.checkpoints import check_readable, read_progress
 from rlhf_pl.cli_parser import DEFAULT_CLASSES, Parser
 from rlhf_pl.console import console
 from rlhf_pl.data import OfflineDataModule, RoundDataModule
@@ -165,6 +165,7 @@ class RlhfCLI(LightningCLI):
             elif isinstance(logger, CSVLogger) and self.trainer.is_global_zero:
                 keep_csv(Path(logger.log_dir))
         if point.checkpoint is not None:
+            check_readable(point.checkpoint, self.trainer)
             console.print(f"Going on from {point.checkpoint}.", soft_wrap=True)
         return arguments
 

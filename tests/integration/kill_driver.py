@@ -4,7 +4,10 @@
 
 PLAN.json: {"arguments": [...], "runs": [{"dir": ..., "kill": {...} | null, "trace": path | null}, ...]}. The heavy
 imports happen once, in the parent, before any thread exists; every child is a fresh run. A run's exit status goes to
-standard output, a JSON line each.
+standard output, a JSON line each, with the seconds that it lived on after its first rank had ended.
+
+With `"ranks": 4` a run has four processes, set up as torchrun does; its `arguments` must ask for as many devices, and
+`"rank"` in its kill says which one dies. `"copy_of"` begins with a copy of another run's directory.
 
 A kill names an event, its count and when: `{"event": "write responses", "count": 2, "delay": 0.0}` sends SIGKILL to
 the process itself `delay` seconds after the second such event began (from another thread if the delay is not 0), or
@@ -14,7 +17,9 @@ the signal under `signal`.
 import functools
 import json
 import os
+import shutil
 import signal
+import socket
 import sys
 import threading
 import time
@@ -96,13 +101,25 @@ def instrument(tracer: Tracer) -> None:
         sampler.generate = generate  # type: ignore[method-assign]
 
 
-def child(arguments: list[str], run: dict[str, Any]) -> None:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def child(arguments: list[str], run: dict[str, Any], rank: int, port: int) -> None:
+    ranks = run.get("ranks", 1)
+    if ranks > 1:
+        names = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks}
+        os.environ.update({name: str(value) for name, value in names.items()})
+        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "test"}
     folder = Path(run["dir"])
     folder.parent.mkdir(parents=True, exist_ok=True)
     log = os.open(str(folder) + ".log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    tracer = Tracer(run.get("kill"), run.get("trace"))
+    kill = run.get("kill")
+    tracer = Tracer(kill if kill and kill.get("rank", 0) == rank else None, run.get("trace") if rank == 0 else None)
     instrument(tracer)
     tracer.event("start")
     from rlhf_pl.__main__ import main
@@ -118,18 +135,29 @@ def run_all(plan: dict[str, Any]) -> None:
     import rlhf_pl.cli  # noqa: F401
 
     for run in plan["runs"]:
-        pid = os.fork()
-        if pid == 0:
-            try:
-                child(plan["arguments"], run)
-            except BaseException:
-                import traceback
+        if "copy_of" in run:
+            shutil.copytree(run["copy_of"], run["dir"], symlinks=True)
+        port, rank_of = free_port(), {}
+        for rank in range(run.get("ranks", 1)):
+            pid = os.fork()
+            if pid == 0:
+                try:
+                    child(plan["arguments"], run, rank, port)
+                except BaseException:
+                    import traceback
 
-                traceback.print_exc()
-            finally:
-                os._exit(99)
-        _, status = os.waitpid(pid, 0)
-        print(json.dumps({"dir": run["dir"], "status": os.waitstatus_to_exitcode(status)}), flush=True)
+                    traceback.print_exc()
+                finally:
+                    os._exit(99)
+            rank_of[pid] = rank
+        statuses, first_end = {}, 0.0
+        while rank_of:
+            pid, status = os.wait()
+            first_end = first_end or time.monotonic()
+            statuses[rank_of.pop(pid)] = os.waitstatus_to_exitcode(status)
+        lived_on = time.monotonic() - first_end
+        every = [statuses[rank] for rank in sorted(statuses)]
+        print(json.dumps({"dir": run["dir"], "status": every[0], "every": every, "lived_on": lived_on}), flush=True)
 
 
 if __name__ == "__main__":

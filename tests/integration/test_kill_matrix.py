@@ -44,12 +44,17 @@ def make_plan(folder: Path, sampler: list[str], prompts: int = 12) -> dict[str, 
 
 def drive(folder: Path, plan: dict[str, Any], runs: list[dict[str, Any]]) -> list[int]:
     """Exit codes of the runs."""
+    return [outcome["status"] for outcome in outcomes(folder, plan, runs)]
+
+
+def outcomes(folder: Path, plan: dict[str, Any], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """How the runs ended, as the driver tells."""
     (folder / "plan.json").write_text(json.dumps({**plan, "runs": runs}))
     done = subprocess.run(
         [sys.executable, str(DRIVER), str(folder / "plan.json")], capture_output=True, text=True, cwd=folder
     )
     assert done.returncode == 0, done.stderr
-    return [json.loads(line)["status"] for line in done.stdout.splitlines() if line.startswith("{")]
+    return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
 def run_reference(folder: Path, plan: dict[str, Any]) -> list[tuple[float, str, int]]:

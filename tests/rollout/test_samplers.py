@@ -24,6 +24,7 @@ from rlhf_pl.rollout import (
 )
 from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, hand_over, tolerance
 from rlhf_pl.rows import Row, RowBatch, pad_rows
+from rlhf_pl.weights import weights_of
 from tests.conftest import save_llama
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -141,9 +142,9 @@ def test_random_state_of_the_trainer_is_untouched(sampler: Sampler) -> None:
 
 def test_self_check_passes_and_catches_stale_weights(sampler: Sampler, lm: Any, llama: Path) -> None:
     limit = tolerance("float32", "float32")
-    assert check_sampler(sampler, PROMPTS, policy(lm), lm.state_dict(), limit) < limit
+    assert check_sampler(sampler, PROMPTS, policy(lm), weights_of(lm.state_dict()), limit) < limit
     with pytest.raises(StaleSamplerError, match="does not draw from the policy"):
-        check_sampler(sampler, PROMPTS, policy(load_lm(PolicySource(str(llama)))), lm.state_dict(), limit)
+        check_sampler(sampler, PROMPTS, policy(load_lm(PolicySource(str(llama)))), weights_of(lm.state_dict()), limit)
 
 
 @pytest.fixture
@@ -159,13 +160,15 @@ def next_policy(sampler: Sampler, lm: Any) -> Iterator[tuple[Any, dict[str, torc
     limit = tolerance("float32", "float32")
 
     def bring() -> float:
-        hand_over(sampler, weights)
-        return check_sampler(sampler, PROMPTS, policy(after), weights, limit)
+        hand_over(sampler, weights_of(weights))
+        return check_sampler(sampler, PROMPTS, policy(after), weights_of(weights), limit)
 
-    hand_over(sampler, lm.state_dict())
-    assert check_sampler(sampler, PROMPTS, policy(after), {}, limit) < limit  # it could not be told by log-probs
+    hand_over(sampler, weights_of(lm.state_dict()))
+    assert (
+        check_sampler(sampler, PROMPTS, policy(after), weights_of({}), limit) < limit
+    )  # it could not be told by log-probs
     yield after, weights, bring
-    hand_over(sampler, lm.state_dict())
+    hand_over(sampler, weights_of(lm.state_dict()))
 
 
 def break_load(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[dict], dict]) -> None:
