@@ -14,6 +14,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_pl.callbacks import (
     DegenerationGuard,
@@ -31,6 +32,7 @@ from rlhf_pl.checkpoints import check_readable, read_progress
 from rlhf_pl.cli_parser import DEFAULT_CLASSES, Parser
 from rlhf_pl.console import console
 from rlhf_pl.data import OfflineDataModule, RoundDataModule
+from rlhf_pl.devices import fast_precision
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import Exportable
 from rlhf_pl.lock import RunLock
@@ -101,7 +103,16 @@ class RlhfCLI(LightningCLI):
             callbacks.append(RoundProgress())
         if config["logger"] in (None, True):
             kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
-        kwargs["strategy"] = runnable_strategy(config["strategy"], _on_gpu(config["accelerator"]))
+        on_gpu = _on_gpu(config["accelerator"])
+        precision = str(config["precision"] or "32-true")
+        kwargs["precision"] = fast_precision(precision, on_gpu)
+        if kwargs["precision"] != precision and not getattr(rank_zero_only, "rank", 0):
+            console.print(
+                f"This CPU has no bfloat16 instructions: computing in float32 instead of {precision}, several times "
+                "faster here.",
+                soft_wrap=True,
+            )
+        kwargs["strategy"] = runnable_strategy(config["strategy"], on_gpu)
         own = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
         if config["enable_checkpointing"] is False:
             own = [callback for callback in own if not isinstance(callback, RoundCheckpoint)]
@@ -154,6 +165,8 @@ class RlhfCLI(LightningCLI):
             )
         else:
             point = ResumePoint(None)
+        if point.checkpoint is not None:
+            check_readable(point.checkpoint, self.trainer)
         for callback in callbacks:
             if isinstance(callback, RunConfig):
                 callback.resume_point = point
@@ -165,7 +178,6 @@ class RlhfCLI(LightningCLI):
             elif isinstance(logger, CSVLogger) and self.trainer.is_global_zero:
                 keep_csv(Path(logger.log_dir))
         if point.checkpoint is not None:
-            check_readable(point.checkpoint, self.trainer)
             console.print(f"Going on from {point.checkpoint}.", soft_wrap=True)
         return arguments
 

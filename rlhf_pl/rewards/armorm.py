@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pl.checkpoint_files import WeightFiles
+from rlhf_pl.devices import fast_dtype
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.policy import PolicySource, without_dropout
@@ -211,7 +212,7 @@ class ArmoRMReward(Reward):
         self._local.close()
 
     def _load(self) -> nn.Module:
-        return load_armorm(self.source, self.dtype, self.attn_implementation)
+        return load_armorm(self.source, fast_dtype(self.dtype, self._local.device.type), self.attn_implementation)
 
 
 def _heads(source: PolicySource) -> dict[str, str]:

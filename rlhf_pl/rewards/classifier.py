@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.classifier import ClassifierLM, find_head, load_classifier
+from rlhf_pl.devices import fast_dtype
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.policy import PolicySource
 from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
@@ -26,7 +27,7 @@ class ClassifierReward(Reward):
     Args:
         model: Model folder or Hub id.
         base: Where config and tokenizer come from, if `model` brings weights alone, as Starling-RM does.
-        dtype: Of the weights; null for that of the checkpoint.
+        dtype: Of the weights; null for that of the checkpoint; float32 on CPUs without instructions for bfloat16.
         device: `auto` for the GPU where there is one, `cpu`, `cuda:1`, ...
         max_tokens: Longer conversations are cut from the left of the prompt, and counted.
         tokens_per_batch: Padded tokens of a batch; rows of like length go together.
@@ -106,7 +107,8 @@ class ClassifierReward(Reward):
         self._local.close()
 
     def _load(self) -> nn.Module:
-        dtype = None if self.dtype is None else getattr(torch, self.dtype)
+        name = fast_dtype(self.dtype, self._local.device.type)
+        dtype = None if name is None else getattr(torch, name)
         return ClassifierLM(load_classifier(self.source, self.weights, dtype, self.attn_implementation))
 
 

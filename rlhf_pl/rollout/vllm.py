@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf_pl.devices import fast_dtype
 from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.self_check import StaleSamplerError
@@ -27,7 +28,8 @@ class VLLMSampler(Sampler):
     """Draws answers with vLLM, in the trainer's process.
 
     Args:
-        dtype: The engine's dtype; the policy is cast to it on the way. bfloat16 is twice as fast as float32.
+        dtype: The engine's dtype; the policy is cast to it on the way. bfloat16 is twice as fast as float32, except on
+            CPUs without instructions for it, where float32 is taken instead.
         max_sequences: Answers drawn at a time.
         gpu_memory_utilization: Share of the GPU the engine may take; the rest is the trainer's. Unused on the CPU.
         kv_cache_gib: Memory for the KV cache on the CPU, GiB. Unused on GPUs.
@@ -44,7 +46,7 @@ class VLLMSampler(Sampler):
         tensor_parallel_size: int = 1,
         engine_args: dict[str, Any] | None = None,
     ) -> None:
-        self.dtype = dtype
+        self.dtype = fast_dtype(dtype, "cuda" if torch.cuda.is_available() else "cpu") or dtype
         self.max_sequences = max_sequences
         self.gpu_memory_utilization = gpu_memory_utilization
         self.kv_cache_gib = kv_cache_gib
