@@ -1,0 +1,128 @@
+"""REBEL with adapters: the base stays as it was and is the reference; the sampler draws from the merged model."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from rlhf_pl import RebelModule
+from rlhf_pl.callbacks import HFExport
+from rlhf_pl.errors import InputError
+from rlhf_pl.lora import LoRA, without_adapters
+from rlhf_pl.policy import PolicySource, load_lm
+from rlhf_pl.rounds import RoundStore
+from tests.integration.test_fit import PROMPTS, fit
+from tests.integration.test_kill_matrix import TRANSFORMERS, make_plan, outcomes
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> tuple[Path, RebelModule]:
+    import json
+
+    folder = tmp_path_factory.mktemp("lora")
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    settings: dict[str, Any] = {"lora": LoRA(rank=4), "kl_coef": 0.05}
+    _, module = fit(folder / "run", llama, str(folder / "prompts.jsonl"), [HFExport()], settings)
+    return folder / "run", module
+
+
+def token_logps(lm: Any, prompt: list[int], response: list[int]) -> float:
+    """Sum over the response's tokens, from full logits."""
+    ids = torch.tensor([prompt + response])
+    with torch.no_grad():
+        logps = (lm(input_ids=ids).logits[0] / 0.9).log_softmax(-1)  # the round's temperature
+    return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
+
+
+def test_base_is_untouched_bit_for_bit(trained: tuple[Path, RebelModule], llama: Path) -> None:
+    base = load_lm(PolicySource(str(llama))).state_dict()
+    state = trained[1].policy.lm.state_dict()
+    found = {name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name}
+    assert found.keys() == base.keys()
+    assert all(torch.equal(found[name], base[name]) for name in base)
+    assert any(t.abs().sum() > 0 for name, t in state.items() if ".lora_B." in name)
+
+
+def test_reference_logps_are_those_of_the_base(trained: tuple[Path, RebelModule], llama: Path) -> None:
+    stored = RoundStore(trained[0]).round(1)
+    base = load_lm(PolicySource(str(llama)))
+    pairs, logps = stored.read("pairs").to_pylist(), stored.read("logps").to_pylist()
+    moved = 0.0
+    for pair, row in zip(pairs, logps, strict=True):
+        expected = token_logps(base, pair["prompt_tokens"], pair["chosen_tokens"])
+        assert row["chosen_reference_logp"] == pytest.approx(expected, abs=1e-4)
+        moved = max(moved, abs(row["chosen_old_logp"] - expected))
+    assert moved > 1e-3  # the policy of round 2 is another one
+
+
+def test_sampler_draws_from_the_adapted_policy(trained: tuple[Path, RebelModule]) -> None:
+    """The log-probs that the sampler noted at the end are those of the model with its adapters, and of the export."""
+    from transformers import AutoModelForCausalLM
+
+    folder, module = trained
+    merged = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    rows = RoundStore(folder).held_out(2).read("responses").to_pylist()
+    for row in rows[:4]:
+        prompt, response = row["prompt_tokens"], row["response_tokens"]
+        for model in (merged, module.policy.lm.eval()):
+            ids = torch.tensor([prompt + response])
+            with torch.no_grad():
+                logps = model(input_ids=ids).logits[0].log_softmax(-1)
+            total = sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
+            assert row["sampler_logp"] == pytest.approx(total, abs=1e-3)
+
+
+def test_adapter_alone_loads_in_peft(trained: tuple[Path, RebelModule], llama: Path) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder, module = trained
+    base = AutoModelForCausalLM.from_pretrained(llama, dtype=torch.float32)
+    adapted = PeftModel.from_pretrained(base, folder / "model" / "adapter").eval()
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        expected = module.policy.lm.eval()(input_ids=ids).logits
+        torch.testing.assert_close(adapted(input_ids=ids).logits, expected, rtol=1e-4, atol=1e-4)
+        with without_adapters(module.policy.lm):
+            assert not torch.allclose(module.policy.lm(input_ids=ids).logits, expected, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"lora": LoRA(dropout=0.1)}, "model.lora.dropout"),
+        ({"lora": LoRA(), "trainable_layers": 1}, "exclude each other"),
+    ],
+)
+def test_wrong_settings_are_refused(settings: dict[str, Any], message: str, llama: Path) -> None:
+    with pytest.raises(InputError, match=message):
+        RebelModule(str(llama), **settings)
+
+
+@pytest.mark.slow
+def test_adapters_train_the_same_on_shards(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:
+    plan = make_plan(tmp_path, [*TRANSFORMERS, "--model.lora", "LoRA", "--model.kl_coef", "0.05"])
+    spread = {"one": ("auto", 1), "ddp": ("ddp", 2), "fsdp": ("fsdp", 2), "fsdp2": ("fsdp2", 2)}
+    runs = [
+        {
+            "dir": str(tmp_path / name),
+            "ranks": ranks,
+            "arguments": [
+                *("--trainer.devices", str(ranks), "--trainer.strategy", strategy),
+                *("--trainer.accumulate_grad_batches", str(2 // ranks)),
+            ],
+        }
+        for name, (strategy, ranks) in spread.items()
+    ]
+    for run, outcome in zip(runs, outcomes(tmp_path, plan, runs), strict=True):
+        assert set(outcome["every"]) == {0}, Path(f"{run['dir']}.log").read_text()
+    for part in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        expected = load_file(tmp_path / "one" / "model" / part)
+        for name in ("ddp", "fsdp", "fsdp2"):
+            found = load_file(tmp_path / name / "model" / part)
+            assert found.keys() == expected.keys()
+            for tensor in expected:
+                torch.testing.assert_close(found[tensor], expected[tensor], rtol=0, atol=2e-5)
