@@ -11,6 +11,7 @@ RLHF on PyTorch Lightning: improve a chat model with REBEL, round after round.
 
 commands:
   fit     train; `rlhf-pl fit --help` lists every option, `--print_config` writes a complete config
+  plan    what a config would take in memory and time, without loading weights
   score   score a file of conversations, or of preference pairs, with a reward
   rounds  show what a run directory holds: `rlhf-pl rounds RUN_DIR`
 
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from rlhf_pl import inspect_rounds
 
         return inspect_rounds.run(argv[1:])
-    if argv[0] not in ("fit", "score"):
+    if argv[0] not in ("fit", "plan", "score"):
         print(f"error: unknown command {argv[0]!r}. `rlhf-pl --help` lists the commands.", file=sys.stderr)
         return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
@@ -59,6 +60,10 @@ def _with_one_error(argv: list[str]) -> int:
             from rlhf_pl import score_command
 
             return score_command.run(argv[1:])
+        if argv[0] == "plan":
+            from rlhf_pl import plan_command
+
+            return plan_command.run(argv[1:])
         from rlhf_pl import cli
 
         return cli.run(argv)

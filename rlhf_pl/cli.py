@@ -59,7 +59,7 @@ TRAINER_DEFAULTS = {
 class RlhfCLI(LightningCLI):
     """LightningCLI with the groups `rollout`, `samples` and `export` for the callbacks that every run has."""
 
-    def __init__(self) -> None:
+    def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
             L.LightningModule,
             L.LightningDataModule,
@@ -71,6 +71,7 @@ class RlhfCLI(LightningCLI):
             parser_class=Parser,
             parser_kwargs={"default_env": True, "prog": "rlhf-pl"},
             save_config_callback=RunConfig,
+            args=args,
         )
 
     @staticmethod

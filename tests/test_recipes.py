@@ -103,10 +103,29 @@ def test_ultrafeedback_llama3_armo(armorm: Path, files: dict[str, Path], tmp_pat
     }
     assert len(manifest["stages"]["rewards"]["components"]) == 19
     training = manifest["settings"]["training"]
-    assert training["batch_size"] * training["accumulate_grad_batches"] * 8 == 128
+    assert training["pairs_per_update"] * 8 == 128
     assert training["optimizer"]["betas"] == [0.9, 0.95]
     assert (training["optimizer"]["lr"], training["optimizer"]["weight_decay"]) == (3e-7, 1e-6)
     assert "eta=1000000.0" in training["loss"]
+
+
+def test_four_nodes(armorm: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    one, four = (
+        yaml.safe_load((ROOT / "configs" / name).read_text())
+        for name in ("recipes/ultrafeedback-llama3-armo.yaml", "scaling/llama3-8b-4-nodes.yaml")
+    )
+    assert four["model"] == one["model"]
+    for config in (one, four):
+        trainer = config["trainer"]
+        ranks = trainer["devices"] * trainer["num_nodes"]
+        assert config["data"]["batch_size"] * trainer["accumulate_grad_batches"] * ranks == 128
+    run(
+        "configs/scaling/llama3-8b-4-nodes.yaml",
+        tmp_path / "run",
+        *("--trainer.num_nodes", 1, "--model.policy", save_lm("llama", tmp_path / "policy")),
+        *("--data.prompts", files["prompts"], "--rollout.reward.init_args.model", armorm, *ROUND),
+    )
+    assert RoundStore(tmp_path / "run").round(0).is_complete("training")
 
 
 def test_tldr_pythia_in_three_stages(files: dict[str, Path], tmp_path: Path) -> None:

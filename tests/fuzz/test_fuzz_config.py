@@ -30,9 +30,14 @@ OPTIONS = [
     *("rollout.prompts_per_shard", "rollout.logps_batch_tokens", "samples.num_prompts", "export.folder"),
     *("export.dtype", "export.every_round", "checkpoint.every_n_updates", "checkpoint.keep_rounds", "guards.max_kl"),
     *("guards.stop_on", "guards.max_length_ratio", "seed_everything", "trainer.accumulate_grad_batches"),
-    *("trainer.max_steps", "trainer.precision", "trainer.gradient_clip_val", "trainer.logger", "trainer.devices"),
+    *(
+        "trainer.max_steps",
+        "trainer.precision",
+        "trainer.gradient_clip_val",
+        "trainer.logger",
+    ),  # devices and nodes would start processes
     *("trainer.log_every_n_steps", "trainer.callbacks", "trainer.strategy", "trainer.limit_train_batches"),
-    *("trainer.enable_checkpointing", "trainer.val_check_interval", "trainer.max_time", "trainer.num_nodes"),
+    *("trainer.enable_checkpointing", "trainer.val_check_interval", "trainer.max_time"),
     *("trainer.accelerator", "trainer.plugins", "ckpt_path", "config", "optimizer", "nonsense", "trainer"),
 ]
 VALUES = st.sampled_from(

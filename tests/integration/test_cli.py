@@ -92,7 +92,6 @@ def test_fit_leaves_a_whole_run_directory(
         (["--model.loss.eta", "-1"], "eta` must be positive"),
         (["--rollout.sampling.temperature", "0"], "would be the same"),
         (["--trainer.precision", "bf16-true"], "32-true"),
-        (["--trainer.devices", "2"], "prepared by one process"),
         (
             [
                 *("--rollout.reward", "JudgePairReward", "--rollout.reward.url", "http://127.0.0.1:9"),

@@ -1,0 +1,223 @@
+"""`rlhf-pl plan`: what a config would take in memory and time, without loading weights."""
+
+import argparse
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from rlhf_pl.cli import RlhfCLI
+from rlhf_pl.console import console
+from rlhf_pl.data import RoundDataModule
+from rlhf_pl.devices import fast_precision
+from rlhf_pl.disk import size
+from rlhf_pl.errors import InputError
+from rlhf_pl.footprint import activation_bytes, kv_bytes, logits_bytes, model_size
+from rlhf_pl.modules import RebelModule
+from rlhf_pl.policy import PolicySource
+from rlhf_pl.rollout import VLLMSampler
+
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_PHASES = ("train", "generate", "score", "sync")
+_HINTS = {
+    "train": {
+        "activations": "--model.gradient_checkpointing true, or a smaller --data.batch_size with more accumulation",
+        "logits": "a smaller --model.logprob_chunk_tokens",
+        "optimizer": "--trainer.strategy fsdp2 over more devices, or --model.lora LoRA",
+        "gradients": "--trainer.strategy fsdp2 over more devices, or --model.lora LoRA",
+        "parameters": "--trainer.strategy fsdp2 over more devices",
+    },
+    "generate": {"sampler": "--rollout.sampler.tensor_parallel_size, or a smaller gpu_memory_utilization"},
+    "score": {"reward model": "a reward model under `vllm serve` (VLLMServerReward), or a smaller dtype"},
+    "sync": {"gathered unit": "nothing smaller than a unit is gathered: more devices leave more room for it"},
+}
+
+
+class _PlannedCLI(RlhfCLI):
+    """Reads the config and builds model and data, but no Trainer: the devices need not be here."""
+
+    def instantiate_trainer(self, **kwargs: Any) -> Any:
+        self.settings = {**self._get(self.config_init, "trainer", default={})}
+        self.options = self._get(self.config_init, "rollout").options
+        return None
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """Nothing is run."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """`rlhf-pl plan --config x.yaml`: prints tables; 1 if the config does not fit."""
+    parser = argparse.ArgumentParser(
+        prog="rlhf-pl plan",
+        description="Memory per device and time per phase of a `rlhf-pl fit` config, without loading weights.",
+        epilog="All other options are those of `rlhf-pl fit`.",
+    )
+    parser.add_argument("--device_memory_gib", type=float, help="memory of a device, GiB; default: of the one here")
+    parser.add_argument("--response_tokens", type=float, help="mean answer, tokens; default: half of the longest")
+    parser.add_argument("--generate_tokens_per_s", type=float, help="of an engine; default: 3000, on a CPU 200")
+    parser.add_argument("--tflops", type=float, help="a device's in training, TFLOP/s; default: 150, on a CPU 0.05")
+    own, rest = parser.parse_known_args(list(argv))
+    cli = _PlannedCLI(["fit", *rest])
+    if not isinstance(cli.model, RebelModule) or not isinstance(cli.datamodule, RoundDataModule) or not cli.options:
+        raise InputError("`rlhf-pl plan` is for REBEL in rounds: RebelModule, RoundDataModule and a `rollout.reward`.")
+    plan = _Plan(cli.model, cli.datamodule, cli.options, cli.settings, cli._get(cli.config_init, "rollout"))
+    available = own.device_memory_gib * 2**30 if own.device_memory_gib else _memory_here(plan.on_gpu)
+    return _show(plan, available, own)
+
+
+class _Plan:
+    """What a run holds, by phase and part, bytes per device."""
+
+    def __init__(
+        self, module: RebelModule, data: RoundDataModule, options: Any, trainer: Mapping[str, Any], refresh: Any
+    ) -> None:
+        self.module, self.data, self.options, self.trainer = module, data, options, trainer
+        self.sampler = refresh._link.sampler
+        self.devices = _number(trainer["devices"]) * int(trainer["num_nodes"])
+        strategy = trainer["strategy"]
+        name = strategy if isinstance(strategy, str) else type(strategy).__name__
+        self.sharded = "fsdp" in name.lower() or "ModelParallel" in name
+        self.on_gpu = trainer["accelerator"] != "cpu" and (torch.cuda.is_available() or self.devices > 1)
+        precision = fast_precision(str(trainer["precision"] or "32-true"), self.on_gpu)
+        mixed = getattr(strategy, "mixed_precision", None)
+        self.bf16 = "16" in precision or (mixed is not None and mixed.param_dtype is not None)
+        self.config = module.source.config
+        self.model = model_size(self.config, module.trainable_layers, module.lora)
+        self.longest = data.max_prompt_tokens + options.sampling.max_response_tokens
+
+    def memory(self, device_memory: float) -> dict[str, dict[str, int]]:
+        """By phase and part, on devices of so many bytes."""
+        module, model, config = self.module, self.model, self.config
+        width, shards = _BYTES[module.dtype_name], self.devices if self.sharded else 1
+        held = {
+            "parameters": width * model.total // shards,
+            "optimizer": 2 * width * model.trainable // shards,
+        }
+        unit = max(model.rest, model.layer)
+        rows = 2 * self.data.batch_size
+        training = {
+            **held,
+            "gradients": width * model.trainable // shards * (1 if self.sharded or self.devices == 1 else 2),
+            "activations": activation_bytes(
+                config, rows, self.longest, self.bf16, module.gradient_checkpointing, module.attn_implementation
+            ),
+            "logits": logits_bytes(
+                config, min(module.logprob_chunk_tokens, rows * self.options.sampling.max_response_tokens)
+            ),
+        }
+        compute = 2 if self.bf16 else width
+        if self.sharded:
+            training["gathered units"] = compute * (model.rest + 2 * model.layer)
+        elif self.bf16 and width == 4:
+            training["bf16 copies"] = 2 * (model.layer * model.layers)
+        engine = self._engine(device_memory)
+        sync = {**held, "sampler": engine, "gathered unit": width * unit if self.sharded else 0}
+        return {
+            "train": training | ({} if self.on_gpu else {"sampler": engine}),
+            "generate": held | {"sampler": engine},
+            "score": held | {"sampler": engine, "reward model": self._reward()},
+            "sync": sync,
+        }
+
+    def _engine(self, device_memory: float) -> int:
+        """Weights and KV cache of a rank's sampler; vLLM on a GPU fills the share of it that it is given."""
+        dtype = _BYTES[self.sampler.dtype]
+        weights = dtype * (self.model.total - self.model.adapters) // self.sampler.ranks_per_engine
+        if isinstance(self.sampler, VLLMSampler) and not self.on_gpu:
+            return weights + int(self.sampler.kv_cache_gib * 2**30)
+        if isinstance(self.sampler, VLLMSampler):
+            return max(weights, int(self.sampler.gpu_memory_utilization * device_memory))
+        sequences = min(
+            getattr(self.sampler, "max_sequences", None) or self.sampler.batch_size,
+            self.options.sampling.num_responses * self.options.prompts_per_shard,
+        )
+        return weights + kv_bytes(self.config, sequences, self.longest, dtype) // self.sampler.ranks_per_engine
+
+    def _reward(self) -> int:
+        reward = self.options.reward
+        total = 0
+        for part in getattr(reward, "parts", [reward]):
+            source = getattr(part, "source", None)
+            if isinstance(source, PolicySource) and hasattr(part, "dtype"):
+                total += _BYTES.get(part.dtype or str(source.config.dtype).removeprefix("torch."), 4) * (
+                    model_size(source.config).total
+                )
+        return total
+
+    def seconds(self, response_tokens: float, tokens_per_s: float, tflops: float, prompts: int) -> dict[str, float]:
+        """Of a round, by phase; scoring by a model in this process counts, other rewards do not."""
+        answers = prompts * self.options.sampling.num_responses
+        engines = max(1, self.devices // self.sampler.ranks_per_engine)
+        row = self.data.max_prompt_tokens / 2 + response_tokens
+        pair_tokens = 2 * prompts * row * self.data.passes
+        per_token = 6 if self.module.lora is None and self.module.trainable_layers is None else 4
+        per_token += 2 * self.module.gradient_checkpointing
+        speed = tflops * 1e12 * self.devices
+        reward = self._reward() / 2  # parameters, about
+        return {
+            "generate": answers * response_tokens / (tokens_per_s * engines),
+            "score": 2 * reward * answers * row / speed,
+            "log-probs": 2 * self.model.total * 2 * prompts * row / speed,
+            "train": per_token * self.model.total * pair_tokens / speed,
+        }
+
+
+def _show(plan: _Plan, available: float, own: argparse.Namespace) -> int:
+    memory = plan.memory(available)
+    model = plan.model
+    where = "GPU" if plan.on_gpu else "CPU process"
+    console.print(
+        f"{plan.module.source.path}: {model.total / 1e6:,.0f} M parameters, {model.trainable / 1e6:,.1f} M train; "
+        f"{plan.devices} x {where}{', sharded' if plan.sharded else ''}; rows of up to {plan.longest} tokens",
+        soft_wrap=True,
+    )
+    parts = list(dict.fromkeys(part for phase in _PHASES for part, held in memory[phase].items() if held))
+    table = Table("memory per device", *_PHASES, title="Memory at each phase's peak")
+    for part in parts:
+        table.add_row(part, *(size(memory[phase][part]) if memory[phase].get(part) else "" for phase in _PHASES))
+    totals = {phase: sum(memory[phase].values()) for phase in _PHASES}
+    table.add_row("[bold]sum[/bold]", *(f"[bold]{size(totals[phase])}[/bold]" for phase in _PHASES))
+    console.print(table)
+    tokens_per_s = own.generate_tokens_per_s or (3000.0 if plan.on_gpu else 200.0)
+    tflops = own.tflops or (150.0 if plan.on_gpu else 0.05)
+    mean = own.response_tokens or plan.options.sampling.max_response_tokens / 2
+    prompts = plan.data.prompts_per_round
+    per = "a round" if prompts else "1,000 prompts"
+    seconds = plan.seconds(mean, tokens_per_s, tflops, prompts or 1000)
+    times = Table(f"time, {per}", *seconds, "sum", title="Time")
+    times.add_row("seconds", *(f"{s:,.0f}" for s in seconds.values()), f"{sum(seconds.values()):,.0f}")
+    console.print(times)
+    console.print(
+        f"Assumed: {tokens_per_s:,.0f} tokens/s an engine, {tflops:g} TFLOP/s a device, answers of {mean:.0f} tokens, "
+        "prompts of half the longest. Memory counts tensors; the process itself and the allocator come on top.",
+        soft_wrap=True,
+    )
+    worst = max(totals, key=lambda phase: totals[phase])
+    if totals[worst] <= available:
+        console.print(f"Fits: the peak ({worst}) takes {totals[worst] / available:.0%} of {size(available)}.")
+        return 0
+    part = max(memory[worst], key=lambda name: memory[worst][name])
+    hint = {**_HINTS["train"], **_HINTS[worst]}.get(part, "more devices, or a smaller model")
+    console.print(
+        f"Does not fit: {worst} takes {size(totals[worst])} of {size(available)}; most of it {part}, "
+        f"{size(memory[worst][part])}. Change first: {hint}.",
+        soft_wrap=True,
+    )
+    return 1
+
+
+def _number(devices: Any) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else max(1, torch.cuda.device_count())
+
+
+def _memory_here(on_gpu: bool) -> float:
+    if on_gpu and torch.cuda.is_available():
+        return torch.cuda.get_device_properties(0).total_memory
+    if on_gpu:
+        return 80 * 2**30
+    import os
+
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,103 @@
+"""`rlhf-pl plan`: what it says of a config, against models that are built and steps that are measured."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_pl.__main__ import main
+from rlhf_pl.footprint import activation_bytes, logits_bytes, model_size
+from rlhf_pl.lora import LoRA, add_lora
+from rlhf_pl.policy import PolicySource, load_lm, train_last_layers
+from tests.conftest import save_llama
+
+MEASURE = """
+import json, sys, threading, time
+from rlhf_pl.memory import resident_gib
+from rlhf_pl.modules import RebelModule
+from rlhf_pl.optim import AdamW
+from rlhf_pl.rows import Row, pad_rows
+module = RebelModule(sys.argv[1], gradient_checkpointing=sys.argv[2] == "1", logprob_chunk_tokens=512)
+module.source.tokenizer
+import transformers.models.llama.modeling_llama
+before, peak, done = resident_gib(), [0.0], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], resident_gib())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+module.configure_model()
+optimizer = AdamW(module.parameters(), lr=1e-5)
+batch = pad_rows([Row([5] * 128, [7] * 64)] * 8)
+for _ in range(2):
+    module.policy(batch.input_ids, batch.attention_mask, batch.response_mask).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+done.set()
+print(json.dumps(peak[0] - before))
+"""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_a_training_step_is_within_15_percent(tmp_path: Path, checkpointing: bool) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}
+    model = save_llama(tmp_path / "llama", num_attention_heads=12, num_key_value_heads=4, vocab_size=32000, **sizes)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(model), str(int(checkpointing))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    config = PolicySource(str(model)).config
+    weights = 4 * model_size(config).total
+    activations = activation_bytes(config, 8, 192, False, checkpointing, "sdpa")
+    planned = (4 * weights + activations + logits_bytes(config, 512)) / 2**30  # parameters, gradients, two moments
+    assert planned == pytest.approx(json.loads(done.stdout), rel=0.15)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_as_they_train(tmp_path: Path, tied: bool) -> None:
+    source = PolicySource(str(save_llama(tmp_path / "llama", tie_word_embeddings=tied)))
+
+    def trainable(lm: Any) -> int:
+        return sum(p.numel() for p in lm.parameters() if p.requires_grad)
+
+    lm = load_lm(source)
+    size = model_size(source.config)
+    assert size.total == size.trainable == size.rest + size.layers * size.layer == trainable(lm)
+    add_lora(lm, LoRA(rank=3), 0, train_head=False)
+    assert model_size(source.config, lora=LoRA(rank=3)).trainable == trainable(lm)
+    lm = load_lm(source)
+    train_last_layers(lm, 1, source)
+    norm = source.config.hidden_size
+    assert model_size(source.config, trainable_layers=1).trainable == trainable(lm) - norm
+
+
+def test_sharding_divides_what_is_held(capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    arguments = ["plan", "--model.policy", str(llama), "--data.prompts", str(tmp_path / "prompts.jsonl")]
+    arguments += ["--rollout.reward", "examples.short_answer.score", "--trainer.accelerator", "cpu"]
+    tables = {}
+    for devices, strategy in ((1, "auto"), (4, "fsdp2")):
+        spread = ["--trainer.devices", str(devices), "--trainer.strategy", strategy]
+        assert main([*arguments, *spread]) == 0
+        tables[devices] = capsys.readouterr().out
+    parameters = {devices: float(_cell(table, "parameters").split()[0]) for devices, table in tables.items()}
+    assert parameters[4] == pytest.approx(parameters[1] / 4, rel=0.01)
+    assert "gathered unit" in tables[4]
+    assert main([*arguments, "--device_memory_gib", "0.001"]) == 1
+    assert "Does not fit" in capsys.readouterr().out
+
+
+def _cell(table: str, row: str) -> str:
+    return next(line for line in table.splitlines() if f"│ {row}" in line).split("│")[2].strip()
+
+
+def test_other_modules_are_refused(capsys: pytest.CaptureFixture[str], llama: Path) -> None:
+    assert main(["plan", "--model", "SFTModule", "--model.policy", str(llama), "--data", "SFTDataModule",
+                 "--data.conversations", "data/sft.jsonl"]) == 1  # fmt: skip
+    assert "is for REBEL in rounds" in capsys.readouterr().err
