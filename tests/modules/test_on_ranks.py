@@ -1,0 +1,62 @@
+"""Supervised fine-tuning, reward models and offline pairs on two processes give the model of one process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.conftest import save_llama
+from tests.integration.test_kill_matrix import outcomes
+
+STRATEGIES = ("ddp", "fsdp", "fsdp2")
+KINDS = {
+    "sft": "--model SFTModule --model.policy {model} --data SFTDataModule --data.conversations {rows} "
+    "--data.val_conversations 7 --data.max_tokens 64",
+    "reward": "--model RewardModelModule --model.backbone {model} --data PreferenceDataModule --data.preferences "
+    "{rows} --data.val_preferences 7 --data.max_tokens 64",
+    "offline": "--model.policy {model} --model.kl_coef 0.01 --data OfflineDataModule --data.pairs {rows} "
+    "--data.val_pairs 7 --data.max_prompt_tokens 64 --data.max_response_tokens 64",
+}
+
+
+@pytest.mark.slow
+def test_every_module_trains_on_shards_as_on_one_process(tmp_path: Path) -> None:
+    """41 rows: the last update is short, and one rank has a row less than the other."""
+    model = save_llama(tmp_path / "llama")
+    rows = [
+        {"prompt": f"What is {i}?", "response": f"It is {i}" + " and on" * (i % 5), "chosen": f"It is {i}",
+         "rejected": "no " * (1 + i % 4), "chosen_reward": 1.0 + i / 50, "rejected_reward": 0.5}
+        for i in range(41)
+    ]  # fmt: skip
+    names = {"sft": ("prompt", "response"), "reward": ("prompt", "chosen", "rejected"), "offline": tuple(rows[0])}
+    runs = []
+    for kind, options in KINDS.items():
+        file = tmp_path / f"{kind}.jsonl"
+        file.write_text("".join(json.dumps({n: row[n] for n in names[kind] if n != "response" or kind == "sft"}) + "\n"
+                                for row in rows))  # fmt: skip
+        for strategy in ("auto", *STRATEGIES):
+            ranks = 1 if strategy == "auto" else 2
+            spread = f"--trainer.devices {ranks} --trainer.strategy {strategy} "
+            spread += f"--trainer.accumulate_grad_batches {4 // ranks}"
+            arguments = f"{options.format(model=model, rows=file)} {spread}".split()
+            runs.append({"dir": str(tmp_path / f"{kind}-{strategy}"), "ranks": ranks, "arguments": arguments})
+    shared = "--model.optimizer.lr 1e-3 --data.batch_size 1 --trainer.accelerator cpu --trainer.max_epochs 1"
+    plan = {"arguments": ["fit"]}
+    for run in runs:
+        run["arguments"] = [*run["arguments"], *shared.split()]
+    for run, outcome in zip(runs, outcomes(tmp_path, plan, runs), strict=True):
+        assert set(outcome["every"]) == {0}, Path(f"{run['dir']}.log").read_text()
+    for kind in KINDS:
+        line = _epoch(tmp_path / f"{kind}-auto.log")
+        expected = load_file(tmp_path / f"{kind}-auto" / "model" / "model.safetensors")
+        for strategy in STRATEGIES:
+            found = load_file(tmp_path / f"{kind}-{strategy}" / "model" / "model.safetensors")
+            for name, tensor in expected.items():
+                torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-5)
+            assert _epoch(tmp_path / f"{kind}-{strategy}.log").split("loss")[0] == line.split("loss")[0]
+
+
+def _epoch(log: Path) -> str:
+    return next(line for line in log.read_text().splitlines() if line.startswith("epoch 1:"))
