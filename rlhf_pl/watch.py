@@ -1,5 +1,6 @@
 """Ranks hear of each other's end: one that dies or fails ends the others at once, with a message."""
 
+import contextlib
 import json
 import os
 import secrets
@@ -13,7 +14,7 @@ from typing import Any
 from rlhf_pl.console import console
 
 GRACE = 3.0  # seconds that a rank has to report the same failure in its own words
-PATIENCE = 20.0  # seconds that a failed rank waits for the first one to print why
+PATIENCE = 20.0  # seconds that the others wait for rank 0 to print why, and to end
 _KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a host that is gone: 30 seconds
 
 
@@ -118,8 +119,14 @@ class RankWatch:
                 self._done.add(other)
             elif "failed" in message:
                 self._done.add(other)
+                if self.rank > 0:
+                    # Lightning's launcher kills rank 0 soon after another process has failed: let it end first
+                    link.settimeout(PATIENCE)
+                    with contextlib.suppress(OSError):
+                        while reader.readline():
+                            pass
                 reason = f"rank {other}: {message['failed']}" if self.rank == 0 else message["failed"]
-                self._end(reason, message["code"], GRACE)
+                self._end(reason, message["code"], GRACE if self.rank == 0 else 0.0)
         if other not in self._done and not self._closing:
             place = self.places.get(other)
             doing = f" in the phase {place!r}" if place else ""
