@@ -84,7 +84,7 @@ def test_judges_on_a_small_model_give_verdicts_in_the_agreed_form(tmp_path: Path
     """What so small a model thinks of the answers is not asserted; that every verdict can be read is."""
     chat = [{"role": "user", "content": "What is the capital of France?"}]
     batch = [Sample("p", chat, text) for text in ("Paris is the capital of France.", "Bananas are yellow.", "Paris.")]
-    with serving(MODEL, tmp_path / "log", "--dtype", "bfloat16", "--served-model-name", "judge") as url:
+    with serving(MODEL, tmp_path / "log", "--dtype", "float32", "--served-model-name", "judge") as url:
         scores = JudgeScoreReward(f"{url}/v1", "judge", max_tokens=32).score(batch)
         shares = JudgePairReward(f"{url}/v1", "judge", max_tokens=32).score(batch)
     assert all(isinstance(s, RewardResult) and 0 <= s.reward <= 1 for s in scores), scores
