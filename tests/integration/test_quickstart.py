@@ -46,6 +46,8 @@ def test_quickstart_config_trains_and_its_model_loads_everywhere(tmp_path: Path)
             *(sys.executable, "-m", "rlhf_pl", "fit", "--config", "configs/quickstart.yaml"),
             *("--trainer.default_root_dir", str(run), "--data.prompts_per_round", "8", "--data.val_prompts", "4"),
             *("--trainer.max_epochs", "2", "--rollout.sampling.max_response_tokens", "16"),
+            # small steps: on so few prompts the config's own could make the model forget Paris, by rounding
+            *("--model.optimizer.init_args.lr", "1e-6"),
         ],
         capture_output=True,
         text=True,
