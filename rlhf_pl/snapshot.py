@@ -39,7 +39,9 @@ class PolicySnapshot:
 
 def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:
     """The policy that trains. All ranks must ask for it together."""
-    return _snapshot(trainer, module, callable_policy(trainer), module.weights())
+    weights = module.weights()
+    fingerprint = ranks_of(trainer).share(weights_fingerprint(weights.stream()))
+    return _snapshot(trainer, module, callable_policy(trainer), weights, fingerprint)
 
 
 def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
@@ -52,7 +54,7 @@ def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerp
         if weights_fingerprint(weights.stream()) != fingerprint:
             return None
         policy = PolicyLM(lm.to(module.device), module.logprob_chunk_tokens).requires_grad_(False).eval()
-        return _snapshot(trainer, module, policy, weights)
+        return _snapshot(trainer, module, policy, weights, fingerprint)
 
     if step == 0 and (start := found()) is not None:
         return start
@@ -65,9 +67,10 @@ def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerp
     return None
 
 
-def _snapshot(trainer: L.Trainer, module: RebelModule, policy: Any, weights: Weights) -> PolicySnapshot:
+def _snapshot(
+    trainer: L.Trainer, module: RebelModule, policy: Any, weights: Weights, fingerprint: str
+) -> PolicySnapshot:
     rounding = partial(_rounding, trainer, module, policy)
-    fingerprint = ranks_of(trainer).share(weights_fingerprint(weights.stream()))
     return PolicySnapshot(weights, logps_function(trainer, module, policy), rounding, fingerprint)
 
 
