@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from rlhf_pl.modules import RebelModule, RewardModelModule, SFTModule
     from rlhf_pl.pairs import BestWorst, PairSelector, RandomPair
     from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample
-    from rlhf_pl.rollout import Sampler, SamplingConfig, TransformersSampler, VLLMSampler
+    from rlhf_pl.rollout import Sampler, SamplingConfig, TransformersSampler, VLLMSampler, VLLMServerSampler
 
 __version__ = "0.1.0"
 
@@ -21,7 +21,9 @@ _HOME = {
     **dict.fromkeys(("PairwiseLoss", "RebelLoss"), "rlhf_pl.losses"),
     **dict.fromkeys(("BestWorst", "PairSelector", "RandomPair"), "rlhf_pl.pairs"),
     **dict.fromkeys(("FunctionReward", "Reward", "RewardResult", "Sample"), "rlhf_pl.rewards"),
-    **dict.fromkeys(("Sampler", "SamplingConfig", "TransformersSampler", "VLLMSampler"), "rlhf_pl.rollout"),
+    **dict.fromkeys(
+        ("Sampler", "SamplingConfig", "TransformersSampler", "VLLMSampler", "VLLMServerSampler"), "rlhf_pl.rollout"
+    ),
 }
 
 __all__ = [
@@ -46,6 +48,7 @@ __all__ = [
     "SamplingConfig",
     "TransformersSampler",
     "VLLMSampler",
+    "VLLMServerSampler",
     "__version__",
 ]
 

@@ -16,7 +16,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.footprint import activation_bytes, kv_bytes, logits_bytes, model_size
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.policy import PolicySource
-from rlhf_pl.rollout import VLLMSampler
+from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PHASES = ("train", "generate", "score", "sync")
@@ -122,6 +122,8 @@ class _Plan:
 
     def _engine(self, device_memory: float) -> int:
         """Weights and KV cache of a rank's sampler; vLLM on a GPU fills the share of it that it is given."""
+        if isinstance(self.sampler, VLLMServerSampler):
+            return 0
         dtype = _BYTES[self.sampler.dtype]
         weights = dtype * (self.model.total - self.model.adapters) // self.sampler.ranks_per_engine
         if isinstance(self.sampler, VLLMSampler) and not self.on_gpu:
@@ -149,6 +151,8 @@ class _Plan:
         """Of a round, by phase; scoring by a model in this process counts, other rewards do not."""
         answers = prompts * self.options.sampling.num_responses
         engines = max(1, self.devices // self.sampler.ranks_per_engine)
+        if isinstance(self.sampler, VLLMServerSampler):
+            engines = len(self.sampler.urls)
         row = self.data.max_prompt_tokens / 2 + response_tokens
         pair_tokens = 2 * prompts * row * self.data.passes
         per_token = 6 if self.module.lora is None and self.module.trainable_layers is None else 4

@@ -3,6 +3,7 @@
 from rlhf_pl.rollout.base import EngineSpec, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.transformers import TransformersSampler
 from rlhf_pl.rollout.vllm import VLLMSampler
+from rlhf_pl.rollout.vllm_server import VLLMServerSampler
 
 __all__ = [
     "EngineSpec",
@@ -12,4 +13,5 @@ __all__ = [
     "SamplingConfig",
     "TransformersSampler",
     "VLLMSampler",
+    "VLLMServerSampler",
 ]

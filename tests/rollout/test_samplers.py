@@ -4,6 +4,7 @@ import importlib.util
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,16 @@ from rlhf_pl.rollout import (
     SamplingConfig,
     TransformersSampler,
     VLLMSampler,
+    VLLMServerSampler,
 )
 from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, hand_over, tolerance
 from rlhf_pl.rows import Row, RowBatch, pad_rows
 from rlhf_pl.weights import weights_of
 from tests.conftest import save_llama
+from tests.vllm_serving import sampling_server
 
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
+VLLM = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="no vLLM")]
 PROMPTS = [[0, 3, 20 + i, 30 + i, 4] for i in range(6)]
 
 
@@ -46,19 +50,29 @@ def lm(llama: Path) -> Any:
     scope="module",
     params=[
         "transformers",
-        pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="no vLLM")]),
+        pytest.param("vllm", marks=VLLM),
+        pytest.param("server", marks=[*VLLM, pytest.mark.slow]),
     ],
 )
-def sampler(request: pytest.FixtureRequest, source: PolicySource, lm: Any) -> Iterator[Sampler]:
-    made: Sampler = (
-        TransformersSampler(batch_size=8)
-        if request.param == "transformers"
-        else VLLMSampler(dtype="float32", kv_cache_gib=0.05)
-    )
-    made.start(EngineSpec(source, max_model_tokens=64, max_sequences=64))
-    made.load_weights(lm.state_dict().items())
-    yield made
-    made.close()
+def sampler(
+    request: pytest.FixtureRequest, source: PolicySource, lm: Any, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Sampler]:
+    with ExitStack() as stack:
+        made: Sampler
+        if request.param == "transformers":
+            made = TransformersSampler(batch_size=8)
+        elif request.param == "vllm":
+            made = VLLMSampler(dtype="float32", kv_cache_gib=0.05)
+        else:
+            folder = tmp_path_factory.mktemp("servers")
+            urls = [stack.enter_context(sampling_server(source.path, folder / f"{i}.log")) for i in range(2)]
+            made = VLLMServerSampler(urls, dtype="float32")
+        made.check()
+        made.start(EngineSpec(source, max_model_tokens=64, max_sequences=64))
+        made.forget(lm.state_dict())
+        made.load_weights(lm.state_dict().items())
+        yield made
+        made.close()
 
 
 def draw(sampler: Sampler, prompts: list[list[int]], seeds: list[int], **settings: Any) -> list[list[Response]]:

@@ -1,0 +1,72 @@
+"""A vLLM worker's end of the weight transfer by TCP."""
+
+import socket
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from vllm.distributed.weight_transfer import base
+
+from rlhf_pl.rollout.vllm_plugin import read_exactly
+
+
+@dataclass
+class InitInfo(base.WeightTransferInitInfo):
+    """Where the trainer listens, and the word that tells its connections from others."""
+
+    address: str
+    port: int
+    token: str
+
+
+@dataclass
+class UpdateInfo(base.WeightTransferUpdateInfo):
+    """The tensors that come next: their bytes follow on the connection, one tensor after the other."""
+
+    names: list[str]
+    dtype_names: list[str]
+    shapes: list[list[int]]
+
+
+class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
+    """Takes whole tensors from the trainer by TCP; a worker holds one at a time beside its model."""
+
+    init_info_cls = InitInfo
+    update_info_cls = UpdateInfo
+    _connection: socket.socket | None = None
+
+    def init_transfer_engine(self, init_info: InitInfo) -> None:
+        self.shutdown()
+        self._connection = socket.create_connection((init_info.address, init_info.port), timeout=30)
+        self._connection.settimeout(None)
+        self._connection.sendall(init_info.token.encode())
+
+    def start_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
+
+        initialize_layerwise_reload(self.model)
+
+    def finish_weight_update(self) -> None:
+        from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
+
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))  # the base class waits for an accelerator
+
+    def receive_weights(self, update_info: UpdateInfo) -> None:
+        if self._connection is None:
+            raise RuntimeError("No trainer is connected.")
+        try:
+            for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
+                weight = torch.empty(shape, dtype=getattr(torch, dtype))
+                read_exactly(self._connection, weight.view(-1).view(torch.uint8).numpy().data)
+                self.model.load_weights([(name, weight.to(self.device))])
+        except BaseException:
+            self.shutdown()  # or the trainer would wait for a reader
+            raise
+
+    def shutdown(self) -> None:
+        if self._connection is not None:
+            self._connection.close()
+            self._connection = None
