@@ -10,6 +10,7 @@ import torch
 from rlhf_pl.errors import InputError
 from rlhf_pl.lora import LoRA, save_adapter
 from rlhf_pl.policy import PolicySource
+from rlhf_pl.quantized import is_quantized, without_base
 from rlhf_pl.strategies import is_sharded
 from rlhf_pl.weights import Weights, full_tensors
 
@@ -47,6 +48,8 @@ def export_folder(
             state[name] = tensor.detach().cpu().to(target).clone()
     if not write:
         return
+    if is_quantized(model):  # the weights are written as what they stand for
+        model = _without_quantization(model)
     config = model.config
     try:
         model.config = deepcopy(config)
@@ -60,6 +63,14 @@ def export_folder(
     finally:
         model.config = config
     source.tokenizer.save_pretrained(folder)
+
+
+def _without_quantization(model: Any) -> Any:
+    """The same architecture with plain layers, without memory."""
+    config = deepcopy(model.config)
+    del config.quantization_config
+    with torch.device("meta"):
+        return type(model)(config)
 
 
 def export_adapter(module: L.LightningModule, settings: LoRA, model: Any, source: PolicySource, folder: str) -> None:
@@ -79,6 +90,8 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], sour
     if "state_dict" not in checkpoint or (trainer is not None and is_sharded(trainer)):
         return
     own, given = module.state_dict(), checkpoint["state_dict"]
+    if not module.strict_loading:
+        own = without_base(module, own)
     wrong = [n for n in [*own, *given] if n not in own or n not in given or own[n].shape != given[n].shape]
     if wrong:
         raise InputError(
@@ -86,3 +99,9 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], sour
             f"{len(set(wrong)) - 1} more tensors do not fit. Give the run a directory of its own "
             "(--trainer.default_root_dir DIR)."
         )
+
+
+def leave_out_base(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+    """Take a 4-bit base out of a checkpoint that is about to be written; it is quantized anew from its folder."""
+    if not module.strict_loading:
+        checkpoint["state_dict"] = without_base(module, checkpoint["state_dict"])

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_pl.errors import InputError
+from rlhf_pl.quantized import check_bitsandbytes
 
 TensorsOf = Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]
 
@@ -22,12 +23,15 @@ class LoRA:
         alpha: The update is scaled by alpha / rank.
         dropout: Dropout in front of the adapters.
         target_modules: Names of the layers, such as `[q_proj, v_proj]`; null for every linear layer of the backbone.
+        base_dtype: nf4 or fp4 to keep the frozen linear layers in 4 bits (QLoRA), on one device or under DDP; null for
+            `model.dtype`. Needs bitsandbytes. Checkpoints then hold the adapters alone.
     """
 
     rank: int = 16
     alpha: float = 32.0
     dropout: float = 0.0
     target_modules: list[str] | None = None
+    base_dtype: Literal["nf4", "fp4"] | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -40,6 +44,13 @@ def check_lora(settings: LoRA | None) -> None:
     """Raise InputError where adapters are wanted and peft is not installed."""
     if settings is not None:
         _peft()
+        if settings.base_dtype is not None:
+            check_bitsandbytes()
+
+
+def base_dtype(settings: LoRA | None) -> str | None:
+    """How the frozen base is kept, if not in the module's dtype."""
+    return None if settings is None else settings.base_dtype
 
 
 def add_lora(model: Any, settings: LoRA, seed: int, train_head: bool) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rlhf_pl.chat import eos_token_ids
 from rlhf_pl.errors import InputError
 from rlhf_pl.logprobs import chunked_logps
+from rlhf_pl.quantized import quantization_config
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -185,20 +186,33 @@ class PolicyLM(nn.Module):
         return logits
 
 
-def load_lm(source: PolicySource, dtype: DType = "float32", attn_implementation: str = "sdpa") -> Any:
+def load_lm(
+    source: PolicySource, dtype: DType = "float32", attn_implementation: str = "sdpa", base_dtype: str | None = None
+) -> Any:
     """The causal LM of `source`, with dropout off, in eval mode, checked to be one that `PolicyLM` can run.
+
+    Args:
+        source: Where it is.
+        dtype: Dtype of the weights.
+        attn_implementation: Attention of transformers.
+        base_dtype: nf4 or fp4 for linear layers in 4 bits, on the current GPU where there is one.
 
     Raises:
         InputError: The weights can't be read, or the architecture treats its logits in a way unknown here.
     """
     from transformers import AutoModelForCausalLM
 
+    quantized: dict[str, Any] = {}
+    if base_dtype is not None:
+        quantized["quantization_config"] = quantization_config(base_dtype, getattr(torch, dtype))
+        quantized["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     lm = source.read(
         "weights",
         AutoModelForCausalLM,
         config=without_dropout(source.config),
         dtype=getattr(torch, dtype),
         attn_implementation=attn_implementation,
+        **quantized,
     )
     _check_logits(lm, source)
     return lm

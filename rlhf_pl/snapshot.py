@@ -61,7 +61,7 @@ def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerp
     for file in checkpoint_files(trainer.default_root_dir):
         progress = read_progress(file)
         if progress is not None and progress.global_step == step:
-            lm.load_state_dict(read_weights(file, "policy.lm.", lm.state_dict()))
+            lm.load_state_dict(read_weights(file, "policy.lm.", lm.state_dict()), strict=module.strict_loading)
             if (past := found()) is not None:
                 return past
     return None

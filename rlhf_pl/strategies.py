@@ -108,13 +108,18 @@ def writes_sharded(trainer: L.Trainer) -> bool:
     return isinstance(strategy, ModelParallelStrategy) and strategy._save_distributed_checkpoint
 
 
-def check_strategy(trainer: L.Trainer, dtype: str) -> None:
+def check_strategy(trainer: L.Trainer, dtype: str, base_dtype: str | None = None) -> None:
     """Refuse what would go wrong in silence, before the model loads.
 
     Raises:
         InputError: Says what to set instead.
     """
     strategy = trainer.strategy
+    if base_dtype is not None and is_sharded(trainer):
+        raise InputError(
+            f"`model.lora.base_dtype` is {base_dtype}, but {type(strategy).__name__} can't shard 4-bit weights. Set it "
+            "to null, or take --trainer.strategy ddp."
+        )
     if isinstance(strategy, FSDPStrategy) and dtype != "float32" and str(trainer.precision) == "32-true":
         raise InputError(
             f"`model.dtype` is {dtype}, but under FSDPStrategy Lightning's precision 32-true makes the weights float32 "

@@ -10,6 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from rlhf_pl.lora import merged_tensors, unwrapped_name
+from rlhf_pl.quantized import is_quantized, shapes, whole_tensors
 
 
 @dataclass(frozen=True)
@@ -46,13 +47,8 @@ def model_weights(module: L.LightningModule, model: Any, like: Mapping[str, Tens
 
 def like_of(model: Any) -> dict[str, Tensor]:
     """Names, shapes and dtypes of a model's weights, adapters aside."""
-    return _like(
-        {
-            name.replace(".base_layer.", "."): tensor
-            for name, tensor in model.state_dict().items()
-            if ".lora_" not in name
-        }
-    )
+    state = shapes(model) if is_quantized(model) else model.state_dict()
+    return _like({name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name})
 
 
 def _like(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -69,7 +65,8 @@ def full_tensors(
         if any(part is model for part in root.modules()):
             yield from _summoned(root, model, wanted)
             return
-    for name, tensor in model.state_dict().items():
+    tensors: Any = whole_tensors(model) if is_quantized(model) else model.state_dict().items()
+    for name, tensor in tensors:
         if wanted(name):
             if hasattr(tensor, "full_tensor"):  # FSDP2
                 device = module.device if tensor.device.type == "cpu" else tensor.device  # offloaded shards

@@ -12,9 +12,9 @@ from rlhf_pl.data.pairs import PairBatch
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
-from rlhf_pl.export import check_weights, export_adapter, export_folder
+from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base
 from rlhf_pl.fingerprints import describe
-from rlhf_pl.lora import LoRA, add_lora, check_lora, without_adapters
+from rlhf_pl.lora import LoRA, add_lora, base_dtype, check_lora, without_adapters
 from rlhf_pl.losses import PairwiseLoss, RebelLoss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
@@ -87,6 +87,7 @@ class RebelModule(L.LightningModule):
         check_lora(lora)
         self.trainable_layers = trainable_layers
         self.lora = lora
+        self.strict_loading = base_dtype(lora) is None  # a 4-bit base is not in checkpoints
         self.source = PolicySource(policy, revision, chat_template, trust_remote_code)
         self.reference_source = (
             self.source if reference is None else PolicySource(reference, None, None, trust_remote_code)
@@ -107,7 +108,7 @@ class RebelModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
-        check_strategy(self.trainer, self.dtype_name)
+        check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
         check_ready = getattr(getattr(self.trainer, "datamodule", None), "check_ready", None)
         if check_ready is not None:
             check_ready()
@@ -127,7 +128,7 @@ class RebelModule(L.LightningModule):
 
     def build_lm(self) -> Any:
         """The policy as the run starts from it, adapters included."""
-        lm = load_lm(self.source, self.dtype_name, self.attn_implementation)
+        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base_dtype(self.lora))
         if self.lora is not None:
             add_lora(lm, self.lora, run_seed(), train_head=False)
         return lm
@@ -225,6 +226,7 @@ class RebelModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlhf_pl"] = {"round": dict(self._round), "last_kl": self.last_kl}
         note_split(self.trainer, checkpoint)
+        leave_out_base(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:

@@ -67,6 +67,8 @@ class RewardModelModule(L.LightningModule):
         super().__init__()
         if centering < 0:
             raise InputError(f"`model.centering` must be 0 or more, got {centering}.")
+        if lora is not None and lora.base_dtype is not None:
+            raise InputError("`model.lora.base_dtype`: reward models train on a base in `model.dtype`. Set it to null.")
         check_lora(lora)
         self.source = PolicySource(backbone, revision, chat_template, trust_remote_code, "model.backbone")
         self.optimization = Optimization(optimizer, lr_scheduler)

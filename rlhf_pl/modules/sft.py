@@ -14,8 +14,8 @@ from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.sft_module import SFTBatch
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
-from rlhf_pl.export import check_weights, export_adapter, export_folder
-from rlhf_pl.lora import LoRA, add_lora, check_lora
+from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base
+from rlhf_pl.lora import LoRA, add_lora, base_dtype, check_lora
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
@@ -63,6 +63,7 @@ class SFTModule(L.LightningModule):
         self.source = PolicySource(policy, revision, chat_template, trust_remote_code)
         self.optimization = Optimization(optimizer, lr_scheduler)
         self.lora = lora
+        self.strict_loading = base_dtype(lora) is None  # a 4-bit base is not in checkpoints
         self.dtype_name: DType = dtype
         self.attn_implementation = attn_implementation
         self.gradient_checkpointing = gradient_checkpointing
@@ -73,13 +74,13 @@ class SFTModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
-        check_strategy(self.trainer, self.dtype_name)
+        check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
 
     def configure_model(self) -> None:
         """Load the policy. Lightning calls it after all inputs have been checked."""
         if self.policy is not None:
             return
-        lm = load_lm(self.source, self.dtype_name, self.attn_implementation)
+        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base_dtype(self.lora))
         if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
             check_packing(lm, self.source)
         if self.lora is not None:
@@ -144,6 +145,7 @@ class SFTModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         note_split(self.trainer, checkpoint)
+        leave_out_base(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:

@@ -9,13 +9,19 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_pl import RebelModule
-from rlhf_pl.callbacks import HFExport
+from rlhf_pl.callbacks import HFExport, RoundCheckpoint
 from rlhf_pl.errors import InputError
 from rlhf_pl.lora import LoRA, without_adapters
 from rlhf_pl.policy import PolicySource, load_lm
 from rlhf_pl.rounds import RoundStore
+from tests.conftest import save_llama
 from tests.integration.test_fit import PROMPTS, fit
 from tests.integration.test_kill_matrix import TRANSFORMERS, make_plan, outcomes
+
+
+@pytest.fixture
+def prompts(write_jsonl: Callable[..., str]) -> str:
+    return write_jsonl(PROMPTS)
 
 
 @pytest.fixture(scope="module")
@@ -27,6 +33,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> tuple[Path
     settings: dict[str, Any] = {"lora": LoRA(rank=4), "kl_coef": 0.05}
     _, module = fit(folder / "run", llama, str(folder / "prompts.jsonl"), [HFExport()], settings)
     return folder / "run", module
+
+
+def constant_lr(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
 def token_logps(lm: Any, prompt: list[int], response: list[int]) -> float:
@@ -126,3 +136,42 @@ def test_adapters_train_the_same_on_shards(tmp_path: Path, write_jsonl: Callable
             assert found.keys() == expected.keys()
             for tensor in expected:
                 torch.testing.assert_close(found[tensor], expected[tensor], rtol=0, atol=2e-5)
+
+
+@pytest.mark.slow
+def test_a_base_in_4_bits_trains_adapters_resumes_and_exports(tmp_path: Path, prompts: str) -> None:
+    """By the round store: the sampler's log-probs are the quantized policy's. A run that goes on ends as one that ran
+    through, from checkpoints of the adapters alone, and the export is what the 4-bit weights stand for."""
+    pytest.importorskip("bitsandbytes")
+    from transformers import AutoModelForCausalLM
+
+    llama = save_llama(tmp_path / "llama", hidden_size=128, intermediate_size=128)
+    settings: dict[str, Any] = {"lora": LoRA(rank=4, base_dtype="nf4"), "kl_coef": 0.05, "lr_scheduler": constant_lr}
+    _, module = fit(
+        tmp_path / "whole", llama, prompts, [HFExport(), RoundCheckpoint()], settings, enable_checkpointing=True
+    )
+    fit(
+        tmp_path / "parts",
+        llama,
+        prompts,
+        [HFExport(), RoundCheckpoint()],
+        settings,
+        max_epochs=1,
+        enable_checkpointing=True,
+    )
+    checkpoint = next((tmp_path / "parts").glob("checkpoints/after-round-*.ckpt"))
+    assert all(".lora_" in name for name in torch.load(checkpoint, weights_only=True)["state_dict"])
+    again = {"ckpt_path": str(checkpoint), "enable_checkpointing": True}
+    fit(tmp_path / "parts", llama, prompts, [HFExport(), RoundCheckpoint()], settings, **again)
+    expected = load_file(tmp_path / "whole" / "model" / "model.safetensors")
+    found = load_file(tmp_path / "parts" / "model" / "model.safetensors")
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "whole" / "model", dtype=torch.float32)
+    ids = torch.arange(3, 40)[None]
+    with torch.no_grad():
+        quantized = module.policy.lm.eval()(input_ids=ids).logits
+        plain = load_lm(PolicySource(str(llama)))(input_ids=ids).logits
+        torch.testing.assert_close(exported(input_ids=ids).logits, quantized, rtol=1e-3, atol=1e-3)
+    assert (quantized - plain).abs().max() > 0.01, "4 bits can't be told from 32"
+    layer = module.policy.lm.model.layers[0].self_attn.q_proj.base_layer.weight
+    assert layer.dtype == torch.uint8
