@@ -15,7 +15,7 @@ from rlhf_pl.policy import PolicyLM, load_lm
 from rlhf_pl.provenance import ChangedSettingsError, differences
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rounds import Round
-from rlhf_pl.rows import Row, pad_rows
+from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.snapshot import logps_function
 from rlhf_pl.stages import pair_logps
 from rlhf_pl.stages.select import PAIRS
@@ -103,10 +103,10 @@ class OfflineLogps(L.Callback):
 
         logps = logps_function(trainer, module, _starting_policy(trainer, module))
         few = pairs[:4]
-        rows = [Row(p.prompt_tokens, p.tokens[which]) for p in few for which in (0, 1)]
-        own = logps(pad_rows(rows), data.temperature).sum(-1).double().cpu().numpy()
+        rows = lay_out([Tree(p.prompt_tokens, p.tokens) for p in few])
+        own = rows.totals(logps(rows, data.temperature).cpu()).double().numpy()
         theirs = np.array([value for p in few for value in p.logps or ()])
-        off = float(np.mean(np.abs(own - theirs) / [len(row.response) for row in rows]))
+        off = float(np.mean(np.abs(own - theirs) / [len(tokens) for p in few for tokens in p.tokens]))
         if off > SURPRISE:
             console.print(
                 f"[yellow]warning[/yellow]: the log-probs in the data are {off:.2f} nats a token from this policy's at "

@@ -95,16 +95,17 @@ class _Plan:
             "optimizer": 2 * width * model.trainable // shards,
         }
         unit = max(model.rest, model.layer)
-        rows = 2 * self.data.batch_size
+        pairs, answer = self.data.batch_size, self.options.sampling.max_response_tokens
+        # a pair is one row with its prompt once, and a batch has no padding, where the attention allows it
+        shares = module.attn_implementation == "sdpa"
+        rows, tokens = (1, pairs * (self.longest + answer)) if shares else (2 * pairs, self.longest)
         training = {
             **held,
             "gradients": width * model.trainable // shards * (1 if self.sharded or self.devices == 1 else 2),
             "activations": activation_bytes(
-                config, rows, self.longest, self.bf16, module.gradient_checkpointing, module.attn_implementation
+                config, rows, tokens, self.bf16, module.gradient_checkpointing, module.attn_implementation
             ),
-            "logits": logits_bytes(
-                config, min(module.logprob_chunk_tokens, rows * self.options.sampling.max_response_tokens)
-            ),
+            "logits": logits_bytes(config, min(module.logprob_chunk_tokens, 2 * pairs * answer)),
         }
         compute = 2 if self.bf16 else width
         if self.sharded:
@@ -154,7 +155,7 @@ class _Plan:
         if isinstance(self.sampler, VLLMServerSampler):
             engines = len(self.sampler.urls)
         row = self.data.max_prompt_tokens / 2 + response_tokens
-        pair_tokens = 2 * prompts * row * self.data.passes
+        pair_tokens = prompts * (row + response_tokens if self.module.attn_implementation == "sdpa" else 2 * row)
         per_token = 6 if self.module.lora is None and self.module.trainable_layers is None else 4
         per_token += 2 * self.module.gradient_checkpointing
         speed = tflops * 1e12 * self.devices
@@ -162,8 +163,8 @@ class _Plan:
         return {
             "generate": answers * response_tokens / (tokens_per_s * engines),
             "score": 2 * reward * answers * row / speed,
-            "log-probs": 2 * self.model.total * 2 * prompts * row / speed,
-            "train": per_token * self.model.total * pair_tokens / speed,
+            "log-probs": 2 * self.model.total * pair_tokens / speed,
+            "train": per_token * self.model.total * self.data.passes * pair_tokens / speed,
         }
 
 

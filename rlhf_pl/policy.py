@@ -2,17 +2,21 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 
 from rlhf_pl.chat import eos_token_ids
+from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
 from rlhf_pl.logprobs import chunked_logps
 from rlhf_pl.quantized import quantization_config
+from rlhf_pl.rows import Lengths, RowBatch, padded
+from rlhf_pl.shared_prompt import hidden_states, is_shared, share_prompts
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -135,33 +139,36 @@ class PolicyLM(nn.Module):
     def forward(
         self,
         input_ids: Tensor,
-        attention_mask: Tensor | None,
-        response_mask: Tensor,
+        position_ids: Tensor,
+        predictors: Tensor,
+        targets: Tensor,
+        answer_of: Tensor,
+        lengths: Lengths,
         temperature: float = 1.0,
-        position_ids: Tensor | None = None,
     ) -> Tensor:
-        """Log-prob of every response token given what stands before it.
+        """Log-probs of the wanted tokens of a `RowBatch`, each given what stands before it.
+
+        A model that `share_prompts` has prepared reads every prompt once; others get padded rows.
 
         Args:
-            input_ids: Prompt, response, padding on the right, shape (B, T), int64.
-            attention_mask: 1 at prompt and response tokens, shape (B, T); None with `position_ids`.
-            response_mask: 1 at response tokens (EOS included), shape (B, T), bool; never at position 0.
+            input_ids: And the others: see `RowBatch`.
+            position_ids: Shape (1, N).
+            predictors: Shape (M,).
+            targets: Shape (M,).
+            answer_of: Shape (M,).
+            lengths: Of each tree the tokens of its prompt and of every answer.
             temperature: The sampling temperature that divides the logits.
-            position_ids: Positions of several sequences in a row, from 0 in each, shape (B, T): where they start anew
-                a sequence begins that does not see those before it.
 
         Returns:
-            Shape (B, T), float32, nats; 0 where `response_mask` is 0.
+            Shape (M,), float32, nats.
         """
-        hidden = self.lm.base_model(
-            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, use_cache=False
-        ).last_hidden_state
-        mask = response_mask[:, 1:].bool()
-        logps = chunked_logps(
-            hidden[:, :-1][mask], input_ids[:, 1:][mask], self.logits, temperature, self.logprob_chunk_tokens
-        )
-        token_logps = torch.zeros(input_ids.shape, dtype=torch.float32, device=input_ids.device)
-        return token_logps.masked_scatter(torch.nn.functional.pad(mask, (1, 0)), logps)
+        if is_shared(self.lm):
+            hidden = hidden_states(self.lm, input_ids, position_ids, lengths)[predictors]
+        else:
+            ids, mask = padded(RowBatch(input_ids, position_ids, predictors, targets, answer_of, lengths))
+            rows = self.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+            hidden = rows[answer_of, position_ids[0, predictors]]
+        return chunked_logps(hidden, targets, self.logits, temperature, self.logprob_chunk_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output head in the dtype of its weights, autocast aside, with the scalings some architectures add.
@@ -215,7 +222,19 @@ def load_lm(
         **quantized,
     )
     _check_logits(lm, source)
+    if attn_implementation == "sdpa" and not share_prompts(lm):
+        _say_plain(type(lm).__name__)
     return lm
+
+
+@rank_zero_only
+@cache
+def _say_plain(name: str) -> None:
+    console.print(
+        f"[yellow]note[/yellow]: the attention of {name} can't let answers share their prompt, so every answer is "
+        "computed with a copy of it.",
+        soft_wrap=True,
+    )
 
 
 def train_last_layers(lm: Any, count: int, source: PolicySource) -> None:

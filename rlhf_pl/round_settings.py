@@ -33,14 +33,13 @@ def downstream_settings(
     module: RebelModule, options: RoundOptions, trainer: L.Trainer, data: RoundDataModule
 ) -> StageSettings:
     """The settings of all stages after the answers, which are known before anything loads."""
-    devices = trainer.num_devices * trainer.num_nodes
     return {
         "rewards": {"reward": options.reward.fingerprint()},
         "pairs": {"selector": describe(options.selector), **_changed(options.shaping)},
         "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
         "training": {
             **module.training_settings(),
-            "pairs_per_update": data.batch_size * trainer.accumulate_grad_batches * devices,
+            "pairs_per_update": data.pairs_per_update(trainer),
             **({} if data.passes == 1 else {"passes": data.passes}),
             "precision": str(trainer.precision),
             "gradient_clip_val": trainer.gradient_clip_val,

@@ -1,49 +1,115 @@
-"""Rows of prompt and response, padded into batches for the policy."""
+"""Prompts with their answers as one flat row of tokens for the policy: no padding, every prompt once."""
 
 from collections.abc import Iterator, Sequence, Sized
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+Lengths = tuple[tuple[int, ...], ...]
+
 
 @dataclass(frozen=True)
-class Row:
-    """One prompt with one response."""
+class Tree:
+    """A prompt with one or more answers, which see the prompt and not each other."""
 
     prompt: Sequence[int]
-    response: Sequence[int]
+    answers: tuple[Sequence[int], ...]
 
     def __len__(self) -> int:
-        return len(self.prompt) + len(self.response)
+        return len(self.prompt) + sum(map(len, self.answers))
 
 
 @dataclass
 class RowBatch:
-    """Padded rows, the arguments of `PolicyLM.forward`.
+    """N tokens of trees, one after the other, and the M tokens among them whose log-probs are wanted, answer by answer.
 
     Args:
-        input_ids: Prompt, response, zeros, shape (R, T), int64.
-        attention_mask: 1 at prompt and response, shape (R, T), int64.
-        response_mask: 1 at the response, shape (R, T), bool.
+        input_ids: Of each tree its prompt, then its answers, shape (1, N), int64.
+        position_ids: Counted from the start of the prompt in every answer, shape (1, N), int64.
+        predictors: Place among the N of the token that each wanted one follows, shape (M,), int64.
+        targets: The wanted tokens' ids, shape (M,), int64.
+        answer_of: Number of the answer that each of them is in, ascending, shape (M,), int64.
+        lengths: Of each tree the tokens of its prompt and of every answer.
     """
 
     input_ids: Tensor
-    attention_mask: Tensor
-    response_mask: Tensor
+    position_ids: Tensor
+    predictors: Tensor
+    targets: Tensor
+    answer_of: Tensor
+    lengths: Lengths
+
+    @property
+    def answers(self) -> int:
+        """How many there are."""
+        return sum(len(tree) - 1 for tree in self.lengths)
+
+    def totals(self, logps: Tensor) -> Tensor:
+        """The sum over each answer of something that is there for each of the M tokens, shape (answers,)."""
+        counts = torch.bincount(self.answer_of, minlength=self.answers)
+        return torch.segment_reduce(logps, "sum", lengths=counts, unsafe=True, initial=0)
+
+    def inputs(self) -> dict[str, Any]:
+        """The arguments of `PolicyLM.forward`."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
+
+    def to(self, device: torch.device | str, **kwargs: Any) -> "RowBatch":
+        """The batch on `device`."""
+        moved: dict[str, Any] = {n: v.to(device, **kwargs) for n, v in self.inputs().items() if isinstance(v, Tensor)}
+        return replace(self, **moved)
 
 
-def pad_rows(rows: Sequence[Row]) -> RowBatch:
-    """`rows` padded on the right to the longest."""
-    width = max(len(row) for row in rows)
-    input_ids = torch.zeros(len(rows), width, dtype=torch.long)
-    attention_mask = torch.zeros_like(input_ids)
-    response_mask = torch.zeros(input_ids.shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        input_ids[i, : len(row)] = torch.as_tensor([*row.prompt, *row.response])
-        attention_mask[i, : len(row)] = 1
-        response_mask[i, len(row.prompt) : len(row)] = True
-    return RowBatch(input_ids, attention_mask, response_mask)
+def lay_out(trees: Sequence[Tree]) -> RowBatch:
+    """Trees as a batch; every token of every answer is wanted."""
+    ids: list[Tensor] = []
+    positions, predictors, counts = [], [], []
+    start = 0
+    for tree in trees:
+        prompt = len(tree.prompt)
+        ids.append(torch.tensor(tree.prompt, dtype=torch.long))
+        positions.append(torch.arange(prompt))
+        end = start + prompt
+        for answer in tree.answers:
+            ids.append(torch.tensor(answer, dtype=torch.long))
+            positions.append(torch.arange(prompt, prompt + len(answer)))
+            before = torch.arange(end - 1, end - 1 + len(answer))
+            before[:1] = start + prompt - 1  # an answer follows the prompt, not the answer that lies before it
+            predictors.append(before)
+            counts.append(len(answer))
+            end += len(answer)
+        start = end
+    answers = [a for tree in trees for a in tree.answers]
+    return RowBatch(
+        torch.cat(ids)[None],
+        torch.cat(positions)[None],
+        torch.cat(predictors),
+        torch.cat([torch.tensor(a, dtype=torch.long) for a in answers]),
+        torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(counts)),
+        tuple((len(tree.prompt), *map(len, tree.answers)) for tree in trees),
+    )
+
+
+def padded(batch: RowBatch) -> tuple[Tensor, Tensor]:
+    """The same answers as rows of prompt and answer, padded on the right, for models that can't share prompts.
+
+    Returns:
+        Token ids and attention mask, each of shape (answers, longest prompt and answer). Token `i` of the M is
+        predicted at row `answer_of[i]`, column `position_ids[0, predictors[i]]`.
+    """
+    ids, device = batch.input_ids[0], batch.input_ids.device
+    rows: list[Tensor] = []
+    start = 0
+    for prompt, *answers in batch.lengths:
+        end = start + prompt
+        for length in answers:
+            rows.append(torch.cat([ids[start : start + prompt], ids[end : end + length]]))
+            end += length
+        start = end
+    sizes = torch.tensor([len(row) for row in rows], device=device)
+    table = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    return table, (torch.arange(table.shape[1], device=device) < sizes[:, None]).long()
 
 
 def batches_by_length(rows: Sequence[Sized], tokens_per_batch: int) -> Iterator[list[int]]:

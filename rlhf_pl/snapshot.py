@@ -26,7 +26,7 @@ class PolicySnapshot:
 
     Args:
         weights: By their Hugging Face names, tied ones included.
-        logps: (rows, temperature) -> token log-probs, shape (R, T), nats.
+        logps: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,), nats.
         rounding: rows -> mean absolute difference per token between float32 and bfloat16 compute, nats.
         fingerprint: `weights_fingerprint` of the weights.
     """
@@ -79,23 +79,21 @@ def _rounding(trainer: L.Trainer, module: RebelModule, policy: Any, rows: RowBat
     if module.dtype_name != "float32":
         return 0.0
     device = trainer.strategy.root_device
-    inputs = (rows.input_ids.to(device), rows.attention_mask.to(device), rows.response_mask.to(device), 1.0)
+    inputs = rows.to(device).inputs()
     found = []
     for enabled in (False, True):
         with _inference(module), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
-            found.append(policy(*inputs)[rows.response_mask.to(device)])
+            found.append(policy(**inputs))
     return (found[0] - found[1]).abs().mean().item()
 
 
 def logps_function(trainer: L.Trainer, module: RebelModule, policy: Any) -> Callable[[RowBatch, float], Tensor]:
-    """Token log-probs of rows under `policy`, without gradients, in eval mode, in the run's precision."""
+    """Log-probs of rows' wanted tokens under `policy`, without gradients, in eval mode, in the run's precision."""
 
     def logps(rows: RowBatch, temperature: float) -> Tensor:
         device = trainer.strategy.root_device
         with _inference(module), trainer.precision_plugin.forward_context():
-            return policy(
-                rows.input_ids.to(device), rows.attention_mask.to(device), rows.response_mask.to(device), temperature
-            )
+            return policy(**rows.to(device).inputs(), temperature=temperature)
 
     return logps
 

@@ -19,7 +19,7 @@ import json, sys, threading, time
 from rlhf_pl.memory import resident_gib
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.optim import AdamW
-from rlhf_pl.rows import Row, pad_rows
+from rlhf_pl.rows import Tree, lay_out
 module = RebelModule(sys.argv[1], gradient_checkpointing=sys.argv[2] == "1", logprob_chunk_tokens=512)
 module.source.tokenizer
 import transformers.models.llama.modeling_llama
@@ -31,9 +31,9 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 module.configure_model()
 optimizer = AdamW(module.parameters(), lr=1e-5)
-batch = pad_rows([Row([5] * 128, [7] * 64)] * 8)
+batch = lay_out([Tree([5] * 128, ([7] * 64, [8] * 64))] * 6)
 for _ in range(2):
-    module.policy(batch.input_ids, batch.attention_mask, batch.response_mask).sum().backward()
+    module.policy(**batch.inputs()).sum().backward()
     optimizer.step()
     optimizer.zero_grad()
 done.set()
@@ -54,7 +54,7 @@ def test_memory_of_a_training_step_is_within_15_percent(tmp_path: Path, checkpoi
     assert done.returncode == 0, done.stderr
     config = PolicySource(str(model)).config
     weights = 4 * model_size(config).total
-    activations = activation_bytes(config, 8, 192, False, checkpointing, "sdpa")
+    activations = activation_bytes(config, 1, 6 * 256, False, checkpointing, "sdpa")
     planned = (4 * weights + activations + logits_bytes(config, 512)) / 2**30  # parameters, gradients, two moments
     assert planned == pytest.approx(json.loads(done.stdout), rel=0.15)
 

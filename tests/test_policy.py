@@ -8,7 +8,8 @@ import transformers
 from rlhf_pl.errors import InputError
 from rlhf_pl.logprobs import chunked_logps, gather_logps
 from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
-from rlhf_pl.rows import Row, pad_rows
+from rlhf_pl.rows import Tree, lay_out
+from rlhf_pl.shared_prompt import share_prompts
 from tests.conftest import make_tokenizer, save_llama
 
 SMALL = {
@@ -20,53 +21,106 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-ROWS = [Row([5, 6, 7, 8], [9, 10, 11]), Row([5], [12]), Row([20, 21, 22], [23, 24, 25, 26, 27])]
+TREES = [
+    Tree([5, 6, 7, 8], ([9, 10, 11], [30, 31, 32, 33, 34, 35])),
+    Tree([5], ([12],)),
+    Tree([20, 21, 22], ([23, 24, 25, 26, 27], [28], [23, 24, 29])),
+]
 
 
-def naive_logps(lm: Any, row: Row, temperature: float) -> torch.Tensor:
-    """From the full logits of the row alone, without padding: shape (response tokens,)."""
-    ids = torch.tensor([[*row.prompt, *row.response]])
-    logits = lm(input_ids=ids).logits[0].double() / temperature
-    logps = logits.log_softmax(-1)
-    return torch.stack([logps[t - 1, ids[0, t]] for t in range(len(row.prompt), len(row))])
+def naive_logps(lm: Any, temperature: float = 1.0) -> torch.Tensor:
+    """From the full logits of each prompt with one answer alone, without padding: shape (wanted tokens,)."""
+    found = []
+    for tree in TREES:
+        for answer in tree.answers:
+            ids = torch.tensor([[*tree.prompt, *answer]])
+            logps = (lm(input_ids=ids).logits[0].double() / temperature).log_softmax(-1)
+            found += [logps[t - 1, ids[0, t]] for t in range(len(tree.prompt), ids.shape[1])]
+    return torch.stack(found)
+
+
+def model(architecture: str, **changes: Any) -> Any:
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{architecture}Config")(**SMALL | changes)
+    return transformers.AutoModelForCausalLM.from_config(config).eval()
 
 
 @pytest.mark.parametrize(
-    ("architecture", "changes"),
+    ("architecture", "changes", "shares"),
     [
-        ("Llama", {}),
-        ("Llama", {"tie_word_embeddings": True}),
-        ("Qwen2", {}),
-        ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8}),
-        ("Granite", {"logits_scaling": 4.0}),
-        ("Cohere", {"logit_scale": 0.25}),
-        ("GPTNeoX", {}),
+        ("Llama", {}, True),
+        ("Llama", {"tie_word_embeddings": True}, True),
+        ("Qwen2", {}, True),
+        ("Mistral", {"sliding_window": 4}, True),
+        ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8, "attn_implementation": "eager"}, False),
+        ("Granite", {"logits_scaling": 4.0}, True),
+        ("Cohere", {"logit_scale": 0.25}, True),
+        ("GPTNeoX", {}, True),
+        ("GPT2", {"n_embd": 32, "n_layer": 2, "n_head": 4}, True),
+        ("Mamba", {"state_size": 4}, False),
     ],
 )
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
-def test_logps_equal_full_logits(architecture: str, changes: dict[str, Any], temperature: float) -> None:
-    torch.manual_seed(0)
-    config = getattr(transformers, f"{architecture}Config")(**SMALL | changes)
-    lm = getattr(transformers, f"{architecture}ForCausalLM")(config).eval()
-    batch = pad_rows(ROWS)
+def test_logps_and_gradient_equal_full_logits(
+    architecture: str, changes: dict[str, Any], shares: bool, temperature: float
+) -> None:
+    """As rows of prompt and answer, and with shared prompts where the architecture can."""
+    lm = model(architecture, **changes)
+    batch = lay_out(TREES)
+    expected = naive_logps(lm, temperature)
+    weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(1))
+    (expected * weights).sum().backward()
+    gradient = {n: p.grad.clone() for n, p in lm.named_parameters() if p.grad is not None}
     policy = PolicyLM(lm, logprob_chunk_tokens=2)
-    actual = policy(batch.input_ids, batch.attention_mask, batch.response_mask, temperature)
-    assert actual.dtype == torch.float32
-    for i, row in enumerate(ROWS):
-        expected = naive_logps(lm, row, temperature)
-        torch.testing.assert_close(actual[i, len(row.prompt) : len(row)].double(), expected, atol=1e-4, rtol=0)
-    assert (actual[~batch.response_mask] == 0).all()
+    for shared in (False, True):
+        if shared:
+            assert share_prompts(lm) == shares
+        lm.zero_grad()
+        actual = policy(**batch.inputs(), temperature=temperature)
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual.double(), expected.detach(), atol=1e-4, rtol=0)
+        (actual * weights).sum().backward()
+        for name, parameter in lm.named_parameters():
+            if name in gradient:
+                torch.testing.assert_close(parameter.grad, gradient[name], atol=1e-4, rtol=1e-4)
 
 
-def test_gradients_equal_those_of_full_logits(llama: Path) -> None:
-    lm = load_lm(PolicySource(str(llama))).train()
-    batch = pad_rows(ROWS)
-    PolicyLM(lm, 2)(batch.input_ids, batch.attention_mask, batch.response_mask).sum().backward()
-    actual = {n: p.grad.clone() for n, p in lm.named_parameters()}
-    lm.zero_grad()
-    sum(naive_logps(lm, row, 1.0).sum() for row in ROWS).backward()
-    for name, parameter in lm.named_parameters():
-        torch.testing.assert_close(actual[name], parameter.grad, atol=1e-4, rtol=1e-4)
+def test_prompts_are_computed_once() -> None:
+    """The layers see as many tokens as there are, prompts counted once."""
+    lm = model("Llama")
+    assert share_prompts(lm)
+    seen: list[int] = []
+    lm.model.layers[0].mlp.register_forward_hook(lambda m, inputs, output: seen.append(output.shape[:-1].numel()))
+    PolicyLM(lm)(**lay_out(TREES).inputs())
+    assert seen == [sum(map(len, TREES))]
+
+
+def test_a_model_that_ignores_positions_gets_rows(source: PolicySource, capsys: pytest.CaptureFixture) -> None:
+    lm = load_lm(source)
+    lm.set_attn_implementation("sdpa")
+    backbone = lm.base_model.forward
+    lm.base_model.forward = lambda **inputs: backbone(**{k: v for k, v in inputs.items() if k != "position_ids"})
+    assert not share_prompts(lm)
+    assert lm.config._attn_implementation == "sdpa"
+
+
+def test_gradient_checkpointing_changes_nothing(source: PolicySource) -> None:
+    batch = lay_out(TREES)
+    found = []
+    for checkpointing in (False, True):
+        lm = load_lm(source).train()
+        if checkpointing:
+            lm.gradient_checkpointing_enable({"use_reentrant": False})
+        PolicyLM(lm)(**batch.inputs()).sum().backward()
+        found.append({n: p.grad for n, p in lm.named_parameters()})
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+
+
+def test_totals_are_those_of_each_answer() -> None:
+    batch = lay_out(TREES)
+    lengths = [len(a) for tree in TREES for a in tree.answers]
+    values = torch.arange(sum(lengths), dtype=torch.float32)
+    assert batch.totals(values).tolist() == [part.sum().item() for part in values.split(lengths)]
 
 
 def test_chunks_do_not_matter() -> None:
@@ -90,8 +144,7 @@ def test_logits_are_float32_under_autocast(llama: Path) -> None:
 def test_dropout_is_off(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", attention_dropout=0.5)
     policy = PolicyLM(load_lm(PolicySource(str(folder)))).train()
-    batch = pad_rows(ROWS)
-    first, second = (policy(batch.input_ids, batch.attention_mask, batch.response_mask) for _ in range(2))
+    first, second = (policy(**lay_out(TREES).inputs()) for _ in range(2))
     assert torch.equal(first, second)
 
 

@@ -14,7 +14,7 @@ from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
 from rlhf_pl.rewards import FunctionReward
 from rlhf_pl.rollout import EngineSpec, PromptTokens, Response, SamplingConfig, TransformersSampler
 from rlhf_pl.rounds import Round, RoundStore
-from rlhf_pl.rows import Row, RowBatch, batches_by_length, pad_rows
+from rlhf_pl.rows import RowBatch, Tree, batches_by_length, lay_out
 from rlhf_pl.stages import generate, pair_logps, prompt_seed, score, select
 
 SAMPLING = SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.8)
@@ -87,13 +87,13 @@ def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], so
 
     def policy(rows: RowBatch, temperature: float) -> torch.Tensor:
         with torch.no_grad():
-            return PolicyLM(lm)(rows.input_ids, rows.attention_mask, rows.response_mask, temperature)
+            return PolicyLM(lm)(**rows.inputs(), temperature=temperature)
 
     pair_logps(stored, {"old": policy, "reference": policy}, tokens_per_batch=60, temperature=0.8)
     logps = stored.read("logps").to_pylist()
     for pair, row in zip(pairs, logps, strict=True):
         for which in ("chosen", "rejected"):
-            alone = pad_rows([Row(pair["prompt_tokens"], pair[f"{which}_tokens"])])
+            alone = lay_out([Tree(pair["prompt_tokens"], (pair[f"{which}_tokens"],))])
             expected = policy(alone, 0.8).sum().item()
             assert row[f"{which}_old_logp"] == pytest.approx(expected, abs=1e-4)
             assert row[f"{which}_reference_logp"] == row[f"{which}_old_logp"]
@@ -141,7 +141,7 @@ def test_a_shard_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_batches_keep_to_the_token_budget() -> None:
-    rows = [Row([1] * n, [2]) for n in (3, 9, 4, 50, 7)]
+    rows = [Tree([1] * n, ([2],)) for n in (3, 9, 4, 50, 7)]
     batches = list(batches_by_length(rows, 20))
     assert sorted(i for batch in batches for i in batch) == list(range(5))
     assert batches[0] == [3]  # one row over the budget goes alone

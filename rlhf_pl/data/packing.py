@@ -4,7 +4,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+
+from rlhf_pl.rows import RowBatch
 
 
 @dataclass(frozen=True)
@@ -46,24 +47,20 @@ def pack(order: Sequence[int], lengths: Sequence[int], max_tokens: int, window: 
     return rows
 
 
-def lay_out(rows: Sequence[Sequence[Example]]) -> dict[str, Tensor]:
-    """Rows of examples as the arguments of `PolicyLM.forward`.
+def lay_out_examples(examples: Sequence[Example]) -> RowBatch:
+    """Examples, which do not see each other, with their learned tokens as the wanted ones.
 
-    Returns:
-        `input_ids`, `position_ids` (from 0 in every example, and in the padding), `response_mask` (what is learned;
-        never an example's first token, which nothing precedes), each of shape (R, T).
+    An example's first token is never learned: nothing precedes it.
     """
-    width = max(sum(map(len, row)) for row in rows)
-    ids = torch.zeros(len(rows), width, dtype=torch.long)
-    positions = torch.zeros_like(ids)
-    mask = torch.zeros(ids.shape, dtype=torch.bool)
-    for i, row in enumerate(rows):
-        start = 0
-        for example in row:
-            end = start + len(example)
-            ids[i, start:end] = torch.tensor(example.ids)
-            positions[i, start:end] = torch.arange(len(example))
-            mask[i, start + 1 : end] = torch.tensor(example.mask[1:], dtype=torch.bool)
-            start = end
-        positions[i, start:] = torch.arange(width - start)
-    return {"input_ids": ids, "position_ids": positions, "response_mask": mask}
+    masks = [torch.tensor([False, *e.mask[1:]]) for e in examples]
+    sizes = torch.tensor([len(e) for e in examples])
+    targets = torch.cat(masks).nonzero()[:, 0]
+    ids = torch.cat([torch.tensor(e.ids) for e in examples])
+    return RowBatch(
+        ids[None],
+        torch.cat([torch.arange(len(e)) for e in examples])[None],
+        targets - 1,
+        ids[targets],
+        torch.repeat_interleave(torch.arange(len(examples)), sizes)[targets],
+        tuple((0, len(e)) for e in examples),
+    )

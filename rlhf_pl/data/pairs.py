@@ -2,7 +2,7 @@
 
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import fields, replace
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -11,15 +11,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rlhf_pl.data.update_plan import UpdatePlan
-from rlhf_pl.rows import Row, RowBatch, pad_rows
+from rlhf_pl.rows import RowBatch, Tree, lay_out
 
 
 # Not a dataclass that Lightning looks into: precision plugins would cast rewards and log-probs to bf16.
 class PairBatch:
-    """B pairs, chosen rows first.
+    """B pairs.
 
     Args:
-        rows: 2B rows: B chosen, then B rejected.
+        rows: B trees: a prompt with its chosen and its rejected answer.
         rewards: Shape (2, B), float32: chosen, rejected.
         old_logps: Summed log-probs under the policy that generated the round, shape (2, B), float32, nats.
         reference_logps: The same under the fixed reference, or None where no KL penalty is wanted.
@@ -48,10 +48,9 @@ class PairBatch:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "PairBatch":
         """The batch on `device`; Lightning calls it."""
-        rows = replace(self.rows, **{f.name: getattr(self.rows, f.name).to(device, **kwargs) for f in fields(RowBatch)})
         reference = None if self.reference_logps is None else self.reference_logps.to(device, **kwargs)
         return PairBatch(
-            rows,
+            self.rows.to(device, **kwargs),
             self.rewards.to(device, **kwargs),
             self.old_logps.to(device, **kwargs),
             reference,
@@ -82,19 +81,18 @@ class PairDataset(Dataset):
     def __len__(self) -> int:
         return self._rewards.shape[1]
 
-    def row(self, index: int, which: int) -> Row:
-        """The chosen (`which` 0) or rejected (1) row of a pair."""
-        prompt, response = (self._tokens[n][index].values.to_numpy() for n in ("prompt_tokens", _TOKENS[which]))
-        return Row(prompt, response)
+    def tree(self, index: int) -> Tree:
+        """The prompt of a pair with its chosen and its rejected answer."""
+        prompt, *answers = (self._tokens[n][index].values.to_numpy() for n in ("prompt_tokens", *_TOKENS))
+        return Tree(prompt, tuple(answers))
 
     def lengths(self) -> list[int]:
-        """Tokens of each pair's longer row."""
-        prompt, *responses = (self._tokens[n].value_lengths().to_numpy() for n in ("prompt_tokens", *_TOKENS))
-        return [int(p + max(r)) for p, *r in zip(prompt, *responses, strict=True)]
+        """Tokens of each pair."""
+        return sum(self._tokens[n].value_lengths().to_numpy() for n in ("prompt_tokens", *_TOKENS)).tolist()
 
     def batch(self, indices: Sequence[int], weight: float = 1.0) -> PairBatch:
         """The pairs at `indices`."""
-        rows = pad_rows([self.row(i, which) for which in (0, 1) for i in indices])
+        rows = lay_out([self.tree(i) for i in indices])
         index = torch.as_tensor(list(indices))
         reference = None if self._reference is None else self._reference[:, index]
         return PairBatch(rows, self._rewards[:, index], self._old[:, index], reference, self.temperature, weight)
@@ -140,25 +138,31 @@ class RoundBatches(Sampler):
         self.skip = 0
 
     def __len__(self) -> int:
-        return len(self.plan.micro_batches) or 1
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[tuple[list[int], float]]:
-        if not self.plan.micro_batches:  # Lightning ends a run whose loader is empty; a None batch it passes over
-            yield [], 0.0
-        order = self._order()
-        if self.lengths is not None:
-            size, lengths = self.plan.pairs_per_update, self.lengths
-            for start in range(0, len(order), size):
-                order[start : start + size] = sorted(order[start : start + size], key=lambda i: lengths[i])
-        skip, self.skip = self.skip, 0
-        for micro_batch in self.plan.micro_batches[skip:]:
-            mine = order[micro_batch.start + self.rank : micro_batch.stop : self.plan.world_size]
-            if not mine:  # strategies need a step from every rank: one pair that does not count
-                yield order[micro_batch.start : micro_batch.start + 1], 0.0
-            elif self.sizes is None:
-                yield mine, self.plan.weight(len(mine), micro_batch)
-            else:
-                yield mine, self._weight(order, mine, micro_batch.start)
+        skip, self.skip = self.skip, 0  # at the first batch: loaders with workers make an iterator that they never use
+        yield from self._batches[skip:]
+
+    @cached_property
+    def _updates(self) -> list[list[list[list[int]]]]:
+        return self.plan.divide(self._order(), self.lengths)
+
+    @property
+    def accumulate(self) -> int:
+        """Micro-batches per update; the last update may have fewer."""
+        return self.plan.accumulate if self.plan.max_tokens is None else max(map(len, self._updates), default=1)
+
+    @cached_property
+    def _batches(self) -> list[tuple[list[int], float]]:
+        batches = []
+        for update in self._updates:
+            everything = [i for micro_batch in update for part in micro_batch for i in part]
+            for micro_batch in update:
+                mine = micro_batch[self.rank]
+                # strategies need a step from every rank: where there is no pair for it, one that does not count
+                batches.append((mine, self._weight(mine, everything)) if mine else (everything[:1], 0.0))
+        return batches or [([], 0.0)]  # Lightning ends a run whose loader is empty; a None batch it passes over
 
     def _order(self) -> list[int]:
         order: list[int] = []
@@ -168,12 +172,15 @@ class RoundBatches(Sampler):
             order += once
         return order
 
-    def _weight(self, order: list[int], mine: list[int], start: int) -> float:
-        """Factor on the mean over `mine`, so that Lightning's mean over micro-batches and ranks is that over sizes."""
-        assert self.sizes is not None
-        plan, first = self.plan, start - start % self.plan.pairs_per_update
-        total = sum(self.sizes[i] for i in order[first : first + plan.pairs_per_update])
-        return plan.accumulate * plan.world_size * sum(self.sizes[i] for i in mine) / max(1, total)
+    def _weight(self, mine: list[int], update: list[int]) -> float:
+        """Factor on the mean over `mine`, so that Lightning's mean over micro-batches and ranks is that of the update.
+
+        Lightning divides each micro-batch's loss by `accumulate` and averages over ranks.
+        """
+        share = len(mine) / len(update)
+        if self.sizes is not None:
+            share = sum(self.sizes[i] for i in mine) / max(1, sum(self.sizes[i] for i in update))
+        return self.accumulate * self.plan.world_size * share
 
 
 class RoundLoader(DataLoader):

@@ -37,6 +37,9 @@ class RoundDataModule(L.LightningDataModule):
         val_prompts: Prompts held out for evaluation, or a file or Hub id of such.
         prompts_per_round: Prompts a round answers; all if null.
         batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
+        max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), prompts counted once. An
+            update then has the same pairs, divided into as many micro-batches as that takes, of pairs of like length;
+            null for batch_size pairs in each.
         passes: Times that a round's pairs are trained on.
         max_val_pairs: At most this many held-out pairs for `val/loss` and `val/sign_align`; 0 for none. They exist
             where held-out prompts get 2 or more answers.
@@ -54,6 +57,7 @@ class RoundDataModule(L.LightningDataModule):
         val_prompts: int | str = 0,
         prompts_per_round: int | None = None,
         batch_size: int = 4,
+        max_tokens_per_batch: int | None = None,
         passes: int = 1,
         max_val_pairs: int = 64,
         num_workers: int = 0,
@@ -64,6 +68,7 @@ class RoundDataModule(L.LightningDataModule):
             max_prompt_tokens=(max_prompt_tokens, 1),
             prompts_per_round=(prompts_per_round, 1),
             batch_size=(batch_size, 1),
+            max_tokens_per_batch=(max_tokens_per_batch, 1),
             passes=(passes, 1),
             max_val_pairs=(max_val_pairs, 0),
             num_workers=(num_workers, 0),
@@ -77,6 +82,8 @@ class RoundDataModule(L.LightningDataModule):
         self.val_prompts_source = val_prompts
         self.prompts_per_round = prompts_per_round
         self.batch_size = batch_size
+        self.max_tokens_per_batch = max_tokens_per_batch
+        self._accumulate: int | None = None
         self.passes = passes
         self.max_val_pairs = max_val_pairs
         self.num_workers = num_workers
@@ -161,14 +168,27 @@ class RoundDataModule(L.LightningDataModule):
             raise InputError(
                 f"Round {index} is not in {self.store.run_dir}, and no `rollout.reward` is there to make it."
             )
+        return RoundLoader(dataset, self.divide(index, dataset), index, self.num_workers)
+
+    def pairs_per_update(self, trainer: L.Trainer) -> int:
+        """Pairs that an update sees."""
+        if self._accumulate is None:  # as configured: `divide` changes the Trainer's
+            self._accumulate = trainer.accumulate_grad_batches
+        return self.batch_size * self._accumulate * trainer.num_devices * trainer.num_nodes
+
+    def divide(self, index: int, dataset: PairDataset | None = None) -> RoundBatches:
+        """A stored round as updates and micro-batches; the Trainer accumulates over as many from here on."""
+        dataset = dataset or self._pairs(self.store.round(index))
+        assert dataset is not None
+        trainer, world_size = self._trainer, self._trainer.world_size
+        accumulate = self.pairs_per_update(trainer) // self.batch_size // world_size
         plan = UpdatePlan(
-            self.passes * len(dataset),
-            self.batch_size,
-            self._trainer.accumulate_grad_batches,
-            self._trainer.world_size,
+            self.passes * len(dataset), self.batch_size, accumulate, world_size, self.max_tokens_per_batch
         )
-        batches = RoundBatches(plan, f"{self.seed}:{index}", self._trainer.global_rank, passes=self.passes)
-        return RoundLoader(dataset, batches, index, self.num_workers)
+        lengths = None if self.max_tokens_per_batch is None else dataset.lengths()
+        batches = RoundBatches(plan, f"{self.seed}:{index}", trainer.global_rank, lengths, passes=self.passes)
+        trainer.accumulate_grad_batches = batches.accumulate
+        return batches
 
     def val_dataloader(self) -> Any:
         """The held-out pairs of the policy that generated the current round, if there are any."""

@@ -7,35 +7,35 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
-from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlhf_pl.chat import encode_conversation
 from rlhf_pl.data.conversations import Conversation, load_conversations
 from rlhf_pl.data.held_out import split_groups
 from rlhf_pl.data.options import at_least, check_module, refuse_other_rows
-from rlhf_pl.data.packing import Example, lay_out, pack
+from rlhf_pl.data.packing import Example, lay_out_examples, pack
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
+from rlhf_pl.rows import RowBatch
 
 
 class SFTBatch:
     """R rows of examples.
 
     Args:
-        inputs: Arguments of `PolicyLM.forward`, each of shape (R, T).
+        rows: The examples of all rows.
         weight: Factor on the mean loss, so that an update's gradient is the mean over its learned tokens.
     """
 
-    def __init__(self, inputs: dict[str, Tensor], weight: float = 1.0) -> None:
-        self.inputs, self.weight = inputs, weight
+    def __init__(self, rows: RowBatch, weight: float = 1.0) -> None:
+        self.rows, self.weight = rows, weight
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "SFTBatch":
         """The batch on `device`; Lightning calls it."""
-        return SFTBatch({name: tensor.to(device, **kwargs) for name, tensor in self.inputs.items()}, self.weight)
+        return SFTBatch(self.rows.to(device, **kwargs), self.weight)
 
 
 class SFTDataset(Dataset):
@@ -62,7 +62,7 @@ class SFTDataset(Dataset):
 
     def __getitems__(self, request: tuple[list[int], float]) -> SFTBatch:
         indices, weight = request
-        return SFTBatch(lay_out([[self.examples[i] for i in self.rows[row]] for row in indices]), weight)
+        return SFTBatch(lay_out_examples([self.examples[i] for row in indices for i in self.rows[row]]), weight)
 
 
 class SFTDataModule(L.LightningDataModule):

@@ -4,17 +4,22 @@ from typing import Any
 
 import lightning as L
 
+from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.errors import InputError
 
 _KEY = "rlhf_pl_split"
 
 
 def _split_of(trainer: L.Trainer) -> dict[str, int] | None:
-    batch_size = getattr(getattr(trainer, "datamodule", None), "batch_size", None)
+    data = getattr(trainer, "datamodule", None)
+    batch_size = getattr(data, "batch_size", None)
     if batch_size is None:
         return None
     accumulate = trainer.accumulate_grad_batches
-    return {"accumulate": accumulate, "rows_per_update": batch_size * accumulate * trainer.world_size}
+    rows = batch_size * accumulate * trainer.world_size
+    if isinstance(data, RoundDataModule):  # divides updates by tokens, maybe
+        rows = data.pairs_per_update(trainer)
+    return {"accumulate": accumulate, "rows_per_update": rows}
 
 
 def note_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
@@ -29,10 +34,16 @@ def adapt_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     Raises:
         InputError: The epoch can't go on there with updates of another size.
     """
-    before, now = checkpoint.get(_KEY), _split_of(trainer)
+    before = checkpoint.get(_KEY)
     loop = checkpoint["loops"]["fit_loop"]
     epochs = loop["epoch_progress"]["current"]
-    if before is None or now is None or before == now or epochs["started"] == epochs["processed"]:
+    if before is None or epochs["started"] == epochs["processed"]:
+        return
+    data: Any = getattr(trainer, "datamodule", None)
+    if isinstance(data, RoundDataModule) and data.max_tokens_per_batch is not None:
+        data.divide(epochs["processed"])  # the micro-batches of an update depend on the round
+    now = _split_of(trainer)
+    if now is None or before == now:
         return
     progress = loop["epoch_loop.batch_progress"]
     done = progress["current"]["processed"]

@@ -1,36 +1,29 @@
-"""How a round's pairs divide into optimizer updates and micro-batches."""
+"""How an epoch's pairs divide into optimizer updates and micro-batches."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class MicroBatch:
-    """Positions `start:stop` of the round's order, dealt out to the ranks in turn; its update has `of_update` pairs."""
-
-    start: int
-    stop: int
-    of_update: int
+Groups = list[list[int]]
 
 
 @dataclass(frozen=True)
 class UpdatePlan:
     """Every pair is used, and every update's gradient is the mean over its pairs, also over those of a short last one.
 
-    Lightning divides each micro-batch's loss by `accumulate` and averages over ranks; the weights turn that into the
-    mean over the pairs of the update. Ranks may have different numbers of pairs in a micro-batch, but every rank has
-    equally many micro-batches.
-
     Args:
-        total_pairs: Pairs in the round.
+        total_pairs: Pairs in the epoch.
         batch_size: Pairs per micro-batch and rank.
         accumulate: Micro-batches per update.
         world_size: Ranks.
+        max_tokens: Where given, an update's pairs are divided by their tokens instead, into as many micro-batches as it
+            takes for each to stay within so many; `batch_size` and `accumulate` then only say how many pairs it has.
     """
 
     total_pairs: int
     batch_size: int
     accumulate: int = 1
     world_size: int = 1
+    max_tokens: int | None = None
 
     @property
     def pairs_per_update(self) -> int:
@@ -40,16 +33,47 @@ class UpdatePlan:
     def updates(self) -> int:
         return -(-self.total_pairs // self.pairs_per_update)
 
-    @property
-    def micro_batches(self) -> list[MicroBatch]:
-        width = self.batch_size * self.world_size
-        batches = []
-        for first in range(0, self.total_pairs, self.pairs_per_update):
-            end = min(first + self.pairs_per_update, self.total_pairs)
-            for start in range(first, end, width):
-                batches.append(MicroBatch(start, min(start + width, end), end - first))
-        return batches
+    def divide(self, order: Sequence[int], lengths: Sequence[int] | None) -> list[list[Groups]]:
+        """The pairs of each update, of each micro-batch, of each rank; a rank's part may be empty.
 
-    def weight(self, mine: int, micro_batch: MicroBatch) -> float:
-        """Factor on the mean loss over a rank's `mine` pairs of a micro-batch."""
-        return self.accumulate * self.world_size * mine / micro_batch.of_update
+        Args:
+            order: Pairs in the order of training.
+            lengths: Tokens by pair; where given, the pairs of a micro-batch are of like length.
+        """
+        starts = range(0, len(order), self.pairs_per_update)
+        updates = [list(order[start : start + self.pairs_per_update]) for start in starts]
+        if lengths is not None:
+            updates = [sorted(update, key=lengths.__getitem__) for update in updates]
+        if self.max_tokens is None or lengths is None:
+            width = self.batch_size * self.world_size
+            parts = [[update[i : i + width] for i in range(0, len(update), width)] for update in updates]
+            return [[[part[rank :: self.world_size] for rank in range(self.world_size)] for part in p] for p in parts]
+        counts = [-(-len(_fill(update, lengths, self.max_tokens)) // self.world_size) for update in updates]
+        if updates:  # all have as many, for Lightning counts; only what comes last may have fewer
+            counts = [max(counts)] * (len(counts) - 1) + counts[-1:]
+        return [_even(update, lengths, self.world_size, count) for update, count in zip(updates, counts, strict=True)]
+
+
+def _even(update: list[int], lengths: Sequence[int], world_size: int, micro_batches: int) -> list[Groups]:
+    """So many micro-batches for each rank, the longest of them as short as it can be."""
+    count = micro_batches * world_size
+    low, high = max(lengths[i] for i in update), sum(lengths[i] for i in update)
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (low, middle) if len(_fill(update, lengths, middle)) <= count else (middle + 1, high)
+    groups = _fill(update, lengths, low)
+    groups += [[] for _ in range(count - len(groups))]
+    return [groups[i : i + world_size] for i in range(0, count, world_size)]
+
+
+def _fill(update: list[int], lengths: Sequence[int], capacity: int) -> Groups:
+    """Groups of neighbours of at most `capacity` tokens, or of one pair."""
+    groups: Groups = []
+    room = 0
+    for pair in update:
+        if not groups or lengths[pair] > room:
+            groups.append([])
+            room = capacity
+        groups[-1].append(pair)
+        room -= lengths[pair]
+    return groups

@@ -142,10 +142,10 @@ class RebelModule(L.LightningModule):
             lm = load_lm(self.reference_source, self.dtype_name, self.attn_implementation)
             return shard_frozen(self.trainer, PolicyLM(lm, self.logprob_chunk_tokens))
 
-        def base(*inputs: Any) -> Tensor:
+        def base(**inputs: Any) -> Tensor:
             assert self.policy is not None
             with without_adapters(self.policy.lm):
-                return callable_policy(self.trainer)(*inputs)
+                return callable_policy(self.trainer)(**inputs)
 
         return base
 
@@ -154,10 +154,10 @@ class RebelModule(L.LightningModule):
         assert self.policy is not None
         return model_weights(self, self.policy.lm, self._like)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, response_mask: Tensor, temperature: float) -> Tensor:
+    def forward(self, **inputs: Any) -> Tensor:
         """`PolicyLM.forward` through whatever the strategy wrapped around this module."""
         assert self.policy is not None
-        return self.policy(input_ids, attention_mask, response_mask, temperature)
+        return self.policy(**inputs)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
         losses, parts = self._losses(batch)
@@ -182,8 +182,7 @@ class RebelModule(L.LightningModule):
     def _losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss per pair, and what is logged about it, each of shape (B,)."""
         rows = batch.rows
-        token_logps = self(rows.input_ids, rows.attention_mask, rows.response_mask, batch.temperature)
-        logps = token_logps.sum(-1).view(2, -1)
+        logps = rows.totals(self(**rows.inputs(), temperature=batch.temperature)).view(-1, 2).T
         logratios = logps - batch.old_logps
         rewards = batch.rewards
         if self.kl_coef > 0:

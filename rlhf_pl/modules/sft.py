@@ -5,7 +5,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
@@ -81,8 +80,6 @@ class SFTModule(L.LightningModule):
         if self.policy is not None:
             return
         lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base_dtype(self.lora))
-        if getattr(getattr(self.trainer, "datamodule", None), "packing", False):
-            check_packing(lm, self.source)
         if self.lora is not None:
             add_lora(lm, self.lora, run_seed(), train_head=False)
         if self.gradient_checkpointing:
@@ -91,10 +88,10 @@ class SFTModule(L.LightningModule):
         self.policy = PolicyLM(lm, self.logprob_chunk_tokens).train()
         shard(self, self.policy)
 
-    def forward(self, input_ids: Tensor, position_ids: Tensor, response_mask: Tensor) -> Tensor:
-        """Log-probs of the learned tokens, shape (R, T); 0 elsewhere."""
+    def forward(self, **inputs: Any) -> Tensor:
+        """Log-probs of the learned tokens, shape (M,)."""
         assert self.policy is not None
-        return self.policy(input_ids, None, response_mask, position_ids=position_ids)
+        return self.policy(**inputs)
 
     def training_step(self, batch: SFTBatch, batch_idx: int) -> Tensor:
         loss, tokens = self._loss(batch)
@@ -111,8 +108,8 @@ class SFTModule(L.LightningModule):
 
     def _loss(self, batch: SFTBatch) -> tuple[Tensor, int]:
         """(mean negative log-prob of the learned tokens, nats; their number)."""
-        tokens = int(batch.inputs["response_mask"].sum())
-        return -self(**batch.inputs).sum() / max(1, tokens), tokens
+        tokens = len(batch.rows.targets)
+        return -self(**batch.rows.inputs()).sum() / max(1, tokens), tokens
 
     def on_validation_epoch_end(self) -> None:
         metrics = self.val_means.take("val", ranks_of(self.trainer))
@@ -165,26 +162,3 @@ class SFTModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
         self.optimization.on_train_batch_start(self.trainer, batch_idx)
-
-
-@torch.no_grad()
-def check_packing(lm: Any, source: PolicySource) -> None:
-    """Two sequences in a row must give what each gives alone.
-
-    Raises:
-        InputError: They see each other in this architecture.
-    """
-    vocabulary = lm.config.get_text_config().vocab_size
-    first, second = torch.arange(5, 12) % vocabulary, torch.arange(3, 9) % vocabulary
-    alone = [lm.base_model(input_ids=ids[None], use_cache=False).last_hidden_state[0] for ids in (first, second)]
-    positions = torch.cat([torch.arange(len(first)), torch.arange(len(second))])[None]
-    packed = lm.base_model(
-        input_ids=torch.cat([first, second])[None], position_ids=positions, use_cache=False
-    ).last_hidden_state[0]
-    expected = torch.cat(alone).float()
-    tolerance = (1e-3 if lm.dtype == torch.float32 else 5e-2) * float(expected.abs().max())
-    if (packed.float() - expected).abs().max() > tolerance:
-        raise InputError(
-            f"`data.packing`: in {source.path!r} ({type(lm).__name__}) conversations in one row would see each other. "
-            "Set --data.packing false."
-        )

@@ -8,7 +8,7 @@ from torch import Tensor
 from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import Ranks
 from rlhf_pl.rollout.base import PromptTokens, Sampler, SamplingConfig
-from rlhf_pl.rows import Row, RowBatch, pad_rows
+from rlhf_pl.rows import RowBatch, Tree, lay_out
 from rlhf_pl.weights import Weights
 
 
@@ -48,7 +48,7 @@ def check_sampler(
     Args:
         sampler: Has just been given the policy's weights.
         prompts: Token ids of a few prompts.
-        policy: (rows, temperature) -> token log-probs, shape (R, T).
+        policy: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,).
         weights: The policy's, by their Hugging Face names.
         limit: The largest mean absolute difference per token to accept, nats; see `tolerance`.
         response_tokens: Tokens to draw per prompt.
@@ -72,8 +72,8 @@ def check_sampler(
     sampling = SamplingConfig(num_responses=1, max_response_tokens=response_tokens)
     requests = [PromptTokens(list(ids), seed) for seed, ids in enumerate(prompts)]
     answers = {index: responses[0] for index, responses in sampler.generate(requests, sampling)}
-    rows = pad_rows([Row(prompts[i], answers[i].token_ids) for i in range(len(prompts))])
-    expected = policy(rows, 1.0)[rows.response_mask].cpu()
+    rows = lay_out([Tree(prompts[i], (answers[i].token_ids,)) for i in range(len(prompts))])
+    expected = policy(rows, 1.0).cpu()
     if not all(ranks.gather(bool(expected.isfinite().all()))):
         raise InputError(
             "The policy's log-probs are not finite: training has diverged. Go on from an earlier checkpoint "

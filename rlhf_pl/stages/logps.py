@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_pl.ranks import Ranks
 from rlhf_pl.rounds import Round
-from rlhf_pl.rows import Row, RowBatch, batches_by_length, pad_rows
+from rlhf_pl.rows import RowBatch, Tree, batches_by_length, lay_out
 from rlhf_pl.stages.generate import Report
 
 LogpsFunction = Callable[[RowBatch, float], Tensor]
@@ -28,8 +28,8 @@ def pair_logps(
 
     Args:
         stored: The round; its pairs are read, its `logps` written.
-        policies: (rows, temperature) -> token log-probs, shape (R, T), by name.
-        tokens_per_batch: Padded tokens per batch.
+        policies: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,), by name.
+        tokens_per_batch: Tokens per batch.
         temperature: The temperature the answers were drawn at.
         report: Gets (answers done, note).
         ranks: The batches are dealt out to them. Sharded policies need all ranks at every call, so a rank that has one
@@ -38,18 +38,19 @@ def pair_logps(
     started = time.monotonic()
     pairs = stored.read("pairs").select(["prompt_id", "prompt_tokens", "chosen_tokens", "rejected_tokens"]).to_pylist()
     columns: dict[str, Any] = {"prompt_id": pa.array([p["prompt_id"] for p in pairs], pa.string())}
-    rows = [Row(p["prompt_tokens"], p[f"{which}_tokens"]) for which in ("chosen", "rejected") for p in pairs]
+    trees = [Tree(p["prompt_tokens"], (p["chosen_tokens"], p["rejected_tokens"])) for p in pairs]
     for name, policy in policies.items():
-        logps = torch.zeros(len(rows), dtype=torch.float64)
-        batches = list(batches_by_length(rows, tokens_per_batch))
+        logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
+        batches = list(batches_by_length(trees, tokens_per_batch))
         for start in range(0, len(batches), ranks.size):
             counts = start + ranks.rank < len(batches)
             batch = batches[start + ranks.rank if counts else -1]
-            found = policy(pad_rows([rows[i] for i in batch]), temperature).sum(-1).double().cpu()
+            rows = lay_out([trees[i] for i in batch])
+            found = rows.totals(policy(rows, temperature).cpu()).double()
             if counts:
-                logps[batch] = found
-            report(sum(map(len, batches[start : start + ranks.size])), "")
-        chosen, rejected = ranks.total(logps).view(2, len(pairs)).numpy()
+                logps[batch] = found.view(-1, 2)
+            report(2 * sum(map(len, batches[start : start + ranks.size])), "")
+        chosen, rejected = ranks.total(logps).T.numpy()
         columns |= {f"chosen_{name}_logp": chosen, f"rejected_{name}_logp": rejected}
 
     def write() -> None:

@@ -23,16 +23,14 @@ def dataset(count: int, reference: bool = False) -> PairDataset:
     return PairDataset(pairs, pa.table(logps), temperature=0.8)
 
 
-def test_batch_holds_chosen_then_rejected_rows() -> None:
+def test_batch_holds_a_tree_per_pair() -> None:
     batch = dataset(4, reference=True).batch([1, 2], weight=0.5)
-    assert batch.rows.input_ids.tolist() == [
-        [1, 1, 101, 0, 0],
-        [2, 2, 102, 0, 0],
-        [1, 1, 201, 201, 0],
-        [2, 2, 202, 202, 202],
-    ]
-    assert batch.rows.response_mask.sum(1).tolist() == [1, 1, 2, 3]
-    assert batch.rows.attention_mask.sum(1).tolist() == [3, 3, 4, 5]
+    assert batch.rows.input_ids.tolist() == [[1, 1, 101, 201, 201, 2, 2, 102, 202, 202, 202]]
+    assert batch.rows.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 2, 3, 4]]
+    assert batch.rows.predictors.tolist() == [1, 1, 3, 6, 6, 8, 9]
+    assert batch.rows.targets.tolist() == [101, 201, 201, 102, 202, 202, 202]
+    assert batch.rows.answer_of.tolist() == [0, 1, 1, 2, 3, 3, 3]
+    assert batch.rows.lengths == ((2, 1, 2), (2, 1, 3))
     assert batch.rewards.tolist() == [[1.0, 2.0], [-1.0, -2.0]]
     assert batch.reference_logps is not None
     assert (len(batch), batch.weight, batch.temperature) == (2, 0.5, 0.8)
@@ -72,6 +70,28 @@ def test_every_pair_counts_the_same_in_its_update(pairs: int, world_size: int) -
         assert sum(share.values()) == pytest.approx(1.0)
         assert len({round(s, 9) for s in share.values()}) == 1
     assert plan.updates == -(-len(ranks[0]) // 2)
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize("pairs", [1, 13, 40])
+def test_token_budgets_divide_updates_without_changing_their_pairs(pairs: int, world_size: int) -> None:
+    lengths = [7 + 13 * (i % 9) for i in range(pairs)]
+    plain = UpdatePlan(pairs, 4, 3, world_size)
+    plan = UpdatePlan(pairs, 4, 3, world_size, max_tokens=150)
+    ranks = [RoundBatches(plan, "x", rank, lengths) for rank in range(world_size)]
+    count = ranks[0].accumulate
+    assert {(len(r), r.accumulate) for r in ranks} == {(len(ranks[0]), count)}
+    batches = [list(r) for r in ranks]
+    assert all(sum(lengths[i] for i in indices) <= 150 for b in batches for indices, _ in b)
+    expected = [sorted(i for micro in u for part in micro for i in part) for u in plain.divide(ranks[0]._order(), None)]
+    assert -(-len(batches[0]) // count) == len(expected) == plan.updates
+    for number, update in enumerate(expected):
+        share: dict[int, float] = {}
+        for of_rank in batches:
+            for indices, weight in of_rank[number * count : (number + 1) * count]:
+                share |= {i: weight / len(indices) / count / world_size for i in indices if weight > 0}
+        assert sorted(share) == update
+        assert list(share.values()) == pytest.approx([1 / len(update)] * len(update))
 
 
 @pytest.mark.parametrize("workers", [0, 1])

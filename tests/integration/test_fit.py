@@ -44,8 +44,8 @@ class Recorder(L.Callback):
         if batch_idx == 0:
             rows = batch.rows
             with torch.no_grad():
-                logps = module(rows.input_ids, rows.attention_mask, rows.response_mask, batch.temperature).sum(-1)
-            self.first_logratios.append((logps.view(2, -1) - batch.old_logps).abs().max().item())
+                logps = rows.totals(module(**rows.inputs(), temperature=batch.temperature)).view(-1, 2).T
+            self.first_logratios.append((logps - batch.old_logps).abs().max().item())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
         if trainer.global_step > len(self.losses):
@@ -170,20 +170,27 @@ def test_same_seed_gives_the_same_rounds_and_weights(tmp_path: Path, llama: Path
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """10 pairs: 2 x 2 against 1 x 4 pairs an update, the last update being one of 2 pairs."""
+    """10 pairs: 2 x 2 against 1 x 4 pairs an update, the last update being one of 2 pairs; also divided by tokens."""
     start = weights(_loaded(llama))
     ends = []
-    for name, batch, accumulate in (("small", 2, 2), ("large", 4, 1), ("odd", 1, 4)):
-        _, module = fit(
+    for name, batch, accumulate, tokens in (
+        ("small", 2, 2, None),
+        ("large", 4, 1, None),
+        ("odd", 1, 4, None),
+        ("budget", 4, 1, 90),
+    ):
+        trainer, module = fit(
             tmp_path / name,
             llama,
             prompts,
             module={"optimizer": lambda p: torch.optim.SGD(p, lr=1e-3)},
-            data={"batch_size": batch},
+            data={"batch_size": batch, "max_tokens_per_batch": tokens},
             accumulate_grad_batches=accumulate,
             max_epochs=1,
         )
         ends.append(weights(module))
+        assert trainer.global_step == 3
+    assert trainer.accumulate_grad_batches > 1
     for other in ends[1:]:
         for key, value in ends[0].items():
             torch.testing.assert_close(other[key], value, atol=2e-6, rtol=1e-4)
@@ -262,7 +269,10 @@ def test_learning_rate_warms_up_and_falls_over_the_run(tmp_path: Path, llama: Pa
     assert recorder.rates == pytest.approx(expected)
 
 
-def test_run_goes_on_from_a_checkpoint_inside_a_round(tmp_path: Path, llama: Path, prompts: str) -> None:
+@pytest.mark.parametrize("tokens", [None, 90])
+def test_run_goes_on_from_a_checkpoint_inside_a_round(
+    tmp_path: Path, llama: Path, prompts: str, tokens: int | None
+) -> None:
     """Stopped after 2 of 6 updates and started anew: the same batches, rates and weights as without the stop."""
 
     class Stop(L.Callback):
@@ -273,10 +283,12 @@ def test_run_goes_on_from_a_checkpoint_inside_a_round(tmp_path: Path, llama: Pat
     def checkpoints() -> ModelCheckpoint:
         return ModelCheckpoint(tmp_path / "b" / "checkpoints", every_n_train_steps=1, save_last=True)
 
-    _, whole = fit(tmp_path / "a", llama, prompts)
+    options: dict[str, Any] = {"data": {"max_tokens_per_batch": tokens}}
+    _, whole = fit(tmp_path / "a", llama, prompts, **options)
+    options["enable_checkpointing"] = True
     with pytest.raises((SystemExit, KeyboardInterrupt)):
-        fit(tmp_path / "b", llama, prompts, [Stop(), checkpoints()], enable_checkpointing=True)
-    _, resumed = fit(tmp_path / "b", llama, prompts, [checkpoints()], enable_checkpointing=True, ckpt_path="last")
+        fit(tmp_path / "b", llama, prompts, [Stop(), checkpoints()], **options)
+    _, resumed = fit(tmp_path / "b", llama, prompts, [checkpoints()], ckpt_path="last", **options)
     assert_same(weights(whole), weights(resumed))
 
 

@@ -12,11 +12,11 @@ import torch
 from rlhf_pl import SFTDataModule, SFTModule
 from rlhf_pl.callbacks import EpochRun, HFExport
 from rlhf_pl.chat import encode_conversation
-from rlhf_pl.data.packing import Example, lay_out, pack
+from rlhf_pl.data.packing import Example, lay_out_examples, pack
 from rlhf_pl.errors import InputError
-from rlhf_pl.modules.sft import check_packing
 from rlhf_pl.optim import AdamW
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import PolicyLM
+from rlhf_pl.shared_prompt import share_prompts
 from tests.conftest import make_tokenizer
 
 Write = Callable[..., str]
@@ -59,14 +59,13 @@ def test_packing_fills_rows_and_keeps_every_example() -> None:
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
 def test_packed_examples_give_what_each_gives_alone(kind: str) -> None:
-    """Log-probs and gradient, in three architectures."""
+    """Log-probs and gradient, in three architectures; as rows of their own, and one after the other."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
     torch.manual_seed(1)
     config = AutoConfig.for_model(kind, vocab_size=50, initializer_range=0.3, num_key_value_heads=2, **sizes)
     lm = AutoModelForCausalLM.from_config(config).eval()
-    check_packing(lm, PolicySource("x"))
     policy = PolicyLM(lm)
     examples = [
         Example([1, 2, 3, 4, 5], [False, False, True, True, True]),
@@ -74,13 +73,14 @@ def test_packed_examples_give_what_each_gives_alone(kind: str) -> None:
         Example([9, 4, 4, 2], [True, False, False, True]),
     ]
     found = []
-    for rows in ([[examples[0], examples[1]], [examples[2]]], [[e] for e in examples]):
-        inputs = lay_out(rows)
-        logps = policy(inputs["input_ids"], None, inputs["response_mask"], position_ids=inputs["position_ids"])
+    for share in (False, True):
+        if share:
+            assert share_prompts(lm)
+        logps = policy(**lay_out_examples(examples).inputs())
         policy.zero_grad()
         logps.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])
-        found.append((logps[logps != 0], gradient.clone()))
+        found.append((logps, gradient.clone()))
     assert len(found[0][0]) == 6
     assert torch.allclose(found[0][0], found[1][0], atol=1e-5)
     assert torch.allclose(found[0][1], found[1][1], atol=1e-5)
@@ -156,11 +156,3 @@ def test_wrong_inputs(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
             fit(tmp_path, llama, write_jsonl(rows), {"val_conversations": 0})
     with pytest.raises(InputError, match=r"`data.max_tokens` of 10000 is over the context"):
         fit(tmp_path, llama, write_jsonl(ROWS), {"max_tokens": 10_000})
-
-
-def test_architectures_that_mix_packed_rows_are_refused(source: PolicySource) -> None:
-    lm = load_lm(source)
-    backbone = lm.base_model.forward
-    lm.base_model.forward = lambda **inputs: backbone(**{k: v for k, v in inputs.items() if k != "position_ids"})
-    with pytest.raises(InputError, match=r"would see each other. Set --data.packing false"):
-        check_packing(lm, source)

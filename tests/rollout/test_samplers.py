@@ -25,7 +25,7 @@ from rlhf_pl.rollout import (
     VLLMServerSampler,
 )
 from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, hand_over, tolerance
-from rlhf_pl.rows import Row, RowBatch, pad_rows
+from rlhf_pl.rows import RowBatch, Tree, lay_out
 from rlhf_pl.weights import weights_of
 from tests.conftest import save_llama
 from tests.vllm_serving import sampling_server
@@ -84,7 +84,7 @@ def draw(sampler: Sampler, prompts: list[list[int]], seeds: list[int], **setting
 def policy(lm: Any) -> Callable[[RowBatch, float], torch.Tensor]:
     def logps(rows: RowBatch, temperature: float) -> torch.Tensor:
         with torch.no_grad():
-            return PolicyLM(lm)(rows.input_ids, rows.attention_mask, rows.response_mask, temperature)
+            return PolicyLM(lm)(**rows.inputs(), temperature=temperature)
 
     return logps
 
@@ -92,9 +92,8 @@ def policy(lm: Any) -> Callable[[RowBatch, float], torch.Tensor]:
 def test_logps_are_the_policys(sampler: Sampler, lm: Any) -> None:
     """At temperature 1 and over the whole vocabulary, whatever was drawn with."""
     answers = draw(sampler, PROMPTS, [10 * i for i in range(6)], num_responses=3, temperature=0.7, top_p=0.9)
-    rows = [Row(p, r.token_ids) for p, rs in zip(PROMPTS, answers, strict=True) for r in rs]
-    batch = pad_rows(rows)
-    expected = policy(lm)(batch, 1.0)[batch.response_mask]
+    trees = [Tree(p, tuple(r.token_ids for r in rs)) for p, rs in zip(PROMPTS, answers, strict=True)]
+    expected = policy(lm)(lay_out(trees), 1.0)
     actual = torch.tensor([logp for rs in answers for r in rs for logp in r.logps])
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
 
