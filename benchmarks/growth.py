@@ -1,0 +1,83 @@
+"""Time and memory of a round as the work grows: a tiny model, 100, 1,000 and 10,000 prompts.
+
+python -m benchmarks.growth
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.common import in_a_process, machine, peak_memory, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--prompts", type=int, action="append")
+    parser.add_argument("--one", action="store_true")
+    args = parser.parse_args()
+    counts = args.prompts or [100, 1000, 10_000]
+    if args.one:
+        print(json.dumps(measure(counts[0])))
+        return
+    print(f"{machine()}\n")
+    rows = []
+    for count in counts:
+        found = in_a_process(__file__, ["--one", "--prompts", str(count)])
+        phases = [found[name] for name in ("generate", "score", "logps", "train")]
+        rest = found["seconds"] - sum(phases)
+        cells = [f"{s:.1f}" for s in (found["seconds"], *phases, rest)]
+        rows.append([f"{count:,}", *cells, f"{1000 * found['seconds'] / count:.1f}", f"{found['gib']:.2f}"])
+    header = ["prompts", "round, s", "generate", "score", "log-probs", "train", "rest", "ms a prompt", "peak GiB"]
+    print(table(header, rows))
+
+
+def measure(count: int) -> dict[str, float]:
+    import lightning as L
+
+    from rlhf_pl import RebelModule, RoundDataModule, SamplingConfig, VLLMSampler
+    from rlhf_pl.callbacks import RoundRefresh
+    from tests.conftest import save_llama
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        save_llama(folder / "model")
+        with (folder / "prompts.jsonl").open("w") as file:
+            for i in range(count):
+                file.write(json.dumps({"prompt_id": str(i), "prompt": f"What is {i} plus {i + 1}?"}) + "\n")
+        L.seed_everything(0, verbose=False)
+        refresh = RoundRefresh(
+            reward="benchmarks.growth.variety",
+            sampler=VLLMSampler(dtype="float32", kv_cache_gib=0.2),
+            sampling=SamplingConfig(num_responses=4, max_response_tokens=8),
+        )
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=1,
+            accumulate_grad_batches=4,
+            default_root_dir=folder / "run",
+            callbacks=[refresh],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = RoundDataModule(str(folder / "prompts.jsonl"), batch_size=16, max_prompt_tokens=64)
+        with peak_memory() as peak:
+            started = time.monotonic()
+            trainer.fit(RebelModule(str(folder / "model")), datamodule=data)
+            seconds = time.monotonic() - started
+        stored = data.store.round(0)
+        stages = {"generate": "responses", "score": "rewards", "logps": "logps", "train": "training"}
+        times = {name: float(stored.info(stage)["seconds"]) for name, stage in stages.items()}
+    return {"seconds": seconds, "gib": peak["gib"], **times}
+
+
+def variety(response: str) -> float:
+    """Something to differ by."""
+    return len(set(response)) / 10
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""Answers per second of a reward model: our batches of like length with shared prompts, and one answer at a time.
+
+python -m benchmarks.scoring
+"""
+
+import argparse
+import tempfile
+import time
+from pathlib import Path
+
+from benchmarks.common import MODEL, machine, table
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL), help="what a reward model with a random head is made of")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--num_responses", type=int, default=4)
+    parser.add_argument("--prompt_words", type=int, default=60)
+    parser.add_argument("--response_words", type=int, default=40)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    import random
+
+    from transformers import AutoTokenizer
+
+    from rlhf_pl.classifier import new_classifier
+    from rlhf_pl.policy import PolicySource
+    from rlhf_pl.rewards import ClassifierReward, Sample
+
+    print(machine())
+    draw = random.Random(args.seed)
+    words = [
+        "sea",
+        "sky",
+        "hill",
+        "river",
+        "stone",
+        "light",
+        "morning",
+        "window",
+        "paper",
+        "garden",
+        "quiet",
+        "winter",
+        "letter",
+        "engine",
+        "forest",
+    ]
+
+    def text(mean: int) -> str:
+        return " ".join(draw.choice(words) for _ in range(draw.randint(mean // 2, mean * 3 // 2)))
+
+    samples = []
+    for number in range(args.prompts):
+        chat = [{"role": "user", "content": text(args.prompt_words)}]
+        samples += [Sample(str(number), chat, text(args.response_words)) for _ in range(args.num_responses)]
+    with tempfile.TemporaryDirectory() as name:
+        model = new_classifier(PolicySource(args.model), seed=1)
+        tokenizer = AutoTokenizer.from_pretrained(args.model)
+        model.config.pad_token_id = tokenizer.pad_token_id
+        model.save_pretrained(name)
+        tokenizer.save_pretrained(name)
+        reward = ClassifierReward(str(Path(name)), dtype="float32")
+        reward.score(samples[:1])
+        started = time.monotonic()
+        alone = [reward.score([sample])[0].reward for sample in samples]
+        middle = time.monotonic()
+        together = [result.reward for result in reward.score(samples)]
+        ended = time.monotonic()
+    error = max(abs(a - b) for a, b in zip(alone, together, strict=True))
+    assert error < 1e-3, f"scores differ by {error}"
+    one, all_ = (len(samples) / seconds for seconds in (middle - started, ended - middle))
+    rows = [["one at a time", f"{one:.2f}"], ["rlhf-pl", f"{all_:.2f}"]]
+    print(f"{args.prompts} prompts x {args.num_responses} answers; scores equal to {error:.0e}\n")
+    print(table(["", "answers/s"], rows))
+    print(f"\n{all_ / one:.2f}x")
+
+
+if __name__ == "__main__":
+    main()

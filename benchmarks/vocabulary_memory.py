@@ -1,0 +1,70 @@
+"""Peak memory of a training step against vocabulary and response length: full logits, and ours.
+
+A small random Llama, so that little but logits counts; a process of its own for every number.
+
+    python -m benchmarks.vocabulary_memory
+"""
+
+import argparse
+import json
+
+from benchmarks.common import in_a_process, machine, peak_memory, table
+
+VOCABULARIES = (49_152, 128_256, 256_000)
+RESPONSES = (64, 256)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--one", nargs=3, metavar=("HOW", "VOCABULARY", "RESPONSE"))
+    parser.add_argument("--pairs", type=int, default=4)
+    parser.add_argument("--chunk", type=int, default=128, help="model.logprob_chunk_tokens")
+    args = parser.parse_args()
+    if args.one:
+        how, vocabulary, response = args.one
+        print(json.dumps(measure(how, int(vocabulary), int(response), args.pairs, args.chunk)))
+        return
+    print(machine())
+    print(f"GiB above the loaded model with its gradients; {args.pairs} pairs, chunks of {args.chunk} tokens\n")
+    rows = []
+    for response in RESPONSES:
+        for vocabulary in VOCABULARIES:
+            options = ["--pairs", str(args.pairs), "--chunk", str(args.chunk)]
+            full, ours = (
+                in_a_process(__file__, ["--one", how, str(vocabulary), str(response), *options])["gib"]
+                for how in ("full", "ours")
+            )
+            rows.append([response, f"{vocabulary:,}", f"{full:.2f}", f"{ours:.2f}", f"{ours / full:.2f}"])
+    print(table(["response tokens", "vocabulary", "full logits", "rlhf-pl", "share"], rows))
+
+
+def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int) -> dict[str, float]:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from rlhf_pl.logprobs import gather_logps
+    from rlhf_pl.policy import PolicyLM
+    from rlhf_pl.rows import Tree, lay_out, padded
+    from rlhf_pl.shared_prompt import share_prompts
+
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes)).train()
+    for parameter in lm.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    answers = torch.randint(vocabulary, (pairs, 2, response)).tolist()
+    rows = lay_out([Tree(list(range(100)), (chosen, rejected)) for chosen, rejected in answers])
+    with peak_memory() as peak:
+        if how == "ours":
+            assert share_prompts(lm)
+            rows.totals(PolicyLM(lm, chunk)(**rows.inputs())).sum().backward()
+        else:
+            ids, mask = padded(rows)
+            logits = lm(input_ids=ids, attention_mask=mask).logits
+            logps = gather_logps(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+            (logps * mask[:, 1:].flatten()).sum().backward()
+    return peak
+
+
+if __name__ == "__main__":
+    main()
