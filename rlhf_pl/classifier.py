@@ -1,5 +1,6 @@
 """Reward models with one output: loaded with their head or not at all, and run as one unit."""
 
+from collections.abc import Sequence
 from copy import deepcopy
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,8 @@ from torch import Tensor, nn
 from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.errors import InputError
 from rlhf_pl.policy import PolicySource, without_dropout
+from rlhf_pl.rows import Tree, lay_out
+from rlhf_pl.shared_prompt import hidden_states, share_prompts
 
 # what reward models call their head: transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
 HEADS = (
@@ -218,6 +221,7 @@ class ClassifierLM(nn.Module):
         self.model = model
         self.pad_token_id = model.config.get_text_config().pad_token_id
         self.linear = _is_linear_on_last(model)
+        self.shares_prompts = self.linear and share_prompts(model)
 
     def pad_id(self, rows: list[list[int]]) -> int:
         """An id to pad these rows with: the model's, or, where it has none, one that is in no row."""
@@ -253,9 +257,38 @@ class ClassifierLM(nn.Module):
             counts = counts & (input_ids != self.pad_token_id)
         positions = torch.arange(input_ids.shape[1], device=input_ids.device)
         last = (positions * counts).argmax(-1)
+        return self._head(hidden[torch.arange(len(last)), last])
+
+    def score_trees(self, trees: Sequence[Tree], device: torch.device) -> Tensor:
+        """Scores of conversations that share their beginnings, which are computed once; needs `shares_prompts`.
+
+        Args:
+            trees: What conversations have in common, with the rest of each.
+            device: Where the model is.
+
+        Returns:
+            Shape (all answers,), float32.
+        """
+        last: list[int] = []
+        start = 0
+        for tree in trees:
+            end = start + len(tree.prompt)
+            for answer in tree.answers:
+                places = [*range(start, start + len(tree.prompt)), *range(end, end + len(answer))]
+                ids = [*tree.prompt, *answer]
+                tokens = [place for place, token in zip(places, ids, strict=True) if token != self.pad_token_id]
+                last.append(tokens[-1] if tokens else start)
+                end += len(answer)
+            start = end
+        rows = lay_out(trees).to(device)
+        hidden = hidden_states(self.model, rows.input_ids, rows.position_ids, rows.lengths)
+        return self._head(hidden[torch.tensor(last, device=device)])
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        """Shape (R, H) to (R,), float32."""
         head = self.model.score
         with torch.autocast(hidden.device.type, enabled=False):
-            return head(hidden[torch.arange(len(last)), last].to(head.weight.dtype))[:, 0].float()
+            return head(hidden.to(head.weight.dtype))[:, 0].float()
 
 
 @torch.no_grad()

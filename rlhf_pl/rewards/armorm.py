@@ -192,7 +192,9 @@ class ArmoRMReward(Reward):
         rows = [self._row(s) for s in batch]
         if not rows:
             return []
-        score, rewards, coefficients = self._local(rows).split([1, len(OBJECTIVES), len(OBJECTIVES)], dim=-1)
+        score, rewards, coefficients = torch.stack(self._local(rows)).split(
+            [1, len(OBJECTIVES), len(OBJECTIVES)], dim=-1
+        )
         chosen = score[:, 0]
         if self.objectives is not None:
             weights = torch.tensor([self.objectives.get(name, 0.0) for name in OBJECTIVES])

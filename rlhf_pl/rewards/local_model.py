@@ -1,24 +1,24 @@
 """A reward model in this process: loaded when first used, run in batches of like length, moved aside when idle."""
 
-from collections.abc import Callable, Sequence
-from typing import Literal
+from collections.abc import Callable, Sequence, Sized
+from typing import Generic, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from rlhf_pl.errors import InputError
-from rlhf_pl.rendering import Rendered
 from rlhf_pl.rows import batches_by_length
 
+T = TypeVar("T", bound=Sized)
 ModelDType = Literal["float32", "bfloat16", "float16"]
 
 
-class LocalModel:
-    """Runs `module(rows)` over rows in batches, whatever their number and lengths.
+class LocalModel(Generic[T]):
+    """Runs a module over rows, whatever has a number of tokens, in batches, whatever their number and lengths.
 
     Args:
         load: Makes the module, on the CPU.
-        run: (module, rows of a batch, device) -> a tensor whose first dimension is the rows.
+        run: (module, rows of a batch, device) -> an output for each row: the rows of a tensor, or tensors.
         device: `auto` for the GPU where there is one.
         tokens_per_batch: Padded tokens of a batch.
         offload: Move to the CPU in `rest`.
@@ -27,7 +27,7 @@ class LocalModel:
     def __init__(
         self,
         load: Callable[[], nn.Module],
-        run: Callable[[nn.Module, list[Rendered], torch.device], Tensor],
+        run: Callable[[nn.Module, list[T], torch.device], Sequence[Tensor] | Tensor],
         device: str,
         tokens_per_batch: int,
         offload: bool,
@@ -50,15 +50,15 @@ class LocalModel:
             self._module = self._load().requires_grad_(False).eval()
         return self._module.to(self.device)
 
-    def __call__(self, rows: Sequence[Rendered]) -> Tensor:
+    def __call__(self, rows: Sequence[T]) -> list[Tensor]:
         """The module's outputs in the order of `rows`, float32, on the CPU."""
         module = self.open()
         found: dict[int, Tensor] = {}
         with torch.inference_mode():
             for batch in batches_by_length(rows, self.tokens_per_batch):
-                outputs = self._run(module, [rows[i] for i in batch], self.device).float().cpu()
-                found |= dict(zip(batch, outputs, strict=True))
-        return torch.stack([found[i] for i in range(len(rows))])
+                outputs = self._run(module, [rows[i] for i in batch], self.device)
+                found |= {i: output.float().cpu() for i, output in zip(batch, outputs, strict=True)}
+        return [found[i] for i in range(len(rows))]
 
     def rest(self) -> None:
         """Leave the GPU to others until the next call."""

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf_pl import classifier
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import ClassifierReward, Sample
 from tests.conftest import make_tokenizer
@@ -19,6 +20,8 @@ SAMPLES = [
         "b", [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Tell me of the sea."}], "Wet"
     ),
     Sample("c", [{"role": "user", "content": "What is the capital of France? " * 4}], ""),
+    Sample("c", [{"role": "user", "content": "What is the capital of France? " * 4}], "Paris"),
+    Sample("c", [{"role": "user", "content": "What is the capital of France? " * 4}], "Paris, of course"),
 ]
 Tensors = dict[str, torch.Tensor]
 
@@ -63,6 +66,24 @@ def test_batches_give_the_scores_of_single_rows_in_plain_transformers(
     )
 
 
+def test_a_prompt_is_computed_once_for_its_answers(reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+    plain = classifier.hidden_states
+
+    def noting(lm: object, ids: torch.Tensor, *others: object) -> torch.Tensor:
+        seen.append(ids.numel())
+        return plain(lm, ids, *others)
+
+    monkeypatch.setattr(classifier, "hidden_states", noting)
+    together, apart = [], []
+    for batch in (SAMPLES[2:], *([s] for s in SAMPLES[2:])):
+        seen.clear()
+        found = [r.reward for r in ClassifierReward(str(reward_model)).score(batch)]
+        (together if len(batch) > 1 else apart).append((found, sum(seen)))
+    assert together[0][0] == pytest.approx([f for found, _ in apart for f in found], abs=1e-5)
+    assert together[0][1] < 0.6 * sum(tokens for _, tokens in apart)
+
+
 def test_without_a_padding_token_batches_still_agree(reward_model: Path, tmp_path: Path) -> None:
     folder = changed(reward_model, tmp_path / "nopad", lambda t: t, pad_token_id=None, num_labels=1)
     expected = plain_scores(reward_model)
@@ -79,7 +100,7 @@ def test_encoders_run_through_their_own_head(tmp_path: Path) -> None:
     ).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     assert scores(tmp_path) == pytest.approx(plain_scores(tmp_path), abs=1e-5)
-    assert len(set(scores(tmp_path, pair_encoding=True))) == 3
+    assert len(set(scores(tmp_path, pair_encoding=True))) == len(SAMPLES)
 
 
 HEADS: dict[str, Callable[[str], str]] = {
@@ -145,7 +166,7 @@ def test_long_conversations_lose_the_left_of_their_prompt_and_are_counted(reward
     assert row.ids[0] == tokenizer.bos_token_id
     assert row.turn is not None
     assert tokenizer.decode(row.ids[row.turn :]) == "<|end|><|assistant|>Paris it is<|end|>"
-    assert [bool(r.truncated_tokens) for r in reward.score(SAMPLES)] == [False, False, True]
+    assert [bool(r.truncated_tokens) for r in reward.score(SAMPLES)] == [False, False, True, True, True]
 
 
 def test_dropped_system_prompts_change_the_score(reward_model: Path) -> None:

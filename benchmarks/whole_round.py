@@ -1,0 +1,154 @@
+"""A whole round, once everything is running: ours, and TRL's OnlineDPOTrainer on the same prompts.
+
+Both draw two answers to every prompt, score them with the same function, and train on the pairs with as many a
+update, in float32. The second of two rounds is timed. TRL samples with transformers: its vLLM modes need a GPU.
+
+    python -m benchmarks.whole_round
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import MODEL, in_a_process, machine, peak_memory, table
+
+PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+VARIANTS = {"rlhf-pl": "rlhf-pl, vLLM", "rlhf-pl-transformers": "rlhf-pl, transformers", "trl": "TRL OnlineDPO"}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--prompts", type=int, default=16, help="a round")
+    parser.add_argument("--pairs", type=int, default=8, help="an update")
+    parser.add_argument("--max_tokens", type=int, default=48)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--one", choices=VARIANTS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(with_trl(args) if args.one == "trl" else with_lightning(args)))
+        return
+    keep = ("model", "prompts", "pairs", "max_tokens", "seed")
+    options = [text for name in keep for text in (f"--{name}", str(getattr(args, name)))]
+    found = {name: in_a_process(__file__, ["--one", name, *options]) for name in VARIANTS}
+    print(machine())
+    print(f"{args.prompts} prompts x 2 answers of up to {args.max_tokens} tokens, {args.pairs} pairs an update\n")
+    rows = []
+    for name, result in found.items():
+        rest = f"{result['rest']:.1%}" if "rest" in result else ""
+        rows.append([VARIANTS[name], f"{result['seconds']:.1f}", result["tokens"], f"{result['gib']:.2f}", rest])
+    print(table(["", "round, s", "answer tokens", "peak GiB", "neither drawn, scored nor trained"], rows))
+    for name in ("rlhf-pl", "rlhf-pl-transformers"):
+        print(f"\n{VARIANTS[name]}: {found['trl']['seconds'] / found[name]['seconds']:.2f}x TRL")
+
+
+def variety(response: str) -> float:
+    """Something to differ by."""
+    return len(set(response.split())) / 10
+
+
+def questions(count: int) -> list[dict[str, str]]:
+    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
+    return [{"prompt_id": str(i), "prompt": row["prompt"]} for i, row in enumerate(rows[:count])]
+
+
+def with_lightning(args: argparse.Namespace) -> dict[str, float]:
+    import lightning as L
+
+    from rlhf_pl import RebelModule, RoundDataModule, SamplingConfig, TransformersSampler, VLLMSampler
+    from rlhf_pl.callbacks import RoundRefresh
+    from rlhf_pl.optim import AdamW
+
+    ends: list[float] = []
+
+    class Clock(L.Callback):
+        def on_train_epoch_end(self, *args: Any) -> None:
+            ends.append(time.monotonic())
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        prompts = folder / "prompts.jsonl"
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in questions(args.prompts)))
+        L.seed_everything(args.seed, verbose=False)
+        refresh = RoundRefresh(
+            reward="benchmarks.whole_round.variety",
+            sampler=VLLMSampler(dtype="float32") if args.one == "rlhf-pl" else TransformersSampler(),
+            sampling=SamplingConfig(num_responses=2, max_response_tokens=args.max_tokens),
+        )
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=2,
+            accumulate_grad_batches=max(1, args.pairs // 4),
+            default_root_dir=folder / "run",
+            callbacks=[refresh, Clock()],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        data = RoundDataModule(str(prompts), batch_size=4)
+        with peak_memory() as peak:
+            trainer.fit(RebelModule(args.model, optimizer=lambda p: AdamW(p, lr=1e-6)), datamodule=data)
+        stored = data.store.round(1)
+        phases = sum(float(stored.info(stage)["seconds"]) for stage in ("responses", "rewards", "logps", "training"))
+        seconds = ends[1] - ends[0]
+        tokens = int(stored.info("responses")["tokens"])
+    return {"seconds": seconds, "tokens": tokens, "gib": peak["gib"], "rest": max(0.0, 1 - phases / seconds)}
+
+
+def with_trl(args: argparse.Namespace) -> dict[str, float]:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+    ends: list[float] = []
+    tokens = [0]
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    updates = args.prompts // args.pairs
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+            ends.append(time.monotonic())
+
+    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        texts = [c if isinstance(c, str) else c[-1]["content"] for c in completions]
+        if len(ends) >= updates:
+            tokens[0] += sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
+        return [variety(text) for text in texts]
+
+    rows = [{"prompt": [{"role": "user", "content": q["prompt"]}]} for q in questions(args.prompts)]
+    with tempfile.TemporaryDirectory() as folder, peak_memory() as peak:
+        settings = OnlineDPOConfig(
+            folder,
+            per_device_train_batch_size=args.pairs,
+            max_steps=2 * updates,
+            max_new_tokens=args.max_tokens,
+            temperature=1.0,
+            learning_rate=1e-6,
+            lr_scheduler_type="constant",
+            gradient_checkpointing=False,
+            bf16=False,
+            report_to=[],
+            save_strategy="no",
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=args.seed,
+        )
+        trainer = OnlineDPOTrainer(
+            AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32),
+            reward_funcs=reward,
+            args=settings,
+            train_dataset=Dataset.from_list(rows),
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    return {"seconds": ends[-1] - ends[updates - 1], "tokens": tokens[0], "gib": peak["gib"]}
+
+
+if __name__ == "__main__":
+    main()
