@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: help setup quickstart tutorial model test test-slow lint lock clean
+.PHONY: help setup quickstart tutorial model test test-slow lint bench lock clean
 
 help:
 	@echo "make quickstart  set up, and improve a small chat model in three rounds"
@@ -11,6 +11,7 @@ help:
 	@echo "                 (PREFERENCES=file.jsonl trains the reward model on comparisons of yours)"
 	@echo "make test        set up, and run linting, type checks and the tests"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make bench       the benchmarks, beside TRL (benchmarks/README.md)"
 	@echo "make setup       only the virtual environment in .venv"
 	@echo "make lock        resolve requirements/cpu.txt anew"
 
@@ -46,6 +47,13 @@ test: lint
 
 test-slow: setup model
 	$(BIN)/pytest -m slow
+
+# from the shortest to the longest
+BENCHMARKS := scoring generation growth vocabulary_memory whole_round training_step reward_over_time
+
+bench: setup model
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/bench.txt
+	@for name in $(BENCHMARKS); do echo "## $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; echo; done
 
 lock:
 	bash scripts/lock.sh

@@ -1,37 +1,28 @@
-"""Tokens per second of our sampler against bare vLLM: the same prompts, settings and seeds, in turn.
+"""Tokens per second of our sampler against bare vLLM: the same prompts, settings and seeds, by turns on one engine.
 
 python -m benchmarks.generation
 """
 
 import argparse
-import json
 import time
 from typing import Any
 
-from benchmarks.common import MODEL, PROFILES, in_a_process, machine, make_pairs, table
+from benchmarks.common import MODEL, PROFILES, machine, make_pairs, table
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--prompts", type=int, default=24)
+    parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--num_responses", type=int, default=4)
-    parser.add_argument("--max_tokens", type=int, default=64)
+    parser.add_argument("--max_tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--one", choices=("rlhf-pl", "vllm"))
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(measure(args)))
-        return
     print(machine())
     print(f"{args.prompts} prompts x {args.num_responses} answers of up to {args.max_tokens} tokens; best runs\n")
-    keep = ("model", "prompts", "num_responses", "max_tokens", "repeats")
-    options = [text for name in keep for text in (f"--{name}", str(getattr(args, name)))]
-    found = {name: in_a_process(__file__, ["--one", name, *options]) for name in ("vllm", "rlhf-pl", "vllm", "rlhf-pl")}
-    rows = [[name, f"{result['tokens_per_s']:.0f}"] for name, result in found.items()]
-    print(table(["", "tokens/s"], rows))
-    assert found["vllm"]["tokens"] == found["rlhf-pl"]["tokens"], "not the same answers"
-    print(f"\nrlhf-pl at {found['rlhf-pl']['tokens_per_s'] / found['vllm']['tokens_per_s']:.1%} of bare vLLM")
+    found = measure(args)
+    print(table(["", "tokens/s"], [[name, f"{speed:.0f}"] for name, speed in found.items()]))
+    print(f"\nrlhf-pl at {found['rlhf-pl'] / found['vllm']:.1%} of bare vLLM")
 
 
 def measure(args: argparse.Namespace) -> dict[str, float]:
@@ -70,15 +61,17 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
         return sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
 
-    run = with_ours if args.one == "rlhf-pl" else bare
-    best, tokens = 0.0, run()
+    best = {"vllm": 0.0, "rlhf-pl": 0.0}
+    expected = with_ours()
     for _ in range(args.repeats):
-        ours.reset()
-        started = time.monotonic()
-        assert run() == tokens
-        best = max(best, tokens / (time.monotonic() - started))
+        for name, run in (("vllm", bare), ("rlhf-pl", with_ours)):
+            ours.reset()
+            started = time.monotonic()
+            tokens = run()
+            assert tokens == expected, "not the same answers"
+            best[name] = max(best[name], tokens / (time.monotonic() - started))
     ours.close()
-    return {"tokens_per_s": best, "tokens": tokens}
+    return best
 
 
 if __name__ == "__main__":

@@ -1,0 +1,235 @@
+"""Held-out reward against wall-clock: ours, and TRL's OnlineDPO and GRPO, from the same model on the same task.
+
+The task is the quickstart's. Every run trains for `--seconds` (loading the model aside, starting the engine included)
+in float32; snapshots on the way answer the held-out prompts afterwards, with the same sampler and seeds.
+
+    python -m benchmarks.reward_over_time --plot reward_over_time.png
+"""
+
+import argparse
+import json
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from benchmarks.common import MODEL, in_a_process, machine, table
+from examples.short_answer import score
+
+PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+VARIANTS = {"rlhf-pl": "rlhf-pl", "online-dpo": "TRL OnlineDPO", "grpo": "TRL GRPO"}
+HELD_OUT = 48
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--max_tokens", type=int, default=48)
+    parser.add_argument("--plot", help="a .png file")
+    parser.add_argument("--one", choices=VARIANTS)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--lr", type=float, help="of TRL's runs")
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(evaluate(args, (ours if args.one == "rlhf-pl" else with_trl)(args))))
+        return
+    print(machine())
+    print(f"{args.seconds:g} s of training, {args.seeds} seeds, {HELD_OUT} held-out prompts\n")
+    keep = ("model", "seconds", "max_tokens", *(["lr"] if args.lr else []))
+    options = [text for name in keep for text in (f"--{name}", str(getattr(args, name)))]
+    curves: dict[str, list[list[list[float]]]] = {name: [] for name in VARIANTS}
+    for seed in range(args.seeds):
+        for name in VARIANTS:
+            curves[name].append(in_a_process(__file__, ["--one", name, "--seed", str(seed), *options])["curve"])
+    rows = []
+    for name, runs in curves.items():
+        points = "; ".join(" ".join(f"{t:.0f}s:{r:.3f}" for t, r in run) for run in runs)
+        rows.append([VARIANTS[name], f"{sum(run[-1][1] for run in runs) / len(runs):.3f}", points])
+    print(table(["", "mean reward at the end", "each seed's curve"], rows))
+    if args.plot:
+        plot(curves, args.plot)
+
+
+def plot(curves: dict[str, list[list[list[float]]]], file: str) -> None:
+    import matplotlib
+
+    matplotlib.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(6, 4))
+    for number, (name, runs) in enumerate(curves.items()):
+        for run in runs:
+            label = VARIANTS[name] if run is runs[0] else None
+            axes.plot(*zip(*run, strict=True), color=f"C{number}", marker="o", markersize=3, label=label)
+    axes.set(xlabel="seconds of training", ylabel="held-out reward")
+    axes.legend()
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+
+
+def questions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """For training, and held out."""
+    rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
+    return rows[HELD_OUT:], rows[:HELD_OUT]
+
+
+class Snapshots:
+    """Copies of the policy, with the seconds of training before them."""
+
+    def __init__(self) -> None:
+        self.started = time.monotonic()
+        self.taken: list[tuple[float, dict[str, Any]]] = []
+
+    def take(self, model: Any) -> float:
+        seconds = time.monotonic() - self.started
+        self.taken.append((seconds, {n: t.detach().bfloat16().clone() for n, t in model.state_dict().items()}))
+        self.started += time.monotonic() - self.started - seconds  # the copy does not count
+        return seconds
+
+
+def ours(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
+    import lightning as L
+    from torch.optim.lr_scheduler import ConstantLR
+
+    from rlhf_pl import RebelLoss, RebelModule, RoundDataModule, SamplingConfig, VLLMSampler
+    from rlhf_pl.callbacks import RoundRefresh
+    from rlhf_pl.optim import AdamW
+
+    clock: list[Snapshots] = []
+
+    class Clock(L.Callback):
+        def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
+            clock.append(Snapshots())
+            clock[0].take(module.policy.lm)
+
+        def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+            trainer.should_stop = clock[0].take(module.policy.lm) > args.seconds
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions()[0]))
+        L.seed_everything(args.seed, verbose=False)
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_epochs=1000,
+            default_root_dir=folder / "run",
+            callbacks=[
+                RoundRefresh(
+                    reward="examples.short_answer.score",
+                    sampler=VLLMSampler(dtype="float32"),
+                    sampling=SamplingConfig(num_responses=4, temperature=0.8, max_response_tokens=args.max_tokens),
+                ),
+                Clock(),
+            ],
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        module = RebelModule(
+            args.model,
+            loss=RebelLoss(5.0),
+            optimizer=lambda p: AdamW(p, lr=6e-5),
+            lr_scheduler=lambda o: ConstantLR(o, 1.0),
+        )
+        data = RoundDataModule(str(folder / "prompts.jsonl"), prompts_per_round=16, batch_size=4, seed=args.seed)
+        trainer.fit(module, datamodule=data)
+    return clock[0].taken
+
+
+def with_trl(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+
+    clock: list[Snapshots] = []
+
+    class Clock(TrainerCallback):
+        def on_train_begin(self, *arguments: Any, **kwargs: Any) -> None:
+            clock.append(Snapshots())
+            clock[0].take(kwargs["model"])
+
+        def on_step_end(self, settings: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            seconds = time.monotonic() - clock[0].started
+            if seconds > args.seconds or seconds > clock[0].taken[-1][0] + args.seconds / 4:
+                clock[0].take(kwargs["model"])
+            control.should_training_stop = seconds > args.seconds
+
+    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        pairs = zip(prompts, completions, strict=True)
+        texts = [(p[-1]["content"], c if isinstance(c, str) else c[-1]["content"]) for p, c in pairs]
+        most = args.max_tokens
+        return [score(prompt, text, len(tokenizer(text)["input_ids"]) < most) for prompt, text in texts]
+
+    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in questions()[0]]
+    shared: dict[str, Any] = {
+        "max_steps": 10_000,
+        "temperature": 0.8,
+        "learning_rate": args.lr or 2e-5,
+        "lr_scheduler_type": "constant",
+        "gradient_checkpointing": False,
+        "bf16": False,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": args.seed,
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
+        common = {
+            "reward_funcs": reward,
+            "train_dataset": Dataset.from_list(rows),
+            "processing_class": tokenizer,
+            "callbacks": [Clock()],
+        }
+        trainer: Any
+        if args.one == "grpo":
+            from trl import GRPOConfig, GRPOTrainer
+
+            settings = GRPOConfig(
+                folder,
+                per_device_train_batch_size=16,
+                num_generations=4,
+                max_completion_length=args.max_tokens,
+                **shared,
+            )
+            trainer = GRPOTrainer(model, args=settings, **common)
+        else:
+            from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
+
+            dpo = OnlineDPOConfig(folder, per_device_train_batch_size=8, max_new_tokens=args.max_tokens, **shared)
+            trainer = OnlineDPOTrainer(model, args=dpo, **common)
+        trainer.train()
+    return clock[0].taken
+
+
+def evaluate(args: argparse.Namespace, taken: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+    """Mean reward on the held-out prompts of every snapshot."""
+    from rlhf_pl.chat import encode_prompt
+    from rlhf_pl.policy import PolicySource
+    from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMSampler
+
+    source = PolicySource(args.model)
+    held_out = questions()[1]
+    prompts = [encode_prompt(source.tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in held_out]
+    sampler = VLLMSampler(dtype="float32")
+    sampler.start(EngineSpec(source, max(map(len, prompts)) + args.max_tokens, len(prompts)))
+    sampling = SamplingConfig(num_responses=1, temperature=0.5, max_response_tokens=args.max_tokens)
+    curve = []
+    for seconds, weights in taken:
+        sampler.load_weights(weights.items())
+        total = 0.0
+        for index, answers in sampler.generate([PromptTokens(ids, i) for i, ids in enumerate(prompts)], sampling):
+            text = source.tokenizer.decode(answers[0].token_ids, skip_special_tokens=True)
+            total += score(held_out[index]["prompt"], text, answers[0].finished)
+        curve.append((seconds, total / len(prompts)))
+    sampler.close()
+    return {"curve": curve}
+
+
+if __name__ == "__main__":
+    main()
