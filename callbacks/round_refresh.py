@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
@@ -48,7 +48,10 @@ class RoundRefresh(L.Callback):
         val_num_responses: Answers per held-out prompt; 2 or more also give held-out pairs for `val/loss`.
         val_temperature: Temperature on held-out prompts; null for that of training, 0 for the likeliest answer.
         prompts_per_shard: Prompts per file of the round store, answered together: what a crash can lose.
-        logps_batch_tokens: Padded tokens per batch when log-probs are computed before training.
+        logps_batch_tokens: Tokens per batch when log-probs are computed before training, prompts counted once.
+        old_logps: Whose log-probs of the pairs count as those of the policy that generated them: the `policy`'s own,
+            from a forward pass; or the `sampler`'s, noted while it drew (at temperature 1 only), which costs nothing
+            and is as exact as the sampler's dtype. The difference is measured on one batch and logged.
         timeout_minutes: In a run of several processes, minutes that one waits for the others before the run is ended
             with a message that names who is late, and where.
     """
@@ -68,6 +71,7 @@ class RoundRefresh(L.Callback):
         val_temperature: float | None = None,
         prompts_per_shard: int = 64,
         logps_batch_tokens: int = 4096,
+        old_logps: Literal["policy", "sampler"] = "policy",
         timeout_minutes: float = DEFAULT_TIMEOUT,
     ) -> None:
         for name, value in (
@@ -81,6 +85,11 @@ class RoundRefresh(L.Callback):
             raise InputError(f"`rollout.timeout_minutes` must be above 0, got {timeout_minutes}.")
         if sampling.num_responses < 2:
             raise InputError(f"`rollout.sampling.num_responses` must be 2 or more, got {sampling.num_responses}.")
+        if old_logps == "sampler" and sampling.temperature != 1:
+            raise InputError(
+                f"`rollout.old_logps` is sampler, but `rollout.sampling.temperature` is {sampling.temperature}: what "
+                "samplers note is at temperature 1. Set one of them otherwise."
+            )
         self.options: RoundOptions | None = None
         if reward is not None:
             self.options = RoundOptions(
@@ -92,6 +101,7 @@ class RoundRefresh(L.Callback):
                 selector=selector,
                 prompts_per_shard=prompts_per_shard,
                 logps_batch_tokens=logps_batch_tokens,
+                old_logps=old_logps,
             )
         self._link = SamplerLink(sampler)
         self._timeout = timeout_minutes

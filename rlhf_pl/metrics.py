@@ -51,7 +51,14 @@ def round_metrics(stored: Round) -> dict[str, float]:
         "time/generate_s": answers["seconds"],
         "time/score_s": rewards["seconds"],
         "time/logps_s": stages["logps"]["seconds"],
+        **_difference(stages["logps"]),
     }
+
+
+def _difference(logps: dict[str, Any]) -> dict[str, float]:
+    """Where the sampler's log-probs are taken: how far they are from the policy's, nats a token."""
+    found = logps.get("sampler_difference")
+    return {} if found is None else {"rollout/old_logp_difference": found}
 
 
 def _penalties(pairs: dict[str, Any]) -> list[str]:

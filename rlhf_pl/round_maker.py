@@ -190,14 +190,15 @@ class RoundMaker:
     def _pair_logps(self, stored: Round, policy: PolicySnapshot, what: str) -> None:
         if not stored.is_held_out:
             self.link.rest()  # nothing more is drawn before training
-        with_reference = self.module.kl_coef > 0
-        rows = 2 * stored.info("pairs")["pairs"] * (1 + with_reference)
+        with_reference, own = self.module.kl_coef > 0, self.options.old_logps == "policy"
+        rows = 2 * stored.info("pairs")["pairs"] * (own + with_reference)
         temperature = stored.info("responses")["sampling"]["temperature"]
-        policies: dict[str, Callable[[RowBatch, float], Tensor]] = {"old": policy.logps}
+        policies: dict[str, Callable[[RowBatch, float], Tensor]] = {"old": policy.logps} if own else {}
         if with_reference:
             policies["reference"] = logps_function(self.trainer, self.module, self.module.load_reference())
         with self._phase(f"log-probs of {what}", rows, "answers") as report:
-            pair_logps(stored, policies, self.options.logps_batch_tokens, temperature, report, self.ranks)
+            check = None if own else policy.logps
+            pair_logps(stored, policies, self.options.logps_batch_tokens, temperature, report, self.ranks, check)
 
     def past_policy(self, stored: Round) -> PolicySnapshot:
         """The policy that answered in `stored`."""

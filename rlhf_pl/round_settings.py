@@ -1,7 +1,7 @@
 """What rounds are made with, as the options say, and as a manifest notes it."""
 
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 
@@ -27,6 +27,7 @@ class RoundOptions:
     shaping: RewardShaping
     prompts_per_shard: int
     logps_batch_tokens: int
+    old_logps: Literal["policy", "sampler"] = "policy"
 
 
 def downstream_settings(
@@ -36,7 +37,10 @@ def downstream_settings(
     return {
         "rewards": {"reward": options.reward.fingerprint()},
         "pairs": {"selector": describe(options.selector), **_changed(options.shaping)},
-        "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
+        "logps": {
+            "reference": module.reference_source.path if module.kl_coef > 0 else None,
+            **({} if options.old_logps == "policy" else {"old": options.old_logps}),
+        },
         "training": {
             **module.training_settings(),
             "pairs_per_update": data.pairs_per_update(trainer),

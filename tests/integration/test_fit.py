@@ -260,6 +260,22 @@ def test_kl_penalty_enters_the_margins(tmp_path: Path, llama: Path, prompts: str
         assert moved < 1e-4 if index == 0 else moved > 1e-3
 
 
+def test_the_samplers_own_logps_can_be_taken(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """The same rounds and weights as with a forward pass, up to rounding, and the difference is told."""
+    sampling = SamplingConfig(num_responses=3, max_response_tokens=8)
+    for whose in ("policy", "sampler"):
+        refresh = {"sampling": sampling, "old_logps": whose}
+        fit(tmp_path / whose, llama, prompts, module={"kl_coef": 0.1}, refresh=refresh)
+    policy, sampler = (RoundStore(tmp_path / whose).round(1) for whose in ("policy", "sampler"))
+    for name in policy.read("logps").column_names[1:]:
+        found, expected = (r.read("logps")[name].to_pylist() for r in (sampler, policy))
+        assert found == pytest.approx(expected, abs=1e-3)
+    assert 0 < sampler.info("logps")["sampler_difference"] < 1e-4
+    assert "sampler_difference" not in policy.info("logps")
+    with pytest.raises(InputError, match="what samplers note is at temperature 1"):
+        RoundRefresh(reward, sampling=SamplingConfig(temperature=0.5), old_logps="sampler")
+
+
 def test_learning_rate_warms_up_and_falls_over_the_run(tmp_path: Path, llama: Path, prompts: str) -> None:
     """3 updates a round, 2 rounds: the middles of 6 slices, warm-up over the first tenth."""
     recorder = Recorder()
