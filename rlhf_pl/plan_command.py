@@ -17,6 +17,7 @@ from rlhf_pl.footprint import activation_bytes, kv_bytes, logits_bytes, model_si
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.policy import PolicySource
 from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
+from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PHASES = ("train", "generate", "score", "sync")
@@ -113,7 +114,12 @@ class _Plan:
         elif self.bf16 and width == 4:
             training["bf16 copies"] = 2 * (model.layer * model.layers)
         engine = self._engine(device_memory)
-        sync = {**held, "sampler": engine, "gathered unit": width * unit if self.sharded else 0}
+        sync = {
+            **held,
+            "sampler": engine,
+            "gathered unit": width * unit if self.sharded else 0,
+            "weights under way": self._under_way(unit),
+        }
         return {
             "train": training | ({} if self.on_gpu else {"sampler": engine}),
             "generate": held | {"sampler": engine},
@@ -136,6 +142,12 @@ class _Plan:
             self.options.sampling.num_responses * self.options.prompts_per_shard,
         )
         return weights + kv_bytes(self.config, sequences, self.longest, dtype) // self.sampler.ranks_per_engine
+
+    def _under_way(self, unit: int) -> int:
+        """What the hand-over of weights itself takes: copies of the largest unit as the sampler has it, or a bucket."""
+        if isinstance(self.sampler, VLLMServerSampler):
+            return BUCKET_BYTES
+        return 2 * _BYTES[self.sampler.dtype] * unit
 
     def _reward(self) -> int:
         reward = self.options.reward
