@@ -95,7 +95,7 @@ def plain_loop(args: argparse.Namespace, pairs: list[Pair], variant: str, profil
             rows = lay_out([Tree(p.prompt, (p.chosen, p.rejected)) for p in batch])
             if variant in ("chunked", "shared"):
                 return rows.totals(policy(**rows.inputs())).view(-1, 2).T
-            ids, mask = padded(rows)
+            ids, mask = padded(rows.input_ids, rows.lengths)
             wanted = rows.answer_of, rows.position_ids[0, rows.predictors]
             if variant == "fixed":  # prompts end, and answers begin, at the same column in every row
                 width = profile.fixed_prompt + profile.fixed_response

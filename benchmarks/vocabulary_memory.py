@@ -59,7 +59,7 @@ def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int) ->
             assert share_prompts(lm)
             rows.totals(PolicyLM(lm, chunk)(**rows.inputs())).sum().backward()
         else:
-            ids, mask = padded(rows)
+            ids, mask = padded(rows.input_ids, rows.lengths)
             logits = lm(input_ids=ids, attention_mask=mask).logits
             logps = gather_logps(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             (logps * mask[:, 1:].flatten()).sum().backward()

@@ -270,14 +270,13 @@ class ClassifierLM(nn.Module):
             Shape (all answers,), float32.
         """
         last: list[int] = []
-        start = 0
+        start, padding = 0, self.pad_token_id
         for tree in trees:
             end = start + len(tree.prompt)
             for answer in tree.answers:
-                places = [*range(start, start + len(tree.prompt)), *range(end, end + len(answer))]
-                ids = [*tree.prompt, *answer]
-                tokens = [place for place, token in zip(places, ids, strict=True) if token != self.pad_token_id]
-                last.append(tokens[-1] if tokens else start)
+                parts = ((end, answer), (start, tree.prompt))
+                places = (first + i for first, ids in parts for i in reversed(range(len(ids))) if ids[i] != padding)
+                last.append(next(places, start))
                 end += len(answer)
             start = end
         rows = lay_out(trees).to(device)

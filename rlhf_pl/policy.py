@@ -15,7 +15,7 @@ from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
 from rlhf_pl.logprobs import chunked_logps
 from rlhf_pl.quantized import quantization_config
-from rlhf_pl.rows import Lengths, RowBatch, padded
+from rlhf_pl.rows import Lengths, padded
 from rlhf_pl.shared_prompt import hidden_states, is_shared, share_prompts
 
 DType = Literal["float32", "bfloat16", "float16"]
@@ -165,7 +165,7 @@ class PolicyLM(nn.Module):
         if is_shared(self.lm):
             hidden = hidden_states(self.lm, input_ids, position_ids, lengths)[predictors]
         else:
-            ids, mask = padded(RowBatch(input_ids, position_ids, predictors, targets, answer_of, lengths))
+            ids, mask = padded(input_ids, lengths)
             rows = self.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             hidden = rows[answer_of, position_ids[0, predictors]]
         return chunked_logps(hidden, targets, self.logits, temperature, self.logprob_chunk_tokens)

@@ -91,17 +91,21 @@ def lay_out(trees: Sequence[Tree]) -> RowBatch:
     )
 
 
-def padded(batch: RowBatch) -> tuple[Tensor, Tensor]:
-    """The same answers as rows of prompt and answer, padded on the right, for models that can't share prompts.
+def padded(input_ids: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
+    """A batch's answers as rows of prompt and answer, padded on the right, for models that can't share prompts.
+
+    Args:
+        input_ids: Of a `RowBatch`, shape (1, N).
+        lengths: Of the same.
 
     Returns:
         Token ids and attention mask, each of shape (answers, longest prompt and answer). Token `i` of the M is
         predicted at row `answer_of[i]`, column `position_ids[0, predictors[i]]`.
     """
-    ids, device = batch.input_ids[0], batch.input_ids.device
+    ids, device = input_ids[0], input_ids.device
     rows: list[Tensor] = []
     start = 0
-    for prompt, *answers in batch.lengths:
+    for prompt, *answers in lengths:
         end = start + prompt
         for length in answers:
             rows.append(torch.cat([ids[start : start + prompt], ids[end : end + length]]))

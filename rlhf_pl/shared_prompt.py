@@ -50,7 +50,7 @@ def share_prompts(lm: Any) -> bool:
     trees = [Tree([3, 17, 9, 5, 11], ([4, 8, 15], [16, 23, 42, 7])), Tree([6, 2, 13], ([12, 5],))]
     size = lm.config.get_text_config().vocab_size
     batch = lay_out([Tree(*_modulo(tree, size)) for tree in trees]).to(lm.device)
-    ids, mask = padded(batch)
+    ids, mask = padded(batch.input_ids, batch.lengths)
     expected = lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
     expected = expected[batch.answer_of, batch.position_ids[0, batch.predictors]].float()
     try:
