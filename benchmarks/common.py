@@ -1,5 +1,6 @@
 """What the benchmarks share: pairs of given lengths, a process of its own per variant, tables."""
 
+import argparse
 import json
 import os
 import platform
@@ -86,6 +87,16 @@ def peak_memory() -> Iterator[dict[str, float]]:
     finally:
         done.set()
         thread.join()
+
+
+def make_parser(description: str | None) -> argparse.ArgumentParser:
+    """For a script's options, with what it says of itself as it stands."""
+    return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def options(args: argparse.Namespace, *names: str) -> list[str]:
+    """Options as they were given, for a process of its own."""
+    return [text for name in names for text in (f"--{name}", str(getattr(args, name)))]
 
 
 def in_a_process(script: str, arguments: Sequence[str], timeout: float = 1800) -> dict[str, Any]:

@@ -7,11 +7,11 @@ import argparse
 import time
 from typing import Any
 
-from benchmarks.common import MODEL, PROFILES, machine, make_pairs, table
+from benchmarks.common import MODEL, PROFILES, machine, make_pairs, make_parser, table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--num_responses", type=int, default=4)

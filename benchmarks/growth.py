@@ -3,17 +3,16 @@
 python -m benchmarks.growth
 """
 
-import argparse
 import json
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import in_a_process, machine, peak_memory, table
+from benchmarks.common import in_a_process, machine, make_parser, peak_memory, table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--prompts", type=int, action="append")
     parser.add_argument("--one", action="store_true")
     args = parser.parse_args()

@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import MODEL, in_a_process, machine, table
+from benchmarks.common import MODEL, in_a_process, machine, make_parser, options, table
 from examples.short_answer import score
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
@@ -22,7 +22,7 @@ HELD_OUT = 48
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--seconds", type=float, default=100)
     parser.add_argument("--seeds", type=int, default=3)
@@ -37,12 +37,11 @@ def main() -> None:
         return
     print(machine())
     print(f"{args.seconds:g} s of training, {args.seeds} seeds, {HELD_OUT} held-out prompts\n")
-    keep = ("model", "seconds", "max_tokens", *(["lr"] if args.lr else []))
-    options = [text for name in keep for text in (f"--{name}", str(getattr(args, name)))]
+    given = options(args, "model", "seconds", "max_tokens", *(["lr"] if args.lr else []))
     curves: dict[str, list[list[list[float]]]] = {name: [] for name in VARIANTS}
     for seed in range(args.seeds):
         for name in VARIANTS:
-            curves[name].append(in_a_process(__file__, ["--one", name, "--seed", str(seed), *options])["curve"])
+            curves[name].append(in_a_process(__file__, ["--one", name, "--seed", str(seed), *given])["curve"])
     rows = []
     for name, runs in curves.items():
         points = "; ".join(" ".join(f"{t:.0f}s:{r:.3f}" for t, r in run) for run in runs)

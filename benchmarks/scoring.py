@@ -3,16 +3,15 @@
 python -m benchmarks.scoring
 """
 
-import argparse
 import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import MODEL, machine, table
+from benchmarks.common import MODEL, machine, make_parser, table
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(MODEL), help="what a reward model with a random head is made of")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--num_responses", type=int, default=4)

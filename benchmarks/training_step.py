@@ -14,7 +14,18 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import MODEL, PROFILES, Pair, in_a_process, machine, make_pairs, peak_memory, table
+from benchmarks.common import (
+    MODEL,
+    PROFILES,
+    Pair,
+    in_a_process,
+    machine,
+    make_pairs,
+    make_parser,
+    options,
+    peak_memory,
+    table,
+)
 
 VARIANTS = {
     "fixed": "the authors' layout: every row padded to fixed lengths, full logits",
@@ -29,7 +40,7 @@ MICRO_BATCH = 4
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--profile", choices=PROFILES, action="append")
     parser.add_argument("--variant", choices=VARIANTS, action="append")
@@ -49,9 +60,8 @@ def main() -> None:
         rows: list[list[Any]] = []
         found: dict[str, dict[str, float]] = {}
         for variant in variants:
-            keep = ("model", "scale", "pairs", "updates", "seed")
-            options = [text for name in keep for text in (f"--{name}", str(getattr(args, name)))]
-            found[variant] = in_a_process(__file__, ["--one", "--profile", profile, "--variant", variant, *options])
+            given = options(args, "model", "scale", "pairs", "updates", "seed")
+            found[variant] = in_a_process(__file__, ["--one", "--profile", profile, "--variant", variant, *given])
             ours = found[variant]
             rows.append([VARIANTS[variant], f"{ours['pairs_per_s']:.3f}", f"{ours['gib']:.2f}", f"{ours['loss']:.5f}"])
         print(f"**{profile}**\n\n{table(['', 'pairs/s', 'peak GiB', 'loss'], rows)}\n")

@@ -5,17 +5,16 @@ A small random Llama, so that little but logits counts; a process of its own for
     python -m benchmarks.vocabulary_memory
 """
 
-import argparse
 import json
 
-from benchmarks.common import in_a_process, machine, peak_memory, table
+from benchmarks.common import in_a_process, machine, make_parser, options, peak_memory, table
 
 VOCABULARIES = (49_152, 128_256, 256_000)
 RESPONSES = (64, 256)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--one", nargs=3, metavar=("HOW", "VOCABULARY", "RESPONSE"))
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=128, help="model.logprob_chunk_tokens")
@@ -29,9 +28,9 @@ def main() -> None:
     rows = []
     for response in RESPONSES:
         for vocabulary in VOCABULARIES:
-            options = ["--pairs", str(args.pairs), "--chunk", str(args.chunk)]
+            given = options(args, "pairs", "chunk")
             full, ours = (
-                in_a_process(__file__, ["--one", how, str(vocabulary), str(response), *options])["gib"]
+                in_a_process(__file__, ["--one", how, str(vocabulary), str(response), *given])["gib"]
                 for how in ("full", "ours")
             )
             rows.append([response, f"{vocabulary:,}", f"{full:.2f}", f"{ours:.2f}", f"{ours / full:.2f}"])

@@ -13,14 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import MODEL, in_a_process, machine, peak_memory, table
+from benchmarks.common import MODEL, in_a_process, machine, make_parser, options, peak_memory, table
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 VARIANTS = {"rlhf-pl": "rlhf-pl, vLLM", "rlhf-pl-transformers": "rlhf-pl, transformers", "trl": "TRL OnlineDPO"}
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(MODEL))
     parser.add_argument("--prompts", type=int, default=16, help="a round")
     parser.add_argument("--pairs", type=int, default=8, help="an update")
@@ -31,9 +31,8 @@ def main() -> None:
     if args.one:
         print(json.dumps(with_trl(args) if args.one == "trl" else with_lightning(args)))
         return
-    keep = ("model", "prompts", "pairs", "max_tokens", "seed")
-    options = [text for name in keep for text in (f"--{name}", str(getattr(args, name)))]
-    found = {name: in_a_process(__file__, ["--one", name, *options]) for name in VARIANTS}
+    given = options(args, "model", "prompts", "pairs", "max_tokens", "seed")
+    found = {name: in_a_process(__file__, ["--one", name, *given]) for name in VARIANTS}
     print(machine())
     print(f"{args.prompts} prompts x 2 answers of up to {args.max_tokens} tokens, {args.pairs} pairs an update\n")
     rows = []
