@@ -16,15 +16,16 @@ from typing import Any
 from benchmarks.common import MODEL, in_a_process, machine, make_parser, options, peak_memory, table
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
+PHASES = {"draw": "responses", "score": "rewards", "log-probs": "logps", "train": "training"}
 VARIANTS = {"rlhf-pl": "rlhf-pl, vLLM", "rlhf-pl-transformers": "rlhf-pl, transformers", "trl": "TRL OnlineDPO"}
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--prompts", type=int, default=16, help="a round")
+    parser.add_argument("--prompts", type=int, default=32, help="a round")
     parser.add_argument("--pairs", type=int, default=8, help="an update")
-    parser.add_argument("--max_tokens", type=int, default=48)
+    parser.add_argument("--max_tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", choices=VARIANTS)
     args = parser.parse_args()
@@ -37,9 +38,11 @@ def main() -> None:
     print(f"{args.prompts} prompts x 2 answers of up to {args.max_tokens} tokens, {args.pairs} pairs an update\n")
     rows = []
     for name, result in found.items():
-        rest = f"{result['rest']:.1%}" if "rest" in result else ""
-        rows.append([VARIANTS[name], f"{result['seconds']:.1f}", result["tokens"], f"{result['gib']:.2f}", rest])
-    print(table(["", "round, s", "answer tokens", "peak GiB", "neither drawn, scored nor trained"], rows))
+        seconds = result["seconds"]
+        parts = [f"{result[phase]:.1f}" if phase in result else "" for phase in PHASES]
+        rest = f"{1 - sum(result[phase] for phase in PHASES) / seconds:.1%}" if "train" in result else ""
+        rows.append([VARIANTS[name], f"{seconds:.1f}", result["tokens"], f"{result['gib']:.2f}", *parts, rest])
+    print(table(["", "round, s", "answer tokens", "peak GiB", *PHASES, "none of these"], rows))
     for name in ("rlhf-pl", "rlhf-pl-transformers"):
         print(f"\n{VARIANTS[name]}: {found['trl']['seconds'] / found[name]['seconds']:.2f}x TRL")
 
@@ -92,10 +95,10 @@ def with_lightning(args: argparse.Namespace) -> dict[str, float]:
         with peak_memory() as peak:
             trainer.fit(RebelModule(args.model, optimizer=lambda p: AdamW(p, lr=1e-6)), datamodule=data)
         stored = data.store.round(1)
-        phases = sum(float(stored.info(stage)["seconds"]) for stage in ("responses", "rewards", "logps", "training"))
+        phases = {name: float(stored.info(stage)["seconds"]) for name, stage in PHASES.items()}
         seconds = ends[1] - ends[0]
         tokens = int(stored.info("responses")["tokens"])
-    return {"seconds": seconds, "tokens": tokens, "gib": peak["gib"], "rest": max(0.0, 1 - phases / seconds)}
+    return {"seconds": seconds, "tokens": tokens, "gib": peak["gib"], **phases}
 
 
 def with_trl(args: argparse.Namespace) -> dict[str, float]:

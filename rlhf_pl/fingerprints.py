@@ -11,21 +11,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_PART = 2**24  # numbers
+_WORDS = 251  # a prime, so that rows that change places are noticed
 
 
 def weights_fingerprint(weights: Iterable[tuple[str, Tensor]]) -> str:
     """A short hash that changes with any weight, whatever order they come in and whatever device they are on."""
-    lines = []
-    with torch.no_grad():
-        for name, tensor in weights:
-            total, squares = 0.0, 0.0
-            for part in tensor.detach().flatten().split(_PART):  # so that no whole tensor is copied to float64
-                wide = part.double()
-                total, squares = total + wide.sum().item(), squares + wide.square().sum().item()
-            # ten digits: the last ones depend on the order of summation, and so on the device
-            lines.append(f"{name}:{total:.10e}:{squares:.10e}")
+    lines = [name + _sums(tensor.detach()) for name, tensor in weights]
     return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()[:16]
+
+
+def _sums(tensor: Tensor) -> str:
+    """Of the tensor's bytes as whole numbers, every 251st together: exact in any order, and as fast as memory."""
+    data = tensor.contiguous().flatten().view(torch.uint8)
+    if data.storage_offset() % 8:
+        data = data.clone()
+    whole = len(data) - len(data) % (8 * _WORDS)
+    sums = data[:whole].view(torch.int64).view(-1, _WORDS).sum(0)
+    return repr((sums.tolist(), data[whole:].tolist()))
 
 
 def rows_fingerprint(rows: Iterable[Any]) -> str:
