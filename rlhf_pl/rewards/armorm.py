@@ -16,7 +16,10 @@ from rlhf_pl.fingerprints import describe
 from rlhf_pl.policy import PolicySource, without_dropout
 from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
+from rlhf_pl.rewards.families import Family, families
 from rlhf_pl.rewards.local_model import LocalModel, ModelDType
+from rlhf_pl.rows import Tree, lay_out
+from rlhf_pl.shared_prompt import hidden_states, share_prompts
 
 # in the order of the regression layer's outputs, as the model card names them
 OBJECTIVES = (
@@ -80,6 +83,7 @@ class ArmoRM(nn.Module):
         self.gating_layers = nn.ModuleList(nn.Linear(a, b) for a, b in pairwise(widths))
         self.logit_scale = nn.Parameter(torch.ones(1))
         self.temperature = float(config.gating_temperature)
+        self.shares_prompts = False  # until the weights are there to try it with
 
     def forward(self, input_ids: Tensor, attention_mask: Tensor, gating_positions: Tensor) -> ArmoRMOutput:
         """Scores of rows that are padded on the right.
@@ -91,10 +95,38 @@ class ArmoRM(nn.Module):
         """
         states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
         rows = torch.arange(len(states), device=states.device)
-        # the heads in float32: they are small, and bf16 scores would be steps of 1/256 of their size
-        last = states[rows, attention_mask.sum(-1) - 1].float()
-        gate = states[rows, gating_positions].float()
-        rewards = self.regression_layer(last)
+        return self.judge(states[rows, attention_mask.sum(-1) - 1], states[rows, gating_positions])
+
+    def score_trees(self, trees: Sequence[Tree], gating_positions: Sequence[int], device: torch.device) -> ArmoRMOutput:
+        """Scores of conversations that share their beginnings, which are computed once; needs `shares_prompts`.
+
+        Args:
+            trees: What conversations have in common, with the rest of each.
+            gating_positions: Where g is read, counted from the start of each conversation.
+            device: Where the model is.
+        """
+        last, gate = [], []
+        positions = iter(gating_positions)
+        start = 0
+        for tree in trees:
+            end = start + len(tree.prompt)
+            for answer in tree.answers:
+                place = next(positions)
+                gate.append(start + place if place < len(tree.prompt) else end + place - len(tree.prompt))
+                end += len(answer)
+                last.append(end - 1)
+            start = end
+        rows = lay_out(trees).to(device)
+        states = hidden_states(self.backbone, rows.input_ids, rows.position_ids, rows.lengths)
+        return self.judge(states[torch.tensor(last, device=device)], states[torch.tensor(gate, device=device)])
+
+    def judge(self, last: Tensor, gate: Tensor) -> ArmoRMOutput:
+        """The heads' output for h and g, each of shape (R, H).
+
+        In float32: the heads are small, and bf16 scores would be steps of 1/256 of their size.
+        """
+        rewards = self.regression_layer(last.float())
+        gate = gate.float()
         for i, layer in enumerate(self.gating_layers):
             gate = layer(gate if i == 0 else gate.relu())
         gate = (gate / self.temperature).softmax(-1) * self.logit_scale
@@ -192,7 +224,7 @@ class ArmoRMReward(Reward):
         rows = [self._row(s) for s in batch]
         if not rows:
             return []
-        score, rewards, coefficients = torch.stack(self._local(rows)).split(
+        score, rewards, coefficients = torch.cat(self._local(families(batch, rows))).split(
             [1, len(OBJECTIVES), len(OBJECTIVES)], dim=-1
         )
         chosen = score[:, 0]
@@ -272,10 +304,18 @@ def load_armorm(source: PolicySource, dtype: str | None = None, attn_implementat
             f"config says {tuple(own[wrong[0]].shape)}."
         )
     model.load_state_dict(heads, strict=False)
-    return model.eval()
+    model.eval()
+    model.shares_prompts = share_prompts(model.backbone)
+    return model
 
 
-def _run(module: Any, rows: list[Rendered], device: torch.device) -> Tensor:
-    positions = torch.tensor([row.turn for row in rows], device=device)
-    output = module(**padded(rows, 0, device), gating_positions=positions)
-    return torch.cat([output.score[:, None], output.rewards, output.coefficients], dim=-1)
+def _run(module: Any, found: list[Family], device: torch.device) -> list[Tensor]:
+    """Score, rewards and coefficients of each family's answers, shape (answers, 1 + 2 * objectives)."""
+    rows = [row for family in found for row in family.rows]
+    turns = [row.turn for row in rows]
+    if module.shares_prompts:
+        output = module.score_trees([family.tree for family in found], turns, device)
+    else:
+        output = module(**padded(rows, 0, device), gating_positions=torch.tensor(turns, device=device))
+    every = torch.cat([output.score[:, None], output.rewards, output.coefficients], dim=-1)
+    return list(every.split([len(family.rows) for family in found]))

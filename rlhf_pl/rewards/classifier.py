@@ -1,7 +1,6 @@
 """Reward models with one output as rewards."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -13,10 +12,10 @@ from rlhf_pl.classifier import ClassifierLM, find_head, load_classifier
 from rlhf_pl.devices import fast_dtype
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.policy import PolicySource
-from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
+from rlhf_pl.rendering import Renderer, SystemPrompt, padded, reward_tokenizer
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
+from rlhf_pl.rewards.families import Family, families
 from rlhf_pl.rewards.local_model import LocalModel, ModelDType
-from rlhf_pl.rows import Tree
 
 
 class ClassifierReward(Reward):
@@ -94,7 +93,7 @@ class ClassifierReward(Reward):
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
         rows = [self.renderer()(s.messages, s.response) for s in batch]
-        scores = [score for scores in self._local(_families(batch, rows)) for score in scores.tolist()]
+        scores = [score for scores in self._local(families(batch, rows)) for score in scores.tolist()]
         return [
             RewardResult(score, truncated_tokens=row.truncated_tokens) for score, row in zip(scores, rows, strict=True)
         ]
@@ -114,41 +113,11 @@ class ClassifierReward(Reward):
         return ClassifierLM(load_classifier(self.source, self.weights, dtype, self.attn_implementation))
 
 
-@dataclass(frozen=True)
-class _Family:
-    """Answers to one prompt: as rows, and as what they have in common with the rest of each, one token at least."""
-
-    rows: list[Rendered]
-    tree: Tree
-
-    def __len__(self) -> int:
-        return len(self.tree)
-
-
-def _families(samples: Sequence[Sample], rows: Sequence[Rendered]) -> list[_Family]:
-    """Neighbours that answer the same prompt."""
-    groups: list[list[Rendered]] = []
-    before: Sample | None = None
-    for sample, row in zip(samples, rows, strict=True):
-        if before is None or sample.messages != before.messages:
-            groups.append([])
-        groups[-1].append(row)
-        before = sample
-    return [_Family(group, _tree([row.ids for row in group])) for group in groups]
-
-
-def _tree(ids: list[list[int]]) -> Tree:
-    first, last = min(ids), max(ids)  # what the first and the last in order have in common, all have
-    most = min(map(len, ids)) - 1
-    common = next((i for i in range(most) if first[i] != last[i]), most)
-    return Tree(ids[0][:common], tuple(row[common:] for row in ids))
-
-
-def _run(module: Any, families: list[_Family], device: torch.device) -> list[Tensor]:
+def _run(module: Any, found: list[Family], device: torch.device) -> list[Tensor]:
     """The scores of each family."""
-    rows = [row for family in families for row in family.rows]
+    rows = [row for family in found for row in family.rows]
     if module.shares_prompts and not any(row.token_type_ids for row in rows):
-        scores = module.score_trees([family.tree for family in families], device)
+        scores = module.score_trees([family.tree for family in found], device)
     else:
         scores = module(**padded(rows, module.pad_id([row.ids for row in rows]), device))
-    return list(scores.split([len(family.rows) for family in families]))
+    return list(scores.split([len(family.rows) for family in found]))

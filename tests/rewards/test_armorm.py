@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -113,6 +114,18 @@ def test_score_and_objectives_equal_an_independent_computation(armorm: Path, tok
         score, rewards, _ = independent(armorm, *hand_made(sample))
         assert result.reward == pytest.approx(score, rel=1e-4, abs=1e-4)
         assert list(result.components) == list(OBJECTIVES)
+        assert list(result.components.values()) == pytest.approx(rewards.tolist(), rel=1e-4, abs=1e-4)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # prompts shared between answers, or not
+def test_answers_to_one_prompt_score_as_each_alone(armorm: Path, attention: str) -> None:
+    answers = ["red", "red, green and blue", "", "Blue. " * 12]
+    samples = [replace(sample, response=answer) for sample in SAMPLES for answer in answers]
+    reward = ArmoRMReward(str(armorm), attn_implementation=attention)
+    assert reward._local.open().shares_prompts == (attention == "sdpa")
+    for sample, result in zip(samples, reward.score(samples), strict=True):
+        score, rewards, _ = independent(armorm, *hand_made(sample))
+        assert result.reward == pytest.approx(score, rel=1e-4, abs=1e-4)
         assert list(result.components.values()) == pytest.approx(rewards.tolist(), rel=1e-4, abs=1e-4)
 
 

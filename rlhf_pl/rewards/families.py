@@ -1,0 +1,38 @@
+"""Answers to one prompt, rendered for a reward model, as a tree: what they have in common is computed once."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from rlhf_pl.rendering import Rendered
+from rlhf_pl.rewards.base import Sample
+from rlhf_pl.rows import Tree
+
+
+@dataclass(frozen=True)
+class Family:
+    """Answers to one prompt: as rows, and as what they have in common with the rest of each, one token at least."""
+
+    rows: list[Rendered]
+    tree: Tree
+
+    def __len__(self) -> int:
+        return len(self.tree)
+
+
+def families(samples: Sequence[Sample], rows: Sequence[Rendered]) -> list[Family]:
+    """Neighbours that answer the same prompt."""
+    groups: list[list[Rendered]] = []
+    before: Sample | None = None
+    for sample, row in zip(samples, rows, strict=True):
+        if before is None or sample.messages != before.messages:
+            groups.append([])
+        groups[-1].append(row)
+        before = sample
+    return [Family(group, _tree([row.ids for row in group])) for group in groups]
+
+
+def _tree(ids: list[list[int]]) -> Tree:
+    first, last = min(ids), max(ids)  # what the first and the last in order have in common, all have
+    most = min(map(len, ids)) - 1
+    common = next((i for i in range(most) if first[i] != last[i]), most)
+    return Tree(ids[0][:common], tuple(row[common:] for row in ids))
