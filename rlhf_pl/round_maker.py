@@ -27,6 +27,8 @@ from rlhf_pl.rounds import ORDER, STAGES, DamagedStoreError, Round
 from rlhf_pl.rows import RowBatch
 from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy
 from rlhf_pl.stages import generate, pair_logps, score, select
+from rlhf_pl.stages.score import ShardScorer
+from rlhf_pl.stages.score_ahead import ScoreAhead
 from rlhf_pl.strategies import compute_dtype
 
 
@@ -177,8 +179,14 @@ class RoundMaker:
             self.log(metrics)
         shard = stored.manifest["prompts_per_shard"]
         tokenizer = self.module.source.tokenizer
-        with self._phase(f"answering {name}prompts", len(prompts), "prompts") as report:
-            generate(stored, prompts, self.link.sampler, sampling, tokenizer, self.data.seed, shard, report, self.ranks)
+        reward = self.options.reward
+        scorer = ShardScorer(stored, prompts, reward, self.options.scoring)
+        with (
+            self._phase(f"answering {name}prompts", len(prompts), "prompts") as report,
+            ScoreAhead(scorer, enabled=reward.is_remote and not lost) as ahead,
+        ):
+            draw = partial(generate, stored, prompts, self.link.sampler, sampling, tokenizer, self.data.seed, shard)
+            draw(report, self.ranks, ahead.add)
 
         def void_what_was_made_of_others() -> None:
             again = {file.name for file in stored.shards("responses").values()}

@@ -94,6 +94,14 @@ class Reward(ABC):
         """Whether a prompt's answers are scored against each other, so that they have to be in one call."""
         return False
 
+    @property
+    def is_remote(self) -> bool:
+        """Whether the scores are computed elsewhere: answers are then scored while others are still drawn.
+
+        `score` is called in a thread, and should have a time limit of its own.
+        """
+        return False
+
     def open(self) -> None:  # noqa: B027 - nothing to load is a fine default
         """Load what scoring needs, outside of the time limit; called before every `score`."""
 

@@ -69,6 +69,10 @@ class CombinedReward(Reward):
     def one_by_one(self) -> bool:
         return all(part.one_by_one for part in self.parts)
 
+    @property
+    def is_remote(self) -> bool:
+        return all(part.is_remote for part in self.parts)
+
     def score(self, batch: Sequence[Sample]) -> list[RewardResult | Failure]:
         scored = [part.score(batch) for part in self.parts]
         for name, results in zip(self.names, scored, strict=True):

@@ -49,6 +49,10 @@ class HTTPReward(Reward):
     def trial(self) -> bool:
         return True
 
+    @property
+    def is_remote(self) -> bool:
+        return True
+
     def fingerprint(self) -> str:
         return self.name
 

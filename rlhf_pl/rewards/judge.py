@@ -145,6 +145,10 @@ class JudgeScoreReward(Reward):
     def trial(self) -> bool:
         return True
 
+    @property
+    def is_remote(self) -> bool:
+        return True
+
     def check(self, samples: Sequence[Sample]) -> None:
         self._judge.service.check()
 
@@ -229,6 +233,10 @@ class JudgePairReward(Reward):
 
     @property
     def trial(self) -> bool:
+        return True
+
+    @property
+    def is_remote(self) -> bool:
         return True
 
     @property

@@ -65,6 +65,10 @@ class VLLMServerReward(Reward):
     def trial(self) -> bool:
         return True
 
+    @property
+    def is_remote(self) -> bool:
+        return True
+
     def renderer(self) -> Renderer:
         """Renders conversations as the model reads them."""
         if self._renderer is None:

@@ -47,8 +47,11 @@ def generate(
     prompts_per_shard: int,
     report: Report = lambda count, note: None,
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
+    drawn: Callable[[int], None] = lambda number: None,
 ) -> None:
-    """Draw the answers of all prompts whose shard is not there yet. `report` gets (prompts done, note).
+    """Draw the answers of all prompts whose shard is not there yet.
+
+    `report` gets (prompts done, note), `drawn` the number of every shard that this rank has written.
 
     The shards are drawn one after the other, each from a clean engine: the last digits of log-probs depend on what is
     computed together, so this makes a shard the same whenever and wherever it is drawn. The missing ones are dealt out
@@ -77,11 +80,12 @@ def generate(
             continue
         rows = [row for i in shard for row in _response_rows(prompts[i], seeds[i], answers[i], tokenizer)]
         stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
-    drawn = sum(ranks.gather(tokens if ranks.rank % together == 0 else 0))
+        drawn(number)
+    total = sum(ranks.gather(tokens if ranks.rank % together == 0 else 0))
     seconds = time.monotonic() - started
     others = [n for n, _ in starts if n not in done and n not in mine]
-    report(sum(min(prompts_per_shard, len(prompts) - n * prompts_per_shard) for n in others), _speed(drawn, started))
-    ranks.first(lambda: _complete(stored, len(starts), len(prompts), seconds, drawn, sampling))
+    report(sum(min(prompts_per_shard, len(prompts) - n * prompts_per_shard) for n in others), _speed(total, started))
+    ranks.first(lambda: _complete(stored, len(starts), len(prompts), seconds, total, sampling))
 
 
 def _speed(tokens: int, started: float) -> str:

@@ -3,7 +3,7 @@
 import json
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,49 @@ from rlhf_pl.rounds import Round
 from rlhf_pl.stages.generate import Report
 
 
+class ShardScorer:
+    """Gives the answers of a shard their rewards.
+
+    What a call returned is kept in a journal beside the shards until its shard is written, so that nothing that was
+    scored is scored again.
+
+    Args:
+        stored: The round.
+        prompts: Its prompts.
+        reward: Scores.
+        config: How it is called.
+    """
+
+    def __init__(self, stored: Round, prompts: Sequence[Prompt], reward: Reward, config: ScoringConfig) -> None:
+        self.stored, self.reward, self.config = stored, reward, config
+        self._by_id = {p.prompt_id: p for p in prompts}
+
+    def __call__(
+        self,
+        number: int,
+        report: Report = lambda count, note: None,
+        go_on: Callable[[], bool] = lambda: True,
+    ) -> None:
+        """Score and write a shard. `report` gets (answers done, note); `go_on` is asked before every call."""
+        table = self.stored.read_shard("responses", number)
+        made_of = [self.stored.shards("responses")[number].name, self.reward.fingerprint()]
+        journal = _Journal(self.stored.path / "rewards" / f"_{number:05d}.journal", made_of)
+        samples = _samples(table, self._by_id)
+        outcomes = journal.read()
+        report(len(outcomes), "")
+
+        def keep(found: list[Outcome]) -> None:
+            journal.add(found)
+            report(len(found), "")
+
+        while len(outcomes) < len(samples):
+            if not go_on():
+                return
+            batch = _next_call(samples, len(outcomes), self.config.prompts_per_call)
+            outcomes += guarded_scores(self.reward, batch, self.config, keep)
+        self.stored.write_shard("rewards", number, _reward_table(table, outcomes, self.config))
+
+
 def score(
     stored: Round,
     prompts: Sequence[Prompt],
@@ -31,37 +74,21 @@ def score(
 ) -> None:
     """Give every answer its reward. `report` gets (answers done, note); the shards are dealt out to the ranks.
 
-    What a call returned is kept in a journal beside the shards until its shard is written, so that nothing that was
-    scored is scored again.
-
     Raises:
         InputError: An answer has no reward and the policy for failures is `error`, or none has one.
     """
-    by_id = {p.prompt_id: p for p in prompts}
+    scorer = ShardScorer(stored, prompts, reward, config)
     started = time.monotonic()
     done = ranks.share(set(stored.shards("rewards")))
-    answers = ranks.share({number: file.name for number, file in stored.shards("responses").items()})
+    answers = ranks.share(set(stored.shards("responses")))
     stored.await_shards("responses", len(answers))
     todo = [n for n in answers if n not in done] + [n for n in answers if n in done]
     mine = sorted(todo[ranks.rank :: ranks.size])
     for number in mine:
-        table = stored.read_shard("responses", number)
         if number in done and _settle_failures(stored, number, config):
-            report(len(table), "")
-            continue
-        journal = _Journal(stored.path / "rewards" / f"_{number:05d}.journal", [answers[number], reward.fingerprint()])
-        samples = _samples(table, by_id)
-        outcomes = journal.read()
-        report(len(outcomes), "")
-
-        def keep(found: list[Outcome], journal: _Journal = journal) -> None:
-            journal.add(found)
-            report(len(found), "")
-
-        while len(outcomes) < len(samples):
-            batch = _next_call(samples, len(outcomes), config.prompts_per_call)
-            outcomes += guarded_scores(reward, batch, config, keep)
-        stored.write_shard("rewards", number, _reward_table(table, outcomes, config))
+            report(len(stored.read_shard("rewards", number)), "")
+        else:
+            scorer(number, report)
     ranks.wait()
     seconds = time.monotonic() - started
     if len(mine) < len(answers):
