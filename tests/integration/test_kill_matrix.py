@@ -184,13 +184,14 @@ def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_killed_anywhere_and_started_again(tmp_path: Path) -> None:
+@pytest.mark.parametrize("part", range(3))
+def test_killed_anywhere_and_started_again(tmp_path: Path, part: int) -> None:
     plan = make_plan(tmp_path, TRANSFORMERS)
     trace = run_reference(tmp_path, plan)
     counts = Counter(name for _, name, _ in trace)
-    points = boundaries(counts) + moments(trace, 12, seed=2)
+    points = (boundaries(counts) + moments(trace, 12, seed=2))[part::3]
     hits = run_matrix(tmp_path, plan, points, tmp_path / "reference")
-    assert hits >= 40
+    assert hits >= 13
 
 
 @pytest.mark.slow
