@@ -78,6 +78,7 @@ class _Plan:
         self.devices = _number(trainer["devices"]) * int(trainer["num_nodes"])
         strategy = trainer["strategy"]
         name = strategy if isinstance(strategy, str) else type(strategy).__name__
+        self.accumulate: int = trainer["accumulate_grad_batches"]
         self.sharded = "fsdp" in name.lower() or "ModelParallel" in name
         self.on_gpu = trainer["accelerator"] != "cpu" and (torch.cuda.is_available() or self.devices > 1)
         precision = fast_precision(str(trainer["precision"] or "32-true"), self.on_gpu)
@@ -97,6 +98,8 @@ class _Plan:
         }
         unit = max(model.rest, model.layer)
         pairs, answer = self.data.batch_size, self.options.sampling.max_response_tokens
+        if self.data.max_tokens_per_batch is not None:
+            pairs = max(1, min(pairs * self.accumulate, self.data.max_tokens_per_batch // (self.longest + answer)))
         # a pair is one row with its prompt once, and a batch has no padding, where the attention allows it
         shares = module.attn_implementation == "sdpa"
         rows, tokens = (1, pairs * (self.longest + answer)) if shares else (2 * pairs, self.longest)

@@ -104,6 +104,17 @@ def test_training_moves_the_margins_towards_the_rewards(llama: Path, tmp_path: P
     assert losses[1] < losses[0]
 
 
+def test_updates_divided_by_tokens_are_the_same(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+    file = write_jsonl(PLAIN)
+    plain = fit(tmp_path / "pairs", llama, file, max_epochs=1)
+    split = fit(tmp_path / "tokens", llama, file, {"max_tokens_per_batch": 60}, max_epochs=1)
+    assert split.trainer.accumulate_grad_batches > plain.trainer.accumulate_grad_batches
+    assert split.trainer.global_step == plain.trainer.global_step
+    expected = plain.state_dict()
+    for name, tensor in split.state_dict().items():
+        assert torch.allclose(tensor, expected[name], atol=2e-4), name
+
+
 def test_published_columns_give_the_same_pairs_as_plain_ones(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
     fit(tmp_path / "plain", llama, write_jsonl(PLAIN, "plain.jsonl"), max_epochs=1)
     fit(tmp_path / "theirs", llama, write_jsonl([published(r) for r in PLAIN], "theirs.jsonl"), max_epochs=1)

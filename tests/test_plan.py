@@ -89,6 +89,12 @@ def test_sharding_divides_what_is_held(capsys: pytest.CaptureFixture[str], llama
     parameters = {devices: float(_cell(table, "parameters").split()[0]) for devices, table in tables.items()}
     assert parameters[4] == pytest.approx(parameters[1] / 4, rel=0.01)
     assert "gathered unit" in tables[4]
+    accumulate = ["--trainer.accumulate_grad_batches", "4"]
+    activations = []
+    for budget in ("1", "1000000"):  # a pair, and all 16 of an update
+        assert main([*arguments, *accumulate, "--data.max_tokens_per_batch", budget]) == 0
+        activations.append(_cell(capsys.readouterr().out, "activations"))
+    assert [text.split()[1] for text in activations] == ["MiB", "GiB"]
     assert main([*arguments, "--device_memory_gib", "0.001"]) == 1
     assert "Does not fit" in capsys.readouterr().out
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import lightning as L
 import pyarrow as pa
 
 from rlhf_pl.chat import encode_conversation, encode_prompt, with_system_prompt
@@ -15,6 +14,7 @@ from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import Round, RoundStore
 
@@ -57,7 +57,7 @@ class OfflinePair:
     logps: tuple[float, float] | None
 
 
-class OfflineDataModule(L.LightningDataModule):
+class OfflineDataModule(PairsDataModule):
     """Pairs with rewards as the one round of a run that samples nothing.
 
     A row has `prompt`, `chosen`, `rejected`, `chosen_reward` and `rejected_reward`; the columns of the authors'
@@ -78,6 +78,9 @@ class OfflineDataModule(L.LightningDataModule):
         val_pairs: Held out: a share below 1, a number of pairs, or a file or Hub id of such.
         split_seed: Chooses the held-out prompts.
         batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
+        max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), prompts counted once. An
+            update then has the same pairs, divided into as many micro-batches as that takes; null for batch_size pairs
+            in each.
         num_workers: Loader processes.
         seed: Shuffles the pairs; null takes the run's `seed_everything`.
     """
@@ -96,14 +99,16 @@ class OfflineDataModule(L.LightningDataModule):
         val_pairs: float | str = 0.0,
         split_seed: int = 0,
         batch_size: int = 4,
+        max_tokens_per_batch: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, max_tokens_per_batch)
         at_least(
             max_prompt_tokens=(max_prompt_tokens, 1),
             max_response_tokens=(max_response_tokens, 1),
             batch_size=(batch_size, 1),
+            max_tokens_per_batch=(max_tokens_per_batch, 1),
             num_workers=(num_workers, 0),
         )
         if not temperature > 0:
@@ -112,7 +117,7 @@ class OfflineDataModule(L.LightningDataModule):
         self.temperature, self.use_tokens, self.use_logprobs = temperature, use_tokens, use_logprobs
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.val_source, self.split_seed = val_pairs, split_seed
-        self.batch_size, self.num_workers, self._seed = batch_size, num_workers, seed
+        self.num_workers, self._seed = num_workers, seed
         self.train_set: list[OfflinePair] = []
         self.val_set: list[OfflinePair] = []
         self.dropped: dict[str, int] = {}
@@ -122,12 +127,6 @@ class OfflineDataModule(L.LightningDataModule):
     def seed(self) -> int:
         """The run's seed."""
         return run_seed() if self._seed is None else self._seed
-
-    @property
-    def _trainer(self) -> L.Trainer:
-        if self.trainer is None:
-            raise RuntimeError("OfflineDataModule works inside a Trainer: trainer.fit(module, datamodule=this).")
-        return self.trainer
 
     @property
     def stored(self) -> Round:
@@ -210,13 +209,17 @@ class OfflineDataModule(L.LightningDataModule):
         return f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out{left_out}"
 
     def train_dataloader(self) -> Any:
-        trainer, epoch = self._trainer, rounds_done(self._trainer)
+        epoch = rounds_done(self._trainer)
         if self.prepare_round is not None:
             self.prepare_round()
         dataset = self._pairs(self.stored)
-        plan = UpdatePlan(len(dataset), self.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
-        batches = RoundBatches(plan, f"{self.seed}:{epoch}", trainer.global_rank, dataset.lengths())
-        return RoundLoader(dataset, batches, epoch, self.num_workers)
+        return RoundLoader(dataset, self._batches(epoch, dataset), epoch, self.num_workers)
+
+    def divide(self, epoch: int) -> RoundBatches:
+        return self._batches(epoch, self._pairs(self.stored))
+
+    def _batches(self, epoch: int, dataset: PairDataset) -> RoundBatches:
+        return self._divide(f"{self.seed}:{epoch}", len(dataset), dataset.lengths())
 
     def val_dataloader(self) -> Any:
         if not self.val_set:

@@ -4,7 +4,6 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
@@ -15,6 +14,7 @@ from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
@@ -61,8 +61,8 @@ class PreferenceDataset(Dataset):
         return len(self.pairs)
 
     def lengths(self) -> list[int]:
-        """Tokens of each pair's longer row."""
-        return [max(map(len, both)) for both in self.rows]
+        """Tokens of each pair, both rows as long as the longer one."""
+        return [2 * max(map(len, both)) for both in self.rows]
 
     def __getitems__(self, request: tuple[list[int], float]) -> PreferenceBatch:
         indices, weight = request
@@ -78,7 +78,7 @@ class PreferenceDataset(Dataset):
         )
 
 
-class PreferenceDataModule(L.LightningDataModule):
+class PreferenceDataModule(PairsDataModule):
     """Comparisons for training a reward model.
 
     Args:
@@ -93,6 +93,9 @@ class PreferenceDataModule(L.LightningDataModule):
         split_seed: Chooses the held-out prompts.
         max_tokens: Longer conversations are cut from the left of the prompt, and counted.
         batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
+        max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), both rows of a pair as long
+            as the longer one. An update then has the same pairs, divided into as many micro-batches as that takes; null
+            for batch_size pairs in each.
         num_workers: Loader processes.
         seed: Shuffles the pairs; null takes the run's `seed_everything`.
     """
@@ -109,15 +112,21 @@ class PreferenceDataModule(L.LightningDataModule):
         split_seed: int = 0,
         max_tokens: int = 1024,
         batch_size: int = 8,
+        max_tokens_per_batch: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        at_least(max_tokens=(max_tokens, 2), batch_size=(batch_size, 1), num_workers=(num_workers, 0))
+        super().__init__(batch_size, max_tokens_per_batch)
+        at_least(
+            max_tokens=(max_tokens, 2),
+            batch_size=(batch_size, 1),
+            max_tokens_per_batch=(max_tokens_per_batch, 1),
+            num_workers=(num_workers, 0),
+        )
         self.source, self.columns, self.split, self.system_prompt = preferences, columns, split, system_prompt
         self.ties, self.on_wrong_pairs = ties, on_wrong_pairs
         self.val_source, self.split_seed = val_preferences, split_seed
-        self.max_tokens, self.batch_size, self.num_workers, self._seed = max_tokens, batch_size, num_workers, seed
+        self.max_tokens, self.num_workers, self._seed = max_tokens, num_workers, seed
         self.train_set: PreferenceDataset | None = None
         self.val_set: PreferenceDataset | None = None
         self.dropped: dict[str, int] = {}
@@ -178,22 +187,22 @@ class PreferenceDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> Any:
         assert self.train_set is not None
-        assert self.trainer is not None
-        trainer, epoch = self.trainer, rounds_done(self.trainer)
-        plan = UpdatePlan(len(self.train_set), self.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
-        return self._loader(self.train_set, plan, f"{self.seed}:{epoch}", epoch)
+        epoch = rounds_done(self._trainer)
+        return self._loader(self.train_set, self.divide(epoch), epoch)
+
+    def divide(self, epoch: int) -> RoundBatches:
+        assert self.train_set is not None
+        return self._divide(f"{self.seed}:{epoch}", len(self.train_set), self.train_set.lengths())
 
     def val_dataloader(self) -> Any:
         assert self.val_set is not None
-        assert self.trainer is not None
         if len(self.val_set) == 0:
             return []
-        plan = UpdatePlan(len(self.val_set), self.batch_size, 1, self.trainer.world_size)
-        return self._loader(self.val_set, plan, "held-out", 0)
+        plan = UpdatePlan(len(self.val_set), self.batch_size, 1, self._trainer.world_size)
+        batches = RoundBatches(plan, "held-out", self._trainer.global_rank, self.val_set.lengths())
+        return self._loader(self.val_set, batches, 0)
 
-    def _loader(self, dataset: PreferenceDataset, plan: UpdatePlan, order: str, epoch: int) -> RoundLoader:
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
+    def _loader(self, dataset: PreferenceDataset, batches: RoundBatches, epoch: int) -> RoundLoader:
+        module: Any = self._trainer.lightning_module
         dataset.pad_id = module.pad_id
-        batches = RoundBatches(plan, order, self.trainer.global_rank, dataset.lengths())
         return RoundLoader(dataset, batches, epoch, self.num_workers)

@@ -3,7 +3,6 @@
 from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import torch
 
 from rlhf_pl.data.options import at_least, check_module
@@ -18,11 +17,12 @@ from rlhf_pl.data.prompts import (
     tokenize_prompts,
 )
 from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import Round, RoundStore
 
 
-class RoundDataModule(L.LightningDataModule):
+class RoundDataModule(PairsDataModule):
     """Prompts for the rounds, and the pairs that each round made of them.
 
     Batches come from the round store alone. Where a round is not there yet, `prepare_round` makes it, which the
@@ -63,7 +63,7 @@ class RoundDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(batch_size, max_tokens_per_batch)
         at_least(
             max_prompt_tokens=(max_prompt_tokens, 1),
             prompts_per_round=(prompts_per_round, 1),
@@ -81,9 +81,6 @@ class RoundDataModule(L.LightningDataModule):
         self.max_prompt_tokens = max_prompt_tokens
         self.val_prompts_source = val_prompts
         self.prompts_per_round = prompts_per_round
-        self.batch_size = batch_size
-        self.max_tokens_per_batch = max_tokens_per_batch
-        self._accumulate: int | None = None
         self.passes = passes
         self.max_val_pairs = max_val_pairs
         self.num_workers = num_workers
@@ -104,12 +101,6 @@ class RoundDataModule(L.LightningDataModule):
     def store(self) -> RoundStore:
         """The round store in the run directory, which is the Trainer's `default_root_dir`."""
         return RoundStore(self._trainer.default_root_dir)
-
-    @property
-    def _trainer(self) -> L.Trainer:
-        if self.trainer is None:
-            raise RuntimeError("RoundDataModule works inside a Trainer: trainer.fit(module, datamodule=this).")
-        return self.trainer
 
     @property
     def round_index(self) -> int:
@@ -168,27 +159,16 @@ class RoundDataModule(L.LightningDataModule):
             raise InputError(
                 f"Round {index} is not in {self.store.run_dir}, and no `rollout.reward` is there to make it."
             )
-        return RoundLoader(dataset, self.divide(index, dataset), index, self.num_workers)
+        return RoundLoader(dataset, self._batches(index, dataset), index, self.num_workers)
 
-    def pairs_per_update(self, trainer: L.Trainer) -> int:
-        """Pairs that an update sees."""
-        if self._accumulate is None:  # as configured: `divide` changes the Trainer's
-            self._accumulate = trainer.accumulate_grad_batches
-        return self.batch_size * self._accumulate * trainer.num_devices * trainer.num_nodes
-
-    def divide(self, index: int, dataset: PairDataset | None = None) -> RoundBatches:
-        """A stored round as updates and micro-batches; the Trainer accumulates over as many from here on."""
-        dataset = dataset or self._pairs(self.store.round(index))
+    def divide(self, epoch: int) -> RoundBatches:
+        dataset = self._pairs(self.store.round(epoch))
         assert dataset is not None
-        trainer, world_size = self._trainer, self._trainer.world_size
-        accumulate = self.pairs_per_update(trainer) // self.batch_size // world_size
-        plan = UpdatePlan(
-            self.passes * len(dataset), self.batch_size, accumulate, world_size, self.max_tokens_per_batch
-        )
+        return self._batches(epoch, dataset)
+
+    def _batches(self, index: int, dataset: PairDataset) -> RoundBatches:
         lengths = None if self.max_tokens_per_batch is None else dataset.lengths()
-        batches = RoundBatches(plan, f"{self.seed}:{index}", trainer.global_rank, lengths, passes=self.passes)
-        trainer.accumulate_grad_batches = batches.accumulate
-        return batches
+        return self._divide(f"{self.seed}:{index}", len(dataset), lengths, self.passes)
 
     def val_dataloader(self) -> Any:
         """The held-out pairs of the policy that generated the current round, if there are any."""

@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from rlhf_pl.data.rounds import RoundDataModule
+from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError
 
 _KEY = "rlhf_pl_split"
@@ -17,7 +17,7 @@ def _split_of(trainer: L.Trainer) -> dict[str, int] | None:
         return None
     accumulate = trainer.accumulate_grad_batches
     rows = batch_size * accumulate * trainer.world_size
-    if isinstance(data, RoundDataModule):  # divides updates by tokens, maybe
+    if isinstance(data, PairsDataModule):  # divides updates by tokens, maybe
         rows = data.pairs_per_update(trainer)
     return {"accumulate": accumulate, "rows_per_update": rows}
 
@@ -40,8 +40,8 @@ def adapt_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     if before is None or epochs["started"] == epochs["processed"]:
         return
     data: Any = getattr(trainer, "datamodule", None)
-    if isinstance(data, RoundDataModule) and data.max_tokens_per_batch is not None:
-        data.divide(epochs["processed"])  # the micro-batches of an update depend on the round
+    if isinstance(data, PairsDataModule) and data.max_tokens_per_batch is not None:
+        data.divide(epochs["processed"])  # an update's micro-batches depend on the epoch
     now = _split_of(trainer)
     if now is None or before == now:
         return

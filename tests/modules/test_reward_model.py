@@ -105,15 +105,22 @@ def test_accumulated_micro_batches_equal_one_batch(llama: Path, tmp_path: Path, 
     from safetensors.torch import load_file
 
     file = write_jsonl(ROWS)
-    for size, accumulate in ((8, 1), (2, 4)):
-        data = {"batch_size": size, "val_preferences": 3}
-        fit(tmp_path / str(size), llama, file, data=data, accumulate_grad_batches=accumulate, max_epochs=1)
-    one, many = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("8", "2"))
-    for name, tensor in one.items():
-        assert torch.allclose(tensor, many[name], atol=2e-4), name
+    splits: dict[str, tuple[int, int, int | None]] = {"one": (8, 1, None), "four": (2, 4, None), "tokens": (8, 1, 100)}
+    for folder, (size, accumulate, tokens) in splits.items():
+        data = {"batch_size": size, "max_tokens_per_batch": tokens, "val_preferences": 3}
+        fit(tmp_path / folder, llama, file, data=data, accumulate_grad_batches=accumulate, max_epochs=1)
+    kept = torch.load(tmp_path / "tokens" / "checkpoints" / "last.ckpt", weights_only=False)
+    assert kept["rlhf_pl_split"]["accumulate"] > 1
+    one, *others = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in splits)
+    for other in others:
+        for name, tensor in one.items():
+            assert torch.allclose(tensor, other[name], atol=2e-4), name
 
 
-def test_goes_on_inside_an_epoch_as_if_never_stopped(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+@pytest.mark.parametrize("tokens", [None, 100])
+def test_goes_on_inside_an_epoch_as_if_never_stopped(
+    llama: Path, tmp_path: Path, write_jsonl: Write, tokens: int | None
+) -> None:
     from safetensors.torch import load_file
 
     class Stop(L.Callback):
@@ -122,7 +129,7 @@ def test_goes_on_inside_an_epoch_as_if_never_stopped(llama: Path, tmp_path: Path
                 raise KeyError("power cut")
 
     file = write_jsonl(ROWS)
-    fit(tmp_path / "whole", llama, file)
+    fit(tmp_path / "whole", llama, file, data={"max_tokens_per_batch": tokens})
     L.seed_everything(3, verbose=False)
     run = tmp_path / "cut"
     settings: dict[str, Any] = {
@@ -133,7 +140,7 @@ def test_goes_on_inside_an_epoch_as_if_never_stopped(llama: Path, tmp_path: Path
         "enable_model_summary": False,
         "max_epochs": 2,
     }
-    data = {"val_preferences": 0.25, "max_tokens": 64, "batch_size": 4}
+    data: dict[str, Any] = {"val_preferences": 0.25, "max_tokens": 64, "batch_size": 4, "max_tokens_per_batch": tokens}
     for stop in (True, False):
         callbacks = [EpochRun(), RoundCheckpoint(every_n_updates=3), HFExport(dtype="float32")]
         trainer = L.Trainer(**settings, callbacks=[*callbacks, *([Stop()] if stop else [])])
