@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from rlhf_pl.chat import eos_token_ids
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
+from rlhf_pl.fused_head import fused_logps
 from rlhf_pl.logprobs import chunked_logps
 from rlhf_pl.quantized import quantization_config
 from rlhf_pl.rows import Lengths, padded
@@ -120,6 +121,9 @@ class PolicySource:
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
 
 
+_LOGIT_SCALINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # after the output head
+
+
 class PolicyLM(nn.Module):
     """A causal LM as one unit: token ids in, response log-probs out.
 
@@ -168,6 +172,11 @@ class PolicyLM(nn.Module):
             ids, mask = padded(input_ids, lengths)
             rows = self.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             hidden = rows[answer_of, position_ids[0, predictors]]
+        head, config = self.lm.get_output_embeddings(), self.lm.config.get_text_config()
+        if all(getattr(config, name, None) is None for name in _LOGIT_SCALINGS):
+            logps = fused_logps(hidden, targets, head, temperature)
+            if logps is not None:
+                return logps
         return chunked_logps(hidden, targets, self.logits, temperature, self.logprob_chunk_tokens)
 
     def logits(self, hidden: Tensor) -> Tensor:
