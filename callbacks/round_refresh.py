@@ -11,7 +11,7 @@ from rlhf_pl.console import console
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import resident_gib
 from rlhf_pl.metrics import held_out_metrics, round_metrics
@@ -74,13 +74,12 @@ class RoundRefresh(L.Callback):
         old_logps: Literal["policy", "sampler"] = "policy",
         timeout_minutes: float = DEFAULT_TIMEOUT,
     ) -> None:
-        for name, value in (
-            ("val_num_responses", val_num_responses),
-            ("prompts_per_shard", prompts_per_shard),
-            ("logps_batch_tokens", logps_batch_tokens),
-        ):
-            if value < 1:
-                raise InputError(f"`rollout.{name}` must be 1 or more, got {value}.")
+        at_least(
+            "rollout",
+            val_num_responses=(val_num_responses, 1),
+            prompts_per_shard=(prompts_per_shard, 1),
+            logps_batch_tokens=(logps_batch_tokens, 1),
+        )
         if timeout_minutes <= 0:
             raise InputError(f"`rollout.timeout_minutes` must be above 0, got {timeout_minutes}.")
         if sampling.num_responses < 2:

@@ -9,13 +9,13 @@ import pyarrow as pa
 from rlhf_pl.chat import encode_conversation, encode_prompt, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.options import at_least, check_module
+from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.data.updates import PairsDataModule
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rounds import Round, RoundStore
 
 # our names, and what the published data sets of REBEL's authors call them
@@ -105,6 +105,7 @@ class OfflineDataModule(PairsDataModule):
     ) -> None:
         super().__init__(batch_size, max_tokens_per_batch)
         at_least(
+            "data",
             max_prompt_tokens=(max_prompt_tokens, 1),
             max_response_tokens=(max_response_tokens, 1),
             batch_size=(batch_size, 1),

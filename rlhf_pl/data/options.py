@@ -4,19 +4,6 @@ from typing import Any
 
 from rlhf_pl.errors import InputError
 
-MAX_WORKERS = 256
-
-
-def at_least(**options: tuple[int | None, int]) -> None:
-    """Raise InputError for the first option whose value is below its least one; None is taken."""
-    for name, (value, least) in options.items():
-        if value is not None and value < least:
-            raise InputError(f"`data.{name}` must be {least} or more, got {value}.")
-        if name == "num_workers" and value is not None and value > MAX_WORKERS:
-            raise InputError(
-                f"`data.num_workers` starts a process each; it must be at most {MAX_WORKERS}, got {value}."
-            )
-
 
 def refuse_other_rows(before: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise InputError if a checkpoint was trained on other rows."""

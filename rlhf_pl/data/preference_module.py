@@ -9,12 +9,13 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.options import at_least, check_module, refuse_other_rows
+from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.data.updates import PairsDataModule
+from rlhf_pl.errors import at_least
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
@@ -118,6 +119,7 @@ class PreferenceDataModule(PairsDataModule):
     ) -> None:
         super().__init__(batch_size, max_tokens_per_batch)
         at_least(
+            "data",
             max_tokens=(max_tokens, 2),
             batch_size=(batch_size, 1),
             max_tokens_per_batch=(max_tokens_per_batch, 1),

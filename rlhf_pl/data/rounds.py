@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from rlhf_pl.data.options import at_least, check_module
+from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.prompts import (
@@ -18,7 +18,7 @@ from rlhf_pl.data.prompts import (
 )
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.data.updates import PairsDataModule
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rounds import Round, RoundStore
 
 
@@ -65,6 +65,7 @@ class RoundDataModule(PairsDataModule):
     ) -> None:
         super().__init__(batch_size, max_tokens_per_batch)
         at_least(
+            "data",
             max_prompt_tokens=(max_prompt_tokens, 1),
             prompts_per_round=(prompts_per_round, 1),
             batch_size=(batch_size, 1),

@@ -12,12 +12,12 @@ from torch.utils.data import Dataset
 from rlhf_pl.chat import encode_conversation
 from rlhf_pl.data.conversations import Conversation, load_conversations
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.options import at_least, check_module, refuse_other_rows
+from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.packing import Example, lay_out_examples, pack
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.rows import RowBatch
 
@@ -100,7 +100,7 @@ class SFTDataModule(L.LightningDataModule):
         seed: int | None = None,
     ) -> None:
         super().__init__()
-        at_least(max_tokens=(max_tokens, 2), batch_size=(batch_size, 1), num_workers=(num_workers, 0))
+        at_least("data", max_tokens=(max_tokens, 2), batch_size=(batch_size, 1), num_workers=(num_workers, 0))
         self.source, self.columns, self.split, self.system_prompt = conversations, columns, split, system_prompt
         self.loss_on, self.packing = loss_on, packing
         self.val_source, self.split_seed = val_conversations, split_seed

@@ -15,7 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.push import NCCLPush, Push, TCPPush
 from rlhf_pl.rollout.self_check import StaleSamplerError
@@ -62,13 +62,7 @@ class VLLMServerSampler(Sampler):
                 "`rollout.sampler.urls` must be a list of addresses that begin with http:// or https://, got "
                 f"{wrong[0] if wrong else urls!r}."
             )
-        for name, value, least in (
-            ("concurrency", concurrency, 1),
-            ("retries", retries, 0),
-            ("backoff_s", backoff_s, 0),
-        ):
-            if value < least:
-                raise InputError(f"`rollout.sampler.{name}` must be {least} or more, got {value}.")
+        at_least("rollout.sampler", concurrency=(concurrency, 1), retries=(retries, 0), backoff_s=(backoff_s, 0))
         if not timeout_s > 0:
             raise InputError(f"`rollout.sampler.timeout_s` must be above 0 seconds, got {timeout_s}.")
         self.urls, self.dtype, self.transport, self.address = [u.rstrip("/") for u in urls], dtype, transport, address
