@@ -24,7 +24,8 @@ HELD_OUT = 48
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--seconds", type=float, default=100)
+    parser.add_argument("--variant", choices=VARIANTS, action="append", help="all if none is given")
+    parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max_tokens", type=int, default=48)
     parser.add_argument("--plot", help="a .png file")
@@ -38,9 +39,9 @@ def main() -> None:
     print(machine())
     print(f"{args.seconds:g} s of training, {args.seeds} seeds, {HELD_OUT} held-out prompts\n")
     given = options(args, "model", "seconds", "max_tokens", *(["lr"] if args.lr else []))
-    curves: dict[str, list[list[list[float]]]] = {name: [] for name in VARIANTS}
+    curves: dict[str, list[list[list[float]]]] = {name: [] for name in args.variant or VARIANTS}
     for seed in range(args.seeds):
-        for name in VARIANTS:
+        for name in curves:
             curves[name].append(in_a_process(__file__, ["--one", name, "--seed", str(seed), *given])["curve"])
     rows = []
     for name, runs in curves.items():

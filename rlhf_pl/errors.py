@@ -1,4 +1,4 @@
-"""The error for mistakes a user can mend."""
+"""The error for mistakes a user can mend, and a check that raises it."""
 
 
 class InputError(Exception):
