@@ -42,18 +42,22 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# a test per core at a time, each on one thread: the models are tiny
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup
+
 test: lint
-	$(BIN)/pytest
+	$(PYTEST)
 
 test-slow: setup model
-	$(BIN)/pytest -m slow
+	$(PYTEST) -m slow
 
 # from the shortest to the longest
-BENCHMARKS := scoring generation growth vocabulary_memory whole_round training_step reward_over_time
+BENCHMARKS := scoring generation growth vocabulary_memory whole_round training_step
 
 bench: setup model
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/bench.txt
 	@for name in $(BENCHMARKS); do echo "## $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; echo; done
+	@echo "## reward_over_time, briefly"; $(BIN)/python -m benchmarks.reward_over_time --seeds 1 --seconds 60
 
 lock:
 	bash scripts/lock.sh

@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from rlhf_pl.rounds import RoundStore
 from tests.integration.test_kill_matrix import TRANSFORMERS, make_plan, outcomes, result
 
+pytestmark = pytest.mark.xdist_group("ranks")  # they share what takes long to start
 STRATEGIES = {"ddp": "ddp", "fsdp": "fsdp", "fsdp2": "fsdp2"}
 PAIRS_PER_UPDATE = 4
 IN_TRAINING = {"rank": 1, "event": "before optimizer step", "count": 4, "delay": 0.0}

@@ -16,6 +16,7 @@ from tests.integration.test_fit import PROMPTS
 from tests.vllm_serving import sampling_server, serving
 
 pytestmark = [
+    pytest.mark.xdist_group("server"),  # they share what takes long to start
     pytest.mark.slow,
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"),

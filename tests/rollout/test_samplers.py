@@ -30,6 +30,7 @@ from rlhf_pl.weights import weights_of
 from tests.conftest import save_llama
 from tests.vllm_serving import sampling_server
 
+pytestmark = pytest.mark.xdist_group("samplers")  # they share what takes long to start
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 VLLM = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="no vLLM")]
 PROMPTS = [[0, 3, 20 + i, 30 + i, 4] for i in range(6)]
