@@ -17,6 +17,7 @@ def main() -> None:
     parser.add_argument("--num_responses", type=int, default=4)
     parser.add_argument("--max_tokens", type=int, default=48)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(machine())
     print(f"{args.prompts} prompts x {args.num_responses} answers of up to {args.max_tokens} tokens; best runs\n")
@@ -31,7 +32,7 @@ def measure(args: argparse.Namespace) -> dict[str, float]:
     from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMSampler
 
     source = PolicySource(args.model)
-    prompts = [p.prompt for p in make_pairs(PROFILES["short"], args.prompts, 40_000)]
+    prompts = [p.prompt for p in make_pairs(PROFILES["short"], args.prompts, 40_000, args.seed)]
     longest = max(map(len, prompts)) + args.max_tokens
     dtype = fast_dtype("bfloat16", "cpu") or "bfloat16"
     ours = VLLMSampler(dtype=dtype)  # type: ignore[arg-type]

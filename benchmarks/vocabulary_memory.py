@@ -16,6 +16,8 @@ RESPONSES = (64, 256)
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--one", nargs=3, metavar=("HOW", "VOCABULARY", "RESPONSE"))
+    parser.add_argument("--vocabulary", type=int, action="append")
+    parser.add_argument("--response", type=int, action="append", help="tokens of an answer")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=128, help="model.logprob_chunk_tokens")
     args = parser.parse_args()
@@ -26,8 +28,8 @@ def main() -> None:
     print(machine())
     print(f"GiB above the loaded model with its gradients; {args.pairs} pairs, chunks of {args.chunk} tokens\n")
     rows = []
-    for response in RESPONSES:
-        for vocabulary in VOCABULARIES:
+    for response in args.response or RESPONSES:
+        for vocabulary in args.vocabulary or VOCABULARIES:
             given = options(args, "pairs", "chunk")
             full, ours = (
                 in_a_process(__file__, ["--one", how, str(vocabulary), str(response), *given])["gib"]

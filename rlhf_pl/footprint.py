@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_pl.logprobs import VOCABULARY_BLOCK
 from rlhf_pl.policy import decoder_layers
 
-LOGIT_COPIES = 5  # float32 copies of a chunk's logits at the peak: logits, scaled, exponentials, two gradients
+LOGIT_COPIES = 2  # float32 copies of a block of logits at the peak
 
 
 @dataclass(frozen=True)
@@ -108,8 +109,8 @@ def _saved(config: Any, layers: int, rows: int, tokens: int, bf16: bool, attenti
 
 
 def logits_bytes(config: Any, chunk_tokens: int) -> int:
-    """What one chunk of logits takes at the peak of its backward pass."""
-    return LOGIT_COPIES * 4 * chunk_tokens * config.get_text_config().vocab_size
+    """What one block of logits takes at the peak of its backward pass."""
+    return LOGIT_COPIES * 4 * chunk_tokens * min(config.get_text_config().vocab_size, VOCABULARY_BLOCK)
 
 
 def kv_bytes(config: Any, sequences: int, tokens: int, dtype_bytes: int) -> int:

@@ -6,8 +6,7 @@ from importlib.util import find_spec
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import Tensor
 
 from rlhf_pl.console import console
 
@@ -15,39 +14,36 @@ from rlhf_pl.console import console
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 2e-2, torch.float16: 5e-3}
 
 
-def fused_logps(hidden: Tensor, targets: Tensor, head: nn.Module, temperature: float) -> Tensor | None:
-    """Log-softmax of `head(hidden) / temperature` at `targets`, without the logits in memory.
+def fused_logps(
+    hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, temperature: float
+) -> Tensor | None:
+    """What `rlhf_pl.logprobs.linear_logps` gives; None without a GPU or liger-kernel, or where its results differ.
 
     Args:
-        hidden: Shape (N, H).
+        hidden: Shape (N, H), of the weight's dtype.
         targets: Token ids, shape (N,), int64.
-        head: The output head, (N, H) to (N, V).
+        weight: Shape (V, H).
+        bias: Shape (V,).
         temperature: The sampling temperature, positive.
 
     Returns:
-        Shape (N,), float32, nats; None where the kernel can't be used: no GPU, not installed, a head that is not a
-        plain linear layer with its weights here, or other results than `gather_logps` has.
+        Shape (N,), float32, nats.
     """
     # Triton's interpreter runs it on CPUs, for tests
     if not (hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") or len(hidden) == 0:
         return None
-    if type(head) is not nn.Linear or isinstance(head.weight, DTensor) or head._forward_pre_hooks:
-        return None
-    weight = head.weight
     if weight.dtype not in _TOLERANCE or not _is_equal(weight.device, weight.dtype, weight.shape[1]):
         return None
-    return _by_liger(hidden, targets, weight, head.bias, temperature)
+    return _by_liger(hidden, targets, weight, bias, temperature)
 
 
 def _by_liger(hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None, temperature: float) -> Tensor:
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
-    with torch.autocast(hidden.device.type, enabled=False):
-        scaled = hidden.to(weight.dtype)
-        if temperature != 1.0:  # of a linear head it may as well divide the states
-            scaled = scaled / temperature
-            bias = None if bias is None else bias / temperature
-        return -liger_fused_linear_cross_entropy(scaled, weight, targets, bias, reduction="none").float()
+    if temperature != 1.0:  # of a linear head it may as well divide the states
+        hidden = hidden / temperature
+        bias = None if bias is None else bias / temperature
+    return -liger_fused_linear_cross_entropy(hidden, weight, targets, bias, reduction="none").float()
 
 
 @cache

@@ -9,12 +9,13 @@ from typing import Any, Literal
 import torch
 from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from rlhf_pl.chat import eos_token_ids
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
 from rlhf_pl.fused_head import fused_logps
-from rlhf_pl.logprobs import chunked_logps
+from rlhf_pl.logprobs import chunked_logps, linear_logps
 from rlhf_pl.quantized import quantization_config
 from rlhf_pl.rows import Lengths, padded
 from rlhf_pl.shared_prompt import hidden_states, is_shared, share_prompts
@@ -172,12 +173,20 @@ class PolicyLM(nn.Module):
             ids, mask = padded(input_ids, lengths)
             rows = self.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
             hidden = rows[answer_of, position_ids[0, predictors]]
-        head, config = self.lm.get_output_embeddings(), self.lm.config.get_text_config()
-        if all(getattr(config, name, None) is None for name in _LOGIT_SCALINGS):
-            logps = fused_logps(hidden, targets, head, temperature)
-            if logps is not None:
-                return logps
-        return chunked_logps(hidden, targets, self.logits, temperature, self.logprob_chunk_tokens)
+        head = self.lm.get_output_embeddings()
+        if not self._is_plain(head):
+            return chunked_logps(hidden, targets, self.logits, temperature, self.logprob_chunk_tokens)
+        with torch.autocast(hidden.device.type, enabled=False):  # as in `logits`
+            inputs = (hidden.to(head.weight.dtype), targets, head.weight, head.bias, temperature)
+            fused = fused_logps(*inputs)
+            return linear_logps(*inputs, self.logprob_chunk_tokens) if fused is None else fused
+
+    def _is_plain(self, head: Any) -> bool:
+        """Whether the logits are a linear layer's whose weights are here, and nothing but its."""
+        config = self.lm.config.get_text_config()
+        scaled = any(getattr(config, name, None) is not None for name in _LOGIT_SCALINGS)
+        gathered_by_hook = isinstance(head.weight, DTensor) or bool(head._forward_pre_hooks)
+        return type(head) is nn.Linear and not scaled and not gathered_by_hook
 
     def logits(self, hidden: Tensor) -> Tensor:
         """The output head in the dtype of its weights, autocast aside, with the scalings some architectures add.

@@ -33,12 +33,12 @@ def run(temperature):
 """
 EQUAL = """
 results = []
-plain = policy_module.chunked_logps
+plain = policy_module.linear_logps
 for use in (True, False):
     if use:
-        policy_module.chunked_logps = None  # not called
+        policy_module.linear_logps = None  # not called
     else:
-        policy_module.chunked_logps = plain
+        policy_module.linear_logps = plain
         policy_module.fused_logps = lambda *_: None
     results += [run(1.0), run(0.7)]
     lm.get_output_embeddings().weight.requires_grad_(False)
@@ -57,8 +57,8 @@ WRONG = """
 plain = fused_head._by_liger
 fused_head._by_liger = lambda *inputs: 1.001 * plain(*inputs)
 calls = []
-chunked = policy_module.chunked_logps
-policy_module.chunked_logps = lambda *inputs: calls.append(1) or chunked(*inputs)
+linear = policy_module.linear_logps
+policy_module.linear_logps = lambda *inputs: calls.append(1) or linear(*inputs)
 run(1.0)
 run(1.0)
 assert len(calls) == 2

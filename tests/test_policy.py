@@ -5,8 +5,9 @@ import pytest
 import torch
 import transformers
 
+from rlhf_pl import logprobs
 from rlhf_pl.errors import InputError
-from rlhf_pl.logprobs import chunked_logps, gather_logps
+from rlhf_pl.logprobs import chunked_logps, gather_logps, linear_logps
 from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import share_prompts
@@ -130,6 +131,31 @@ def test_chunks_do_not_matter() -> None:
     whole = gather_logps(head(hidden), targets, 0.5)
     for chunk in (1, 3, 10, 100):
         torch.testing.assert_close(chunked_logps(hidden, targets, head, 0.5, chunk), whole)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("chunk", "block"), [(1, 7), (3, 50), (10, 16), (100, 100)])
+def test_blocks_of_the_vocabulary_do_not_matter(
+    bias: bool, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Against plain torch, with large logits, and a gradient that differs by token."""
+    monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", block)
+    torch.manual_seed(0)
+    hidden, head = (10 * torch.randn(10, 4)).requires_grad_(), torch.nn.Linear(4, 50, bias=bias)
+    wanted = [hidden, *head.parameters()]
+    targets, factors = torch.randint(50, (10,)), torch.randn(10)
+    expected = gather_logps(head(hidden), targets, 0.5)
+    found = linear_logps(hidden, targets, head.weight, head.bias, 0.5, chunk)
+    torch.testing.assert_close(found, expected)
+    for ours, plain in zip(*(torch.autograd.grad(t, wanted, factors) for t in (found, expected)), strict=True):
+        torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
+
+
+def test_a_frozen_head_gets_no_gradient_and_no_answers_give_none() -> None:
+    hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(50, 4)
+    linear_logps(hidden, torch.arange(5), weight).sum().backward()
+    assert hidden.grad is not None
+    assert linear_logps(hidden[:0], torch.arange(0), weight).shape == (0,)
 
 
 def test_logits_are_float32_under_autocast(llama: Path) -> None:
