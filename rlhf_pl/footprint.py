@@ -10,7 +10,7 @@ from torch import nn
 from rlhf_pl.logprobs import VOCABULARY_BLOCK
 from rlhf_pl.policy import decoder_layers
 
-LOGIT_COPIES = 2  # float32 copies of a block of logits at the peak
+LOGIT_COPIES = 4  # float32 copies of a block of logits at the peak, with what matrix products pack
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,17 @@ def _saved(config: Any, layers: int, rows: int, tokens: int, bf16: bool, attenti
         return sum(size for size, _ in kept.values())
 
 
-def logits_bytes(config: Any, chunk_tokens: int) -> int:
-    """What one block of logits takes at the peak of its backward pass."""
-    return LOGIT_COPIES * 4 * chunk_tokens * min(config.get_text_config().vocab_size, VOCABULARY_BLOCK)
+def logits_bytes(config: Any, chunk_tokens: int, gradient_bytes: int = 4) -> int:
+    """What the output head takes at the peak of its backward pass: a block of logits, and the gradient of its weights.
+
+    Args:
+        config: The model's.
+        chunk_tokens: Tokens of a block.
+        gradient_bytes: Of a number of that gradient; 0 for a head that does not train.
+    """
+    text = config.get_text_config()
+    block = LOGIT_COPIES * 4 * chunk_tokens * min(text.vocab_size, VOCABULARY_BLOCK)
+    return block + gradient_bytes * text.vocab_size * text.hidden_size
 
 
 def kv_bytes(config: Any, sequences: int, tokens: int, dtype_bytes: int) -> int:

@@ -109,7 +109,9 @@ class _Plan:
             "activations": activation_bytes(
                 config, rows, tokens, self.bf16, module.gradient_checkpointing, module.attn_implementation
             ),
-            "logits": logits_bytes(config, min(module.logprob_chunk_tokens, 2 * pairs * answer)),
+            "logits": logits_bytes(
+                config, min(module.logprob_chunk_tokens, 2 * pairs * answer), width if module.lora is None else 0
+            ),
         }
         compute = 2 if self.bf16 else width
         if self.sharded:
