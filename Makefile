@@ -57,7 +57,7 @@ BENCHMARKS := scoring generation growth vocabulary_memory whole_round training_s
 bench: setup model
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/bench.txt
 	@for name in $(BENCHMARKS); do echo "## $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; echo; done
-	@echo "## reward_over_time, briefly"; $(BIN)/python -m benchmarks.reward_over_time --seeds 1 --seconds 60
+	@echo "## reward_over_time, briefly"; $(BIN)/python -m benchmarks.reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo
 
 lock:
 	bash scripts/lock.sh
