@@ -40,7 +40,7 @@ def main() -> None:
         return
     print(machine())
     print(f"{args.seconds:g} s of training, {args.seeds} seeds, {HELD_OUT} held-out prompts\n")
-    given = options(args, "model", "seconds", "max_tokens", *(["lr"] if args.lr else []))
+    given = options(args, "model", "seconds", "max_tokens", "eta", *(["lr"] if args.lr else []))
     curves: dict[str, list[list[list[float]]]] = {name: [] for name in args.variant or VARIANTS}
     for seed in range(args.seeds):
         for name in curves:
