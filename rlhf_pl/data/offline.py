@@ -13,7 +13,6 @@ from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
 from rlhf_pl.data.progress import rounds_done, run_seed
-from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rounds import Round, RoundStore
@@ -228,8 +227,7 @@ class OfflineDataModule(PairsDataModule):
         if self.prepare_round is not None:
             self.prepare_round()
         dataset = self._pairs(self.stored_held_out)
-        plan = UpdatePlan(len(dataset), self.batch_size, 1, self._trainer.world_size)
-        batches = RoundBatches(plan, "held-out", self._trainer.global_rank, dataset.lengths())
+        batches = self._held_out_batches(len(dataset), dataset.lengths())
         return RoundLoader(dataset, batches, 0, self.num_workers)
 
     def _pairs(self, stored: Round) -> PairDataset:

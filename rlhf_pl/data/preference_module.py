@@ -13,7 +13,6 @@ from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.progress import rounds_done, run_seed
-from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import at_least
 from rlhf_pl.fingerprints import rows_fingerprint
@@ -200,8 +199,7 @@ class PreferenceDataModule(PairsDataModule):
         assert self.val_set is not None
         if len(self.val_set) == 0:
             return []
-        plan = UpdatePlan(len(self.val_set), self.batch_size, 1, self._trainer.world_size)
-        batches = RoundBatches(plan, "held-out", self._trainer.global_rank, self.val_set.lengths())
+        batches = self._held_out_batches(len(self.val_set), self.val_set.lengths())
         return self._loader(self.val_set, batches, 0)
 
     def _loader(self, dataset: PreferenceDataset, batches: RoundBatches, epoch: int) -> RoundLoader:

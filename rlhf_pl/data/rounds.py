@@ -16,7 +16,6 @@ from rlhf_pl.data.prompts import (
     split_held_out,
     tokenize_prompts,
 )
-from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rounds import Round, RoundStore
@@ -176,8 +175,7 @@ class RoundDataModule(PairsDataModule):
         dataset = self._pairs(self.store.held_out(self.round_index))
         if dataset is None or len(dataset) == 0:
             return []
-        plan = UpdatePlan(min(len(dataset), self.max_val_pairs), self.batch_size, 1, self._trainer.world_size)
-        batches = RoundBatches(plan, "held-out", self._trainer.global_rank)
+        batches = self._held_out_batches(min(len(dataset), self.max_val_pairs))
         return RoundLoader(dataset, batches, self.round_index, self.num_workers)
 
     def _pairs(self, stored: Round) -> PairDataset | None:

@@ -47,3 +47,8 @@ class PairsDataModule(L.LightningDataModule):
         batches = RoundBatches(plan, order, trainer.global_rank, lengths, passes=passes)
         trainer.accumulate_grad_batches = batches.accumulate
         return batches
+
+    def _held_out_batches(self, pairs: int, lengths: Sequence[int] | None = None) -> RoundBatches:
+        """Held-out pairs in micro-batches, in an order of their own."""
+        plan = UpdatePlan(pairs, self.batch_size, 1, self._trainer.world_size)
+        return RoundBatches(plan, "held-out", self._trainer.global_rank, lengths)
