@@ -9,6 +9,8 @@ from pathlib import Path
 
 from benchmarks.common import MODEL, machine, make_parser, table
 
+WORDS = "sea sky hill river stone light morning window paper garden quiet winter letter engine forest"
+
 
 def main() -> None:
     parser = make_parser(__doc__)
@@ -29,24 +31,7 @@ def main() -> None:
     from rlhf_pl.rewards import ClassifierReward, Sample
 
     print(machine())
-    draw = random.Random(args.seed)
-    words = [
-        "sea",
-        "sky",
-        "hill",
-        "river",
-        "stone",
-        "light",
-        "morning",
-        "window",
-        "paper",
-        "garden",
-        "quiet",
-        "winter",
-        "letter",
-        "engine",
-        "forest",
-    ]
+    draw, words = random.Random(args.seed), WORDS.split()
 
     def text(mean: int) -> str:
         return " ".join(draw.choice(words) for _ in range(draw.randint(mean // 2, mean * 3 // 2)))
@@ -58,6 +43,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         model = new_classifier(PolicySource(args.model), seed=1)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id
         model.save_pretrained(name)
         tokenizer.save_pretrained(name)

@@ -51,6 +51,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", action="store_true", help="run the one variant here")
     args = parser.parse_args()
+    if args.pairs % MICRO_BATCH:
+        parser.error(f"--pairs must be a multiple of {MICRO_BATCH}, the micro-batch, got {args.pairs}")
     profiles, variants = args.profile or list(PROFILES), args.variant or list(VARIANTS)
     if args.one:
         print(json.dumps(measure(args, profiles[0], variants[0])))
@@ -204,7 +206,7 @@ def with_trl(args: argparse.Namespace, pairs: list[Pair], variant: str) -> dict[
         settings = DPOConfig(
             folder,
             per_device_train_batch_size=MICRO_BATCH,
-            gradient_accumulation_steps=max(1, args.pairs // MICRO_BATCH),
+            gradient_accumulation_steps=args.pairs // MICRO_BATCH,
             max_steps=1 + args.updates,
             learning_rate=1e-6,
             lr_scheduler_type="constant",

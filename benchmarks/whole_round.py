@@ -18,6 +18,7 @@ from benchmarks.common import MODEL, in_a_process, machine, make_parser, options
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 ROUNDS = 3
+MICRO_BATCH = 4
 PHASES = {"draw": "responses", "score": "rewards", "log-probs": "logps", "train": "training"}
 VARIANTS = {"rlhf-pl": "rlhf-pl, vLLM", "rlhf-pl-transformers": "rlhf-pl, transformers", "trl": "TRL OnlineDPO"}
 
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--one", choices=VARIANTS)
     args = parser.parse_args()
+    if args.pairs % MICRO_BATCH or args.prompts % args.pairs:
+        parser.error(f"--pairs must be a multiple of {MICRO_BATCH}, the micro-batch, and --prompts one of --pairs")
     if args.one:
         print(json.dumps(with_trl(args) if args.one == "trl" else with_lightning(args)))
         return
@@ -85,7 +88,7 @@ def with_lightning(args: argparse.Namespace) -> dict[str, float]:
         trainer = L.Trainer(
             accelerator="cpu",
             max_epochs=ROUNDS,
-            accumulate_grad_batches=max(1, args.pairs // 4),
+            accumulate_grad_batches=args.pairs // MICRO_BATCH,
             default_root_dir=folder / "run",
             callbacks=[refresh, Clock()],
             logger=False,
@@ -93,7 +96,7 @@ def with_lightning(args: argparse.Namespace) -> dict[str, float]:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        data = RoundDataModule(str(prompts), batch_size=4)
+        data = RoundDataModule(str(prompts), batch_size=MICRO_BATCH)
         with peak_memory() as peak:
             trainer.fit(RebelModule(args.model, optimizer=lambda p: AdamW(p, lr=1e-6)), datamodule=data)
         stored = data.store.round(ROUNDS - 1)
