@@ -1,6 +1,7 @@
 """Small real models, made on the spot: nothing is downloaded."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,16 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def source(llama: Path) -> PolicySource:
     return PolicySource(str(llama))
+
+
+@pytest.fixture(scope="session")
+def servers(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
+    """URLs of two `vllm serve` that take weights; they take long to start, so the tests with them share a group."""
+    from tests.vllm_serving import sampling_server
+
+    folder = tmp_path_factory.mktemp("servers")
+    with ExitStack() as stack:
+        yield [stack.enter_context(sampling_server(llama, folder / f"{i}.log")) for i in range(2)]
 
 
 @pytest.fixture

@@ -4,29 +4,27 @@ import importlib.util
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from rlhf_pl.errors import InputError
+from rlhf_pl.policy import PolicySource
+from rlhf_pl.rollout import EngineSpec, VLLMServerSampler
 from rlhf_pl.rounds import RoundStore
 from tests.integration.test_fit import PROMPTS
-from tests.vllm_serving import sampling_server, serving
 
 pytestmark = [
-    pytest.mark.xdist_group("server"),  # they share what takes long to start
+    pytest.mark.xdist_group("samplers"),  # they share what takes long to start
     pytest.mark.slow,
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"),
 ]
-
-
-@pytest.fixture(scope="module")
-def server(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with sampling_server(llama, tmp_path_factory.mktemp("server") / "log") as url:
-        yield url
 
 
 def fit(folder: Path, llama: Path, prompts: str, sampler: dict[str, object], *options: str) -> str:
@@ -46,12 +44,12 @@ def answers(run: Path) -> list[list[list[int]]]:
 
 
 def test_two_rounds_are_those_of_an_engine_in_the_process(
-    server: str, llama: Path, tmp_path: Path, write_jsonl: Callable[..., str]
+    servers: list[str], llama: Path, tmp_path: Path, write_jsonl: Callable[..., str]
 ) -> None:
     """By one process, and by two that push one sharded policy and share the server."""
     prompts = write_jsonl(PROMPTS)
     inside = {"class_path": "VLLMSampler", "init_args": {"dtype": "float32", "kv_cache_gib": 0.05}}
-    elsewhere = {"class_path": "VLLMServerSampler", "init_args": {"urls": [server], "dtype": "float32"}}
+    elsewhere = {"class_path": "VLLMServerSampler", "init_args": {"urls": servers[:1], "dtype": "float32"}}
     accumulate = "--trainer.accumulate_grad_batches"
     for name, sampler, options in (
         ("inside", inside, [accumulate, "2"]),
@@ -67,21 +65,34 @@ def test_two_rounds_are_those_of_an_engine_in_the_process(
             torch.testing.assert_close(weights[run][name], tensor, rtol=0, atol=5e-5)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"urls": ["localhost:1"]}, "must be a list of addresses that begin with http"),
+        ({"urls": ["http://127.0.0.1:9"]}, "http://127.0.0.1:9 can't be reached"),
+        ({}, "`rollout.sampler.dtype` is bfloat16, but the server"),
+        ({"transport": "nccl", "dtype": "float32"}, "needs 'nccl'"),
+        ({"dtype": "float32", "address": "127.0.0.9:1"}, "must reach the trainer at"),
+    ],
+)
 def test_servers_that_do_not_fit_are_refused(
-    server: str, llama: Path, tmp_path: Path, write_jsonl: Callable[..., str]
+    servers: list[str], source: PolicySource, arguments: dict[str, Any], message: str
 ) -> None:
-    prompts = write_jsonl(PROMPTS)
-    with serving(llama, tmp_path / "plain.log", room=128) as plain:
-        for arguments, message in (
-            ({"urls": ["localhost:1"]}, "must be a list of addresses that begin with http"),
-            ({"urls": ["http://127.0.0.1:9"]}, "http://127.0.0.1:9 can't be reached"),
-            ({"urls": [server]}, "`rollout.sampler.dtype` is bfloat16, but the server"),
-            ({"urls": [server], "transport": "nccl", "dtype": "float32"}, "needs 'nccl'"),
-            ({"urls": [server, plain], "dtype": "float32"}, "does not take weights"),
-            ({"urls": [server], "dtype": "float32", "address": "127.0.0.9:1"}, "must reach the trainer at"),
-        ):
-            run = tmp_path / "run"
-            said = fit(run, llama, prompts, {"class_path": "VLLMServerSampler", "init_args": arguments})
-            assert said.startswith("FAILED"), arguments
-            assert message in " ".join(said.split()), said
-            assert "Traceback" not in said
+    def connect() -> None:
+        with closing(VLLMServerSampler(**{"urls": servers} | arguments)) as sampler:
+            sampler.check()
+            sampler.start(EngineSpec(source, max_model_tokens=64, max_sequences=8))
+
+    with pytest.raises(InputError) as refused:
+        connect()
+    assert message in str(refused.value)
+
+
+def test_a_run_with_servers_that_do_not_fit_ends_with_one_line(
+    servers: list[str], llama: Path, tmp_path: Path, write_jsonl: Callable[..., str]
+) -> None:
+    sampler: dict[str, object] = {"class_path": "VLLMServerSampler", "init_args": {"urls": servers}}
+    said = fit(tmp_path / "run", llama, write_jsonl(PROMPTS), sampler)
+    assert said.startswith("FAILED")
+    assert "`rollout.sampler.dtype` is bfloat16, but the server" in " ".join(said.split()), said
+    assert "Traceback" not in said

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import (
     ClassifierReward,
     Failure,
@@ -14,6 +15,7 @@ from rlhf_pl.rewards import (
     Sample,
     VLLMServerReward,
 )
+from rlhf_pl.rollout import VLLMServerSampler
 from tests.rewards.test_classifier import SAMPLES
 from tests.vllm_serving import serving
 
@@ -33,6 +35,8 @@ def test_served_reward_model_scores_as_here(reward_model: Path, tmp_path: Path) 
             for endpoint in ("classify", "pooling")
         }
         (lost,) = VLLMServerReward(url, str(reward_model), model="other", retries=0).score(SAMPLES[:1])
+        with pytest.raises(InputError, match="does not take weights"):  # it was started for scoring alone
+            VLLMServerSampler([url], dtype="float32").check()
     for results in served.values():
         found = [r.reward for r in results if isinstance(r, RewardResult)]
         assert found == pytest.approx(expected, abs=1e-3)

@@ -4,7 +4,6 @@ import importlib.util
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,6 @@ from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, hand_ov
 from rlhf_pl.rows import RowBatch, Tree, lay_out
 from rlhf_pl.weights import weights_of
 from tests.conftest import save_llama
-from tests.vllm_serving import sampling_server
 
 pytestmark = pytest.mark.xdist_group("samplers")  # they share what takes long to start
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -55,25 +53,20 @@ def lm(llama: Path) -> Any:
         pytest.param("server", marks=[*VLLM, pytest.mark.slow]),
     ],
 )
-def sampler(
-    request: pytest.FixtureRequest, source: PolicySource, lm: Any, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Sampler]:
-    with ExitStack() as stack:
-        made: Sampler
-        if request.param == "transformers":
-            made = TransformersSampler(batch_size=8)
-        elif request.param == "vllm":
-            made = VLLMSampler(dtype="float32", kv_cache_gib=0.05)
-        else:
-            folder = tmp_path_factory.mktemp("servers")
-            urls = [stack.enter_context(sampling_server(source.path, folder / f"{i}.log")) for i in range(2)]
-            made = VLLMServerSampler(urls, dtype="float32")
-        made.check()
-        made.start(EngineSpec(source, max_model_tokens=64, max_sequences=64))
-        made.forget(lm.state_dict())
-        made.load_weights(lm.state_dict().items())
-        yield made
-        made.close()
+def sampler(request: pytest.FixtureRequest, source: PolicySource, lm: Any) -> Iterator[Sampler]:
+    made: Sampler
+    if request.param == "transformers":
+        made = TransformersSampler(batch_size=8)
+    elif request.param == "vllm":
+        made = VLLMSampler(dtype="float32", kv_cache_gib=0.05)
+    else:
+        made = VLLMServerSampler(request.getfixturevalue("servers"), dtype="float32")
+    made.check()
+    made.start(EngineSpec(source, max_model_tokens=64, max_sequences=64))
+    made.forget(lm.state_dict())
+    made.load_weights(lm.state_dict().items())
+    yield made
+    made.close()
 
 
 def draw(sampler: Sampler, prompts: list[list[int]], seeds: list[int], **settings: Any) -> list[list[Response]]:
