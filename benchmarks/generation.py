@@ -20,11 +20,13 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=12)
     parser.add_argument("--num_responses", type=int, default=4)
     parser.add_argument("--max_tokens", type=int, default=32)
+    parser.add_argument("--top_p", type=float, default=1.0)
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     print(machine())
-    print(f"{args.prompts} prompts x {args.num_responses} answers of up to {args.max_tokens} tokens\n")
+    answers = f"{args.num_responses} answers of up to {args.max_tokens} tokens, top_p {args.top_p:g}"
+    print(f"{args.prompts} prompts x {answers}\n")
     tokens, found = measure(args)
     rows = [
         [name, f"{tokens / (steps + outside):.1f}", f"{steps:.3f}", f"{1000 * outside:.1f}"]
@@ -65,13 +67,13 @@ def measure(args: argparse.Namespace) -> tuple[int, dict[str, tuple[float, float
     ours = VLLMSampler(dtype=dtype)  # type: ignore[arg-type]
     ours.start(EngineSpec(source, longest, args.prompts * args.num_responses))
     ours.load_weights(load_lm(source).state_dict().items())
-    sampling = SamplingConfig(num_responses=args.num_responses, max_response_tokens=args.max_tokens)
+    sampling = SamplingConfig(num_responses=args.num_responses, max_response_tokens=args.max_tokens, top_p=args.top_p)
 
-    def with_ours() -> int:
+    def with_ours() -> list[list[list[int]]]:
         requests = [PromptTokens(ids, 100 * i) for i, ids in enumerate(prompts)]
-        return sum(len(r.token_ids) for _, answers in ours.generate(requests, sampling) for r in answers)
+        return [[r.token_ids for r in answers] for _, answers in sorted(ours.generate(requests, sampling))]
 
-    def bare() -> int:
+    def bare() -> list[list[list[int]]]:
         from vllm import SamplingParams
 
         llm: Any = ours._llm  # the same engine, called as vLLM's own documentation does
@@ -80,6 +82,7 @@ def measure(args: argparse.Namespace) -> tuple[int, dict[str, tuple[float, float
                 n=args.num_responses,
                 seed=100 * i,
                 max_tokens=args.max_tokens,
+                top_p=args.top_p,
                 logprobs=0,
                 stop_token_ids=list(source.eos_token_ids),
                 detokenize=False,
@@ -87,7 +90,7 @@ def measure(args: argparse.Namespace) -> tuple[int, dict[str, tuple[float, float
             for i in range(len(prompts))
         ]
         outputs = llm.generate([{"prompt_token_ids": ids} for ids in prompts], params, use_tqdm=False)
-        return sum(len(answer.token_ids) for output in outputs for answer in output.outputs)
+        return [[list(answer.token_ids) for answer in output.outputs] for output in outputs]
 
     clock = StepClock(ours._llm.llm_engine)
     steps: dict[str, list[list[float]]] = {"vllm": [], "rlhf-pl": []}
@@ -99,14 +102,14 @@ def measure(args: argparse.Namespace) -> tuple[int, dict[str, tuple[float, float
             ours.reset()
             clock.seconds.clear()
             started = time.perf_counter()
-            tokens = run()
+            answers = run()
             seconds = time.perf_counter() - started
-            assert tokens == expected, "not the same answers"
+            assert answers == expected, "not the same answers"
             steps[name].append(list(clock.seconds))
             outside[name].append(seconds - sum(clock.seconds))
     ours.close()
     best = {name: (sum(map(min, zip(*steps[name], strict=True))), min(outside[name])) for name, _ in runs}
-    return expected, best
+    return sum(len(answer) for answers in expected for answer in answers), best
 
 
 if __name__ == "__main__":

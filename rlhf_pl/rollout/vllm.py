@@ -98,6 +98,12 @@ class VLLMSampler(Sampler):
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(4096, spec.max_model_tokens),
             }
+        # beside speculative decoding vLLM takes no processors
+        self._own_top_p = not self._on_gpu and not {"logits_processors", "speculative_config"} & set(self.engine_args)
+        if self._own_top_p:
+            from rlhf_pl.rollout.vllm_nucleus import Nucleus
+
+            args["logits_processors"] = [Nucleus]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed:
             # Lightning leaves RANK unset; the launcher backend makes each rank's engine use its own device.
@@ -167,6 +173,11 @@ class VLLMSampler(Sampler):
         from vllm.sampling_params import RequestOutputKind
 
         engine = self._llm.llm_engine
+        top_p, extra = sampling.top_p, {}
+        if self._own_top_p and top_p < 1 and sampling.top_k == 0:  # with a top-k, which comes first, vLLM's own
+            from rlhf_pl.rollout.vllm_nucleus import TOP_P
+
+            top_p, extra = 1.0, {TOP_P: top_p}
         index_of: dict[str, int] = {}
         for index, prompt in enumerate(prompts):
             room = self._max_model_tokens - len(prompt.token_ids)
@@ -178,7 +189,7 @@ class VLLMSampler(Sampler):
             params = SamplingParams(
                 n=sampling.num_responses,
                 temperature=sampling.temperature,
-                top_p=sampling.top_p,
+                top_p=top_p,
                 top_k=sampling.top_k,
                 min_p=sampling.min_p,
                 max_tokens=sampling.max_response_tokens,
@@ -187,6 +198,7 @@ class VLLMSampler(Sampler):
                 stop_token_ids=self._eos,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
+                extra_args=extra,
             )
             request = f"rlhf-{self._requests}"
             self._requests += 1

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -37,27 +38,48 @@ def command(folder: Path, model: Path) -> list[str]:
     return [sys.executable, "-m", "rlhf_pl", "fit", *listed]
 
 
-def processes_of(group: int) -> list[str]:
-    """Command lines of the processes in a process group."""
-    found = []
-    for folder in Path("/proc").glob("[0-9]*"):
-        try:
-            if os.getpgid(int(folder.name)) == group:
-                found.append((folder / "cmdline").read_text().replace("\0", " "))
-        except (OSError, ProcessLookupError):
-            continue
-    return found
+class Watched:
+    """A run whose processes and files can be told from those of other runs on the machine.
 
+    Args:
+        folder: For the run.
+        model: Its policy.
+    """
 
-def shared_files() -> set[str]:
-    """What processes leave in the places where they share memory and sockets."""
-    return {str(f) for place in ("/dev/shm", "/tmp") for f in Path(place).iterdir() if "pytest" not in f.name}
+    def __init__(self, folder: Path, model: Path) -> None:
+        self.temporary = folder / "tmp"
+        self.temporary.mkdir()
+        self._mark = f"RLHF_PL_WATCHED={folder}"
+        self._shared = self._shared_memory()
+        name, value = self._mark.split("=")
+        environment = os.environ | {name: value, "TMPDIR": str(self.temporary)}
+        self.process = subprocess.Popen(command(folder, model), cwd=folder, env=environment)
 
+    def left_behind(self) -> list[str]:
+        """Live processes that came of it, whatever sessions they are in; memory nobody maps;
+        temporary files, but for torch's cache."""
+        files = [str(file) for file in self.temporary.iterdir() if not file.name.startswith("torchinductor_")]
+        return [*self._processes(), *files, *(self._shared_memory() - self._shared - self._mapped())]
 
-def listening_ports() -> set[str]:
-    """Local addresses of TCP sockets that listen."""
-    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
-    return {fields[1] for fields in lines if fields[3] == "0A"}
+    def _processes(self) -> list[str]:
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with suppress(OSError):
+                if self._mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                    found.append((folder / "cmdline").read_text().replace("\0", " "))
+        return found
+
+    @staticmethod
+    def _shared_memory() -> set[str]:
+        return {str(file) for file in Path("/dev/shm").iterdir()}
+
+    @staticmethod
+    def _mapped() -> set[str]:
+        found: set[str] = set()
+        for maps in Path("/proc").glob("[0-9]*/maps"):
+            with suppress(OSError):
+                found |= {line.split()[-1] for line in maps.read_text().splitlines() if "/dev/shm/" in line}
+        return found
 
 
 def memory_by_round(run: Path) -> list[float]:
@@ -70,26 +92,21 @@ def memory_by_round(run: Path) -> list[float]:
 
 def test_memory_is_flat_and_nothing_is_left(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
-    files, ports = shared_files(), listening_ports()
-    process = subprocess.Popen(command(tmp_path, model), start_new_session=True, cwd=tmp_path)
-    assert process.wait() == 0
+    run = Watched(tmp_path, model)
+    assert run.process.wait() == 0
     memory = memory_by_round(tmp_path / "run")
     assert len(memory) == ROUNDS
     assert memory[ROUNDS - 1] <= 1.05 * memory[4], memory
-    assert processes_of(process.pid) == []
-    assert shared_files() - files == set()
-    assert listening_ports() - ports == set()
+    assert run.left_behind() == []
 
 
 def test_nothing_is_left_after_a_kill(tmp_path: Path) -> None:
-    files, ports = shared_files(), listening_ports()
-    process = subprocess.Popen(command(tmp_path, save_llama(tmp_path / "llama")), start_new_session=True, cwd=tmp_path)
+    run = Watched(tmp_path, save_llama(tmp_path / "llama"))
     while not list((tmp_path / "run" / "rounds").glob("0001/pairs/*.parquet")):
-        assert process.poll() is None
+        assert run.process.poll() is None
         time.sleep(0.05)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    assert run.left_behind() != [], "it can be seen while it lives"
+    os.kill(run.process.pid, signal.SIGKILL)
+    run.process.wait()
     time.sleep(1)
-    assert processes_of(process.pid) == []
-    assert shared_files() - files == set()
-    assert listening_ports() - ports == set()
+    assert run.left_behind() == []

@@ -126,6 +126,34 @@ def test_draws_follow_the_policys_distribution(sampler: Sampler, lm: Any) -> Non
     assert (observed - expected).abs().sum() < limit
 
 
+def test_top_p_leaves_out_what_is_less_likely_and_nothing_else(sampler: Sampler, lm: Any) -> None:
+    """First tokens of 3,000 answers, and the likeliest that hold 0.6 of the probability after a temperature of 0.8."""
+    settings = {"num_responses": 50, "max_response_tokens": 1, "temperature": 0.8, "top_p": 0.6}
+    answers = draw(sampler, [PROMPTS[0]] * 60, list(range(0, 60_000, 1000)), **settings)
+    counts = Counter(r.token_ids[0] for rs in answers for r in rs)
+    with torch.no_grad():
+        logits = lm(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double() / 0.8
+    probabilities, ids = logits.softmax(-1).sort(descending=True)
+    size = int((probabilities.cumsum(-1) < 0.6).sum()) + 1
+    expected = probabilities[:size] / probabilities[:size].sum()
+    assert set(counts) <= set(ids[:size].tolist())
+    assert len(counts) >= int((expected * 3000 > 10).sum())
+    observed = torch.tensor([counts[int(i)] / 3000 for i in ids[:size]])
+    fair = torch.distributions.Multinomial(3000, expected).sample((20,)) / 3000
+    assert (observed - expected).abs().sum() < (fair - expected).abs().sum(1).max() * 1.2
+
+
+@pytest.mark.parametrize("top_k", [0, 50])
+def test_top_p_draws_what_vllms_own_draws(sampler: Sampler, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not isinstance(sampler, VLLMSampler) or not sampler._own_top_p:
+        pytest.skip("it has no other")
+    settings = {"num_responses": 8, "top_p": 0.8, "top_k": top_k, "temperature": 1.2}
+    ours = draw(sampler, PROMPTS, list(range(0, 60, 10)), **settings)
+    monkeypatch.setattr(sampler, "_own_top_p", False)
+    assert draw(sampler, PROMPTS, list(range(0, 60, 10)), **settings) == ours
+    assert draw(sampler, PROMPTS, list(range(0, 60, 10)), **settings | {"top_p": 1.0, "top_k": 0}) != ours
+
+
 def test_greedy_takes_the_likeliest_token(sampler: Sampler, lm: Any) -> None:
     answer = draw(sampler, [PROMPTS[0]], [0], num_responses=1, temperature=0.0, max_response_tokens=4)[0][0]
     ids = list(PROMPTS[0])
