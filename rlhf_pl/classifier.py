@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.errors import InputError
 from rlhf_pl.policy import PolicySource, without_dropout
-from rlhf_pl.rows import Tree, lay_out
+from rlhf_pl.rows import Lengths, Tree, lay_out
 from rlhf_pl.shared_prompt import hidden_states, share_prompts
 
 # what reward models call their head: transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
@@ -230,17 +230,33 @@ class ClassifierLM(nn.Module):
         used = {token for row in rows for token in row}
         return next(i for i in range(len(used) + 1) if i not in used)
 
-    def forward(self, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Scores of rows that are padded on the right with `pad_id`.
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        *,
+        position_ids: Tensor | None = None,
+        last: Tensor | None = None,
+        lengths: Lengths | None = None,
+        **inputs: Tensor,
+    ) -> Tensor:
+        """Scores of rows that are padded on the right with `pad_id`, or of what `tree_inputs` gives.
 
         Args:
-            input_ids: Shape (R, T), int64.
-            attention_mask: 1 at tokens, shape (R, T).
-            inputs: Others that the architecture takes, such as `token_type_ids`, shape (R, T).
+            input_ids: Shape (R, T), int64; of trees (1, N).
+            attention_mask: 1 at tokens, shape (R, T); of trees None.
+            position_ids: Of trees, shape (1, N).
+            last: Of trees the place where each answer's score is read, shape (R,).
+            lengths: Of each tree the tokens of its prompt and of every answer.
+            inputs: Others that the architecture takes of rows, such as `token_type_ids`, shape (R, T).
 
         Returns:
             Shape (R,), float32.
         """
+        if lengths is not None:
+            assert position_ids is not None
+            return self._head(hidden_states(self.model, input_ids, position_ids, lengths)[last])
+        assert attention_mask is not None
         if not self.linear:
             if self.pad_token_id is None and len(input_ids) > 1:
                 rows = [
@@ -259,35 +275,37 @@ class ClassifierLM(nn.Module):
         last = (positions * counts).argmax(-1)
         return self._head(hidden[torch.arange(len(last)), last])
 
-    def score_trees(self, trees: Sequence[Tree], device: torch.device) -> Tensor:
-        """Scores of conversations that share their beginnings, which are computed once; needs `shares_prompts`.
-
-        Args:
-            trees: What conversations have in common, with the rest of each.
-            device: Where the model is.
-
-        Returns:
-            Shape (all answers,), float32.
-        """
-        last: list[int] = []
-        start, padding = 0, self.pad_token_id
-        for tree in trees:
-            end = start + len(tree.prompt)
-            for answer in tree.answers:
-                parts = ((end, answer), (start, tree.prompt))
-                places = (first + i for first, ids in parts for i in reversed(range(len(ids))) if ids[i] != padding)
-                last.append(next(places, start))
-                end += len(answer)
-            start = end
-        rows = lay_out(trees).to(device)
-        hidden = hidden_states(self.model, rows.input_ids, rows.position_ids, rows.lengths)
-        return self._head(hidden[torch.tensor(last, device=device)])
-
     def _head(self, hidden: Tensor) -> Tensor:
         """Shape (R, H) to (R,), float32."""
         head = self.model.score
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.to(head.weight.dtype))[:, 0].float()
+
+
+def tree_inputs(trees: Sequence[Tree], padding: int | None) -> dict[str, Any]:
+    """What `ClassifierLM.forward` takes of conversations that share their beginnings, where it `shares_prompts`.
+
+    Args:
+        trees: What conversations have in common, with the rest of each.
+        padding: Token that no score is read at.
+    """
+    last: list[int] = []
+    start = 0
+    for tree in trees:
+        end = start + len(tree.prompt)
+        for answer in tree.answers:
+            parts = ((end, answer), (start, tree.prompt))
+            places = (first + i for first, ids in parts for i in reversed(range(len(ids))) if ids[i] != padding)
+            last.append(next(places, start))
+            end += len(answer)
+        start = end
+    rows = lay_out(trees)
+    return {
+        "input_ids": rows.input_ids,
+        "position_ids": rows.position_ids,
+        "last": torch.tensor(last),
+        "lengths": rows.lengths,
+    }
 
 
 @torch.no_grad()

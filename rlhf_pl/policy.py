@@ -2,17 +2,15 @@
 
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from lightning.pytorch.utilities import rank_zero_only
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf_pl.chat import eos_token_ids
-from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
 from rlhf_pl.fused_head import fused_logps
 from rlhf_pl.logprobs import chunked_logps, linear_logps
@@ -240,19 +238,8 @@ def load_lm(
         **quantized,
     )
     _check_logits(lm, source)
-    if attn_implementation == "sdpa" and not share_prompts(lm):
-        _say_plain(type(lm).__name__)
+    share_prompts(lm)
     return lm
-
-
-@rank_zero_only
-@cache
-def _say_plain(name: str) -> None:
-    console.print(
-        f"[yellow]note[/yellow]: the attention of {name} can't let answers share their prompt, so every answer is "
-        "computed with a copy of it.",
-        soft_wrap=True,
-    )
 
 
 def train_last_layers(lm: Any, count: int, source: PolicySource) -> None:

@@ -21,6 +21,19 @@ class Tree:
         return len(self.prompt) + sum(map(len, self.answers))
 
 
+def common_tokens(rows: Sequence[list[int]]) -> int:
+    """With how many tokens all rows begin alike; one less than the shortest has at most."""
+    first, last = min(rows), max(rows)  # what the first and the last in order have in common, all have
+    most = min(map(len, rows)) - 1
+    return next((i for i in range(most) if first[i] != last[i]), most)
+
+
+def share_beginning(rows: Sequence[list[int]], common: int | None = None) -> Tree:
+    """Rows as what they have in common (`common_tokens`, if it is known) with the rest of each."""
+    common = common_tokens(rows) if common is None else common
+    return Tree(rows[0][:common], tuple(row[common:] for row in rows))
+
+
 @dataclass
 class RowBatch:
     """N tokens of trees, one after the other, and the M tokens among them whose log-probs are wanted, answer by answer.

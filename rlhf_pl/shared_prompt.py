@@ -4,10 +4,12 @@ from functools import cache, lru_cache
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 from torch.nn.attention.bias import causal_lower_right
 from torch.nn.functional import scaled_dot_product_attention
 
+from rlhf_pl.console import console
 from rlhf_pl.rows import Lengths, Tree, lay_out, padded
 
 NAME = "rlhf_pl_shared_prompt"  # as transformers knows it
@@ -41,7 +43,7 @@ def share_prompts(lm: Any) -> bool:
     """Have a model with sdpa attention take trees, if they give what its own attention gives for plain rows.
 
     Returns:
-        Whether they do; if not, the model is as it was.
+        Whether they do; if not, the model is as it was, and that is said once.
     """
     before = lm.config._attn_implementation
     if before != "sdpa":
@@ -62,7 +64,18 @@ def share_prompts(lm: Any) -> bool:
     if (found - expected).norm() <= tolerance * expected.norm():
         return True
     lm.set_attn_implementation(before)
+    _say_plain(type(lm).__name__)
     return False
+
+
+@cache
+@rank_zero_only
+def _say_plain(name: str) -> None:
+    console.print(
+        f"[yellow]note[/yellow]: the attention of {name} can't let answers share their prompt, so every answer is "
+        "computed with a copy of it.",
+        soft_wrap=True,
+    )
 
 
 def _modulo(tree: Tree, size: int) -> tuple[list[int], tuple[list[int], ...]]:

@@ -10,7 +10,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.logprobs import chunked_logps, gather_logps, linear_logps
 from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
 from rlhf_pl.rows import Tree, lay_out
-from rlhf_pl.shared_prompt import share_prompts
+from rlhf_pl.shared_prompt import _say_plain, share_prompts
 from tests.conftest import make_tokenizer, save_llama
 
 SMALL = {
@@ -96,13 +96,18 @@ def test_prompts_are_computed_once() -> None:
     assert seen == [sum(map(len, TREES))]
 
 
-def test_a_model_that_ignores_positions_gets_rows(source: PolicySource, capsys: pytest.CaptureFixture) -> None:
+def test_a_model_that_ignores_positions_gets_rows_and_says_so_once(
+    source: PolicySource, capsys: pytest.CaptureFixture
+) -> None:
     lm = load_lm(source)
     lm.set_attn_implementation("sdpa")
     backbone = lm.base_model.forward
     lm.base_model.forward = lambda **inputs: backbone(**{k: v for k, v in inputs.items() if k != "position_ids"})
+    _say_plain.cache_clear()
+    assert not share_prompts(lm)
     assert not share_prompts(lm)
     assert lm.config._attn_implementation == "sdpa"
+    assert capsys.readouterr().out.count("LlamaForCausalLM can't let answers share their prompt") == 1
 
 
 def test_gradient_checkpointing_changes_nothing(source: PolicySource) -> None:

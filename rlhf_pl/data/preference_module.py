@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from rlhf_pl.classifier import tree_inputs
 from rlhf_pl.data.held_out import split_groups
 from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
@@ -18,13 +19,14 @@ from rlhf_pl.errors import at_least
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
+from rlhf_pl.rows import common_tokens, share_beginning
 
 
 class PreferenceBatch:
-    """B comparisons, chosen rows first.
+    """B comparisons.
 
     Args:
-        inputs: What the reward model takes: 2B rows, B chosen, then B rejected, each tensor of shape (2B, T).
+        inputs: What `ClassifierLM` takes for 2B scores: of each comparison that of the chosen, then of the rejected.
         labels: Probability that the chosen answer is better, shape (B,), float32.
         margins: By how much its score should be higher, shape (B,), float32, reward units.
         longer: Whether the chosen answer is the longer text: 1, 0.5 for equal lengths, 0; shape (B,), float32.
@@ -32,13 +34,13 @@ class PreferenceBatch:
     """
 
     def __init__(
-        self, inputs: dict[str, Tensor], labels: Tensor, margins: Tensor, longer: Tensor, weight: float = 1.0
+        self, inputs: dict[str, Any], labels: Tensor, margins: Tensor, longer: Tensor, weight: float = 1.0
     ) -> None:
         self.inputs, self.labels, self.margins, self.longer, self.weight = inputs, labels, margins, longer, weight
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "PreferenceBatch":
         """The batch on `device`; Lightning calls it."""
-        inputs = {name: tensor.to(device, **kwargs) for name, tensor in self.inputs.items()}
+        inputs = {n: v.to(device, **kwargs) if isinstance(v, Tensor) else v for n, v in self.inputs.items()}
         labels, margins, longer = (t.to(device, **kwargs) for t in (self.labels, self.margins, self.longer))
         return PreferenceBatch(inputs, labels, margins, longer, self.weight)
 
@@ -53,24 +55,38 @@ class PreferenceDataset(Dataset):
 
     def __init__(self, pairs: Sequence[Preference], render: Renderer) -> None:
         self.pairs = pairs
-        self.rows = [[render(p.messages, answer) for answer in (p.chosen, p.rejected)] for p in pairs]
-        self.pad_id = 0
+        self.rows: list[list[Rendered]] = [
+            [render(p.messages, answer) for answer in (p.chosen, p.rejected)] for p in pairs
+        ]
+        self.pad_id, self.shares_prompts = 0, False
         self.truncated = sum(row.truncated_tokens > 0 for both in self.rows for row in both)
 
     def __len__(self) -> int:
         return len(self.pairs)
 
     def lengths(self) -> list[int]:
-        """Tokens of each pair, both rows as long as the longer one."""
+        """Tokens of each pair: without what both have in common a second time, or both rows as long as the longer."""
+        if self.shares_prompts:
+            return [sum(map(len, both)) - common for both, common in zip(self.rows, self._common, strict=True)]
         return [2 * max(map(len, both)) for both in self.rows]
+
+    @cached_property
+    def _common(self) -> list[int]:
+        """With how many tokens the two rows of each pair begin alike."""
+        return [common_tokens([row.ids for row in both]) for both in self.rows]
+
+    def _inputs(self, indices: Sequence[int]) -> dict[str, Any]:
+        if self.shares_prompts:
+            trees = [share_beginning([row.ids for row in self.rows[i]], self._common[i]) for i in indices]
+            return tree_inputs(trees, self.pad_id)
+        return padded([row for i in indices for row in self.rows[i]], self.pad_id)
 
     def __getitems__(self, request: tuple[list[int], float]) -> PreferenceBatch:
         indices, weight = request
         pairs = [self.pairs[i] for i in indices]
-        rows: list[Rendered] = [self.rows[i][which] for which in (0, 1) for i in indices]
         longer = [longer_text(p.chosen, p.rejected) for p in pairs]
         return PreferenceBatch(
-            padded(rows, self.pad_id),
+            self._inputs(indices),
             torch.tensor([p.label for p in pairs]),
             torch.tensor([p.margin for p in pairs]),
             torch.tensor(longer),
@@ -93,9 +109,9 @@ class PreferenceDataModule(PairsDataModule):
         split_seed: Chooses the held-out prompts.
         max_tokens: Longer conversations are cut from the left of the prompt, and counted.
         batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
-        max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), both rows of a pair as long
-            as the longer one. An update then has the same pairs, divided into as many micro-batches as that takes; null
-            for batch_size pairs in each.
+        max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), what both rows of a pair
+            begin with counted once; for models that can't share it, both rows as long as the longer one. An update then
+            has the same pairs, divided into as many micro-batches as that takes; null for batch_size pairs in each.
         num_workers: Loader processes.
         seed: Shuffles the pairs; null takes the run's `seed_everything`.
     """
@@ -193,16 +209,23 @@ class PreferenceDataModule(PairsDataModule):
 
     def divide(self, epoch: int) -> RoundBatches:
         assert self.train_set is not None
+        self._follow_module()
         return self._divide(f"{self.seed}:{epoch}", len(self.train_set), self.train_set.lengths())
 
     def val_dataloader(self) -> Any:
         assert self.val_set is not None
         if len(self.val_set) == 0:
             return []
+        self._follow_module()
         batches = self._held_out_batches(len(self.val_set), self.val_set.lengths())
         return self._loader(self.val_set, batches, 0)
 
     def _loader(self, dataset: PreferenceDataset, batches: RoundBatches, epoch: int) -> RoundLoader:
-        module: Any = self._trainer.lightning_module
-        dataset.pad_id = module.pad_id
         return RoundLoader(dataset, batches, epoch, self.num_workers)
+
+    def _follow_module(self) -> None:
+        """Make the rows that the model takes, which is loaded by now."""
+        module: Any = self._trainer.lightning_module
+        for dataset in (self.train_set, self.val_set):
+            assert dataset is not None
+            dataset.pad_id, dataset.shares_prompts = module.pad_id, module.shares_prompts

@@ -95,6 +95,11 @@ class RewardModelModule(L.LightningModule):
         assert self.classifier is not None
         return self.classifier.model.config.get_text_config().pad_token_id
 
+    @property
+    def shares_prompts(self) -> bool:
+        """Whether what the two rows of a comparison begin with is computed once."""
+        return self.classifier is not None and self.classifier.shares_prompts and not self.pair_encoding
+
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name)
@@ -118,8 +123,8 @@ class RewardModelModule(L.LightningModule):
         self.classifier = ClassifierLM(model).train()
         shard(self, self.classifier)
 
-    def forward(self, **inputs: Tensor) -> Tensor:
-        """Scores of rows, shape (R,)."""
+    def forward(self, **inputs: Any) -> Tensor:
+        """Scores of rows, or of trees; the arguments of `ClassifierLM.forward`, shape (R,)."""
         assert self.classifier is not None
         return self.classifier(**inputs)
 
@@ -139,7 +144,7 @@ class RewardModelModule(L.LightningModule):
 
     def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss per pair, and what is logged about it, each of shape (B,)."""
-        chosen, rejected = self(**batch.inputs).view(2, -1)
+        chosen, rejected = self(**batch.inputs).view(-1, 2).T
         margins = chosen - rejected
         losses = bradley_terry_loss(margins, batch.labels, batch.margins)
         if self.centering > 0:

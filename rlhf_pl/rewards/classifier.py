@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pl.checkpoint_files import WeightFiles
-from rlhf_pl.classifier import ClassifierLM, find_head, load_classifier
+from rlhf_pl.classifier import ClassifierLM, find_head, load_classifier, tree_inputs
 from rlhf_pl.devices import fast_dtype
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.policy import PolicySource
@@ -117,7 +117,8 @@ def _run(module: Any, found: list[Family], device: torch.device) -> list[Tensor]
     """The scores of each family."""
     rows = [row for family in found for row in family.rows]
     if module.shares_prompts and not any(row.token_type_ids for row in rows):
-        scores = module.score_trees([family.tree for family in found], device)
+        inputs = tree_inputs([family.tree for family in found], module.pad_token_id)
+        scores = module(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()})
     else:
         scores = module(**padded(rows, module.pad_id([row.ids for row in rows]), device))
     return list(scores.split([len(family.rows) for family in found]))

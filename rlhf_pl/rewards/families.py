@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from rlhf_pl.rendering import Rendered
 from rlhf_pl.rewards.base import Sample
-from rlhf_pl.rows import Tree
+from rlhf_pl.rows import Tree, share_beginning
 
 
 @dataclass(frozen=True)
@@ -28,11 +28,4 @@ def families(samples: Sequence[Sample], rows: Sequence[Rendered]) -> list[Family
             groups.append([])
         groups[-1].append(row)
         before = sample
-    return [Family(group, _tree([row.ids for row in group])) for group in groups]
-
-
-def _tree(ids: list[list[int]]) -> Tree:
-    first, last = min(ids), max(ids)  # what the first and the last in order have in common, all have
-    most = min(map(len, ids)) - 1
-    common = next((i for i in range(most) if first[i] != last[i]), most)
-    return Tree(ids[0][:common], tuple(row[common:] for row in ids))
+    return [Family(group, share_beginning([row.ids for row in group])) for group in groups]

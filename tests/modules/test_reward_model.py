@@ -12,10 +12,12 @@ import torch
 
 from rlhf_pl import LoRA, PreferenceDataModule, RewardModelModule
 from rlhf_pl.callbacks import EpochRun, HFExport, RoundCheckpoint
+from rlhf_pl.classifier import ClassifierLM, new_classifier
 from rlhf_pl.errors import InputError
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.optim import AdamW
 from rlhf_pl.pair_metrics import pair_metrics
+from rlhf_pl.policy import PolicySource
 from rlhf_pl.rewards import ClassifierReward, Sample
 from tests.conftest import save_llama
 from tests.rewards.test_classifier import plain_scores
@@ -111,7 +113,9 @@ def test_accumulated_micro_batches_equal_one_batch(llama: Path, tmp_path: Path, 
         fit(tmp_path / folder, llama, file, data=data, accumulate_grad_batches=accumulate, max_epochs=1)
     kept = torch.load(tmp_path / "tokens" / "checkpoints" / "last.ckpt", weights_only=False)
     assert kept["rlhf_pl_split"]["accumulate"] > 1
-    one, *others = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in splits)
+    eager = {"attn_implementation": "eager"}  # which shares nothing
+    fit(tmp_path / "eager", llama, file, eager, data={"batch_size": 8, "val_preferences": 3}, max_epochs=1)
+    one, *others = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in (*splits, "eager"))
     for other in others:
         for name, tensor in one.items():
             assert torch.allclose(tensor, other[name], atol=2e-4), name
@@ -154,11 +158,38 @@ def test_goes_on_inside_an_epoch_as_if_never_stopped(
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
-def test_pairs_of_a_prompt_are_on_one_side(llama: Path, write_jsonl: Write) -> None:
-    data = PreferenceDataModule(write_jsonl(ROWS), val_preferences=10, max_tokens=64)
+def set_up(llama: Path, file: str) -> PreferenceDataModule:
+    data = PreferenceDataModule(file, val_preferences=10, max_tokens=64)
     data.trainer = L.Trainer(logger=False, accelerator="cpu")
     data.trainer.strategy._lightning_module = RewardModelModule(str(llama))
     data.setup("fit")
+    return data
+
+
+def test_beginnings_that_are_shared_give_the_loss_and_gradient_of_padded_rows(llama: Path, write_jsonl: Write) -> None:
+    rows = [*ROWS[:20], {"prompt": "A?", "chosen": "Good, of course", "rejected": "Good"}]
+    dataset = set_up(llama, write_jsonl(rows)).train_set
+    assert dataset is not None
+    model = new_classifier(PolicySource(str(llama)), seed=0)
+    dataset.pad_id = model.config.pad_token_id = 1
+    classifier = ClassifierLM(model)
+    assert classifier.shares_prompts
+    found, tokens = [], []
+    for shares in (True, False):
+        dataset.shares_prompts = shares
+        batch = dataset.__getitems__((list(range(len(dataset))), 1.0))
+        tokens.append(batch.inputs["input_ids"].numel())
+        chosen, rejected = classifier(**batch.inputs).view(-1, 2).T
+        loss = bradley_terry_loss(chosen - rejected, batch.labels, batch.margins).mean()
+        found.append((loss.detach(), *torch.autograd.grad(loss, list(classifier.parameters()))))
+        assert tokens[-1] == sum(dataset.lengths()) or not shares
+    assert tokens[0] < 0.8 * tokens[1]
+    for shared, padded in zip(*found, strict=True):
+        torch.testing.assert_close(shared, padded, atol=1e-5, rtol=1e-4)
+
+
+def test_pairs_of_a_prompt_are_on_one_side(llama: Path, write_jsonl: Write) -> None:
+    data = set_up(llama, write_jsonl(ROWS))
     assert data.train_set is not None
     assert data.val_set is not None
     sides = [{p.messages[-1]["content"] for p in side.pairs} for side in (data.train_set, data.val_set)]
