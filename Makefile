@@ -51,13 +51,13 @@ test: lint
 test-slow: setup model
 	$(PYTEST) -m slow
 
-# from the shortest to the longest
-BENCHMARKS := scoring generation growth vocabulary_memory whole_round training_step
+# under half an hour, so two of them are brief
+BENCHMARKS := scoring generation growth vocabulary_memory whole_round "training_step --pairs 4" \
+	"reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo"
 
 bench: setup model
 	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/bench.txt
 	@for name in $(BENCHMARKS); do echo "## $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; echo; done
-	@echo "## reward_over_time, briefly"; $(BIN)/python -m benchmarks.reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo
 
 lock:
 	bash scripts/lock.sh

@@ -1,20 +1,24 @@
 """What the benchmarks share: pairs of given lengths, a process of its own per variant, tables."""
 
 import argparse
-import json
+import importlib
+import multiprocessing
 import os
 import platform
 import random
-import subprocess
 import sys
+import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO, TypeVar
+
+T = TypeVar("T")
 
 MODEL = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 
@@ -94,20 +98,34 @@ def make_parser(description: str | None) -> argparse.ArgumentParser:
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def options(args: argparse.Namespace, *names: str) -> list[str]:
-    """Options as they were given, for a process of its own."""
-    return [text for name in names for text in (f"--{name}", str(getattr(args, name)))]
+def in_a_process(measure: Callable[..., T], *arguments: Any) -> T:
+    """What `measure` gives in a process of its own, forked from this one, which has the imports and has run nothing.
+
+    What it prints is shown only if it fails.
+    """
+    os.environ.update({"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
+    for module in ("torch", "transformers", "datasets", "lightning", "rlhf_pl"):
+        importlib.import_module(module)
+    sys.stdout.flush()
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    with tempfile.TemporaryFile("w+") as log:
+        process = multiprocessing.get_context("fork").Process(target=_send, args=(log, sender, measure, arguments))
+        process.start()
+        sender.close()
+        try:
+            return receiver.recv()
+        except EOFError:
+            process.join()
+            log.seek(0)
+            raise SystemExit(f"{measure.__qualname__}{arguments} failed:\n{log.read()[-3000:]}") from None
+        finally:
+            process.join()
 
 
-def in_a_process(script: str, arguments: Sequence[str], timeout: float = 1800) -> dict[str, Any]:
-    """Run `script` anew with arguments; its last line of output is the result, as JSON."""
-    environment = os.environ | {"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    command = [sys.executable, "-m", f"benchmarks.{Path(script).stem}", *arguments]
-    root = Path(__file__).parents[1]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, env=environment, cwd=root)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    return json.loads(done.stdout.strip().splitlines()[-1])
+def _send(log: TextIO, sender: Connection, measure: Callable[..., Any], arguments: tuple[Any, ...]) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        os.dup2(log.fileno(), stream.fileno())
+    sender.send(measure(*arguments))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:

@@ -14,16 +14,12 @@ from benchmarks.common import in_a_process, machine, make_parser, peak_memory, t
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--prompts", type=int, action="append")
-    parser.add_argument("--one", action="store_true")
     args = parser.parse_args()
     counts = args.prompts or [100, 1000, 10_000]
-    if args.one:
-        print(json.dumps(measure(counts[0])))
-        return
     print(f"{machine()}\n")
     rows = []
     for count in counts:
-        found = in_a_process(__file__, ["--one", "--prompts", str(count)])
+        found = in_a_process(measure, count)
         phases = [found[name] for name in ("generate", "score", "logps", "train")]
         rest = found["seconds"] - sum(phases)
         cells = [f"{s:.1f}" for s in (found["seconds"], *phases, rest)]

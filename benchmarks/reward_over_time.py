@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import MODEL, in_a_process, machine, make_parser, options, table
+from benchmarks.common import MODEL, in_a_process, machine, make_parser, table
 from examples.short_answer import score
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 VARIANTS = {"rlhf-pl": "rlhf-pl", "online-dpo": "TRL OnlineDPO", "grpo": "TRL GRPO"}
 LEARNING_RATES = {"rlhf-pl": 2e-4, "online-dpo": 6e-5, "grpo": 1e-4}  # the best of those tried: see the README
 HELD_OUT = 48
+Curve = list[tuple[float, float]]  # seconds of training, held-out reward
 
 
 def main() -> None:
@@ -30,21 +31,16 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max_tokens", type=int, default=48)
     parser.add_argument("--plot", help="a .png file")
-    parser.add_argument("--one", choices=VARIANTS)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the first run; others have those that follow")
     parser.add_argument("--lr", type=float, help="default: each variant's own")
     parser.add_argument("--eta", type=float, default=10.0, help="of rlhf-pl, nats per reward unit")
     args = parser.parse_args()
-    if args.one:
-        print(json.dumps(evaluate(args, (ours if args.one == "rlhf-pl" else with_trl)(args))))
-        return
     print(machine())
     print(f"{args.seconds:g} s of training, {args.seeds} seeds, {HELD_OUT} held-out prompts\n")
-    given = options(args, "model", "seconds", "max_tokens", "eta", *(["lr"] if args.lr else []))
-    curves: dict[str, list[list[list[float]]]] = {name: [] for name in args.variant or VARIANTS}
-    for seed in range(args.seeds):
-        for name in curves:
-            curves[name].append(in_a_process(__file__, ["--one", name, "--seed", str(seed), *given])["curve"])
+    curves: dict[str, list[Curve]] = {name: [] for name in args.variant or VARIANTS}
+    for seed in range(args.seed, args.seed + args.seeds):
+        for name, runs in curves.items():
+            runs.append(in_a_process(measure, args, name, seed))
     rows = []
     for name, runs in curves.items():
         points = "; ".join(" ".join(f"{t:.0f}s:{r:.3f}" for t, r in run) for run in runs)
@@ -54,7 +50,7 @@ def main() -> None:
         plot(curves, args.plot)
 
 
-def plot(curves: dict[str, list[list[list[float]]]], file: str) -> None:
+def plot(curves: dict[str, list[Curve]], file: str) -> None:
     import matplotlib
 
     matplotlib.use("agg")
@@ -77,6 +73,10 @@ def questions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     return rows[HELD_OUT:], rows[:HELD_OUT]
 
 
+def measure(args: argparse.Namespace, variant: str, seed: int) -> Curve:
+    return evaluate(args, (ours if variant == "rlhf-pl" else with_trl)(args, variant, seed))
+
+
 class Snapshots:
     """Copies of the policy, with the seconds of training before them."""
 
@@ -97,7 +97,7 @@ class Snapshots:
         self.started += time.monotonic() - self.started - seconds  # the copy does not count
 
 
-def ours(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
+def ours(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[float, dict[str, Any]]]:
     import lightning as L
     from torch.optim.lr_scheduler import ConstantLR
 
@@ -119,7 +119,7 @@ def ours(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions()[0]))
-        L.seed_everything(args.seed, verbose=False)
+        L.seed_everything(seed, verbose=False)
         trainer = L.Trainer(
             accelerator="cpu",
             max_epochs=1000,
@@ -141,15 +141,15 @@ def ours(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
         module = RebelModule(
             args.model,
             loss=RebelLoss(args.eta),
-            optimizer=lambda p: AdamW(p, lr=args.lr or LEARNING_RATES[args.one]),
+            optimizer=lambda p: AdamW(p, lr=args.lr or LEARNING_RATES[variant]),
             lr_scheduler=lambda o: ConstantLR(o, 1.0),
         )
-        data = RoundDataModule(str(folder / "prompts.jsonl"), prompts_per_round=4, batch_size=4, seed=args.seed)
+        data = RoundDataModule(str(folder / "prompts.jsonl"), prompts_per_round=4, batch_size=4, seed=seed)
         trainer.fit(module, datamodule=data)
     return clock[0].taken
 
 
-def with_trl(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
+def with_trl(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[float, dict[str, Any]]]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -175,7 +175,7 @@ def with_trl(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
     shared: dict[str, Any] = {
         "max_steps": 10_000,
         "temperature": 0.8,
-        "learning_rate": args.lr or LEARNING_RATES[args.one],
+        "learning_rate": args.lr or LEARNING_RATES[variant],
         "lr_scheduler_type": "constant",
         "gradient_checkpointing": False,
         "bf16": False,
@@ -183,7 +183,7 @@ def with_trl(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
         "save_strategy": "no",
         "disable_tqdm": True,
         "use_cpu": True,
-        "seed": args.seed,
+        "seed": seed,
     }
     with tempfile.TemporaryDirectory() as folder:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32)
@@ -194,7 +194,7 @@ def with_trl(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
             "callbacks": [Clock()],
         }
         trainer: Any
-        if args.one == "grpo":
+        if variant == "grpo":
             from trl import GRPOConfig, GRPOTrainer
 
             settings = GRPOConfig(
@@ -214,7 +214,7 @@ def with_trl(args: argparse.Namespace) -> list[tuple[float, dict[str, Any]]]:
     return clock[0].taken
 
 
-def evaluate(args: argparse.Namespace, taken: list[tuple[float, dict[str, Any]]]) -> dict[str, Any]:
+def evaluate(args: argparse.Namespace, taken: list[tuple[float, dict[str, Any]]]) -> Curve:
     """Mean reward on the held-out prompts of every snapshot."""
     from rlhf_pl.chat import encode_prompt
     from rlhf_pl.policy import PolicySource
@@ -226,7 +226,7 @@ def evaluate(args: argparse.Namespace, taken: list[tuple[float, dict[str, Any]]]
     sampler = VLLMSampler(dtype="float32")
     sampler.start(EngineSpec(source, max(map(len, prompts)) + args.max_tokens, len(prompts)))
     sampling = SamplingConfig(num_responses=1, temperature=0.5, max_response_tokens=args.max_tokens)
-    curve = []
+    curve: Curve = []
     for seconds, weights in taken:
         sampler.load_weights(weights.items())
         total = 0.0
@@ -235,7 +235,7 @@ def evaluate(args: argparse.Namespace, taken: list[tuple[float, dict[str, Any]]]
             total += score(held_out[index]["prompt"], text, answers[0].finished)
         curve.append((seconds, total / len(prompts)))
     sampler.close()
-    return {"curve": curve}
+    return curve
 
 
 if __name__ == "__main__":

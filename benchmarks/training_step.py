@@ -9,7 +9,6 @@ micro-batches are all alike, one micro-batch); the loss is that of the first mic
 """
 
 import argparse
-import json
 import tempfile
 import time
 from pathlib import Path
@@ -23,7 +22,6 @@ from benchmarks.common import (
     machine,
     make_pairs,
     make_parser,
-    options,
     peak_memory,
     table,
 )
@@ -49,22 +47,17 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8, help="an update")
     parser.add_argument("--updates", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--one", action="store_true", help="run the one variant here")
     args = parser.parse_args()
     if args.pairs % MICRO_BATCH:
         parser.error(f"--pairs must be a multiple of {MICRO_BATCH}, the micro-batch, got {args.pairs}")
     profiles, variants = args.profile or list(PROFILES), args.variant or list(VARIANTS)
-    if args.one:
-        print(json.dumps(measure(args, profiles[0], variants[0])))
-        return
     print(machine())
     print(f"{Path(args.model).name}, lengths x {args.scale:g}, {args.pairs} pairs an update, {args.updates} updates\n")
     for profile in profiles:
         rows: list[list[Any]] = []
         found: dict[str, dict[str, float]] = {}
         for variant in variants:
-            given = options(args, "model", "scale", "pairs", "updates", "seed")
-            found[variant] = in_a_process(__file__, ["--one", "--profile", profile, "--variant", variant, *given])
+            found[variant] = in_a_process(measure, args, profile, variant)
             ours = found[variant]
             rows.append([VARIANTS[variant], f"{ours['pairs_per_s']:.3f}", f"{ours['gib']:.2f}", f"{ours['loss']:.5f}"])
         print(f"**{profile}**\n\n{table(['', 'pairs/s', 'peak GiB', 'loss'], rows)}\n")

@@ -5,9 +5,7 @@ A small random Llama, so that little but logits counts; a process of its own for
     python -m benchmarks.vocabulary_memory
 """
 
-import json
-
-from benchmarks.common import in_a_process, machine, make_parser, options, peak_memory, table
+from benchmarks.common import in_a_process, machine, make_parser, peak_memory, table
 
 VOCABULARIES = (49_152, 128_256, 256_000)
 RESPONSES = (64, 256)
@@ -15,24 +13,18 @@ RESPONSES = (64, 256)
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--one", nargs=3, metavar=("HOW", "VOCABULARY", "RESPONSE"))
     parser.add_argument("--vocabulary", type=int, action="append")
     parser.add_argument("--response", type=int, action="append", help="tokens of an answer")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=128, help="model.logprob_chunk_tokens")
     args = parser.parse_args()
-    if args.one:
-        how, vocabulary, response = args.one
-        print(json.dumps(measure(how, int(vocabulary), int(response), args.pairs, args.chunk)))
-        return
     print(machine())
     print(f"GiB above the loaded model with its gradients; {args.pairs} pairs, chunks of {args.chunk} tokens\n")
     rows = []
     for response in args.response or RESPONSES:
         for vocabulary in args.vocabulary or VOCABULARIES:
-            given = options(args, "pairs", "chunk")
             full, ours = (
-                in_a_process(__file__, ["--one", how, str(vocabulary), str(response), *given])["gib"]
+                in_a_process(measure, how, vocabulary, response, args.pairs, args.chunk)["gib"]
                 for how in ("full", "ours")
             )
             rows.append([response, f"{vocabulary:,}", f"{full:.2f}", f"{ours:.2f}", f"{ours / full:.2f}"])

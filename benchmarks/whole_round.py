@@ -1,7 +1,7 @@
 """A whole round, once everything is running: ours, and TRL's OnlineDPOTrainer on the same prompts.
 
 Both draw two answers to every prompt, score them with the same function, and train on the pairs with as many a
-update, in float32. The last round is timed: of three of ours, as memory still grows in the second, of two of TRL's. TRL
+update, in float32. The last round is timed: of three with vLLM, as memory still grows in the second, else of two. TRL
 samples with transformers: its vLLM modes need a GPU.
 
     python -m benchmarks.whole_round
@@ -14,10 +14,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import MODEL, in_a_process, machine, make_parser, options, peak_memory, table
+from benchmarks.common import MODEL, in_a_process, machine, make_parser, peak_memory, table
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
-ROUNDS = 3
 MICRO_BATCH = 4
 PHASES = {"draw": "responses", "score": "rewards", "log-probs": "logps", "train": "training"}
 VARIANTS = {"rlhf-pl": "rlhf-pl, vLLM", "rlhf-pl-transformers": "rlhf-pl, transformers", "trl": "TRL OnlineDPO"}
@@ -30,15 +29,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=8, help="an update")
     parser.add_argument("--max_tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--one", choices=VARIANTS)
     args = parser.parse_args()
     if args.pairs % MICRO_BATCH or args.prompts % args.pairs:
         parser.error(f"--pairs must be a multiple of {MICRO_BATCH}, the micro-batch, and --prompts one of --pairs")
-    if args.one:
-        print(json.dumps(with_trl(args) if args.one == "trl" else with_lightning(args)))
-        return
-    given = options(args, "model", "prompts", "pairs", "max_tokens", "seed")
-    found = {name: in_a_process(__file__, ["--one", name, *given]) for name in VARIANTS}
+    found = {name: in_a_process(with_trl if name == "trl" else with_lightning, args, name) for name in VARIANTS}
     print(machine())
     print(f"{args.prompts} prompts x 2 answers of up to {args.max_tokens} tokens, {args.pairs} pairs an update\n")
     rows = []
@@ -62,7 +56,7 @@ def questions(count: int) -> list[dict[str, str]]:
     return [{"prompt_id": str(i), "prompt": row["prompt"]} for i, row in enumerate(rows[:count])]
 
 
-def with_lightning(args: argparse.Namespace) -> dict[str, float]:
+def with_lightning(args: argparse.Namespace, variant: str) -> dict[str, float]:
     import lightning as L
 
     from rlhf_pl import RebelModule, RoundDataModule, SamplingConfig, TransformersSampler, VLLMSampler
@@ -70,6 +64,7 @@ def with_lightning(args: argparse.Namespace) -> dict[str, float]:
     from rlhf_pl.optim import AdamW
 
     ends: list[float] = []
+    rounds = 3 if variant == "rlhf-pl" else 2
 
     class Clock(L.Callback):
         def on_train_epoch_end(self, *args: Any) -> None:
@@ -82,12 +77,12 @@ def with_lightning(args: argparse.Namespace) -> dict[str, float]:
         L.seed_everything(args.seed, verbose=False)
         refresh = RoundRefresh(
             reward="benchmarks.whole_round.variety",
-            sampler=VLLMSampler(dtype="float32") if args.one == "rlhf-pl" else TransformersSampler(),
+            sampler=VLLMSampler(dtype="float32") if variant == "rlhf-pl" else TransformersSampler(),
             sampling=SamplingConfig(num_responses=2, max_response_tokens=args.max_tokens),
         )
         trainer = L.Trainer(
             accelerator="cpu",
-            max_epochs=ROUNDS,
+            max_epochs=rounds,
             accumulate_grad_batches=args.pairs // MICRO_BATCH,
             default_root_dir=folder / "run",
             callbacks=[refresh, Clock()],
@@ -99,14 +94,14 @@ def with_lightning(args: argparse.Namespace) -> dict[str, float]:
         data = RoundDataModule(str(prompts), batch_size=MICRO_BATCH)
         with peak_memory() as peak:
             trainer.fit(RebelModule(args.model, optimizer=lambda p: AdamW(p, lr=1e-6)), datamodule=data)
-        stored = data.store.round(ROUNDS - 1)
+        stored = data.store.round(rounds - 1)
         phases = {name: float(stored.info(stage)["seconds"]) for name, stage in PHASES.items()}
         seconds = ends[-1] - ends[-2]
         tokens = int(stored.info("responses")["tokens"])
     return {"seconds": seconds, "tokens": tokens, "gib": peak["gib"], **phases}
 
 
-def with_trl(args: argparse.Namespace) -> dict[str, float]:
+def with_trl(args: argparse.Namespace, variant: str) -> dict[str, float]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
