@@ -1,5 +1,6 @@
 """Which exceptions are mistakes of the user, to be told in one line, and which are bugs, to be shown whole."""
 
+import errno
 import os
 import traceback
 from collections.abc import Iterator
@@ -21,6 +22,8 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, _MISTAKES):
         if isinstance(error, OSError) and (full := full_disk_error(Path(error.filename or "."), error)):
             return full
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            return InputError(f"No file has so long a name: {str(error.filename)[:60]!r}... Correct that option.")
         if isinstance(error, ValueError | TypeError | OverflowError) and _raised_by(error, "lightning"):
             return InputError(f"The Trainer refuses this config: {_in_a_line(error)}")
         error = error.__cause__ or error.__context__

@@ -1,5 +1,6 @@
 """The policy: what is known of a model before its weights load, and the module that gives log-probs."""
 
+import os
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -55,7 +56,7 @@ class PolicySource:
             InputError: It is neither.
         """
         folder = Path(self.path)
-        if not folder.exists() and (self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1):
+        if not os.path.exists(folder) and (self.path.startswith(("/", ".", "~")) or self.path.count("/") != 1):
             raise InputError(f"`{self.option}`: no folder {self.path!r}. Give a model folder or a Hub id (owner/name).")
         return folder
 

@@ -199,8 +199,9 @@ def test_every_eos_id_counts(source: PolicySource) -> None:
 
 
 def test_wrong_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="no folder"):
-        _ = PolicySource(str(tmp_path / "missing")).config
+    for path in (str(tmp_path / "missing"), "x" * 300):
+        with pytest.raises(InputError, match="no folder"):
+            _ = PolicySource(path).config
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"config\.json"):
         _ = PolicySource(str(tmp_path / "empty")).config
