@@ -115,7 +115,7 @@ FUZZ = settings(
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_any_value_of_any_option(base: dict[str, str]) -> None:
-    @settings(FUZZ, max_examples=150)
+    @settings(FUZZ, max_examples=200)
     @given(st.dictionaries(st.sampled_from(OPTIONS), VALUES, min_size=1, max_size=2))
     def check(changes: dict[str, str]) -> None:
         accepted_or_refused(["fit", *(f"--{name}={value}" for name, value in (base | changes).items())])
