@@ -1,6 +1,6 @@
 """A sampler on plain transformers: slow, needs nothing else, and checks the vLLM one independently."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
 from typing import Any, Literal
 
@@ -8,7 +8,6 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
-from rlhf_pl.rollout.nucleus import nucleus
 
 
 class TransformersSampler(Sampler):
@@ -107,15 +106,15 @@ class _SeededDraw:
     """
 
     def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
-        from transformers import MinPLogitsWarper, TopKLogitsWarper
+        from transformers import MinPLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
         self.temperature = sampling.temperature
         self.generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        self.warpers: list[Callable[[Tensor, Tensor], Tensor]] = []
+        self.warpers: list[Any] = []
         if sampling.top_k > 0:
             self.warpers.append(TopKLogitsWarper(sampling.top_k))
         if sampling.top_p < 1:
-            self.warpers.append(lambda _, scores: nucleus(scores, torch.tensor(sampling.top_p, device=scores.device)))
+            self.warpers.append(TopPLogitsWarper(sampling.top_p))
         if sampling.min_p > 0:
             self.warpers.append(MinPLogitsWarper(sampling.min_p))
 
