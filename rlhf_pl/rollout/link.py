@@ -63,7 +63,7 @@ class SamplerLink:
             hand_over(self.sampler, weights)
             room = spec.max_model_tokens - max(map(len, prompts))
             error = check_sampler(
-                self.sampler, prompts, policy.logps, weights, limit, min(4, room), policy.rounding, ranks
+                self.sampler, prompts, policy.logps, weights, limit, min(8, room), policy.rounding, ranks
             )
         self._holds = policy
         return {"time/sync_s": time.monotonic() - started, "rollout/sampler_logp_error": error}

@@ -39,7 +39,7 @@ def check_sampler(
     policy: Callable[[RowBatch, float], Tensor],
     weights: Weights,
     limit: float,
-    response_tokens: int = 4,
+    response_tokens: int = 8,
     rounding: Callable[[RowBatch], float] = lambda rows: 0.0,
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
 ) -> float:
