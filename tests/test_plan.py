@@ -1,6 +1,7 @@
 """`rlhf-pl plan`: what it says of a config, against models that are built and steps that are measured."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -31,18 +32,22 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 module.configure_model()
 optimizer = AdamW(module.parameters(), lr=1e-5)
-batch = lay_out([Tree([5] * 128, ([7] * 64, [8] * 64))] * 6)
-for _ in range(2):
-    module.policy(**batch.inputs()).sum().backward()
-    optimizer.step()
-    optimizer.zero_grad()
+tree = Tree([5] * 128, ([7] * 64, [8] * 64))
+def backward(trees):
+    module.policy(**lay_out(trees).inputs()).sum().backward()
+backward([tree])  # then the optimizer has its moments
+optimizer.step()
+optimizer.zero_grad()
+backward([tree])  # then there are gradients to add to
+backward([tree] * 6)
+optimizer.step()
 done.set()
 print(json.dumps(peak[0] - before))
 """
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_memory_of_a_training_step_is_within_15_percent(tmp_path: Path, checkpointing: bool) -> None:
+def test_memory_of_a_training_step_is_within_8_percent(tmp_path: Path, checkpointing: bool) -> None:
     sizes: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}
     model = save_llama(tmp_path / "llama", num_attention_heads=12, num_key_value_heads=4, vocab_size=32000, **sizes)
     done = subprocess.run(
@@ -50,13 +55,15 @@ def test_memory_of_a_training_step_is_within_15_percent(tmp_path: Path, checkpoi
         capture_output=True,
         text=True,
         timeout=300,
+        # glibc gives what is freed back at once: how full of holes its heap is differs from run to run
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)},
     )
     assert done.returncode == 0, done.stderr
     config = PolicySource(str(model)).config
     weights = 4 * model_size(config).total
     activations = activation_bytes(config, 1, 6 * 256, False, checkpointing, "sdpa")
     planned = (4 * weights + activations + logits_bytes(config, 512)) / 2**30  # parameters, gradients, two moments
-    assert planned == pytest.approx(json.loads(done.stdout), rel=0.15)
+    assert planned == pytest.approx(json.loads(done.stdout), rel=0.08)
 
 
 @pytest.mark.parametrize("tied", [True, False])
