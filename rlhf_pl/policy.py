@@ -15,7 +15,7 @@ from rlhf_pl.chat import eos_token_ids
 from rlhf_pl.errors import InputError
 from rlhf_pl.fused_head import fused_logps
 from rlhf_pl.logprobs import chunked_logps, linear_logps
-from rlhf_pl.quantized import quantization_config
+from rlhf_pl.quantized import keep_as_quantized, quantization_config
 from rlhf_pl.rows import Lengths, padded
 from rlhf_pl.shared_prompt import hidden_states, is_shared, share_prompts
 
@@ -238,6 +238,8 @@ def load_lm(
         attn_implementation=attn_implementation,
         **quantized,
     )
+    if base_dtype is not None:
+        keep_as_quantized(lm)
     _check_logits(lm, source)
     share_prompts(lm)
     return lm

@@ -36,6 +36,19 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> Any:
     )
 
 
+def keep_as_quantized(model: Any) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights in the first forward pass without gradients.
+
+    It does on CPUs with bfloat16 instructions, and rounds the weights' scales to bfloat16 on the way: what a policy
+    stands for would depend on what it has been used for.
+    """
+    from bitsandbytes.nn import Linear4bit
+
+    for module in model.modules():
+        if isinstance(module, Linear4bit):
+            module.support_avx512bf16_for_cpu = False
+
+
 def is_quantized(model: Any) -> bool:
     """Whether a Hugging Face model's linear layers are in 4 bits."""
     return bool(getattr(model, "is_loaded_in_4bit", False))
