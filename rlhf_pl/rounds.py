@@ -197,7 +197,8 @@ class Round:
     def _write_manifest(self, content: dict[str, Any]) -> None:
         content = self.as_stored(content)
         text = json.dumps({**content, "checksum": _manifest_checksum(content)}, indent=2)
-        for name in ("manifest.json", _COPY):
+        # The copy first: what is killed before the manifest is written is done again, and clears up behind itself.
+        for name in (_COPY, "manifest.json"):
             write_atomically(self.path / name, lambda file: file.write(text.encode()))
 
 

@@ -1,10 +1,13 @@
 import json
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from rlhf_pl import disk
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import DamagedStoreError, Round, RoundStore
 
@@ -117,3 +120,24 @@ def test_nothing_is_left_of_a_write_that_failed(stored: Round, monkeypatch: pyte
     assert stored.shards("rewards") == {}
     assert json.dumps(stored.manifest) == before
     assert not list(stored.path.rglob("*.tmp"))
+
+
+@pytest.mark.parametrize("step", range(1, 5))
+def test_nothing_is_left_of_a_manifest_whose_writing_was_killed(stored: Round, step: int) -> None:
+    """Killed before each flush and each rename of it and its copy; who goes on writes it again."""
+    child = os.fork()
+    if child == 0:
+        steps = iter(range(1, 5))
+
+        def die(function: Callable[..., None]) -> Callable[..., None]:
+            return lambda *args: os._exit(9) if next(steps) == step else function(*args)
+
+        disk.os.fsync, disk.os.replace = die(os.fsync), die(os.replace)
+        disk.sync_folder = lambda folder: None
+        stored.complete("rewards")
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 9
+    if not stored.is_complete("rewards"):
+        stored.complete("rewards")
+    assert not list(stored.path.rglob(".*.tmp"))
+    assert (stored.path / ".manifest.copy.json").read_text() == (stored.path / "manifest.json").read_text()
