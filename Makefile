@@ -42,7 +42,7 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# a test per core at a time, each on one thread: the models are tiny; what is first by name is what takes longest
+# a test per core at a time, each on one thread: the models are tiny
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 test: lint

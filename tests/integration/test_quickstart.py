@@ -36,6 +36,7 @@ def answer(code: str, model: Path) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes(3)
 @pytest.mark.vllm
 @pytest.mark.skipif(not MODEL.exists(), reason="`make model` has not been run")
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM")

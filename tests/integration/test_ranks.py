@@ -108,6 +108,7 @@ def test_the_model_of_a_sharded_run_loads_in_transformers(folder: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.minutes(3)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_four_ranks_train_as_one_process_does(killed: Path, strategy: str) -> None:
     assert_close(killed / f"{strategy}-4", killed / "one")

@@ -21,6 +21,7 @@ from tests.vllm_serving import serving
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.minutes(1),
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"),
 ]
