@@ -47,6 +47,7 @@ def share_prompts(lm: Any) -> bool:
     """
     before = lm.config._attn_implementation
     if before != "sdpa":
+        _say_plain(type(lm).__name__, before)
         return False
     _register()
     trees = [Tree([3, 17, 9, 5, 11], ([4, 8, 15], [16, 23, 42, 7])), Tree([6, 2, 13], ([12, 5],))]
@@ -64,16 +65,16 @@ def share_prompts(lm: Any) -> bool:
     if (found - expected).norm() <= tolerance * expected.norm():
         return True
     lm.set_attn_implementation(before)
-    _say_plain(type(lm).__name__)
+    _say_plain(type(lm).__name__, before)
     return False
 
 
 @cache
 @rank_zero_only
-def _say_plain(name: str) -> None:
+def _say_plain(name: str, attention: str) -> None:
     console.print(
-        f"[yellow]note[/yellow]: the attention of {name} can't let answers share their prompt, so every answer is "
-        "computed with a copy of it.",
+        f"[yellow]note[/yellow]: the {attention} attention of {name} can't let answers share their prompt, so every "
+        "answer is computed with a copy of it.",
         soft_wrap=True,
     )
 

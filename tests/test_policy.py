@@ -107,7 +107,9 @@ def test_a_model_that_ignores_positions_gets_rows_and_says_so_once(
     assert not share_prompts(lm)
     assert not share_prompts(lm)
     assert lm.config._attn_implementation == "sdpa"
-    assert capsys.readouterr().out.count("LlamaForCausalLM can't let answers share their prompt") == 1
+    assert capsys.readouterr().out.count("sdpa attention of LlamaForCausalLM can't let answers share their prompt") == 1
+    load_lm(source, attn_implementation="eager")
+    assert "eager attention of LlamaForCausalLM can't let" in capsys.readouterr().out
 
 
 def test_gradient_checkpointing_changes_nothing(source: PolicySource) -> None:

@@ -101,8 +101,9 @@ class TransformersSampler(Sampler):
 class _SeededDraw:
     """Turns greedy decoding into exact sampling with a random stream of its own for every row.
 
-    The most likely token after adding Gumbel noise is a draw from the softmax; noise from a generator per row makes
-    an answer depend on its seed alone, not on what is in the batch.
+    Of each row it leaves the token at which the cumulated probability passes a random number, one number a token: noise
+    for the whole vocabulary takes longer than all else of a step but the model. A generator per row makes an answer
+    depend on its seed alone, not on what is in the batch.
     """
 
     def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
@@ -124,8 +125,11 @@ class _SeededDraw:
         scores = scores.float() / self.temperature
         for warp in self.warpers:
             scores = warp(input_ids, scores)
-        exponential = torch.stack([torch.empty(scores.shape[-1]).exponential_(generator=g) for g in self.generators])
-        return scores - exponential.log().to(scores.device)  # minus the log of an exponential is Gumbel noise
+        cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        share = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
+        token = torch.searchsorted(cumulated, share.to(scores.device) * cumulated[:, -1:], right=True)
+        token.clamp_(max=scores.shape[-1] - 1)  # NaNs pass nothing
+        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
 
 
 class _RecordLogps:
