@@ -51,8 +51,8 @@ test: lint
 test-slow: setup model
 	$(PYTEST) -m slow
 
-# under half an hour, so two of them are brief
-BENCHMARKS := scoring generation growth vocabulary_memory whole_round "training_step --pairs 4" \
+# under half an hour, so three of them are brief
+BENCHMARKS := scoring generation growth vocabulary_memory "whole_round --prompts 24" "training_step --pairs 4" \
 	"reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo"
 
 bench: setup model

@@ -25,7 +25,7 @@ VARIANTS = {"rlhf-pl": "rlhf-pl, vLLM", "rlhf-pl-transformers": "rlhf-pl, transf
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--prompts", type=int, default=24, help="a round")
+    parser.add_argument("--prompts", type=int, default=32, help="a round")
     parser.add_argument("--pairs", type=int, default=8, help="an update")
     parser.add_argument("--max_tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
