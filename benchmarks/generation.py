@@ -1,8 +1,8 @@
 """Tokens per second of our sampler against bare vLLM: the same prompts, settings and seeds, by turns on one engine.
 
-A sampler's answers are the same every time, so the n-th step of the engine is the same work in every run: the time of a run is the sum of
-each step's shortest time in all runs of its kind, and of the shortest time outside the steps. Whole runs differ by ten
-percent on a machine that has other things to do.
+A sampler's answers are the same every time, so the n-th step of the engine is the same work in every run: the time of a
+run is the sum of each step's shortest time in all runs of its kind, and of the shortest time outside the steps. Whole
+runs differ by ten percent on a machine that has other things to do.
 
     python -m benchmarks.generation
 """
