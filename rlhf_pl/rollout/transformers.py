@@ -125,11 +125,11 @@ class _SeededDraw:
         scores = scores.float() / self.temperature
         for warp in self.warpers:
             scores = warp(input_ids, scores)
-        cumulated = scores.softmax(-1).cumsum(-1, dtype=torch.float64)
+        cumulated = scores.softmax(-1).cpu().cumsum(-1, dtype=torch.float64)  # GPUs have no deterministic one
         share = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
-        token = torch.searchsorted(cumulated, share.to(scores.device) * cumulated[:, -1:], right=True)
+        token = torch.searchsorted(cumulated, share * cumulated[:, -1:], right=True)
         token.clamp_(max=scores.shape[-1] - 1)  # NaNs pass nothing
-        return torch.full_like(scores, -torch.inf).scatter_(1, token, 0.0)
+        return torch.full_like(scores, -torch.inf).scatter_(1, token.to(scores.device), 0.0)
 
 
 class _RecordLogps:
