@@ -85,8 +85,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """What takes longest starts first, or one worker ends alone with it."""
 
     def minutes(item: pytest.Item) -> float:
-        marker = item.get_closest_marker("minutes")
-        return marker.args[0] if marker else 0
+        marker = item.get_closest_marker("slow")
+        return marker.kwargs.get("minutes", 0) if marker else 0
 
     items.sort(key=minutes, reverse=True)
 

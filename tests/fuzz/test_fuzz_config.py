@@ -112,8 +112,7 @@ FUZZ = settings(
 )
 
 
-@pytest.mark.slow
-@pytest.mark.minutes(1.1)
+@pytest.mark.slow(minutes=1.1)
 @pytest.mark.timeout(900)
 def test_any_value_of_any_option(base: dict[str, str]) -> None:
     @settings(FUZZ, max_examples=200)

@@ -182,8 +182,7 @@ def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None
         assert_same_result(tmp_path / f"run{i}", expected, str(stop))
 
 
-@pytest.mark.slow
-@pytest.mark.minutes(1.4)
+@pytest.mark.slow(minutes=1.4)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(3))
 def test_killed_anywhere_and_started_again(tmp_path: Path, part: int) -> None:
@@ -195,8 +194,7 @@ def test_killed_anywhere_and_started_again(tmp_path: Path, part: int) -> None:
     assert hits >= 13
 
 
-@pytest.mark.slow
-@pytest.mark.minutes(2.5)
+@pytest.mark.slow(minutes=2.5)
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM")
 @pytest.mark.timeout(900)

@@ -15,8 +15,7 @@ import pytest
 from tests.conftest import save_llama
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.minutes(1.2),
+    pytest.mark.slow(minutes=1.2),
     pytest.mark.vllm,
     pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM"),
     pytest.mark.timeout(600),

@@ -35,8 +35,7 @@ def answer(code: str, model: Path) -> str:
     return next(line for line in done.stdout.splitlines() if line.startswith("ANSWER:"))
 
 
-@pytest.mark.slow
-@pytest.mark.minutes(3)
+@pytest.mark.slow(minutes=3)
 @pytest.mark.vllm
 @pytest.mark.skipif(not MODEL.exists(), reason="`make model` has not been run")
 @pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM")

@@ -107,8 +107,7 @@ def test_the_model_of_a_sharded_run_loads_in_transformers(folder: Path) -> None:
     assert torch.equal(model.state_dict()["model.norm.weight"], saved["model.norm.weight"])
 
 
-@pytest.mark.slow
-@pytest.mark.minutes(3)
+@pytest.mark.slow(minutes=3)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_four_ranks_train_as_one_process_does(killed: Path, strategy: str) -> None:
     assert_close(killed / f"{strategy}-4", killed / "one")

@@ -21,8 +21,7 @@ from tests.integration.test_fit import PROMPTS
 
 pytestmark = [
     pytest.mark.xdist_group("samplers"),  # they share what takes long to start
-    pytest.mark.slow,
-    pytest.mark.minutes(3),
+    pytest.mark.slow(minutes=3),
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"),
 ]

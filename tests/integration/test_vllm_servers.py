@@ -20,8 +20,7 @@ from tests.rewards.test_classifier import SAMPLES
 from tests.vllm_serving import serving
 
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.minutes(1),
+    pytest.mark.slow(minutes=1),
     pytest.mark.vllm,
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM"),
 ]
