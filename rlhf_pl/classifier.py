@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pl.checkpoint_files import WeightFiles
+from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource, without_dropout
-from rlhf_pl.rows import Lengths, Tree, lay_out
+from rlhf_pl.layout import Layout
+from rlhf_pl.policy import PolicySource, without_autocast, without_dropout, working_copy
+from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import hidden_states, share_prompts
 
 # what reward models call their head: transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
@@ -214,14 +216,17 @@ class ClassifierLM(nn.Module):
 
     Args:
         model: A Hugging Face sequence classifier with one output.
+        compute: Where and how it computes; None for where the model is.
     """
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, compute: Compute | None = None) -> None:
         super().__init__()
-        self.model = model
+        compute = compute or Compute(model.device)
+        self.model, self.compute = model, compute
+        self.copy = working_copy(model, compute)
         self.pad_token_id = model.config.get_text_config().pad_token_id
         self.linear = _is_linear_on_last(model)
-        self.shares_prompts = self.linear and share_prompts(model)
+        self.shares_prompts = self.linear and share_prompts(model, compute)
 
     def pad_id(self, rows: list[list[int]]) -> int:
         """An id to pad these rows with: the model's, or, where it has none, one that is in no row."""
@@ -237,7 +242,7 @@ class ClassifierLM(nn.Module):
         *,
         position_ids: Tensor | None = None,
         last: Tensor | None = None,
-        lengths: Lengths | None = None,
+        layout: Layout | None = None,
         **inputs: Tensor,
     ) -> Tensor:
         """Scores of rows that are padded on the right with `pad_id`, or of what `tree_inputs` gives.
@@ -247,25 +252,31 @@ class ClassifierLM(nn.Module):
             attention_mask: 1 at tokens, shape (R, T); of trees None.
             position_ids: Of trees, shape (1, N).
             last: Of trees the place where each answer's score is read, shape (R,).
-            lengths: Of each tree the tokens of its prompt and of every answer.
+            layout: Where trees lie.
             inputs: Others that the architecture takes of rows, such as `token_type_ids`, shape (R, T).
 
         Returns:
             Shape (R,), float32.
         """
-        if lengths is not None:
-            assert position_ids is not None
-            return self._head(hidden_states(self.model, input_ids, position_ids, lengths)[last])
+        model = self.model if self.copy is None else self.copy.twin()
+        with without_autocast(input_ids.device, self.compute):
+            if layout is not None:
+                assert position_ids is not None
+                assert last is not None
+                return self._head(hidden_states(model, input_ids, position_ids, layout).index_select(0, last))
+            return self._of_rows(model, input_ids, attention_mask, **inputs)
+
+    def _of_rows(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
         assert attention_mask is not None
         if not self.linear:
             if self.pad_token_id is None and len(input_ids) > 1:
                 rows = [
-                    self(ids[m.bool()][None], m[m.bool()][None])
+                    self._of_rows(model, ids[m.bool()][None], m[m.bool()][None])
                     for ids, m in zip(input_ids, attention_mask, strict=True)
                 ]
                 return torch.cat(rows)
-            return self.model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits[:, 0].float()
-        hidden = self.model.base_model(
+            return model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits[:, 0].float()
+        hidden = model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
         ).last_hidden_state
         counts = attention_mask.bool()
@@ -304,7 +315,7 @@ def tree_inputs(trees: Sequence[Tree], padding: int | None) -> dict[str, Any]:
         "input_ids": rows.input_ids,
         "position_ids": rows.position_ids,
         "last": torch.tensor(last),
-        "lengths": rows.lengths,
+        "layout": rows.layout,
     }
 
 

@@ -1,6 +1,7 @@
 """Log-probs of given tokens, without ever holding the logits of all of them."""
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,40 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 VOCABULARY_BLOCK = 16_384  # logits of a token that are in memory at a time
+
+
+@dataclass(frozen=True)
+class Head:
+    """A linear output head: logits = cap(scale * (hidden @ weight.T + bias)), cap(x) = softcap * tanh(x / softcap).
+
+    Args:
+        weight: Shape (V, H).
+        bias: Shape (V,).
+        scale: Factor on the logits (Cohere, Granite).
+        softcap: What the logits are squashed to; None for logits as they are (Gemma-2).
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, product: Tensor, block: slice = slice(None)) -> Tensor:
+        """Logits from products with the weight, computed in place."""
+        if self.bias is not None:
+            product += self.bias[block]
+        if self.scale != 1.0:
+            product *= self.scale
+        return product if self.softcap is None else product.div_(self.softcap).tanh_().mul_(self.softcap)
+
+
+def product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b in float32, not rounded to the operands' dtype on the way."""
+    if a.dtype == torch.float32:
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
 
 
 def gather_logps(logits: Tensor, targets: Tensor, temperature: float = 1.0) -> Tensor:
@@ -59,14 +94,9 @@ def chunked_logps(
 
 
 def linear_logps(
-    hidden: Tensor,
-    targets: Tensor,
-    weight: Tensor,
-    bias: Tensor | None = None,
-    temperature: float = 1.0,
-    chunk_tokens: int = 1024,
+    hidden: Tensor, targets: Tensor, head: Head, temperature: float = 1.0, chunk_tokens: int = 1024
 ) -> Tensor:
-    """`gather_logps(hidden @ weight.T + bias, targets)`; `chunk_tokens` by `VOCABULARY_BLOCK` logits are alive at most.
+    """`gather_logps` of a head's logits, of which `chunk_tokens` by `VOCABULARY_BLOCK` are alive at most.
 
     Log-sum-exp is taken block by block; the backward pass computes the logits again and turns them into their gradient
     in place. Nothing is as large as the vocabulary but the weight and its gradient.
@@ -74,15 +104,14 @@ def linear_logps(
     Args:
         hidden: Shape (N, H), of the weight's dtype.
         targets: Token ids, shape (N,), int64.
-        weight: Shape (V, H).
-        bias: Shape (V,).
+        head: Of V outputs.
         temperature: The sampling temperature, positive.
         chunk_tokens: Tokens per chunk, positive.
 
     Returns:
         Shape (N,), float32, nats.
     """
-    return _LinearLogps.apply(hidden, targets, weight, bias, temperature, chunk_tokens)
+    return _LinearLogps.apply(hidden, targets, head.weight, head.bias, head, temperature, chunk_tokens)
 
 
 class _LinearLogps(torch.autograd.Function):
@@ -93,17 +122,18 @@ class _LinearLogps(torch.autograd.Function):
         targets: Tensor,
         weight: Tensor,
         bias: Tensor | None,
+        head: Head,
         temperature: float,
         chunk_tokens: int,
     ) -> Tensor:
-        ctx.temperature, ctx.chunk_tokens = temperature, chunk_tokens
+        ctx.scale, ctx.softcap, ctx.temperature, ctx.chunk_tokens = head.scale, head.softcap, temperature, chunk_tokens
         wanted = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
         log_total = torch.empty_like(wanted)
         for rows in _slices(len(hidden), chunk_tokens):
             top = wanted.new_full((len(wanted[rows]),), -torch.inf)
             total = torch.zeros_like(top)
             for block in _slices(len(weight), VOCABULARY_BLOCK):
-                logits = _block_of_logits(hidden[rows], weight, bias, block, temperature)
+                logits = _block_of_logits(hidden[rows], head, block, temperature)
                 place, inside = _places(targets[rows], block)
                 wanted[rows] += torch.where(inside, logits.gather(1, place[:, None])[:, 0], 0.0)
                 higher = torch.maximum(top, logits.amax(1))
@@ -125,16 +155,18 @@ class _LinearLogps(torch.autograd.Function):
         of_hidden = torch.empty_like(hidden) if wants_hidden else None
         of_weight = torch.zeros_like(weight) if wants_weight else None
         of_bias = torch.zeros_like(bias) if wants_bias else None
+        head = Head(weight, bias, ctx.scale, ctx.softcap)
         scaled = gradient / ctx.temperature
         for rows in _slices(len(hidden), ctx.chunk_tokens):
             h, g = hidden[rows], scaled[rows]
             sums = torch.zeros(h.shape, dtype=torch.float32, device=h.device)
             for block in _slices(len(weight), VOCABULARY_BLOCK):
-                logits = _block_of_logits(h, weight, bias, block, ctx.temperature)
+                logits = _block_of_logits(h, head, block, ctx.temperature)
+                slope = _slope(head, logits, ctx.temperature)
                 logits.sub_(log_total[rows, None]).exp_().mul_(-g[:, None])  # from here on their gradient
                 place, inside = _places(targets[rows], block)
                 logits.scatter_add_(1, place[:, None], torch.where(inside, g, 0.0)[:, None])
-                of_logits = logits.to(weight.dtype)
+                of_logits = (logits if slope is None else logits.mul_(slope)).to(weight.dtype)
                 if of_hidden is not None:
                     sums += of_logits @ weight[block]
                 if of_weight is not None:
@@ -143,17 +175,24 @@ class _LinearLogps(torch.autograd.Function):
                     of_bias[block] += of_logits.sum(0)
             if of_hidden is not None:
                 of_hidden[rows] = sums
-        return of_hidden, None, of_weight, of_bias, None, None
+        return of_hidden, None, of_weight, of_bias, None, None, None
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
     return (slice(start, min(start + size, length)) for start in range(0, length, size))
 
 
-def _block_of_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, block: slice, temperature: float) -> Tensor:
-    """Shape (n, block), float32."""
-    logits = torch.nn.functional.linear(hidden, weight[block], None if bias is None else bias[block]).float()
+def _block_of_logits(hidden: Tensor, head: Head, block: slice, temperature: float) -> Tensor:
+    """Logits over the temperature, shape (n, block), float32."""
+    logits = head.logits(product(hidden, head.weight[block].T), block)
     return logits if temperature == 1.0 else logits.div_(temperature)
+
+
+def _slope(head: Head, logits: Tensor, temperature: float) -> Tensor | float | None:
+    """Derivative of a head's logits by the products with its weight; None for 1."""
+    if head.softcap is None:
+        return None if head.scale == 1.0 else head.scale
+    return logits.mul(temperature / head.softcap).square_().neg_().add_(1.0).mul_(head.scale)
 
 
 def _places(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:

@@ -1,6 +1,8 @@
 """The policy: what is known of a model before its weights load, and the module that gives log-probs."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,12 +14,17 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf_pl.chat import eos_token_ids
+from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
-from rlhf_pl.fused_head import fused_logps
-from rlhf_pl.logprobs import chunked_logps, linear_logps
+from rlhf_pl.gpu_head import available, gpu_logps
+from rlhf_pl.kernel_check import NoCopyError, once, small_copies
+from rlhf_pl.layout import Layout
+from rlhf_pl.liger import apply_liger
+from rlhf_pl.logprobs import Head, chunked_logps, linear_logps
 from rlhf_pl.quantized import keep_as_quantized, quantization_config
-from rlhf_pl.rows import Lengths, padded
+from rlhf_pl.rows import padded
 from rlhf_pl.shared_prompt import hidden_states, is_shared, share_prompts
+from rlhf_pl.working_copy import WorkingCopy
 
 DType = Literal["float32", "bfloat16", "float16"]
 
@@ -121,9 +128,6 @@ class PolicySource:
         return int(getattr(self.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
 
 
-_LOGIT_SCALINGS = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # after the output head
-
-
 class PolicyLM(nn.Module):
     """A causal LM as one unit: token ids in, response log-probs out.
 
@@ -133,12 +137,15 @@ class PolicyLM(nn.Module):
     Args:
         lm: A Hugging Face causal LM.
         logprob_chunk_tokens: Response tokens whose logits are held at a time.
+        compute: Where and how it computes.
     """
 
-    def __init__(self, lm: Any, logprob_chunk_tokens: int = 1024) -> None:
+    def __init__(self, lm: Any, logprob_chunk_tokens: int = 1024, compute: Compute = Compute()) -> None:  # noqa: B008
         super().__init__()
         self.lm = lm
         self.logprob_chunk_tokens = logprob_chunk_tokens
+        self.compute = compute
+        self.copy = working_copy(lm, compute)
 
     def forward(
         self,
@@ -147,7 +154,7 @@ class PolicyLM(nn.Module):
         predictors: Tensor,
         targets: Tensor,
         answer_of: Tensor,
-        lengths: Lengths,
+        layout: Layout,
         temperature: float = 1.0,
     ) -> Tensor:
         """Log-probs of the wanted tokens of a `RowBatch`, each given what stands before it.
@@ -160,58 +167,96 @@ class PolicyLM(nn.Module):
             predictors: Shape (M,).
             targets: Shape (M,).
             answer_of: Shape (M,).
-            lengths: Of each tree the tokens of its prompt and of every answer.
+            layout: Where prompts and answers lie.
             temperature: The sampling temperature that divides the logits.
 
         Returns:
             Shape (M,), float32, nats.
         """
-        if is_shared(self.lm):
-            hidden = hidden_states(self.lm, input_ids, position_ids, lengths)[predictors]
-        else:
-            ids, mask = padded(input_ids, lengths)
-            rows = self.lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-            hidden = rows[answer_of, position_ids[0, predictors]]
-        head = self.lm.get_output_embeddings()
-        if not self._is_plain(head):
-            return chunked_logps(hidden, targets, self.logits, temperature, self.logprob_chunk_tokens)
-        with torch.autocast(hidden.device.type, enabled=False):  # as in `logits`
-            inputs = (hidden.to(head.weight.dtype), targets, head.weight, head.bias, temperature)
-            fused = fused_logps(*inputs)
-            return linear_logps(*inputs, self.logprob_chunk_tokens) if fused is None else fused
-
-    def _is_plain(self, head: Any) -> bool:
-        """Whether the logits are a linear layer's whose weights are here, and nothing but its."""
-        config = self.lm.config.get_text_config()
-        scaled = any(getattr(config, name, None) is not None for name in _LOGIT_SCALINGS)
-        gathered_by_hook = isinstance(head.weight, DTensor) or bool(head._forward_pre_hooks)
-        return type(head) is nn.Linear and not scaled and not gathered_by_hook
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        """The output head in the dtype of its weights, autocast aside, with the scalings some architectures add.
-
-        bf16 logits near 20 are off by up to 0.06 nats; with float32 weights there is no need for that.
-
-        Args:
-            hidden: Shape (N, H).
-
-        Returns:
-            Shape (N, V).
-        """
-        head, config = self.lm.get_output_embeddings(), self.lm.config.get_text_config()
+        lm = self.lm if self.copy is None else self.copy.twin()
+        with without_autocast(input_ids.device, self.compute):
+            if is_shared(lm):
+                hidden = hidden_states(lm, input_ids, position_ids, layout).index_select(0, predictors)
+            else:
+                ids, mask = padded(input_ids, layout.lengths)
+                rows = lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+                hidden = rows[answer_of, position_ids[0, predictors]]
+        layer = lm.get_output_embeddings()
+        if type(layer) is not nn.Linear or isinstance(layer.weight, DTensor) or layer._forward_pre_hooks:
+            # a layer of another kind, or one whose weights come when it is called
+            return chunked_logps(hidden, targets, lambda h: head_logits(lm, h), temperature, self.logprob_chunk_tokens)
         with torch.autocast(hidden.device.type, enabled=False):
-            logits = head(hidden.to(head.weight.dtype))
-        if (scale := getattr(config, "logit_scale", None)) is not None:  # Cohere
-            logits = logits * scale
-        if (scale := getattr(config, "logits_scaling", None)) is not None:  # Granite
-            logits = logits / scale
-        if (cap := getattr(config, "final_logit_softcapping", None)) is not None:  # Gemma
-            logits = torch.tanh(logits / cap) * cap
-        return logits
+            head = head_of(lm)
+            hidden = hidden.to(head.weight.dtype)
+            logps = gpu_logps if available(hidden) else linear_logps
+            return logps(hidden, targets, head, temperature, self.logprob_chunk_tokens)
+
+    def keep_copies_alone(self) -> None:
+        """Of a policy that does not train: its weights in the dtype in which they multiply, and not twice."""
+        if self.copy is not None:
+            for parameter in self.lm.parameters():
+                if parameter.dtype == torch.float32:
+                    parameter.data = parameter.to(self.copy.dtype)
+            self.copy = None
+
+    @contextmanager
+    def by_own_weights(self) -> Iterator[None]:
+        """Compute with the weights as they are stored, without copies in half precision."""
+        copy, self.copy = self.copy, None
+        compute, self.compute = self.compute, Compute(self.compute.device)
+        try:
+            yield
+        finally:
+            self.copy, self.compute = copy, compute
+
+
+def working_copy(model: Any, compute: Compute) -> WorkingCopy | None:
+    """Of a model whose weights multiply in another dtype than they are stored in, where no strategy sees to that."""
+    if compute.dtype is None or compute.sharded or compute.dtype == model.dtype:
+        return None
+    return WorkingCopy(model, compute.dtype)
+
+
+def without_autocast(device: torch.device, compute: Compute) -> Any:
+    """Where the weights multiply in the wanted dtype as they are, autocast would only widen what lies between."""
+    return nullcontext() if compute.dtype is None else torch.autocast(device.type, enabled=False)
+
+
+def head_of(lm: Any) -> Head:
+    """The output head with the scalings that some architectures add, as one thing."""
+    layer, config = lm.get_output_embeddings(), lm.config.get_text_config()
+    scale = 1.0
+    if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
+        scale *= factor
+    if (divisor := getattr(config, "logits_scaling", None)) is not None:  # Granite
+        scale /= divisor
+    return Head(layer.weight, layer.bias, scale, getattr(config, "final_logit_softcapping", None))  # Gemma-2
+
+
+def head_logits(lm: Any, hidden: Tensor) -> Tensor:
+    """The output head in the dtype of its weights, autocast aside: bf16 logits near 20 are off by up to 0.06 nats.
+
+    Args:
+        lm: A Hugging Face causal LM.
+        hidden: Shape (N, H).
+
+    Returns:
+        Shape (N, V), float32.
+    """
+    layer = lm.get_output_embeddings()
+    with torch.autocast(hidden.device.type, enabled=False):
+        head = head_of(lm)
+        logits = layer(hidden.to(layer.weight.dtype)).float()
+        return Head(head.weight, None, head.scale, head.softcap).logits(logits)
 
 
 def load_lm(
-    source: PolicySource, dtype: DType = "float32", attn_implementation: str = "sdpa", base_dtype: str | None = None
+    source: PolicySource,
+    dtype: DType = "float32",
+    attn_implementation: str = "sdpa",
+    base_dtype: str | None = None,
+    compute: Compute = Compute(),  # noqa: B008 - frozen
+    use_liger_kernel: bool | None = None,
 ) -> Any:
     """The causal LM of `source`, with dropout off, in eval mode, checked to be one that `PolicyLM` can run.
 
@@ -220,6 +265,8 @@ def load_lm(
         dtype: Dtype of the weights.
         attn_implementation: Attention of transformers.
         base_dtype: nf4 or fp4 for linear layers in 4 bits, on the current GPU where there is one.
+        compute: Where and how it will compute, which fast paths are tried for.
+        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None for wherever it can.
 
     Raises:
         InputError: The weights can't be read, or the architecture treats its logits in a way unknown here.
@@ -240,8 +287,9 @@ def load_lm(
     )
     if base_dtype is not None:
         keep_as_quantized(lm)
-    _check_logits(lm, source)
-    share_prompts(lm)
+    _check_logits(lm, source, compute)
+    share_prompts(lm, compute)
+    apply_liger(lm, compute, use_liger_kernel, source.option)
     return lm
 
 
@@ -280,15 +328,24 @@ def without_dropout(config: Any) -> Any:
     return config
 
 
-@torch.no_grad()
-def _check_logits(lm: Any, source: PolicySource) -> None:
+def _check_logits(lm: Any, source: PolicySource, compute: Compute) -> None:
     """Our logits must be the model's own: a head that is scaled in some new way would train on wrong log-probs."""
-    ids = torch.arange(8).unsqueeze(0) % lm.config.get_text_config().vocab_size
-    expected = lm(input_ids=ids.to(lm.device), use_cache=False).logits[0].float()
-    hidden = lm.base_model(input_ids=ids.to(lm.device), use_cache=False).last_hidden_state[0]
-    actual = PolicyLM(lm).logits(hidden).float()
-    if actual.shape != expected.shape or not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3):
+    same = once(lm.config, compute, lm.dtype, "logits", lambda: _has_known_logits(lm, source, compute))
+    if not same:
         raise InputError(
             f"`{source.option}`: {source.path!r} ({type(lm).__name__}) changes its logits after the output head in a "
             "way that is not supported; log-probs would be wrong. Choose another architecture, or open an issue."
         )
+
+
+@torch.no_grad()
+def _has_known_logits(lm: Any, source: PolicySource, compute: Compute) -> bool:
+    try:
+        small = small_copies(lm.config, compute, lm.dtype, source.trust_remote_code).exact
+    except NoCopyError:
+        small = lm
+    ids = torch.arange(8, device=small.device).unsqueeze(0) % small.config.get_text_config().vocab_size
+    expected = small(input_ids=ids, use_cache=False).logits[0].float()
+    hidden = small.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
+    actual = head_logits(small, hidden)
+    return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-3, atol=1e-3)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-Lengths = tuple[tuple[int, ...], ...]
+from rlhf_pl.layout import Layout, Lengths, to_device
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,8 @@ class RowBatch:
         predictors: Place among the N of the token that each wanted one follows, shape (M,), int64.
         targets: The wanted tokens' ids, shape (M,), int64.
         answer_of: Number of the answer that each of them is in, ascending, shape (M,), int64.
-        lengths: Of each tree the tokens of its prompt and of every answer.
+        counts: Wanted tokens of each answer, shape (answers,), int64.
+        layout: Where prompts and answers lie.
     """
 
     input_ids: Tensor
@@ -52,7 +53,13 @@ class RowBatch:
     predictors: Tensor
     targets: Tensor
     answer_of: Tensor
-    lengths: Lengths
+    counts: Tensor
+    layout: Layout
+
+    @property
+    def lengths(self) -> Lengths:
+        """Of each tree the tokens of its prompt and of every answer."""
+        return self.layout.lengths
 
     @property
     def answers(self) -> int:
@@ -61,17 +68,16 @@ class RowBatch:
 
     def totals(self, logps: Tensor) -> Tensor:
         """The sum over each answer of something that is there for each of the M tokens, shape (answers,)."""
-        counts = torch.bincount(self.answer_of, minlength=self.answers)
-        return torch.segment_reduce(logps, "sum", lengths=counts, unsafe=True, initial=0)
+        return torch.segment_reduce(logps, "sum", lengths=self.counts, unsafe=True, initial=0)
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of `PolicyLM.forward`."""
-        return {f.name: getattr(self, f.name) for f in fields(self)}
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.name != "counts"}
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> "RowBatch":
+    def to(self, device: torch.device | str) -> "RowBatch":
         """The batch on `device`."""
-        moved: dict[str, Any] = {n: v.to(device, **kwargs) for n, v in self.inputs().items() if isinstance(v, Tensor)}
-        return replace(self, **moved)
+        tensors = ((f.name, getattr(self, f.name)) for f in fields(self) if f.name != "layout")
+        return replace(self, **{n: to_device(v, device) for n, v in tensors}, layout=self.layout.to(device))
 
 
 def lay_out(trees: Sequence[Tree]) -> RowBatch:
@@ -100,7 +106,8 @@ def lay_out(trees: Sequence[Tree]) -> RowBatch:
         torch.cat(predictors),
         torch.cat([torch.tensor(a, dtype=torch.long) for a in answers]),
         torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(counts)),
-        tuple((len(tree.prompt), *map(len, tree.answers)) for tree in trees),
+        torch.tensor(counts),
+        Layout(tuple((len(tree.prompt), *map(len, tree.answers)) for tree in trees)),
     )
 
 

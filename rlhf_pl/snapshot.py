@@ -1,7 +1,7 @@
 """Policies at one moment of a run: the present one, the starting one, and those of checkpoints."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -53,7 +53,7 @@ def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerp
         weights = model_weights(module, lm, like)
         if weights_fingerprint(weights.stream()) != fingerprint:
             return None
-        policy = PolicyLM(lm.to(module.device), module.logprob_chunk_tokens).requires_grad_(False).eval()
+        policy = module.unit(lm.to(module.device)).requires_grad_(False).eval()
         return _snapshot(trainer, module, policy, weights, fingerprint)
 
     if step == 0 and (start := found()) is not None:
@@ -82,7 +82,7 @@ def _rounding(trainer: L.Trainer, module: RebelModule, policy: Any, rows: RowBat
     inputs = rows.to(device).inputs()
     found = []
     for enabled in (False, True):
-        with _inference(module), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        with _inference(module), _own_weights(policy), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
             found.append(policy(**inputs))
     return (found[0] - found[1]).abs().mean().item()
 
@@ -108,3 +108,9 @@ def _inference(module: L.LightningModule) -> Iterator[None]:
             yield
     finally:
         module.train(was_training)
+
+
+def _own_weights(policy: Any) -> Any:
+    """In which a policy, or the module around one, computes with the weights as they are stored."""
+    unit = getattr(policy, "policy", policy)
+    return unit.by_own_weights() if isinstance(unit, PolicyLM) else nullcontext()

@@ -8,10 +8,9 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch import nn
 
+from rlhf_pl.compute import HALF
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import decoder_layers
-
-_HALF = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+from rlhf_pl.policy import PolicyLM, decoder_layers
 
 
 class CPUFSDPStrategy(FSDPStrategy):
@@ -160,10 +159,10 @@ def _default_wrapping(strategy: FSDPStrategy, unit: nn.Module, precision: str) -
     if strategy.kwargs.get("auto_wrap_policy") is None:
         units = {type(layer) for layer in decoder_layers(unit)} | {type(unit)}
         strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy(units)
-    if strategy.mixed_precision is None and precision in _HALF:
+    if strategy.mixed_precision is None and precision in HALF:
         # Lightning's own would reduce gradients in bf16, and cast positions, rewards and log-probs too.
         strategy.mixed_precision = MixedPrecision(
-            param_dtype=_HALF[precision],
+            param_dtype=HALF[precision],
             reduce_dtype=torch.float32,
             buffer_dtype=torch.float32,
             cast_root_forward_inputs=False,
@@ -174,8 +173,8 @@ def _fully_shard(strategy: ModelParallelStrategy, unit: nn.Module, precision: st
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {"mesh": strategy.device_mesh["data_parallel"]}
-    if precision in _HALF:
-        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=_HALF[precision], reduce_dtype=torch.float32)
+    if precision in HALF:
+        options["mp_policy"] = MixedPrecisionPolicy(param_dtype=HALF[precision], reduce_dtype=torch.float32)
     if getattr(strategy, "cpu_offload", False):
         options["offload_policy"] = CPUOffloadPolicy()
     for layer in decoder_layers(unit):
@@ -201,6 +200,8 @@ def shard_frozen(trainer: L.Trainer, unit: nn.Module) -> nn.Module:
     if isinstance(strategy, ModelParallelStrategy):
         _fully_shard(strategy, unit, str(trainer.precision))
         return unit.to(strategy.root_device).eval() if not getattr(strategy, "cpu_offload", False) else unit.eval()
+    if isinstance(unit, PolicyLM):
+        unit.keep_copies_alone()
     return unit.to(strategy.root_device).eval()
 
 
@@ -218,7 +219,7 @@ def compute_dtype(trainer: L.Trainer, dtype: str) -> str:
     mixed = getattr(trainer.strategy, "mixed_precision", None)
     if mixed is not None and mixed.param_dtype is not None:
         return str(mixed.param_dtype).removeprefix("torch.")
-    half = _HALF.get(str(trainer.precision))
+    half = HALF.get(str(trainer.precision))
     return dtype if half is None else str(half).removeprefix("torch.")
 
 

@@ -5,10 +5,10 @@ import pytest
 import torch
 import transformers
 
-from rlhf_pl import logprobs
+from rlhf_pl import kernel_check, logprobs
 from rlhf_pl.errors import InputError
-from rlhf_pl.logprobs import chunked_logps, gather_logps, linear_logps
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.logprobs import Head, chunked_logps, gather_logps, linear_logps
+from rlhf_pl.policy import PolicyLM, PolicySource, head_logits, load_lm
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import _say_plain, share_prompts
 from tests.conftest import make_tokenizer, save_llama
@@ -53,7 +53,7 @@ def model(architecture: str, **changes: Any) -> Any:
         ("Llama", {"tie_word_embeddings": True}, True),
         ("Qwen2", {}, True),
         ("Mistral", {"sliding_window": 4}, True),
-        ("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8, "attn_implementation": "eager"}, False),
+        (("Gemma2", {"final_logit_softcapping": 3.0, "head_dim": 8, "attn_implementation": "eager"}, False)),
         ("Granite", {"logits_scaling": 4.0}, True),
         ("Cohere", {"logit_scale": 0.25}, True),
         ("GPTNeoX", {}, True),
@@ -97,12 +97,17 @@ def test_prompts_are_computed_once() -> None:
 
 
 def test_a_model_that_ignores_positions_gets_rows_and_says_so_once(
-    source: PolicySource, capsys: pytest.CaptureFixture
+    source: PolicySource, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = load_lm(source)
     lm.set_attn_implementation("sdpa")
-    backbone = lm.base_model.forward
-    lm.base_model.forward = lambda **inputs: backbone(**{k: v for k, v in inputs.items() if k != "position_ids"})
+    backbone = transformers.LlamaModel.forward
+    monkeypatch.setattr(kernel_check, "_done", {})
+    monkeypatch.setattr(
+        transformers.LlamaModel,
+        "forward",
+        lambda self, **inputs: backbone(self, **{k: v for k, v in inputs.items() if k != "position_ids"}),
+    )
     _say_plain.cache_clear()
     assert not share_prompts(lm)
     assert not share_prompts(lm)
@@ -152,7 +157,7 @@ def test_blocks_of_the_vocabulary_do_not_matter(
     wanted = [hidden, *head.parameters()]
     targets, factors = torch.randint(50, (10,)), torch.randn(10)
     expected = gather_logps(head(hidden), targets, 0.5)
-    found = linear_logps(hidden, targets, head.weight, head.bias, 0.5, chunk)
+    found = linear_logps(hidden, targets, Head(head.weight, head.bias), 0.5, chunk)
     torch.testing.assert_close(found, expected)
     for ours, plain in zip(*(torch.autograd.grad(t, wanted, factors) for t in (found, expected)), strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
@@ -160,9 +165,9 @@ def test_blocks_of_the_vocabulary_do_not_matter(
 
 def test_a_frozen_head_gets_no_gradient_and_no_answers_give_none() -> None:
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(50, 4)
-    linear_logps(hidden, torch.arange(5), weight).sum().backward()
+    linear_logps(hidden, torch.arange(5), Head(weight)).sum().backward()
     assert hidden.grad is not None
-    assert linear_logps(hidden[:0], torch.arange(0), weight).shape == (0,)
+    assert linear_logps(hidden[:0], torch.arange(0), Head(weight)).shape == (0,)
 
 
 def test_logits_are_float32_under_autocast(llama: Path) -> None:
@@ -170,7 +175,7 @@ def test_logits_are_float32_under_autocast(llama: Path) -> None:
     lm = load_lm(PolicySource(str(llama)))
     hidden = torch.randn(5, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        actual = PolicyLM(lm).logits(hidden)
+        actual = head_logits(lm, hidden)
     torch.testing.assert_close(actual, lm.lm_head(hidden), atol=1e-5, rtol=0)
 
 
@@ -191,6 +196,7 @@ def test_unknown_logit_scaling_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", doubled)
+    monkeypatch.setattr(kernel_check, "_done", {})
     with pytest.raises(InputError, match="changes its logits"):
         load_lm(PolicySource(str(folder)))
 

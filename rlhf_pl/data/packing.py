@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from rlhf_pl.layout import Layout
 from rlhf_pl.rows import RowBatch
 
 
@@ -56,11 +57,13 @@ def lay_out_examples(examples: Sequence[Example]) -> RowBatch:
     sizes = torch.tensor([len(e) for e in examples])
     targets = torch.cat(masks).nonzero()[:, 0]
     ids = torch.cat([torch.tensor(e.ids) for e in examples])
+    answer_of = torch.repeat_interleave(torch.arange(len(examples)), sizes)[targets]
     return RowBatch(
         ids[None],
         torch.cat([torch.arange(len(e)) for e in examples])[None],
         targets - 1,
         ids[targets],
-        torch.repeat_interleave(torch.arange(len(examples)), sizes)[targets],
-        tuple((0, len(e)) for e in examples),
+        answer_of,
+        torch.bincount(answer_of, minlength=len(examples)),
+        Layout(tuple((0, len(e)) for e in examples)),
     )

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.layout import to_device
 from rlhf_pl.rows import RowBatch, Tree, lay_out
 
 
@@ -48,11 +49,11 @@ class PairBatch:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "PairBatch":
         """The batch on `device`; Lightning calls it."""
-        reference = None if self.reference_logps is None else self.reference_logps.to(device, **kwargs)
+        reference = None if self.reference_logps is None else to_device(self.reference_logps, device)
         return PairBatch(
-            self.rows.to(device, **kwargs),
-            self.rewards.to(device, **kwargs),
-            self.old_logps.to(device, **kwargs),
+            self.rows.to(device),
+            to_device(self.rewards, device),
+            to_device(self.old_logps, device),
             reference,
             self.temperature,
             self.weight,

@@ -17,6 +17,7 @@ from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import at_least
 from rlhf_pl.fingerprints import rows_fingerprint
+from rlhf_pl.layout import Layout, to_device
 from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
 from rlhf_pl.rows import common_tokens, share_beginning
@@ -40,8 +41,10 @@ class PreferenceBatch:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "PreferenceBatch":
         """The batch on `device`; Lightning calls it."""
-        inputs = {n: v.to(device, **kwargs) if isinstance(v, Tensor) else v for n, v in self.inputs.items()}
-        labels, margins, longer = (t.to(device, **kwargs) for t in (self.labels, self.margins, self.longer))
+        inputs = {n: to_device(v, device) if isinstance(v, Tensor) else v for n, v in self.inputs.items()}
+        if isinstance(layout := inputs.get("layout"), Layout):
+            inputs["layout"] = layout.to(device)
+        labels, margins, longer = (to_device(t, device) for t in (self.labels, self.margins, self.longer))
         return PreferenceBatch(inputs, labels, margins, longer, self.weight)
 
 

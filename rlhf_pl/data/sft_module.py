@@ -35,7 +35,7 @@ class SFTBatch:
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "SFTBatch":
         """The batch on `device`; Lightning calls it."""
-        return SFTBatch(self.rows.to(device, **kwargs), self.weight)
+        return SFTBatch(self.rows.to(device), self.weight)
 
 
 class SFTDataset(Dataset):

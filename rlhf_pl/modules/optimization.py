@@ -11,6 +11,7 @@ from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.optim import WarmupCosine, hyperparameters, restore_hyperparameters
+from rlhf_pl.working_copy import WorkingCopy
 
 
 def check_precision(trainer: L.Trainer) -> None:
@@ -44,6 +45,8 @@ class Optimization:
         optimizer, scheduler = self._make([p for p in module.parameters() if p.requires_grad])
         if isinstance(scheduler, WarmupCosine):
             scheduler.follow(lambda: _progress(module.trainer))
+        for copy in (c for c in (getattr(m, "copy", None) for m in module.modules()) if isinstance(c, WorkingCopy)):
+            optimizer.register_step_post_hook(lambda *_, copy=copy: copy.expire())
         self._hyperparameters = hyperparameters(optimizer)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
 

@@ -8,6 +8,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from rlhf_pl.compute import compute_of
 from rlhf_pl.data.pairs import PairBatch
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.split import adapt_split, note_split
@@ -41,6 +42,8 @@ class RebelModule(L.LightningModule):
             sampler gets them merged in, and the export holds both the merged model and the adapters alone.
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
+        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
+            wherever a GPU, the package and kernels for the architecture are there, true to require it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         logprob_chunk_tokens: Response tokens whose logits are in memory at a time.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
@@ -60,6 +63,7 @@ class RebelModule(L.LightningModule):
         lora: LoRA | None = None,
         dtype: DType = "float32",
         attn_implementation: str = "sdpa",
+        use_liger_kernel: bool | None = None,
         gradient_checkpointing: bool = False,
         logprob_chunk_tokens: int = 1024,
         chat_template: str | None = None,
@@ -97,6 +101,7 @@ class RebelModule(L.LightningModule):
         self.kl_coef = kl_coef
         self.dtype_name: DType = dtype
         self.attn_implementation = attn_implementation
+        self.use_liger_kernel = use_liger_kernel
         self.gradient_checkpointing = gradient_checkpointing
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.policy: PolicyLM | None = None
@@ -123,15 +128,24 @@ class RebelModule(L.LightningModule):
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         self._like = like_of(lm)
-        self.policy = PolicyLM(lm, self.logprob_chunk_tokens).train()
+        self.policy = self.unit(lm).train()
         shard(self, self.policy)
 
     def build_lm(self) -> Any:
         """The policy as the run starts from it, adapters included."""
-        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base_dtype(self.lora))
+        lm = self.load(self.source, base_dtype(self.lora))
         if self.lora is not None:
             add_lora(lm, self.lora, run_seed(), train_head=False)
         return lm
+
+    def load(self, source: PolicySource, base_dtype: str | None = None) -> Any:
+        """A causal LM with this run's dtype and kernels."""
+        compute = compute_of(self._trainer)
+        return load_lm(source, self.dtype_name, self.attn_implementation, base_dtype, compute, self.use_liger_kernel)
+
+    def unit(self, lm: Any) -> PolicyLM:
+        """A causal LM as what gives log-probs in this run's precision."""
+        return PolicyLM(lm, self.logprob_chunk_tokens, compute_of(self._trainer))
 
     def load_reference(self) -> Callable[..., Tensor]:
         """The fixed reference of the KL penalty, to be called as the policy is. The caller drops it after use.
@@ -139,8 +153,8 @@ class RebelModule(L.LightningModule):
         With adapters that start from it, it is the policy without them; otherwise a second model, sharded as the first.
         """
         if self.lora is None or self.reference_source is not self.source:
-            lm = load_lm(self.reference_source, self.dtype_name, self.attn_implementation)
-            return shard_frozen(self.trainer, PolicyLM(lm, self.logprob_chunk_tokens))
+            lm = self.load(self.reference_source)
+            return shard_frozen(self.trainer, self.unit(lm))
 
         def base(**inputs: Any) -> Tensor:
             assert self.policy is not None

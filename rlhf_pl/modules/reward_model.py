@@ -11,11 +11,13 @@ from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_pl.classifier import ClassifierLM, check_new_classifier, new_classifier
+from rlhf_pl.compute import compute_of
 from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_folder
+from rlhf_pl.liger import apply_liger
 from rlhf_pl.lora import LoRA, add_lora, check_lora
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.modules.logging import Means, is_update, log_update
@@ -40,6 +42,8 @@ class RewardModelModule(L.LightningModule):
         lora: Train low-rank adapters and the head instead of all weights; they are merged in the export.
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
+        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
+            wherever a GPU, the package and kernels for the architecture are there, true to require it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         system_prompt: `keep` or `drop` system messages.
         pair_encoding: Give prompt and answer as a pair of texts, for encoders without a chat template.
@@ -57,6 +61,7 @@ class RewardModelModule(L.LightningModule):
         lora: LoRA | None = None,
         dtype: DType = "float32",
         attn_implementation: str = "sdpa",
+        use_liger_kernel: bool | None = None,
         gradient_checkpointing: bool = False,
         system_prompt: SystemPrompt = "keep",
         pair_encoding: bool = False,
@@ -75,6 +80,7 @@ class RewardModelModule(L.LightningModule):
         self.centering, self.lora = centering, lora
         self.dtype_name: DType = dtype
         self.attn_implementation = attn_implementation
+        self.use_liger_kernel = use_liger_kernel
         self.gradient_checkpointing = gradient_checkpointing
         self.system_prompt: SystemPrompt = system_prompt
         self.pair_encoding = pair_encoding
@@ -120,7 +126,9 @@ class RewardModelModule(L.LightningModule):
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._like = like_of(model)
-        self.classifier = ClassifierLM(model).train()
+        compute = compute_of(self._trainer)
+        apply_liger(model, compute, self.use_liger_kernel, self.source.option)
+        self.classifier = ClassifierLM(model, compute).train()
         shard(self, self.classifier)
 
     def forward(self, **inputs: Any) -> Tensor:

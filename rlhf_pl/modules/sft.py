@@ -9,6 +9,7 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
+from rlhf_pl.compute import compute_of
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.sft_module import SFTBatch
 from rlhf_pl.data.split import adapt_split, note_split
@@ -34,6 +35,8 @@ class SFTModule(L.LightningModule):
         lora: Train low-rank adapters instead of all weights; they are merged in the export.
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
+        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
+            wherever a GPU, the package and kernels for the architecture are there, true to require it.
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         logprob_chunk_tokens: Answer tokens whose logits are in memory at a time.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
@@ -49,6 +52,7 @@ class SFTModule(L.LightningModule):
         lora: LoRA | None = None,
         dtype: DType = "float32",
         attn_implementation: str = "sdpa",
+        use_liger_kernel: bool | None = None,
         gradient_checkpointing: bool = False,
         logprob_chunk_tokens: int = 1024,
         chat_template: str | None = None,
@@ -65,6 +69,7 @@ class SFTModule(L.LightningModule):
         self.strict_loading = base_dtype(lora) is None  # a 4-bit base is not in checkpoints
         self.dtype_name: DType = dtype
         self.attn_implementation = attn_implementation
+        self.use_liger_kernel = use_liger_kernel
         self.gradient_checkpointing = gradient_checkpointing
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.policy: PolicyLM | None = None
@@ -79,13 +84,15 @@ class SFTModule(L.LightningModule):
         """Load the policy. Lightning calls it after all inputs have been checked."""
         if self.policy is not None:
             return
-        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base_dtype(self.lora))
+        compute = compute_of(self._trainer)
+        base = base_dtype(self.lora)
+        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base, compute, self.use_liger_kernel)
         if self.lora is not None:
             add_lora(lm, self.lora, run_seed(), train_head=False)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         self._like = like_of(lm)
-        self.policy = PolicyLM(lm, self.logprob_chunk_tokens).train()
+        self.policy = PolicyLM(lm, self.logprob_chunk_tokens, compute).train()
         shard(self, self.policy)
 
     def forward(self, **inputs: Any) -> Tensor:

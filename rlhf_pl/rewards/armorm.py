@@ -10,9 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pl.checkpoint_files import WeightFiles
+from rlhf_pl.compute import Compute
 from rlhf_pl.devices import fast_dtype
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
+from rlhf_pl.liger import apply_liger
 from rlhf_pl.policy import PolicySource, without_dropout
 from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
@@ -117,7 +119,7 @@ class ArmoRM(nn.Module):
                 last.append(end - 1)
             start = end
         rows = lay_out(trees).to(device)
-        states = hidden_states(self.backbone, rows.input_ids, rows.position_ids, rows.lengths)
+        states = hidden_states(self.backbone, rows.input_ids, rows.position_ids, rows.layout)
         return self.judge(states[torch.tensor(last, device=device)], states[torch.tensor(gate, device=device)])
 
     def judge(self, last: Tensor, gate: Tensor) -> ArmoRMOutput:
@@ -153,6 +155,8 @@ class ArmoRMReward(Reward):
         offload: Keep the weights on the CPU while the policy trains.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         attn_implementation: Attention of transformers.
+        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
+            wherever a GPU, the package and kernels for the architecture are there, true to require it.
         revision: Branch, tag or commit of a Hub id.
     """
 
@@ -169,6 +173,7 @@ class ArmoRMReward(Reward):
         offload: bool = True,
         chat_template: str | None = None,
         attn_implementation: str = "sdpa",
+        use_liger_kernel: bool | None = None,
         revision: str | None = None,
     ) -> None:
         self.source = PolicySource(model, revision, chat_template, False, "rollout.reward.model")
@@ -183,6 +188,7 @@ class ArmoRMReward(Reward):
             raise InputError("`rollout.reward.objectives` is empty; null gives the published score.")
         self.max_tokens, self.system_prompt = max_tokens, system_prompt
         self.chat_template, self.attn_implementation, self.revision = chat_template, attn_implementation, revision
+        self.use_liger_kernel = use_liger_kernel
         self._renderer: Renderer | None = None
         self._local = LocalModel(self._load, _run, device, tokens_per_batch, offload)
 
@@ -246,7 +252,9 @@ class ArmoRMReward(Reward):
         self._local.close()
 
     def _load(self) -> nn.Module:
-        return load_armorm(self.source, fast_dtype(self.dtype, self._local.device.type), self.attn_implementation)
+        device = self._local.device
+        dtype = fast_dtype(self.dtype, device.type)
+        return load_armorm(self.source, dtype, self.attn_implementation, device, self.use_liger_kernel)
 
 
 def _heads(source: PolicySource) -> dict[str, str]:
@@ -276,8 +284,14 @@ def _heads(source: PolicySource) -> dict[str, str]:
     return names
 
 
-def load_armorm(source: PolicySource, dtype: str | None = None, attn_implementation: str = "sdpa") -> ArmoRM:
-    """The ArmoRM of a checkpoint in the published layout, in eval mode.
+def load_armorm(
+    source: PolicySource,
+    dtype: str | None = None,
+    attn_implementation: str = "sdpa",
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    use_liger_kernel: bool | None = None,
+) -> ArmoRM:
+    """The ArmoRM of a checkpoint in the published layout, in eval mode, checked for what it will do on `device`.
 
     Raises:
         InputError: Tensors or config keys are missing, or shapes do not fit.
@@ -305,7 +319,9 @@ def load_armorm(source: PolicySource, dtype: str | None = None, attn_implementat
         )
     model.load_state_dict(heads, strict=False)
     model.eval()
-    model.shares_prompts = share_prompts(model.backbone)
+    compute = Compute(device)
+    model.shares_prompts = share_prompts(model.backbone, compute)
+    apply_liger(model.backbone, compute, use_liger_kernel, source.option)
     return model
 
 

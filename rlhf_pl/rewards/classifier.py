@@ -9,8 +9,11 @@ from torch import Tensor, nn
 
 from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.classifier import ClassifierLM, find_head, load_classifier, tree_inputs
+from rlhf_pl.compute import Compute
 from rlhf_pl.devices import fast_dtype
 from rlhf_pl.fingerprints import describe
+from rlhf_pl.layout import Layout
+from rlhf_pl.liger import apply_liger
 from rlhf_pl.policy import PolicySource
 from rlhf_pl.rendering import Renderer, SystemPrompt, padded, reward_tokenizer
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
@@ -37,6 +40,8 @@ class ClassifierReward(Reward):
         offload: Keep the weights on the CPU while the policy trains.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         attn_implementation: Attention of transformers.
+        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
+            wherever a GPU, the package and kernels for the architecture are there, true to require it.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
     """
@@ -54,6 +59,7 @@ class ClassifierReward(Reward):
         offload: bool = True,
         chat_template: str | None = None,
         attn_implementation: str = "sdpa",
+        use_liger_kernel: bool | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
@@ -64,6 +70,7 @@ class ClassifierReward(Reward):
         self.model, self.base, self.dtype = model, base, dtype
         self.max_tokens, self.system_prompt, self.pair_encoding = max_tokens, system_prompt, pair_encoding
         self.chat_template, self.attn_implementation, self.revision = chat_template, attn_implementation, revision
+        self.use_liger_kernel = use_liger_kernel
         self._renderer: Renderer | None = None
         self._local = LocalModel(self._load, _run, device, tokens_per_batch, offload)
 
@@ -110,7 +117,10 @@ class ClassifierReward(Reward):
     def _load(self) -> nn.Module:
         name = fast_dtype(self.dtype, self._local.device.type)
         dtype = None if name is None else getattr(torch, name)
-        return ClassifierLM(load_classifier(self.source, self.weights, dtype, self.attn_implementation))
+        model = load_classifier(self.source, self.weights, dtype, self.attn_implementation)
+        compute = Compute(self._local.device)
+        apply_liger(model, compute, self.use_liger_kernel, self.source.option)
+        return ClassifierLM(model, compute)
 
 
 def _run(module: Any, found: list[Family], device: torch.device) -> list[Tensor]:
@@ -118,7 +128,7 @@ def _run(module: Any, found: list[Family], device: torch.device) -> list[Tensor]
     rows = [row for family in found for row in family.rows]
     if module.shares_prompts and not any(row.token_type_ids for row in rows):
         inputs = tree_inputs([family.tree for family in found], module.pad_token_id)
-        scores = module(**{n: v.to(device) if isinstance(v, Tensor) else v for n, v in inputs.items()})
+        scores = module(**{n: v.to(device) if isinstance(v, Tensor | Layout) else v for n, v in inputs.items()})
     else:
         scores = module(**padded(rows, module.pad_id([row.ids for row in rows]), device))
     return list(scores.split([len(family.rows) for family in found]))

@@ -1,0 +1,139 @@
+"""Whether fast paths give what plain layers give, tried where and how the run computes, on a small random copy."""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from rlhf_pl.compute import Compute
+from rlhf_pl.rows import RowBatch, Tree, lay_out, padded
+from rlhf_pl.small_copy import make_peaked, narrow, small_config
+
+# what rounding explains: a fast path may be as far from float32 as so many times the plain layers in the same dtype
+TIMES_PLAIN = 2.0
+FLOOR = 2e-5  # and this far, relative, in any case
+
+# of a model that is not made for something
+FAILURES = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, AttributeError, KeyError)
+_done: dict[tuple[str, ...], Any] = {}
+
+
+@dataclass(frozen=True)
+class Copies:
+    """A small random model twice, both with eager attention.
+
+    Args:
+        exact: Computes in float32.
+        plain: The same weights in the dtype of the run; a fast path is put into it and tried.
+        compute: Where and how.
+        batch: Trees, longer than the models' windows.
+    """
+
+    exact: Any
+    plain: Any
+    compute: Compute
+    batch: RowBatch
+
+    def hidden(self, model: Any) -> Tensor:
+        """States of the backbone at the tokens that predict, from padded rows, shape (M, H), float32."""
+        ids, mask = padded(self.batch.input_ids, self.batch.lengths)
+        with self._autocast(model):
+            rows = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
+        batch = self.batch
+        return rows[batch.answer_of, batch.position_ids[0, batch.predictors]].float()
+
+    def of_trees(self, run: Callable[..., Tensor]) -> Tensor:
+        """The same from `run(model, input_ids, position_ids, layout) -> (N, H)`."""
+        batch = self.batch
+        with self._autocast(self.plain):
+            return run(self.plain, batch.input_ids, batch.position_ids, batch.layout)[batch.predictors].float()
+
+    def _autocast(self, model: Any) -> Any:
+        dtype = self.compute.autocast
+        enabled = dtype is not None and model is self.plain
+        return torch.autocast(self.compute.device.type, dtype or torch.bfloat16, enabled=enabled)
+
+
+class NoCopyError(Exception):
+    """A model of which no small copy can be made, so that nothing can be tried; says why."""
+
+
+def small_copies(config: Any, compute: Compute, dtype: torch.dtype, remote_code: bool = False) -> Copies:
+    """Small random copies of the model that `config` describes.
+
+    Args:
+        config: Of a causal LM or a backbone.
+        compute: Of the run.
+        dtype: Of the run's weights.
+        remote_code: Whether code that comes with the model may run.
+
+    Raises:
+        NoCopyError: It can't be made small.
+    """
+    failure: Exception | None = None
+    with torch.device("cpu"), torch.random.fork_rng():  # whatever device Lightning has made the default
+        for shrink in (narrow, lambda config: config):
+            try:
+                small = shrink(small_config(config, _kinds))
+                return _copies(small, compute, compute.weights_dtype(dtype), remote_code)
+            except FAILURES as error:
+                failure = error
+    line = str(failure).strip().splitlines()[0] if str(failure).strip() else ""
+    raise NoCopyError(f"{type(failure).__name__}: {line}") from failure
+
+
+@torch.no_grad()
+def _copies(config: Any, compute: Compute, dtype: torch.dtype, remote_code: bool) -> Copies:
+    from transformers import AutoModelForCausalLM
+
+    made = []
+    for kind in (torch.float32, dtype):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=remote_code
+        )
+        make_peaked(model)
+        for parameter in model.parameters():  # both compute with numbers that the run's dtype holds
+            parameter.copy_(parameter.to(dtype))
+            parameter.data = parameter.to(kind)
+        made.append(model.to(compute.device).eval())
+    draw, top = torch.Generator().manual_seed(0), config.get_text_config().vocab_size
+    prompt, *answers = (torch.randint(3, top, (n,), generator=draw).tolist() for n in (9, 3, 4, 5, 2, 14))
+    trees = [Tree(prompt, tuple(answers[:3])), Tree(prompt[:1], (answers[3],)), Tree(prompt[:2], (answers[4],))]
+    copies = Copies(made[0], made[1], compute, lay_out(trees).to(compute.device))
+    copies.hidden(made[0])  # it must run
+    return copies
+
+
+def _kinds(model: nn.Module) -> list[Any]:
+    """What tells the layers of a model apart: classes, shapes and plain attributes of their parts."""
+    from rlhf_pl.policy import decoder_layers
+
+    def describe(layer: nn.Module) -> Any:
+        parts = []
+        for name, module in layer.named_modules():
+            plain = {
+                k: v for k, v in vars(module).items() if isinstance(v, str | bool | int | float) and "idx" not in k
+            }
+            shapes = {n: tuple(p.shape) for n, p in module.named_parameters(recurse=False)}
+            parts.append((name, type(module).__name__, repr(sorted(plain.items())), repr(sorted(shapes.items()))))
+        return tuple(parts)
+
+    return [describe(layer) for layer in decoder_layers(model)]
+
+
+def is_as_exact(found: Tensor, plain: Tensor, exact: Tensor) -> bool:
+    """Whether `found` is about as near to `exact` as `plain` is, by the mean relative error of a row, shape (M, H)."""
+    size = exact.norm(dim=-1).clamp(min=1e-9)
+    error, allowed = (((values - exact).norm(dim=-1) / size).mean().item() for values in (found, plain))
+    return error <= TIMES_PLAIN * allowed + FLOOR
+
+
+def once(config: Any, compute: Compute, dtype: torch.dtype, what: str, check: Callable[[], Any]) -> Any:
+    """What `check` gives, found once for a config, a device and a dtype."""
+    key = (json.dumps(config.to_dict(), sort_keys=True, default=str), str(compute), str(dtype), what)
+    if key not in _done:
+        _done[key] = check()
+    return _done[key]

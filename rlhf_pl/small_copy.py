@@ -1,0 +1,94 @@
+"""A small random model of the kind a config describes, to try kernels and layouts on where the run computes."""
+
+from collections.abc import Callable
+from copy import deepcopy
+from typing import Any
+
+import torch
+from torch import nn
+
+_VOCABULARY = 128
+WINDOW = 6  # windows and chunks of attention, in tokens: shorter than what the checks compute
+_MOST_LAYERS = 8
+_WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp")
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+
+
+def small_config(config: Any, kinds: Callable[[nn.Module], list[Any]]) -> Any:
+    """A config of few and narrow layers of every kind that `config` has, with windows shorter than a few tokens.
+
+    Heads keep their size and their number to a KV head, which kernels depend on.
+
+    Args:
+        config: Of a model.
+        kinds: The layers of a model without weights, as what tells one kind from another.
+    """
+    config = deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    text = config.get_text_config()
+    text.vocab_size = _VOCABULARY
+    for name, token in (("pad_token_id", None), ("bos_token_id", 1), ("eos_token_id", 2)):
+        if hasattr(text, name):
+            setattr(text, name, token)
+    for name in ("sliding_window", "attention_chunk_size"):
+        if isinstance(getattr(text, name, None), int) and getattr(text, name) > 0:
+            setattr(text, name, WINDOW)
+    for name in ("attn_logit_softcapping", "final_logit_softcapping"):
+        if getattr(text, name, None) is not None:
+            setattr(text, name, 2.0)  # what no logit of a small model reaches would not show
+    _keep_layers(text, config, kinds)
+    return config
+
+
+def narrow(config: Any) -> Any:
+    """The same with fewer heads, narrower layers and fewer experts, where the config says them in the usual names."""
+    config = deepcopy(config)
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    few = min(kv_heads, 2)
+    text.num_attention_heads = few * (heads // kv_heads)
+    if getattr(text, "num_key_value_heads", None) is not None:
+        text.num_key_value_heads = few
+    text.hidden_size = size * text.num_attention_heads
+    for name in _WIDTHS:
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, 128)
+    for name in _EXPERTS:
+        if isinstance(getattr(text, name, None), int):
+            setattr(text, name, min(getattr(text, name), 8))
+    return config
+
+
+def _keep_layers(text: Any, config: Any, kinds: Callable[[nn.Module], list[Any]]) -> None:
+    """As many first layers as it takes to have one of each kind."""
+    from transformers import AutoModel
+
+    count = text.num_hidden_layers
+    with torch.device("meta"):
+        found = kinds(AutoModel.from_config(config))
+    types = list(getattr(text, "layer_types", None) or [None] * len(found))
+    found = list(zip(found, types, strict=False))
+    wanted = next((n for n in range(1, len(found)) if set(found[:n]) == set(found)), len(found)) if found else 1
+    keep = max(1, min(wanted, _MOST_LAYERS))
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list | tuple) and len(value) == count:
+            if wanted > keep and name == "layer_types":
+                value = list(dict.fromkeys(value))
+                keep = len(value)
+            setattr(text, name, list(value[:keep]))
+    text.num_hidden_layers = keep
+
+
+@torch.no_grad()
+def make_peaked(model: nn.Module) -> None:
+    """Random weights under which attention is far from even and every part tells, biases and norms too."""
+    random = torch.Generator().manual_seed(0)
+    for parameter in model.parameters():
+        noise = torch.randn(parameter.shape, generator=random).to(parameter.device, parameter.dtype)
+        if parameter.dim() < 2:
+            parameter.add_(0.1 * noise)
+        else:
+            parameter.copy_(noise * 1.5 * parameter.shape[-1] ** -0.5)
