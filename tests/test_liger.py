@@ -1,82 +1,54 @@
-"""liger-kernel in a model, run on the CPU by Triton's interpreter."""
+"""liger-kernel in a model: what is bound to it, and what is left alone. Its numbers are for GPUs (`test_gpu.py`)."""
 
-import os
-import subprocess
-import sys
 from importlib.util import find_spec
-from pathlib import Path
+from typing import Any
 
 import pytest
-
-from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource, load_lm
-from tests.conftest import save_llama
-
-EQUAL = """
-import sys
 import torch
+import transformers
 from transformers.models.llama import modeling_llama
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
-from rlhf_pl.rows import Tree, lay_out
 
-rows = lay_out([Tree([3, 17, 9, 5], ([4, 8, 15], [16, 23, 42, 7])), Tree([6, 2, 13], ([12, 5], [11]))])
-before = dict(vars(modeling_llama)), modeling_llama.LlamaForCausalLM.forward
-results = []
-for use in (True, False):
-    lm = load_lm(PolicySource(sys.argv[1]), use_liger_kernel=use)
-    assert (type(lm.model.norm.forward.__self__).__name__ == "LlamaRMSNorm") and ("Liger" in repr(lm.model.norm)) == use
-    assert ("forward" in vars(lm.model.layers[0].self_attn)) == use, "rope"
-    logps = PolicyLM(lm)(**rows.inputs())
-    (logps * torch.linspace(-1, 2, len(logps))).sum().backward()
-    results.append((logps.detach(), {name: p.grad for name, p in lm.named_parameters()}))
-assert before == (dict(vars(modeling_llama)), modeling_llama.LlamaForCausalLM.forward)
-(ours, of_ours), (plain, of_plain) = results
-torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
-for name, gradient in of_ours.items():
-    torch.testing.assert_close(gradient, of_plain[name], atol=1e-4, rtol=1e-3)
-print("equal")
-"""
-WRONG = """
-import sys
-import rlhf_pl.liger as liger
+from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
+from rlhf_pl.liger import _bind, _what_fails
 from rlhf_pl.policy import PolicySource, load_lm
 
-bind = liger._bind
+needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="no liger-kernel")
 
 
-def off(lm):
-    bind(lm)
-    for layer in lm.model.layers:
-        layer.input_layernorm.offset = 0.01
+@needs_liger
+def test_it_is_bound_to_one_model_and_the_process_stays_as_it_was(source: PolicySource) -> None:
+    before = dict(vars(modeling_llama))
+    forwards = {name: vars(v).get("forward") for name, v in before.items() if isinstance(v, type)}
+    cross_entropy = torch.nn.functional.cross_entropy
+    lm, other = load_lm(source), load_lm(source)
+    _bind(lm)
+    layer: Any = lm.model.layers[0]
+    assert [("Liger" in repr(m)) for m in (lm.model.norm, layer.input_layernorm, layer.mlp)] == [True] * 3
+    own = layer.self_attn.forward.__func__
+    assert own.__globals__["apply_rotary_pos_emb"].__module__.startswith("liger_kernel")
+    assert own.__code__ is modeling_llama.LlamaAttention.forward.__code__
+    assert "Liger" not in repr(other)
+    assert "forward" not in vars(other.model.layers[0].self_attn)
+    assert dict(vars(modeling_llama)) == before
+    assert {n: vars(v).get("forward") for n, v in before.items() if isinstance(v, type)} == forwards
+    assert torch.nn.functional.cross_entropy is cross_entropy
 
 
-liger._bind = off
-assert "Liger" not in repr(load_lm(PolicySource(sys.argv[1])).model.norm)
-try:
-    load_lm(PolicySource(sys.argv[1]), use_liger_kernel=True)
-except InputError as error:
-    print(error)
-"""
+@needs_liger
+def test_every_architecture_that_it_knows_can_be_bound_or_says_why() -> None:
+    """A model whose kernels fail, here for want of a GPU, is told apart before anything is bound to the real one."""
+    from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
-
-def interpret(script: str, model: Path) -> str:
-    environment = os.environ | {"TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, "-c", script, str(model)], capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
-@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="no liger-kernel")
-def test_one_model_computes_the_same_and_nothing_else_is_changed(tmp_path: Path) -> None:
-    assert "equal" in interpret(EQUAL, save_llama(tmp_path / "llama"))
-
-
-@pytest.mark.skipif(find_spec("liger_kernel") is None, reason="no liger-kernel")
-def test_kernels_that_give_something_else_are_not_used(tmp_path: Path) -> None:
-    said = interpret(WRONG, save_llama(tmp_path / "llama"))
-    assert "`model.use_liger_kernel` is true" in said
-    assert "differ from plain layers" in said
+    assert {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"} <= set(MODEL_TYPE_TO_APPLY_LIGER_FN)
+    sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "pad_token_id": 0}
+    for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Phi3"):
+        config = getattr(transformers, f"{name}Config")(**sizes, num_attention_heads=2, num_key_value_heads=1)
+        lm = transformers.AutoModelForCausalLM.from_config(config)
+        assert _what_fails(lm, Compute())
+        assert "Liger" not in repr(lm)
+        _bind(lm)
+        assert "Liger" in repr(lm)
 
 
 def test_it_can_be_left_out_and_not_be_required_without_a_gpu(source: PolicySource) -> None:
