@@ -1,5 +1,6 @@
 """Stores offline pairs with their old policy's log-probs before a run trains on them."""
 
+from functools import partial
 from typing import Any
 
 import lightning as L
@@ -17,6 +18,7 @@ from rlhf_pl.rounds import Round
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.snapshot import logps_function
 from rlhf_pl.stages import pair_logps
+from rlhf_pl.stages.logps import steps_by_length
 from rlhf_pl.stages.select import PAIRS
 from rlhf_pl.strategies import callable_policy, shard_frozen
 
@@ -27,7 +29,7 @@ class OfflineLogps(L.Callback):
     """Computes the log-probs of offline pairs once, from the policy as it starts, and keeps them.
 
     Args:
-        logps_batch_tokens: Padded tokens per batch.
+        logps_batch_tokens: Tokens per batch for held-out pairs; pairs that train come in the training's own batches.
     """
 
     def __init__(self, logps_batch_tokens: int = 4096) -> None:
@@ -90,7 +92,10 @@ class OfflineLogps(L.Callback):
         ranks, what = ranks_of(trainer), "log-probs of pairs"
         if policies:
             with ranks.phase(what), phase(what, 2 * len(pairs) * len(policies), "answers", show) as report:
-                pair_logps(stored, policies, self.logps_batch_tokens, data.temperature, report, ranks)
+                divide = steps_by_length(self.logps_batch_tokens, ranks)
+                if not stored.is_held_out:
+                    divide = partial(data.training_steps, 0)
+                pair_logps(stored, policies, divide, data.temperature, report, ranks)
         if len(given) == len(pairs):
             ranks.first(lambda: _keep_given(stored, pairs))
             self._compare(trainer, module, data, pairs)

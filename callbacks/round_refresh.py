@@ -48,7 +48,8 @@ class RoundRefresh(L.Callback):
         val_num_responses: Answers per held-out prompt; 2 or more also give held-out pairs for `val/loss`.
         val_temperature: Temperature on held-out prompts; null for that of training, 0 for the likeliest answer.
         prompts_per_shard: Prompts per file of the round store, answered together: what a crash can lose.
-        logps_batch_tokens: Tokens per batch when log-probs are computed before training, prompts counted once.
+        logps_batch_tokens: Tokens per batch when log-probs of held-out pairs are computed, prompts counted once. Pairs
+            that train come in the training's own micro-batches.
         old_logps: Whose log-probs of the pairs count as those of the policy that generated them: the `policy`'s own,
             from a forward pass; or the `sampler`'s, noted while it drew (at temperature 1 only), which costs nothing
             and is as exact as the sampler's dtype. The difference is measured on one batch and logged.
@@ -211,6 +212,15 @@ class RoundRefresh(L.Callback):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training_since = time.monotonic()
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After a round's first update: before it the policy must have been the one whose log-probs are stored."""
+        assert isinstance(pl_module, RebelModule)
+        first, pl_module.first_logratio = pl_module.first_logratio, None
+        if first is not None and self._maker is not None and not self.accept_changes:
+            self._maker.check_first_update(first)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After a round's training: note it, save it, and only then evaluate the new policy."""

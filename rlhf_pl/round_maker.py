@@ -27,9 +27,14 @@ from rlhf_pl.rounds import ORDER, STAGES, DamagedStoreError, Round
 from rlhf_pl.rows import RowBatch
 from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy
 from rlhf_pl.stages import generate, pair_logps, score, select
+from rlhf_pl.stages.logps import steps_by_length
 from rlhf_pl.stages.score import ShardScorer
 from rlhf_pl.stages.score_ahead import ScoreAhead
 from rlhf_pl.strategies import compute_dtype
+
+# nats a token between log-probs computed in other batches, on other devices or by other kernels: in half precision, and
+# in float32
+FIRST_LOGRATIO = (0.05, 1e-3)
 
 
 class RoundMaker:
@@ -105,6 +110,22 @@ class RoundMaker:
         self.reconcile(stored)
         self.fill(stored, self.policy, "pairs")
         return stored
+
+    def check_first_update(self, logratio: float) -> None:
+        """The mean absolute log-ratio a token in a round's first update, nats: 0 where nothing rounds differently.
+
+        Raises:
+            InputError: It is more than rounding explains: the stored log-probs are another policy's.
+        """
+        limit = FIRST_LOGRATIO[compute_dtype(self.trainer, self.module.dtype_name) == "float32"]
+        if self.options.old_logps == "sampler":
+            limit = self._tolerance()
+        if logratio > limit:  # a NaN is a matter of the loss
+            raise InputError(
+                f"The log-probs stored with this round are {logratio:.3g} nats a token from those of the policy that "
+                f"trains on it, where rounding explains at most {limit:g}. If the precision, attention or kernels were "
+                "changed since, move the round's folder `logps` away and give the same command again."
+            )
 
     def check_inside(self, index: int) -> None:
         """The stored round of a training that goes on in its middle.
@@ -206,7 +227,10 @@ class RoundMaker:
             policies["reference"] = logps_function(self.trainer, self.module, self.module.load_reference())
         with self._phase(f"log-probs of {what}", rows, "answers") as report:
             check = None if own else policy.logps
-            pair_logps(stored, policies, self.options.logps_batch_tokens, temperature, report, self.ranks, check)
+            divide = steps_by_length(self.options.logps_batch_tokens, self.ranks)
+            if not stored.is_held_out:
+                divide = partial(self.data.training_steps, int(stored.path.name))
+            pair_logps(stored, policies, divide, temperature, report, self.ranks, check)
 
     def past_policy(self, stored: Round) -> PolicySnapshot:
         """The policy that answered in `stored`."""

@@ -11,11 +11,13 @@ from rlhf_pl.data.prompts import Prompt, tokenize_prompts
 from rlhf_pl.metrics import held_out_metrics
 from rlhf_pl.pairs import BestWorst
 from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.ranks import Ranks
 from rlhf_pl.rewards import FunctionReward
 from rlhf_pl.rollout import EngineSpec, PromptTokens, Response, SamplingConfig, TransformersSampler
 from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.rows import RowBatch, Tree, batches_by_length, lay_out
 from rlhf_pl.stages import generate, pair_logps, prompt_seed, score, select
+from rlhf_pl.stages.logps import steps_by_length
 
 SAMPLING = SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.8)
 
@@ -89,7 +91,7 @@ def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], so
         with torch.no_grad():
             return PolicyLM(lm)(**rows.inputs(), temperature=temperature)
 
-    pair_logps(stored, {"old": policy, "reference": policy}, tokens_per_batch=60, temperature=0.8)
+    pair_logps(stored, {"old": policy, "reference": policy}, steps_by_length(60, Ranks()), temperature=0.8)
     logps = stored.read("logps").to_pylist()
     for pair, row in zip(pairs, logps, strict=True):
         for which in ("chosen", "rejected"):

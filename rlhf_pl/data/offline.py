@@ -218,6 +218,10 @@ class OfflineDataModule(PairsDataModule):
     def divide(self, epoch: int) -> RoundBatches:
         return self._batches(epoch, self._pairs(self.stored))
 
+    def training_steps(self, epoch: int, lengths: Sequence[int]) -> list[list[list[int]]]:
+        """How `epoch` trains on pairs of these lengths: those of each micro-batch, of each rank."""
+        return self._divide(f"{self.seed}:{epoch}", len(lengths), lengths).steps()
+
     def _batches(self, epoch: int, dataset: PairDataset) -> RoundBatches:
         return self._divide(f"{self.seed}:{epoch}", len(dataset), dataset.lengths())
 

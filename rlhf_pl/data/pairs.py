@@ -149,6 +149,10 @@ class RoundBatches(Sampler):
     def _updates(self) -> list[list[list[list[int]]]]:
         return self.plan.divide(self._order(), self.lengths)
 
+    def steps(self) -> list[list[list[int]]]:
+        """Pairs of each micro-batch, of each rank."""
+        return [micro_batch for update in self._updates for micro_batch in update]
+
     @property
     def accumulate(self) -> int:
         """Micro-batches per update; the last update may have fewer."""

@@ -1,6 +1,6 @@
 """The DataModule over the round store: an epoch is a round."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -166,9 +166,16 @@ class RoundDataModule(PairsDataModule):
         assert dataset is not None
         return self._batches(epoch, dataset)
 
+    def training_steps(self, index: int, lengths: Sequence[int]) -> list[list[list[int]]]:
+        """How round `index` will train on pairs of these lengths: those of each micro-batch, of each rank."""
+        return self._batches_of(index, lengths).steps()
+
     def _batches(self, index: int, dataset: PairDataset) -> RoundBatches:
-        lengths = None if self.max_tokens_per_batch is None else dataset.lengths()
-        return self._divide(f"{self.seed}:{index}", len(dataset), lengths, self.passes)
+        return self._batches_of(index, dataset.lengths())
+
+    def _batches_of(self, index: int, lengths: Sequence[int]) -> RoundBatches:
+        sorted_by = None if self.max_tokens_per_batch is None else lengths
+        return self._divide(f"{self.seed}:{index}", len(lengths), sorted_by, self.passes)
 
     def val_dataloader(self) -> Any:
         """The held-out pairs of the policy that generated the current round, if there are any."""

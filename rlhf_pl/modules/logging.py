@@ -3,6 +3,7 @@
 import math
 
 import lightning as L
+import torch
 from torch import Tensor
 from torchmetrics import MeanMetric
 
@@ -24,12 +25,17 @@ class Means:
         for name, value in values.items():
             if name not in self._means:
                 # ranks are summed over in `take`, all names at once; a rank may have none of them
-                self._means[name] = MeanMetric(sync_on_compute=False).to(value.device)
+                # and what is not a number must stay one: looking for it would also make the host wait for a GPU
+                self._means[name] = MeanMetric("disable", sync_on_compute=False).to(value.device)
             self._means[name].update(value.detach(), weights)
 
     def take(self, prefix: str, ranks: Ranks) -> dict[str, float]:
         """The means as `prefix/name`; they begin anew. All ranks must take them together."""
-        own = {name: (float(mean.mean_value), float(mean.weight)) for name, mean in self._means.items()}
+        numbers = [
+            torch.stack([torch.as_tensor(m.mean_value), torch.as_tensor(m.weight)]) for m in self._means.values()
+        ]
+        read = torch.stack(numbers).tolist() if numbers else []  # all at once
+        own = {name: (total, weight) for name, (total, weight) in zip(self._means, read, strict=True)}
         for mean in self._means.values():
             mean.reset()
         sums: dict[str, tuple[float, float]] = {}  # weighted sum, weight

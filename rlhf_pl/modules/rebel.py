@@ -109,6 +109,8 @@ class RebelModule(L.LightningModule):
         self.val_means = Means()
         self._round = {"loss": 0.0, "pairs": 0.0}  # of the round in training: summed loss, number of pairs
         self.last_kl: float | None = None
+        # mean absolute log-ratio a token in a round's first update, right after it; None after the others
+        self.first_logratio: float | None = None
         self._like: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
@@ -174,9 +176,13 @@ class RebelModule(L.LightningModule):
         return self.policy(**inputs)
 
     def training_step(self, batch: PairBatch, batch_idx: int) -> Tensor:
-        losses, parts = self._losses(batch)
+        losses, parts, logratios = self._losses(batch)
+        accumulate = self.trainer.accumulate_grad_batches
         if batch.weight > 0:
             self.train_means.add(loss=losses.detach(), **parts)
+            if batch_idx < accumulate:  # the policy is still the one that made the round
+                tokens = batch.rows.counts.view(-1, 2).T
+                self.train_means.add(tokens, first_logratio=logratios.abs() / tokens)
         if is_update(self.trainer, batch_idx):  # log over all its pairs
             metrics = self.train_means.take("train", ranks_of(self.trainer))
             pairs = self.train_means.taken["loss"]
@@ -185,16 +191,20 @@ class RebelModule(L.LightningModule):
                 "pairs": self._round["pairs"] + pairs,
             }
             self.last_kl = metrics["train/kl"]
+            if batch_idx < accumulate:
+                self.first_logratio = metrics["train/first_logratio"]
+            else:
+                metrics.pop("train/first_logratio", None)
             log_update(self, metrics)
         return losses.mean() * batch.weight
 
     def validation_step(self, batch: PairBatch, batch_idx: int) -> None:
-        losses, parts = self._losses(batch)
+        losses, parts, _ = self._losses(batch)
         if batch.weight > 0:
             self.val_means.add(loss=losses, **parts)
 
-    def _losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss per pair, and what is logged about it, each of shape (B,)."""
+    def _losses(self, batch: PairBatch) -> tuple[Tensor, dict[str, Tensor], Tensor]:
+        """Loss per pair, what is logged about it, each of shape (B,), and log-ratios, shape (2, B)."""
         rows = batch.rows
         logps = rows.totals(self(**rows.inputs(), temperature=batch.temperature)).view(-1, 2).T
         logratios = logps - batch.old_logps
@@ -219,7 +229,7 @@ class RebelModule(L.LightningModule):
             "reward_margin": margins,
             "sign_align": ((detached[0] - detached[1]).sign() == margins.sign()).float(),
         }
-        return losses, parts
+        return losses, parts, detached
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self.val_means.take("val", ranks_of(self.trainer)))

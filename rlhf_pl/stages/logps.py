@@ -1,7 +1,7 @@
 """Log-probs of a round's pairs under the policies that do not train."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -15,12 +15,24 @@ from rlhf_pl.stages.generate import Report
 
 _WHICH = ("chosen", "rejected")
 LogpsFunction = Callable[[RowBatch, float], Tensor]
+Steps = list[list[list[int]]]  # pairs of each micro-batch, of each rank
+
+
+def steps_by_length(tokens_per_batch: int, ranks: Ranks) -> Callable[[Sequence[int]], Steps]:
+    """Pairs of like length together, within a budget of tokens, dealt out to ranks."""
+
+    def divide(lengths: Sequence[int]) -> Steps:
+        batches = list(batches_by_length([range(n) for n in lengths], tokens_per_batch))
+        parts = (batches[start : start + ranks.size] for start in range(0, len(batches), ranks.size))
+        return [part + [[]] * (ranks.size - len(part)) for part in parts]
+
+    return divide
 
 
 def pair_logps(
     stored: Round,
     policies: dict[str, LogpsFunction],
-    tokens_per_batch: int,
+    divide: Callable[[Sequence[int]], Steps],
     temperature: float,
     report: Report = lambda count, note: None,
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
@@ -31,11 +43,12 @@ def pair_logps(
     Args:
         stored: The round; its pairs are read, its `logps` written.
         policies: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,), by name.
-        tokens_per_batch: Tokens per batch.
+        divide: Lengths of pairs -> which of them are computed together. Of a round that trains these are the training's
+            own micro-batches: the last digits depend on what is computed together, and so a policy that has not
+            changed gives the very same numbers there. A pair that comes again is passed over.
         temperature: The temperature the answers were drawn at.
         report: Gets (answers done, note).
-        ranks: The batches are dealt out to them. Sharded policies need all ranks at every call, so a rank that has one
-            batch fewer goes through one for nothing.
+        ranks: Sharded policies need all of them at every call: one that has no pairs goes through one for nothing.
         check_sampler_with: The policy, where `old` is to be what the sampler noted; how far the two are apart is
             measured on one batch.
     """
@@ -45,17 +58,21 @@ def pair_logps(
     pairs = table.select([name for name in wanted if name in table.column_names]).to_pylist()
     columns: dict[str, Any] = {"prompt_id": pa.array([p["prompt_id"] for p in pairs], pa.string())}
     trees = [Tree(p["prompt_tokens"], (p["chosen_tokens"], p["rejected_tokens"])) for p in pairs]
+    steps = divide(list(map(len, trees))) if pairs else []
     for name, policy in policies.items():
         logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
-        batches = list(batches_by_length(trees, tokens_per_batch))
-        for start in range(0, len(batches), ranks.size):
-            counts = start + ranks.rank < len(batches)
-            batch = batches[start + ranks.rank if counts else -1]
+        left = set(range(len(pairs)))
+        for step in steps:
+            fresh = [[i for i in part if i in left] for part in step]
+            if not any(fresh):
+                continue
+            left.difference_update(*fresh)
+            batch, mine = step[ranks.rank] or [0], fresh[ranks.rank]
             rows = lay_out([trees[i] for i in batch])
-            found = rows.totals(policy(rows, temperature).cpu()).double()
-            if counts:
-                logps[batch] = found.view(-1, 2)
-            report(2 * sum(map(len, batches[start : start + ranks.size])), "")
+            found = rows.totals(policy(rows, temperature).cpu()).double().view(-1, 2)
+            if mine:
+                logps[mine] = found[[batch.index(i) for i in mine]]
+            report(2 * sum(map(len, fresh)), "")
         chosen, rejected = ranks.total(logps).T.numpy()
         columns |= {f"chosen_{name}_logp": chosen, f"rejected_{name}_logp": rejected}
 
@@ -63,7 +80,7 @@ def pair_logps(
     if check_sampler_with is not None:
         noted = _noted_by_sampler(stored, pairs)
         columns |= {f"{which}_old_logp": noted[:, i].numpy() for i, which in enumerate(_WHICH)}
-        batch = next(batches_by_length(trees, tokens_per_batch), [])
+        batch = next((step[0] for step in steps if step[0]), [])
         if batch:
             rows = lay_out([trees[i] for i in batch])
             own = rows.totals(check_sampler_with(rows, temperature).cpu()).double().view(-1, 2)

@@ -1,5 +1,6 @@
 """Whole runs of a real Trainer on a small random model, with the transformers sampler."""
 
+import csv
 import json
 import math
 import os
@@ -456,3 +457,36 @@ def test_other_model_sizes_and_system_prompts(tmp_path: Path, write_jsonl: Calla
     )
     row = RoundStore(tmp_path / "run").round(0).read("responses").to_pylist()[0]
     assert json.loads(row["prompt"])[0] == {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize(
+    ("precision", "data"),
+    [
+        ("32-true", {"batch_size": 2}),
+        ("bf16-mixed", {"batch_size": 3, "passes": 2}),
+        ("bf16-mixed", {"max_tokens_per_batch": 60}),
+    ],
+)
+def test_log_ratios_before_the_first_update_are_zero(
+    tmp_path: Path, llama: Path, prompts: str, precision: str, data: dict[str, Any]
+) -> None:
+    """The log-prob pass computes what training computes, to the last digit, in every round."""
+    fit(tmp_path, llama, prompts, data=data, module={"kl_coef": 0.1}, precision=precision)
+    with (tmp_path / "csv" / "metrics.csv").open() as file:
+        first = [row["train/first_logratio"] for row in csv.DictReader(file)]
+    assert [value for value in first if value] == ["0.0", "0.0"]
+    logps = RoundStore(tmp_path).round(0).read("logps")
+    assert logps["chosen_old_logp"].to_pylist() == logps["chosen_reference_logp"].to_pylist()
+
+
+def test_log_probs_of_another_policy_are_refused(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """A round's log-probs that were not this policy's would train on wrong log-ratios."""
+
+    class Change(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
+            with torch.no_grad():
+                for parameter in module.parameters():
+                    parameter.mul_(1.05)
+
+    with pytest.raises(InputError, match=r"nats a token from those of the policy that trains on it"):
+        fit(tmp_path, llama, prompts, callbacks=[Change()])
