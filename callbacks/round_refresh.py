@@ -47,7 +47,10 @@ class RoundRefresh(L.Callback):
         selector: Makes pairs of the scored answers.
         val_num_responses: Answers per held-out prompt; 2 or more also give held-out pairs for `val/loss`.
         val_temperature: Temperature on held-out prompts; null for that of training, 0 for the likeliest answer.
-        prompts_per_shard: Prompts per file of the round store, answered together: what a crash can lose.
+        prompts_per_shard: Prompts per file of the round store, answered together: what a crash can lose. null for 64 on
+            CPUs and 1,024 on GPUs.
+        stream_shards: Let the engine take prompts of the next file while the last answers of one are drawn. In half
+            precision a run that was killed then may draw other answers than one that was not.
         logps_batch_tokens: Tokens per batch when log-probs of held-out pairs are computed, prompts counted once. Pairs
             that train come in the training's own micro-batches.
         old_logps: Whose log-probs of the pairs count as those of the policy that generated them: the `policy`'s own,
@@ -70,7 +73,8 @@ class RoundRefresh(L.Callback):
         selector: PairSelector = BestWorst(),  # noqa: B008 - stateless
         val_num_responses: int = 1,
         val_temperature: float | None = None,
-        prompts_per_shard: int = 64,
+        prompts_per_shard: int | None = None,
+        stream_shards: bool = False,
         logps_batch_tokens: int = 4096,
         old_logps: Literal["policy", "sampler"] = "policy",
         timeout_minutes: float = DEFAULT_TIMEOUT,
@@ -100,6 +104,7 @@ class RoundRefresh(L.Callback):
                 shaping=shaping,
                 selector=selector,
                 prompts_per_shard=prompts_per_shard,
+                stream_shards=stream_shards,
                 logps_batch_tokens=logps_batch_tokens,
                 old_logps=old_logps,
             )

@@ -144,7 +144,7 @@ class _Plan:
             return max(weights, int(self.sampler.gpu_memory_utilization * device_memory))
         sequences = min(
             getattr(self.sampler, "max_sequences", None) or self.sampler.batch_size,
-            self.options.sampling.num_responses * self.options.prompts_per_shard,
+            self.options.sampling.num_responses * self.options.shard_prompts,
         )
         return weights + kv_bytes(self.config, sequences, self.longest, dtype) // self.sampler.ranks_per_engine
 

@@ -207,7 +207,8 @@ class RoundMaker:
             ScoreAhead(scorer, enabled=reward.is_remote and not lost) as ahead,
         ):
             draw = partial(generate, stored, prompts, self.link.sampler, sampling, tokenizer, self.data.seed, shard)
-            draw(report, self.ranks, ahead.add)
+            logps = self.options.old_logps == "sampler"
+            draw(report, self.ranks, ahead.add, logps, self.options.stream_shards)
 
         def void_what_was_made_of_others() -> None:
             again = {file.name for file in stored.shards("responses").values()}
@@ -275,7 +276,7 @@ class RoundMaker:
     def _prompts_per_shard(self, prompts: int) -> int:
         """At most what the user wants, and few enough that every engine has a shard."""
         engines = self.ranks.size // self.link.sampler.ranks_per_engine
-        return max(1, min(self.options.prompts_per_shard, -(-prompts // engines)))
+        return max(1, min(self.options.shard_prompts, -(-prompts // engines)))
 
     def settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
         """What the stages of a round would be made from; the policy is looked at only if wanted."""
@@ -316,9 +317,14 @@ class RoundMaker:
 
     def _engine(self) -> EngineSpec:
         data, options = self.data, self.options
+        engines = self.ranks.size // self.link.sampler.ranks_per_engine
+
+        def together(prompts: int) -> int:
+            return -(-prompts // engines) if options.stream_shards else self._prompts_per_shard(prompts)
+
         most = max(
-            options.sampling.num_responses * self._prompts_per_shard(len(data.round_prompts(0))),
-            options.val_sampling.num_responses * self._prompts_per_shard(len(data.val_prompts)),
+            options.sampling.num_responses * together(len(data.round_prompts(0))),
+            options.val_sampling.num_responses * together(len(data.val_prompts)),
         )
         longest = max(len(p.token_ids) for p in [*data.train_prompts, *data.val_prompts])
         return EngineSpec(self.module.source, longest + options.sampling.max_response_tokens, max_sequences=most)

@@ -4,6 +4,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import lightning as L
+import torch
 
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.fingerprints import describe
@@ -25,9 +26,15 @@ class RoundOptions:
     val_sampling: SamplingConfig
     selector: PairSelector
     shaping: RewardShaping
-    prompts_per_shard: int
+    prompts_per_shard: int | None
     logps_batch_tokens: int
     old_logps: Literal["policy", "sampler"] = "policy"
+    stream_shards: bool = False
+
+    @property
+    def shard_prompts(self) -> int:
+        """Prompts of a shard: a minute or two of an engine's work."""
+        return self.prompts_per_shard or (1024 if torch.cuda.is_available() else 64)
 
 
 def downstream_settings(

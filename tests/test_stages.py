@@ -51,10 +51,12 @@ def prompts(source: PolicySource) -> list[Prompt]:
     return tokenize_prompts(made, source.tokenizer, 100)[0]
 
 
-def run_generate(stored: Round, prompts: list[Prompt], source: PolicySource, lm: Any, sampler: CountingSampler) -> None:
+def run_generate(
+    stored: Round, prompts: list[Prompt], source: PolicySource, lm: Any, sampler: CountingSampler, **options: bool
+) -> None:
     sampler.start(EngineSpec(source, 64, 64))
     sampler.load_weights(lm.state_dict().items())
-    generate(stored, prompts, sampler, SAMPLING, source.tokenizer, run_seed=1, prompts_per_shard=4)
+    generate(stored, prompts, sampler, SAMPLING, source.tokenizer, run_seed=1, prompts_per_shard=4, **options)
 
 
 def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], source: PolicySource, lm: Any) -> None:
@@ -102,18 +104,20 @@ def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], so
     assert stored.is_complete("logps")
 
 
+@pytest.mark.parametrize("stream", [False, True])
 def test_what_is_on_disk_is_not_drawn_again(
-    tmp_path: Path, prompts: list[Prompt], source: PolicySource, lm: Any
+    tmp_path: Path, prompts: list[Prompt], source: PolicySource, lm: Any, stream: bool
 ) -> None:
+    """One shard after the other, and all at once: the tokens are the same, drawn with the same seeds."""
     whole, broken = Round(tmp_path / "rounds" / "0000"), Round(tmp_path / "again" / "rounds" / "0000")
-    run_generate(whole, prompts, source, lm, CountingSampler())
+    run_generate(whole, prompts, source, lm, CountingSampler(), logps=True)
     with pytest.raises(KeyboardInterrupt):
-        run_generate(broken, prompts, source, lm, CountingSampler(die_after=6))
+        run_generate(broken, prompts, source, lm, CountingSampler(die_after=6), logps=True, stream=stream)
     done = 4 * len(broken.shards("responses"))
     assert 0 < done < 10
     assert not broken.is_complete("responses")
     second = CountingSampler()
-    run_generate(broken, prompts, source, lm, second)
+    run_generate(broken, prompts, source, lm, second, logps=True, stream=stream)
     assert second.drawn == 10 - min(done, 10)
     again, expected = (r.read("responses").drop_columns("sampler_logp") for r in (broken, whole))
     assert again.equals(expected)

@@ -53,10 +53,17 @@ class SamplingConfig:
 
 @dataclass(frozen=True)
 class PromptTokens:
-    """One request: the prompt's ids, and the seed of its answers (answer i is drawn with `seed + i`)."""
+    """One request.
+
+    Args:
+        token_ids: The prompt's.
+        seed: Of its answers: answer i is drawn with `seed + i`.
+        logps: Whether the answers' log-probs are wanted, which cost an engine up to a third of its speed.
+    """
 
     token_ids: list[int]
     seed: int
+    logps: bool = True
 
 
 @dataclass(frozen=True)
@@ -65,7 +72,8 @@ class Response:
 
     Args:
         token_ids: What was drawn; ends with an EOS id if `finished`.
-        logps: Log-prob of each token under the whole vocabulary at temperature 1, nats.
+        logps: Log-prob of each token under the whole vocabulary at temperature 1, nats; may be empty where they were
+            not wanted.
         finished: False if the answer was cut at the length limit.
     """
 

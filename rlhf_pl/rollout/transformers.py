@@ -72,7 +72,7 @@ class TransformersSampler(Sampler):
         for i, (ids, _) in enumerate(rows):  # padding on the left: all rows end where the answer starts
             input_ids[i, width - len(ids) :] = torch.tensor(ids, device=device)
             attention_mask[i, width - len(ids) :] = 1
-        recorder = _RecordLogps(width)
+        recorder = _RecordLogps(width) if any(p.logps for p in prompts) else None
         draw = _SeededDraw([seed for _, seed in rows], sampling)
         sequences = self._model.generate(
             input_ids=input_ids,
@@ -83,9 +83,10 @@ class TransformersSampler(Sampler):
                 eos_token_id=self._eos.tolist(),
                 pad_token_id=int(self._eos[0]),
             ),
-            logits_processor=LogitsProcessorList([recorder, draw]),
+            logits_processor=LogitsProcessorList([draw] if recorder is None else [recorder, draw]),
         )
-        drawn, logps = sequences[:, width:], recorder.finish(sequences)
+        drawn = sequences[:, width:]
+        logps = drawn.new_zeros(len(drawn), 0) if recorder is None else recorder.finish(sequences)
         return [self._cut(ids, row_logps) for ids, row_logps in zip(drawn, logps, strict=True)]
 
     def _cut(self, ids: Tensor, logps: Tensor) -> Response:

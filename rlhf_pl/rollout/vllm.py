@@ -22,6 +22,7 @@ from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Respons
 from rlhf_pl.rollout.self_check import StaleSamplerError
 
 _PREFIX = "rlhf_pl-vllm-"
+_ON_CPU = 256  # answers drawn at a time
 
 
 class VLLMSampler(Sampler):
@@ -30,7 +31,8 @@ class VLLMSampler(Sampler):
     Args:
         dtype: The engine's dtype; the policy is cast to it on the way. bfloat16 is twice as fast as float32, except on
             CPUs without instructions for it, where float32 is taken instead.
-        max_sequences: Answers drawn at a time.
+        max_sequences: Answers drawn at a time; null for the engine's own choice on GPUs (1,024 on large ones), and 256
+            on CPUs.
         gpu_memory_utilization: Share of the GPU the engine may take; the rest is the trainer's. Unused on the CPU.
         kv_cache_gib: Memory for the KV cache on the CPU, GiB. Unused on GPUs.
         tensor_parallel_size: Ranks that share one engine, each with a part of the model; 1 for an engine per rank.
@@ -40,7 +42,7 @@ class VLLMSampler(Sampler):
     def __init__(
         self,
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
-        max_sequences: int = 256,
+        max_sequences: int | None = None,
         gpu_memory_utilization: float = 0.3,
         kv_cache_gib: float = 1.0,
         tensor_parallel_size: int = 1,
@@ -78,7 +80,6 @@ class VLLMSampler(Sampler):
         args: dict[str, Any] = {
             "dtype": self.dtype,
             "max_model_len": spec.max_model_tokens,
-            "max_num_seqs": max(1, min(self.max_sequences, spec.max_sequences)),
             "revision": spec.source.revision,
             "trust_remote_code": spec.source.trust_remote_code,
             "load_format": "dummy",  # the weights come from the trainer
@@ -88,6 +89,9 @@ class VLLMSampler(Sampler):
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
+        most = self.max_sequences or (None if self._on_gpu else _ON_CPU)
+        if most is not None:
+            args["max_num_seqs"] = max(1, min(most, spec.max_sequences))
         if self._on_gpu:
             args |= {"gpu_memory_utilization": self.gpu_memory_utilization, "enable_sleep_mode": True}
         else:
@@ -124,13 +128,20 @@ class VLLMSampler(Sampler):
             finalizer.detach()
         self._owns_process_group = not distributed and torch.distributed.is_initialized()
 
+    @torch.no_grad()
     def forget(self, tensors: Mapping[str, Tensor]) -> None:
-        """The engine repacks weights, so NaNs take the same way in as weights do."""
+        """What the engine computes with is overwritten where it lies, fused and repacked as it is."""
         self._announced = set(tensors)
-        self._reload((name, torch.full((), torch.nan).expand(tensor.shape)) for name, tensor in tensors.items())
+        for _, parameter in self._parameters():
+            if parameter.is_floating_point():
+                parameter.fill_(torch.nan)
 
     def held_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What is neither fused nor repacked: embeddings and norms, mostly."""
+        """What is neither fused nor repacked keeps its name: embeddings and norms, mostly."""
+        return self._parameters()
+
+    def _parameters(self) -> Iterator[tuple[str, Tensor]]:
+        """The engine's own."""
         core = self._llm.llm_engine.engine_core.engine_core
         worker = getattr(core.model_executor, "driver_worker", None)
         runner = getattr(getattr(worker, "worker", worker), "model_runner", None)
@@ -194,7 +205,7 @@ class VLLMSampler(Sampler):
                 min_p=sampling.min_p,
                 max_tokens=sampling.max_response_tokens,
                 seed=prompt.seed,
-                logprobs=0,
+                logprobs=0 if prompt.logps else None,
                 stop_token_ids=self._eos,
                 detokenize=False,
                 output_kind=RequestOutputKind.FINAL_ONLY,
@@ -204,13 +215,12 @@ class VLLMSampler(Sampler):
             self._requests += 1
             index_of[request] = index
             engine.add_request(request, {"prompt_token_ids": prompt.token_ids}, params)
-        while engine.has_unfinished_requests():
-            with _private_rng():
-                outputs = engine.step()
-            for output in outputs:
-                if output.finished:
-                    answers = sorted(output.outputs, key=lambda o: o.index)
-                    yield _index(index_of, output.request_id), [_response(a) for a in answers]
+        with _private_rng():  # around all steps: reading a GPU's state makes the host wait for it
+            while engine.has_unfinished_requests():
+                for output in engine.step():
+                    if output.finished:
+                        answers = sorted(output.outputs, key=lambda o: o.index)
+                        yield _index(index_of, output.request_id), [_response(a) for a in answers]
 
     def sleep(self) -> None:
         if self._llm is not None and self._on_gpu:
@@ -299,7 +309,8 @@ def _first_line(error: Exception) -> str:
 
 def _response(answer: Any) -> Response:
     ids = list(answer.token_ids)
-    logps = [step[token].logprob for step, token in zip(answer.logprobs, ids, strict=True)]
+    noted = answer.logprobs
+    logps = [] if noted is None else [step[token].logprob for step, token in zip(noted, ids, strict=True)]
     return Response(ids, logps, finished=answer.finish_reason == "stop")
 
 

@@ -345,14 +345,14 @@ class VLLMServerSampler(Sampler):
             "repetition_penalty": 1.0,
             "max_tokens": sampling.max_response_tokens,
             "stop_token_ids": self._eos,
-            "logprobs": 0,
+            **({"logprobs": 0} if prompt.logps else {}),
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
         for attempt in range(self.retries + 1):
             try:
                 choices = self._call(url, "/v1/completions", body)["choices"]
-                return [_response(c) for c in sorted(choices, key=lambda c: c["index"])]
+                return [_response(c, prompt.logps) for c in sorted(choices, key=lambda c: c["index"])]
             except _ServerError as error:
                 if not error.again or attempt == self.retries:
                     raise
@@ -376,9 +376,10 @@ def _own_address(url: str) -> str:
         return connection.getsockname()[0]
 
 
-def _response(choice: Mapping[str, Any]) -> Response:
-    ids, logps = list(choice["token_ids"]), list(choice["logprobs"]["token_logprobs"])
-    if len(ids) != len(logps):
+def _response(choice: Mapping[str, Any], wanted: bool) -> Response:
+    ids = list(choice["token_ids"])
+    logps = list(choice["logprobs"]["token_logprobs"]) if choice.get("logprobs") else []
+    if wanted and len(ids) != len(logps):
         raise InputError(
             f"`rollout.sampler`: a server gave {len(logps)} log-probs for {len(ids)} tokens. Its vLLM is of a version "
             "that is not known here."

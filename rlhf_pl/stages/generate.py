@@ -48,14 +48,29 @@ def generate(
     report: Report = lambda count, note: None,
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
     drawn: Callable[[int], None] = lambda number: None,
+    logps: bool = False,
+    stream: bool = False,
 ) -> None:
     """Draw the answers of all prompts whose shard is not there yet.
-
-    `report` gets (prompts done, note), `drawn` the number of every shard that this rank has written.
 
     The shards are drawn one after the other, each from a clean engine: the last digits of log-probs depend on what is
     computed together, so this makes a shard the same whenever and wherever it is drawn. The missing ones are dealt out
     to the ranks, or to groups of ranks that share an engine, whose first rank writes.
+
+    Args:
+        stored: The round.
+        prompts: All of the round's.
+        sampler: Holds the policy's weights.
+        sampling: How answers are drawn.
+        tokenizer: The policy's, for texts.
+        run_seed: The run's.
+        prompts_per_shard: Prompts of a shard.
+        report: Gets (prompts done, note).
+        ranks: All of them call this.
+        drawn: Gets the number of every shard that this rank has written.
+        logps: Whether the sampler is to note log-probs.
+        stream: Ask for all of a rank's shards at once: the engine never runs empty between two of them, but what is
+            computed together then depends on which shards are missing.
     """
     seeds = [prompt_seed(run_seed, stored.name, p.prompt_id) for p in prompts]
     done = ranks.share(set(stored.shards("responses")))
@@ -64,23 +79,27 @@ def generate(
     mine = [n for n, _ in starts if n not in done][ranks.rank // together :: ranks.size // together]
     started, tokens = time.monotonic(), 0
     for number, first in starts:
-        shard = range(first, min(first + prompts_per_shard, len(prompts)))
         if number in done:
-            report(len(shard), "")
-        if number not in mine:
-            continue
+            report(len(prompts[first : first + prompts_per_shard]), "")
+    for part in [mine] if stream and mine else [[number] for number in mine]:
+        left = {n: set(range(n * prompts_per_shard, min((n + 1) * prompts_per_shard, len(prompts)))) for n in part}
+        places = sorted(i for shard in left.values() for i in shard)
         sampler.reset()
-        requests = [PromptTokens(list(prompts[i].token_ids), seeds[i]) for i in shard]
+        requests = [PromptTokens(list(prompts[i].token_ids), seeds[i], logps) for i in places]
         answers: dict[int, list[Response]] = {}
         for position, responses in sampler.generate(requests, sampling):
-            answers[shard[position]] = responses
+            place = places[position]
+            answers[place] = responses
             tokens += sum(len(r.token_ids) for r in responses)
             report(1, _speed(tokens, started))
-        if ranks.rank % together:
-            continue
-        rows = [row for i in shard for row in _response_rows(prompts[i], seeds[i], answers[i], tokenizer)]
-        stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
-        drawn(number)
+            number = place // prompts_per_shard
+            left[number].discard(place)
+            if left[number] or ranks.rank % together:
+                continue
+            shard = range(number * prompts_per_shard, min((number + 1) * prompts_per_shard, len(prompts)))
+            rows = [row for i in shard for row in _response_rows(prompts[i], seeds[i], answers.pop(i), tokenizer)]
+            stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
+            drawn(number)
     total = sum(ranks.gather(tokens if ranks.rank % together == 0 else 0))
     seconds = time.monotonic() - started
     others = [n for n, _ in starts if n not in done and n not in mine]
@@ -120,6 +139,6 @@ def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokeniz
             "seed": seed + index,
             "prompt_tokens": prompt.token_ids,
             "response_tokens": response.token_ids,
-            "sampler_logp": sum(response.logps),
+            "sampler_logp": sum(response.logps) if response.logps else None,
             "columns": json.dumps(dict(prompt.columns), ensure_ascii=False, default=str),
         }

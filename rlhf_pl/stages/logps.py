@@ -8,6 +8,7 @@ import pyarrow as pa
 import torch
 from torch import Tensor
 
+from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import Ranks
 from rlhf_pl.rounds import Round
 from rlhf_pl.rows import RowBatch, Tree, batches_by_length, lay_out
@@ -98,6 +99,11 @@ def pair_logps(
 def _noted_by_sampler(stored: Round, pairs: list[dict[str, Any]]) -> Tensor:
     """What the sampler noted while it drew the pairs' answers, shape (pairs, 2), float64."""
     drawn = stored.read("responses").select(["prompt_id", "response_index", "sampler_logp"]).to_pydict()
+    if None in drawn["sampler_logp"]:
+        raise InputError(
+            f"`rollout.old_logps` is sampler, but the answers of {stored.path} were drawn without noting log-probs. "
+            "Set it to policy for this round, or move the round's folder away to draw its answers again."
+        )
     found = dict(zip(zip(drawn["prompt_id"], drawn["response_index"], strict=True), drawn["sampler_logp"], strict=True))
     rows = [[found[pair["prompt_id"], pair[f"{which}_index"]] for which in _WHICH] for pair in pairs]
     return torch.tensor(rows, dtype=torch.float64).view(-1, 2)

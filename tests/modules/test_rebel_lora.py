@@ -13,6 +13,7 @@ from rlhf_pl.callbacks import HFExport, RoundCheckpoint
 from rlhf_pl.errors import InputError
 from rlhf_pl.lora import LoRA, without_adapters
 from rlhf_pl.policy import PolicySource, load_lm
+from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler
 from rlhf_pl.rounds import RoundStore
 from tests.conftest import save_llama
 from tests.integration.test_fit import PROMPTS, fit
@@ -69,20 +70,24 @@ def test_reference_logps_are_those_of_the_base(trained: tuple[Path, RebelModule]
 
 
 def test_sampler_draws_from_the_adapted_policy(trained: tuple[Path, RebelModule]) -> None:
-    """The log-probs that the sampler noted at the end are those of the model with its adapters, and of the export."""
+    """What a sampler notes that has the policy's weights is of the model with its adapters, and of the export."""
     from transformers import AutoModelForCausalLM
 
     folder, module = trained
     merged = AutoModelForCausalLM.from_pretrained(folder / "model", dtype=torch.float32)
+    sampler = TransformersSampler()
+    sampler.start(EngineSpec(module.source, 64, 4))
+    sampler.load_weights(module.weights().stream())
     rows = RoundStore(folder).held_out(2).read("responses").to_pylist()
-    for row in rows[:4]:
-        prompt, response = row["prompt_tokens"], row["response_tokens"]
+    requests = [PromptTokens(row["prompt_tokens"], seed) for seed, row in enumerate(rows[:4])]
+    for place, (drawn,) in sampler.generate(requests, SamplingConfig(1, max_response_tokens=8)):
+        prompt, response = requests[place].token_ids, drawn.token_ids
         for model in (merged, module.policy.lm.eval()):
             ids = torch.tensor([prompt + response])
             with torch.no_grad():
                 logps = model(input_ids=ids).logits[0].log_softmax(-1)
             total = sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
-            assert row["sampler_logp"] == pytest.approx(total, abs=1e-3)
+            assert sum(drawn.logps) == pytest.approx(total, abs=1e-3)
 
 
 def test_adapter_alone_loads_in_peft(trained: tuple[Path, RebelModule], llama: Path) -> None:
