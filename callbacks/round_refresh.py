@@ -235,6 +235,8 @@ class RoundRefresh(L.Callback):
         seconds = time.monotonic() - self._training_since
         speed = data.passes * stored.info("pairs")["pairs"] / seconds if stored.is_complete("pairs") else 0.0
         ranks_of(trainer).first(lambda: stored.complete("training", seconds=seconds, **pl_module.round_summary()))
+        for optimizer in trainer.optimizers:
+            optimizer.zero_grad(set_to_none=True)  # an engine that wakes on the same device needs the room
         _log(trainer, {"time/train_s": seconds, "train/pairs_per_s": speed}, max(0, trainer.global_step - 1))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RoundCheckpoint):

@@ -6,9 +6,13 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
+from rlhf_pl.compute import Compute
 from rlhf_pl.logprobs import VOCABULARY_BLOCK
-from rlhf_pl.policy import decoder_layers
+from rlhf_pl.policy import PolicySource, decoder_layers
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 LOGIT_COPIES = 4  # float32 copies of a block of logits at the peak, with what matrix products pack
 
@@ -63,33 +67,80 @@ def model_size(config: Any, trainable_layers: int | None = None, lora: Any = Non
     return ModelSize(total + adapters, trainable, adapters, layer, rest, len(layers))
 
 
+def reward_bytes(reward: Any) -> int:
+    """Of the weights of reward models in this process."""
+    total = 0
+    for part in getattr(reward, "parts", [reward]):
+        source = getattr(part, "source", None)
+        if isinstance(source, PolicySource) and hasattr(part, "dtype"):
+            dtype = part.dtype or str(source.config.dtype).removeprefix("torch.")
+            total += DTYPE_BYTES.get(dtype, 4) * model_size(source.config).total
+    return total
+
+
+def trainer_bytes(module: nn.Module, device: torch.device) -> int:
+    """What a module keeps on a device between training steps once it has trained: weights, copies, AdamW's moments."""
+    compute: Any = getattr(getattr(module, "policy", None), "compute", Compute())
+    total = 0
+    for parameter in module.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.device.type != device.type:  # offloaded
+            continue
+        size = local.numel() * local.element_size()
+        total += size * (3 if parameter.requires_grad else 1)
+        if compute.dtype is not None and not compute.sharded and local.dtype == torch.float32:
+            total += local.numel() * compute.dtype.itemsize
+    return total
+
+
 def _count(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
-def activation_bytes(config: Any, rows: int, tokens: int, bf16: bool, checkpointing: bool, attention: str) -> int:
+@dataclass(frozen=True)
+class Kernels:
+    """What activations depend on beside shapes.
+
+    Args:
+        half: Weights multiply in half precision.
+        attention: Of transformers.
+        flash: One call of flash attention a layer, which keeps queries, keys, values and its output.
+        liger: liger-kernel computes norms and MLPs.
+    """
+
+    half: bool
+    attention: str = "sdpa"
+    flash: bool = False
+    liger: bool = False
+
+
+def activation_bytes(config: Any, rows: int, tokens: int, kernels: Kernels, checkpointing: bool) -> int:
     """What the backbone keeps for the backward pass, bytes.
 
     The model of one and of two layers goes through a forward pass on tensors without memory, and what autograd saves is
     added up; a further layer keeps what the second one does. With `checkpointing` a layer keeps its input, and one
     layer at a time everything.
     """
-    one, two = (_saved(config, layers, rows, tokens, bf16, attention) for layers in (1, 2))
+    one, two = (_saved(config, layers, rows, tokens, kernels) for layers in (1, 2))
     layers = config.get_text_config().num_hidden_layers
     if checkpointing:
-        hidden = rows * tokens * config.get_text_config().hidden_size * (2 if bf16 else 4)
+        hidden = rows * tokens * config.get_text_config().hidden_size * (2 if kernels.half else 4)
         return one + (layers - 1) * hidden
     return one + (layers - 1) * (two - one)
 
 
-def _saved(config: Any, layers: int, rows: int, tokens: int, bf16: bool, attention: str) -> int:
+def _saved(config: Any, layers: int, rows: int, tokens: int, kernels: Kernels) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
     config = deepcopy(config)
     config.get_text_config().num_hidden_layers = layers
     with FakeTensorMode(allow_non_fake_inputs=True):
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=attention)
+        dtype = torch.bfloat16 if kernels.half else torch.float32
+        attention = _flash() if kernels.flash else kernels.attention
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        if kernels.liger:
+            _keep_what_liger_keeps(model)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         kept: dict[int, tuple[int, Any]] = {}
 
@@ -100,25 +151,64 @@ def _saved(config: Any, layers: int, rows: int, tokens: int, bf16: bool, attenti
             return tensor
 
         ids = torch.zeros(rows, tokens, dtype=torch.long)
-        with (
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-            torch.autocast("cpu", torch.bfloat16, enabled=bf16),
-        ):
-            model.base_model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool) if kernels.flash else torch.ones_like(ids)
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
         return sum(size for size, _ in kept.values())
 
 
-def logits_bytes(config: Any, chunk_tokens: int, gradient_bytes: int = 4) -> int:
-    """What the output head takes at the peak of its backward pass: a block of logits, and the gradient of its weights.
+def _flash() -> str:
+    """An attention, as transformers knows it, that keeps what flash attention does."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    name = "rlhf_pl_footprint"
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
+        return _Keeping.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def _keep_what_liger_keeps(model: nn.Module) -> None:
+    """Norms that keep their input, and gated MLPs that keep the two products that are multiplied."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda hidden: _Keeping.apply(hidden)
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            module.forward = lambda hidden, mlp=module: mlp.down_proj(
+                _Keeping.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden))
+            )
+
+
+class _Keeping(torch.autograd.Function):
+    """Something of the size of its inputs, which it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0])
+
+
+def head_bytes(config: Any, chunk_tokens: int, on_gpu: bool, half: bool, trains: bool = True) -> int:
+    """What the output head takes at the peak of its backward pass: logits, and the gradient of its weights.
 
     Args:
         config: The model's.
         chunk_tokens: Tokens of a block.
-        gradient_bytes: Of a number of that gradient; 0 for a head that does not train.
+        on_gpu: Whether a block is of the whole vocabulary.
+        half: Weights multiply in half precision.
+        trains: Whether there is that gradient.
     """
     text = config.get_text_config()
+    weights = text.vocab_size * text.hidden_size
+    if on_gpu:
+        # a chunk's logits and their gradient; the weights' gradient summed in float32 and then cast
+        return chunk_tokens * text.vocab_size * (6 if half else 8) + trains * weights * (6 if half else 4)
     block = LOGIT_COPIES * 4 * chunk_tokens * min(text.vocab_size, VOCABULARY_BLOCK)
-    return block + gradient_bytes * text.vocab_size * text.hidden_size
+    return block + trains * weights * (2 if half else 4)
 
 
 def kv_bytes(config: Any, sequences: int, tokens: int, dtype_bytes: int) -> int:

@@ -13,18 +13,18 @@ from rlhf_pl.data import RoundDataModule
 from rlhf_pl.devices import fast_precision
 from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
-from rlhf_pl.footprint import activation_bytes, kv_bytes, logits_bytes, model_size
+from rlhf_pl.footprint import DTYPE_BYTES, Kernels, activation_bytes, head_bytes, kv_bytes, model_size, reward_bytes
 from rlhf_pl.modules import RebelModule
-from rlhf_pl.policy import PolicySource
 from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
+from rlhf_pl.rollout.vllm import MARGIN_BYTES
 from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
 
-_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 _PHASES = ("train", "generate", "score", "sync")
 _HINTS = {
     "train": {
         "activations": "--model.gradient_checkpointing true, or a smaller --data.batch_size with more accumulation",
-        "logits": "a smaller --model.logprob_chunk_tokens",
+        "output head": "a smaller --model.logprob_chunk_tokens",
+        "copies in bf16": "--model.dtype bfloat16 with --trainer.precision 32-true",
         "optimizer": "--trainer.strategy fsdp2 over more devices, or --model.lora LoRA",
         "gradients": "--trainer.strategy fsdp2 over more devices, or --model.lora LoRA",
         "parameters": "--trainer.strategy fsdp2 over more devices",
@@ -85,17 +85,23 @@ class _Plan:
         mixed = getattr(strategy, "mixed_precision", None)
         self.bf16 = "16" in precision or (mixed is not None and mixed.param_dtype is not None)
         self.config = module.source.config
+        half = self.bf16 or module.dtype_name != "float32"
+        liger = self.on_gpu and module.use_liger_kernel is not False
+        flash = self.on_gpu and half and module.attn_implementation == "sdpa"
+        self.kernels = Kernels(half, module.attn_implementation, flash, liger)
         self.model = model_size(self.config, module.trainable_layers, module.lora)
         self.longest = data.max_prompt_tokens + options.sampling.max_response_tokens
 
     def memory(self, device_memory: float) -> dict[str, dict[str, int]]:
         """By phase and part, on devices of so many bytes."""
         module, model, config = self.module, self.model, self.config
-        width, shards = _BYTES[module.dtype_name], self.devices if self.sharded else 1
+        width, shards = DTYPE_BYTES[module.dtype_name], self.devices if self.sharded else 1
         held = {
             "parameters": width * model.total // shards,
             "optimizer": 2 * width * model.trainable // shards,
         }
+        if self.kernels.half and width == 4 and not self.sharded:
+            held["copies in bf16"] = 2 * model.total
         unit = max(model.rest, model.layer)
         pairs, answer = self.data.batch_size, self.options.sampling.max_response_tokens
         if self.data.max_tokens_per_batch is not None:
@@ -106,19 +112,19 @@ class _Plan:
         training = {
             **held,
             "gradients": width * model.trainable // shards * (1 if self.sharded or self.devices == 1 else 2),
-            "activations": activation_bytes(
-                config, rows, tokens, self.bf16, module.gradient_checkpointing, module.attn_implementation
-            ),
-            "logits": logits_bytes(
-                config, min(module.logprob_chunk_tokens, 2 * pairs * answer), width if module.lora is None else 0
+            "activations": activation_bytes(config, rows, tokens, self.kernels, module.gradient_checkpointing),
+            "output head": head_bytes(
+                config,
+                min(module.logprob_chunk_tokens, 2 * pairs * answer),
+                self.on_gpu,
+                self.kernels.half,
+                module.lora is None,
             ),
         }
-        compute = 2 if self.bf16 else width
+        compute = 2 if self.kernels.half else width
         if self.sharded:
             training["gathered units"] = compute * (model.rest + 2 * model.layer)
-        elif self.bf16 and width == 4:
-            training["bf16 copies"] = 2 * (model.layer * model.layers)
-        engine = self._engine(device_memory)
+        engine = self._engine(device_memory, held)
         sync = {
             **held,
             "sampler": engine,
@@ -132,16 +138,19 @@ class _Plan:
             "sync": sync,
         }
 
-    def _engine(self, device_memory: float) -> int:
+    def _engine(self, device_memory: float, held: Mapping[str, int]) -> int:
         """Weights and KV cache of a rank's sampler; vLLM on a GPU fills the share of it that it is given."""
         if isinstance(self.sampler, VLLMServerSampler):
             return 0
-        dtype = _BYTES[self.sampler.dtype]
+        dtype = DTYPE_BYTES[self.sampler.dtype]
         weights = dtype * (self.model.total - self.model.adapters) // self.sampler.ranks_per_engine
         if isinstance(self.sampler, VLLMSampler) and not self.on_gpu:
             return weights + int(self.sampler.kv_cache_gib * 2**30)
         if isinstance(self.sampler, VLLMSampler):
-            return max(weights, int(self.sampler.gpu_memory_utilization * device_memory))
+            share = self.sampler.gpu_memory_utilization
+            if share is None:
+                return max(weights, int(device_memory - sum(held.values()) - self._reward() - MARGIN_BYTES))
+            return max(weights, int(share * device_memory))
         sequences = min(
             getattr(self.sampler, "max_sequences", None) or self.sampler.batch_size,
             self.options.sampling.num_responses * self.options.shard_prompts,
@@ -152,18 +161,10 @@ class _Plan:
         """What the hand-over of weights itself takes: copies of the largest unit as the sampler has it, or a bucket."""
         if isinstance(self.sampler, VLLMServerSampler):
             return BUCKET_BYTES
-        return 2 * _BYTES[self.sampler.dtype] * unit
+        return 2 * DTYPE_BYTES[self.sampler.dtype] * unit
 
     def _reward(self) -> int:
-        reward = self.options.reward
-        total = 0
-        for part in getattr(reward, "parts", [reward]):
-            source = getattr(part, "source", None)
-            if isinstance(source, PolicySource) and hasattr(part, "dtype"):
-                total += _BYTES.get(part.dtype or str(source.config.dtype).removeprefix("torch."), 4) * (
-                    model_size(source.config).total
-                )
-        return total
+        return reward_bytes(self.options.reward)
 
     def seconds(self, response_tokens: float, tokens_per_s: float, tflops: float, prompts: int) -> dict[str, float]:
         """Of a round, by phase; scoring by a model in this process counts, other rewards do not."""

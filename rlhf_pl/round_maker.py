@@ -16,6 +16,7 @@ from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.disk import check_space
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
+from rlhf_pl.footprint import reward_bytes, trainer_bytes
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.provenance import OF_POLICY, StageSettings, differences, reconcile_round, refuse_upstream_change
 from rlhf_pl.ranks import ranks_of
@@ -327,7 +328,9 @@ class RoundMaker:
             options.val_sampling.num_responses * together(len(data.val_prompts)),
         )
         longest = max(len(p.token_ids) for p in [*data.train_prompts, *data.val_prompts])
-        return EngineSpec(self.module.source, longest + options.sampling.max_response_tokens, max_sequences=most)
+        tokens = longest + options.sampling.max_response_tokens
+        held = trainer_bytes(self.module, self.trainer.strategy.root_device) + reward_bytes(options.reward)
+        return EngineSpec(self.module.source, tokens, most, held)
 
     def check_space(self, index: int) -> None:
         """Refuse a round whose answers, checkpoint or final model would not fit on the disk."""

@@ -90,11 +90,13 @@ class EngineSpec:
         source: The policy's folder or Hub id: architecture and tokenizer. Weights come by `load_weights`.
         max_model_tokens: The longest prompt plus answer, in tokens.
         max_sequences: The most answers that will be asked for at a time.
+        trainer_bytes: What the trainer will hold on the device while answers are drawn, from its second round on.
     """
 
     source: PolicySource
     max_model_tokens: int
     max_sequences: int
+    trainer_bytes: int = 0
 
 
 class Sampler(ABC):

@@ -22,6 +22,7 @@ from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Respons
 from rlhf_pl.rollout.self_check import StaleSamplerError
 
 _PREFIX = "rlhf_pl-vllm-"
+MARGIN_BYTES = 4 * 2**30  # of a GPU that neither is to take: contexts, graphs, what allocators keep
 _ON_CPU = 256  # answers drawn at a time
 
 
@@ -33,7 +34,9 @@ class VLLMSampler(Sampler):
             CPUs without instructions for it, where float32 is taken instead.
         max_sequences: Answers drawn at a time; null for the engine's own choice on GPUs (1,024 on large ones), and 256
             on CPUs.
-        gpu_memory_utilization: Share of the GPU the engine may take; the rest is the trainer's. Unused on the CPU.
+        gpu_memory_utilization: Share of the GPU the engine may take; the rest is the trainer's. null for all but what
+            the trainer holds while answers are drawn (weights, the optimizer's moments, a reward model) and 4 GiB.
+            Unused on the CPU.
         kv_cache_gib: Memory for the KV cache on the CPU, GiB. Unused on GPUs.
         tensor_parallel_size: Ranks that share one engine, each with a part of the model; 1 for an engine per rank.
         engine_args: Any other argument of `vllm.LLM`.
@@ -43,7 +46,7 @@ class VLLMSampler(Sampler):
         self,
         dtype: Literal["bfloat16", "float16", "float32"] = "bfloat16",
         max_sequences: int | None = None,
-        gpu_memory_utilization: float = 0.3,
+        gpu_memory_utilization: float | None = None,
         kv_cache_gib: float = 1.0,
         tensor_parallel_size: int = 1,
         engine_args: dict[str, Any] | None = None,
@@ -93,7 +96,10 @@ class VLLMSampler(Sampler):
         if most is not None:
             args["max_num_seqs"] = max(1, min(most, spec.max_sequences))
         if self._on_gpu:
-            args |= {"gpu_memory_utilization": self.gpu_memory_utilization, "enable_sleep_mode": True}
+            share = self.gpu_memory_utilization or engine_share(
+                torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, spec.trainer_bytes
+            )
+            args |= {"gpu_memory_utilization": share, "enable_sleep_mode": True}
         else:
             args |= {
                 "enforce_eager": True,
@@ -263,6 +269,26 @@ def _set_environment() -> None:
         logging.getLogger("vllm").setLevel(logging.ERROR)  # for what is said before vLLM sets up its own logging
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
+
+
+def engine_share(total: int, trainer: int) -> float:
+    """Share of a GPU that is left to the engine.
+
+    Args:
+        total: Of the GPU, bytes.
+        trainer: What the trainer will hold there while answers are drawn, bytes.
+
+    Raises:
+        InputError: Next to nothing is left.
+    """
+    share = (total - trainer - MARGIN_BYTES) / total
+    if share < 0.05:
+        raise InputError(
+            f"`rollout.sampler`: of {total / 2**30:.1f} GiB the trainer holds {trainer / 2**30:.1f} GiB while answers "
+            "are drawn, which leaves no room for an engine beside it. Shard the trainer (--trainer.strategy fsdp2 over "
+            "more devices), train adapters (--model.lora LoRA), or draw answers elsewhere (VLLMServerSampler)."
+        )
+    return round(share, 3)
 
 
 @contextlib.contextmanager
