@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: help setup quickstart tutorial model test test-slow lint bench lock clean
+.PHONY: help setup quickstart tutorial model test test-slow test-gpu lint bench lock clean
 
 help:
 	@echo "make quickstart  set up, and improve a small chat model in three rounds"
@@ -11,6 +11,7 @@ help:
 	@echo "                 (PREFERENCES=file.jsonl trains the reward model on comparisons of yours)"
 	@echo "make test        set up, and run linting, type checks and the tests"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-gpu    the tests that need a GPU; sets nothing up"
 	@echo "make bench       the benchmarks, beside TRL (benchmarks/README.md)"
 	@echo "make setup       only the virtual environment in .venv"
 	@echo "make lock        resolve requirements/cpu.txt anew"
@@ -50,6 +51,11 @@ test: lint
 
 test-slow: setup model
 	$(PYTEST) -m slow
+
+# no set-up of its own: it may run where there is no network
+test-gpu:
+	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); \
+		$$python -m pytest -rs -m gpu tests/test_gpu.py
 
 # under half an hour, so three of them are brief
 BENCHMARKS := scoring generation growth vocabulary_memory "whole_round --prompts 24" "training_step --pairs 4" \

@@ -5,16 +5,20 @@ update, in float32. The last round is timed: of three with vLLM, as memory still
 samples with transformers: its vLLM modes need a GPU.
 
     python -m benchmarks.whole_round
+    python -m benchmarks.whole_round --device cuda --model random-1b --prompts 256 --pairs 32 --max_tokens 256
+
+On a GPU ours is timed alone, with vLLM in bfloat16 and training in bf16-mixed.
 """
 
 import argparse
+import csv
 import json
 import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import MODEL, in_a_process, machine, make_parser, peak_memory, table
+from benchmarks.common import MODEL, in_a_process, machine, make_parser, model_folder, peak_memory, table
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 MICRO_BATCH = 4
@@ -24,7 +28,8 @@ VARIANTS = {"rlhf-pl": "rlhf-pl, vLLM", "rlhf-pl-transformers": "rlhf-pl, transf
 
 def main() -> None:
     parser = make_parser(__doc__)
-    parser.add_argument("--model", default=str(MODEL))
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--model", default=str(MODEL), help="a folder, or random-1b: 1.24 B, made on the spot")
     parser.add_argument("--prompts", type=int, default=32, help="a round")
     parser.add_argument("--pairs", type=int, default=8, help="an update")
     parser.add_argument("--max_tokens", type=int, default=64)
@@ -32,7 +37,9 @@ def main() -> None:
     args = parser.parse_args()
     if args.pairs % MICRO_BATCH or args.prompts % args.pairs:
         parser.error(f"--pairs must be a multiple of {MICRO_BATCH}, the micro-batch, and --prompts one of --pairs")
-    found = {name: in_a_process(with_trl if name == "trl" else with_lightning, args, name) for name in VARIANTS}
+    variants = ["rlhf-pl"] if args.device == "cuda" else list(VARIANTS)
+    with model_folder(args.model, args.device) as args.model:
+        found = {name: in_a_process(with_trl if name == "trl" else with_lightning, args, name) for name in variants}
     print(machine())
     print(f"{args.prompts} prompts x 2 answers of up to {args.max_tokens} tokens, {args.pairs} pairs an update\n")
     rows = []
@@ -42,7 +49,9 @@ def main() -> None:
         rest = f"{1 - sum(result[phase] for phase in PHASES) / seconds:.1%}" if "train" in result else ""
         rows.append([VARIANTS[name], f"{seconds:.1f}", result["tokens"], f"{result['gib']:.2f}", *parts, rest])
     print(table(["", "round, s", "answer tokens", "peak GiB", *PHASES, "none of these"], rows))
-    for name in ("rlhf-pl", "rlhf-pl-transformers"):
+    if "sync" in found["rlhf-pl"]:
+        print(f"\nweights to the engine, with the check that it holds them: {found['rlhf-pl']['sync']:.2f} s")
+    for name in ("rlhf-pl", "rlhf-pl-transformers") if "trl" in found else ():
         print(f"\n{VARIANTS[name]}: {found['trl']['seconds'] / found[name]['seconds']:.2f}x TRL")
 
 
@@ -58,11 +67,14 @@ def questions(count: int) -> list[dict[str, str]]:
 
 def with_lightning(args: argparse.Namespace, variant: str) -> dict[str, float]:
     import lightning as L
+    from lightning.pytorch.loggers import CSVLogger
 
     from rlhf_pl import RebelModule, RoundDataModule, SamplingConfig, TransformersSampler, VLLMSampler
     from rlhf_pl.callbacks import RoundRefresh
     from rlhf_pl.optim import AdamW
 
+    on_gpu = args.device == "cuda"
+    dtype = "bfloat16" if on_gpu else "float32"
     ends: list[float] = []
     rounds = 3 if variant == "rlhf-pl" else 2
 
@@ -77,28 +89,38 @@ def with_lightning(args: argparse.Namespace, variant: str) -> dict[str, float]:
         L.seed_everything(args.seed, verbose=False)
         refresh = RoundRefresh(
             reward="benchmarks.whole_round.variety",
-            sampler=VLLMSampler(dtype="float32") if variant == "rlhf-pl" else TransformersSampler(),
+            sampler=VLLMSampler(dtype=dtype) if variant == "rlhf-pl" else TransformersSampler(),  # type: ignore[arg-type]
             sampling=SamplingConfig(num_responses=2, max_response_tokens=args.max_tokens),
         )
         trainer = L.Trainer(
-            accelerator="cpu",
+            accelerator="gpu" if on_gpu else "cpu",
+            devices=1,
+            precision="bf16-mixed" if on_gpu else "32-true",
             max_epochs=rounds,
             accumulate_grad_batches=args.pairs // MICRO_BATCH,
             default_root_dir=folder / "run",
             callbacks=[refresh, Clock()],
-            logger=False,
+            logger=CSVLogger(folder, name="csv", version=""),
             enable_checkpointing=False,
             enable_progress_bar=False,
             enable_model_summary=False,
         )
         data = RoundDataModule(str(prompts), batch_size=MICRO_BATCH)
-        with peak_memory() as peak:
+        with peak_memory(args.device) as peak:
             trainer.fit(RebelModule(args.model, optimizer=lambda p: AdamW(p, lr=1e-6)), datamodule=data)
         stored = data.store.round(rounds - 1)
         phases = {name: float(stored.info(stage)["seconds"]) for name, stage in PHASES.items()}
         seconds = ends[-1] - ends[-2]
         tokens = int(stored.info("responses")["tokens"])
-    return {"seconds": seconds, "tokens": tokens, "gib": peak["gib"], **phases}
+        with (folder / "csv" / "metrics.csv").open() as file:
+            syncs = [float(row["time/sync_s"]) for row in csv.DictReader(file) if row.get("time/sync_s")]
+    return {
+        "seconds": seconds,
+        "tokens": tokens,
+        "gib": peak["gib"],
+        **phases,
+        **({"sync": syncs[-1]} if on_gpu else {}),
+    }
 
 
 def with_trl(args: argparse.Namespace, variant: str) -> dict[str, float]:
