@@ -257,6 +257,7 @@ def load_lm(
     base_dtype: str | None = None,
     compute: Compute = Compute(),  # noqa: B008 - frozen
     use_liger_kernel: bool | None = None,
+    read_weights: bool = True,
 ) -> Any:
     """The causal LM of `source`, with dropout off, in eval mode, checked to be one that `PolicyLM` can run.
 
@@ -267,6 +268,7 @@ def load_lm(
         base_dtype: nf4 or fp4 for linear layers in 4 bits, on the current GPU where there is one.
         compute: Where and how it will compute, which fast paths are tried for.
         use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None for wherever it can.
+        read_weights: Whether to read them; else the model is on the meta device. Those in 4 bits are always read.
 
     Raises:
         InputError: The weights can't be read, or the architecture treats its logits in a way unknown here.
@@ -277,14 +279,14 @@ def load_lm(
     if base_dtype is not None:
         quantized["quantization_config"] = quantization_config(base_dtype, getattr(torch, dtype))
         quantized["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
-    lm = source.read(
-        "weights",
-        AutoModelForCausalLM,
-        config=without_dropout(source.config),
-        dtype=getattr(torch, dtype),
-        attn_implementation=attn_implementation,
-        **quantized,
-    )
+    config = without_dropout(source.config)
+    arguments = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
+    if read_weights or quantized:
+        lm = source.read("weights", AutoModelForCausalLM, config=config, **arguments, **quantized)
+    else:
+        with torch.device("meta"):
+            code = source.trust_remote_code
+            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=code, **arguments).eval()
     if base_dtype is not None:
         keep_as_quantized(lm)
     _check_logits(lm, source, compute)
@@ -343,6 +345,8 @@ def _has_known_logits(lm: Any, source: PolicySource, compute: Compute) -> bool:
     try:
         small = small_copies(lm.config, compute, lm.dtype, source.trust_remote_code).exact
     except NoCopyError:
+        if lm.device.type == "meta":
+            return True  # the rank that has the weights finds out
         small = lm
     ids = torch.arange(8, device=small.device).unsqueeze(0) % small.config.get_text_config().vocab_size
     expected = small(input_ids=ids, use_cache=False).logits[0].float()

@@ -10,7 +10,9 @@ from torch import nn
 
 from rlhf_pl.compute import HALF
 from rlhf_pl.errors import InputError
+from rlhf_pl.placement import Placement
 from rlhf_pl.policy import PolicyLM, decoder_layers
+from rlhf_pl.ranks import ranks_of
 
 
 class CPUFSDPStrategy(FSDPStrategy):
@@ -132,7 +134,7 @@ def check_strategy(trainer: L.Trainer, dtype: str, base_dtype: str | None = None
         )
 
 
-def shard(module: L.LightningModule, unit: nn.Module) -> None:
+def shard(module: L.LightningModule, unit: nn.Module, from_first_rank: bool = False) -> None:
     """Let the module's strategy shard a unit, with right defaults for any decoder. Call it in `configure_model`.
 
     The units are the decoder's layers and `unit`, which holds backbone and head: a call to a part of a wrapped unit
@@ -141,14 +143,22 @@ def shard(module: L.LightningModule, unit: nn.Module) -> None:
     Args:
         module: Its Trainer has the strategy.
         unit: Holds a Hugging Face model; rows in, numbers out.
+        from_first_rank: Whether only those ranks hold weights that `reads_weights`; the others get them here.
     """
     if module._trainer is None:
         return
-    strategy = module.trainer.strategy
+    trainer = module.trainer
+    strategy = trainer.strategy
     if isinstance(strategy, FSDPStrategy):
-        _default_wrapping(strategy, unit, str(module.trainer.precision))
-    elif isinstance(strategy, ModelParallelStrategy):
-        _fully_shard(strategy, unit, str(module.trainer.precision))
+        _default_wrapping(strategy, unit, str(trainer.precision))
+        return
+    placement = None
+    if from_first_rank and trainer.world_size > 1:
+        placement = Placement(unit, strategy.root_device, ranks_of(trainer))
+    if isinstance(strategy, ModelParallelStrategy):
+        _fully_shard(strategy, unit, str(trainer.precision), placement)
+    elif placement is not None:
+        placement.move(unit)
 
 
 def _default_wrapping(strategy: FSDPStrategy, unit: nn.Module, precision: str) -> None:
@@ -169,7 +179,9 @@ def _default_wrapping(strategy: FSDPStrategy, unit: nn.Module, precision: str) -
         )
 
 
-def _fully_shard(strategy: ModelParallelStrategy, unit: nn.Module, precision: str) -> None:
+def _fully_shard(
+    strategy: ModelParallelStrategy, unit: nn.Module, precision: str, placement: Placement | None = None
+) -> None:
     from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, fully_shard
 
     options: dict[str, Any] = {"mesh": strategy.device_mesh["data_parallel"]}
@@ -177,9 +189,10 @@ def _fully_shard(strategy: ModelParallelStrategy, unit: nn.Module, precision: st
         options["mp_policy"] = MixedPrecisionPolicy(param_dtype=HALF[precision], reduce_dtype=torch.float32)
     if getattr(strategy, "cpu_offload", False):
         options["offload_policy"] = CPUOffloadPolicy()
-    for layer in decoder_layers(unit):
-        fully_shard(layer, **options)
-    fully_shard(unit, **options)
+    for part in (*decoder_layers(unit), unit):
+        if placement is not None:
+            placement.move(part)
+        fully_shard(part, **options)
 
 
 def shard_frozen(trainer: L.Trainer, unit: nn.Module) -> nn.Module:

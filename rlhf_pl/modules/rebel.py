@@ -20,6 +20,7 @@ from rlhf_pl.losses import PairwiseLoss, RebelLoss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.placement import reads_weights
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm, train_last_layers
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.strategies import callable_policy, check_strategy, clip_gradients, shard, shard_frozen
@@ -124,26 +125,26 @@ class RebelModule(L.LightningModule):
         """Load the policy. Lightning calls it after all inputs have been checked."""
         if self.policy is not None:
             return
-        lm = self.build_lm()
+        lm = self.build_lm(reads_weights(self._trainer))
         if self.trainable_layers is not None:
             train_last_layers(lm, self.trainable_layers, self.source)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         self._like = like_of(lm)
         self.policy = self.unit(lm).train()
-        shard(self, self.policy)
+        shard(self, self.policy, from_first_rank=base_dtype(self.lora) is None)
 
-    def build_lm(self) -> Any:
-        """The policy as the run starts from it, adapters included."""
-        lm = self.load(self.source, base_dtype(self.lora))
+    def build_lm(self, read_weights: bool = True) -> Any:
+        """The policy as the run starts from it, adapters included; on the meta device if its weights are not read."""
+        lm = self.load(self.source, base_dtype(self.lora), read_weights)
         if self.lora is not None:
             add_lora(lm, self.lora, run_seed(), train_head=False)
         return lm
 
-    def load(self, source: PolicySource, base_dtype: str | None = None) -> Any:
+    def load(self, source: PolicySource, base_dtype: str | None = None, read_weights: bool = True) -> Any:
         """A causal LM with this run's dtype and kernels."""
-        compute = compute_of(self._trainer)
-        return load_lm(source, self.dtype_name, self.attn_implementation, base_dtype, compute, self.use_liger_kernel)
+        compute, liger = compute_of(self._trainer), self.use_liger_kernel
+        return load_lm(source, self.dtype_name, self.attn_implementation, base_dtype, compute, liger, read_weights)
 
     def unit(self, lm: Any) -> PolicyLM:
         """A causal LM as what gives log-probs in this run's precision."""

@@ -19,6 +19,7 @@ from rlhf_pl.lora import LoRA, add_lora, base_dtype, check_lora
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.placement import reads_weights
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.strategies import check_strategy, clip_gradients, shard
@@ -86,14 +87,15 @@ class SFTModule(L.LightningModule):
             return
         compute = compute_of(self._trainer)
         base = base_dtype(self.lora)
-        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base, compute, self.use_liger_kernel)
+        liger, reads = self.use_liger_kernel, reads_weights(self._trainer)
+        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base, compute, liger, reads)
         if self.lora is not None:
             add_lora(lm, self.lora, run_seed(), train_head=False)
         if self.gradient_checkpointing:
             lm.gradient_checkpointing_enable({"use_reentrant": False})
         self._like = like_of(lm)
         self.policy = PolicyLM(lm, self.logprob_chunk_tokens, compute).train()
-        shard(self, self.policy)
+        shard(self, self.policy, from_first_rank=base is None)
 
     def forward(self, **inputs: Any) -> Tensor:
         """Log-probs of the learned tokens, shape (M,)."""

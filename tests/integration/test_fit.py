@@ -67,6 +67,7 @@ def fit(
 ) -> tuple[L.Trainer, RebelModule]:
     L.seed_everything(5, verbose=False)
     settings = {
+        "accelerator": "cpu",
         "max_epochs": 2,
         "accumulate_grad_batches": 2,
         "logger": CSVLogger(folder, name="csv", version=""),
@@ -74,7 +75,6 @@ def fit(
         "enable_checkpointing": False,
     } | trainer
     run = L.Trainer(
-        accelerator="cpu",
         devices=1,
         default_root_dir=folder,
         enable_progress_bar=False,
