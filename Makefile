@@ -14,11 +14,11 @@ help:
 	@echo "make test-gpu    the tests that need a GPU; sets nothing up"
 	@echo "make bench       the benchmarks, beside TRL (benchmarks/README.md)"
 	@echo "make setup       only the virtual environment in .venv"
-	@echo "make lock        resolve requirements/cpu.txt anew"
+	@echo "make lock        resolve requirements/cpu.txt and gpu.txt anew"
 
 setup: .venv/ready
 
-.venv/ready: requirements/cpu.txt requirements/model.txt pyproject.toml scripts/setup.sh
+.venv/ready: requirements/cpu.txt requirements/gpu.txt requirements/model.txt pyproject.toml scripts/setup.sh
 	@PYTHON="$(PYTHON)" bash scripts/setup.sh
 	@touch $@
 

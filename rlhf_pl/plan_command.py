@@ -79,6 +79,7 @@ class _Plan:
         strategy = trainer["strategy"]
         name = strategy if isinstance(strategy, str) else type(strategy).__name__
         self.accumulate: int = trainer["accumulate_grad_batches"]
+        self.reads_everywhere = name in ("fsdp", "fsdp_cpu_offload") or "FSDPStrategy" in name
         self.sharded = "fsdp" in name.lower() or "ModelParallel" in name
         self.on_gpu = trainer["accelerator"] != "cpu" and (torch.cuda.is_available() or self.devices > 1)
         precision = fast_precision(str(trainer["precision"] or "32-true"), self.on_gpu)
@@ -157,6 +158,11 @@ class _Plan:
         )
         return weights + kv_bytes(self.config, sequences, self.longest, dtype) // self.sampler.ranks_per_engine
 
+    def host_memory(self) -> tuple[int, int]:
+        """What rank 0 and each other rank hold of the model in the CPU's memory: one reads it, but under FSDP1 all."""
+        whole = DTYPE_BYTES[self.module.dtype_name] * self.model.total
+        return whole, whole if self.reads_everywhere else 0
+
     def _under_way(self, unit: int) -> int:
         """What the hand-over of weights itself takes: copies of the largest unit as the sampler has it, or a bucket."""
         if isinstance(self.sampler, VLLMServerSampler):
@@ -202,6 +208,9 @@ def _show(plan: _Plan, available: float, own: argparse.Namespace) -> int:
     totals = {phase: sum(memory[phase].values()) for phase in _PHASES}
     table.add_row("[bold]sum[/bold]", *(f"[bold]{size(totals[phase])}[/bold]" for phase in _PHASES))
     console.print(table)
+    host = Table("host memory while loading", "rank 0", "each other rank")
+    host.add_row(plan.module.source.path, *(size(n) for n in plan.host_memory()))
+    console.print(host)
     tokens_per_s = own.generate_tokens_per_s or (3000.0 if plan.on_gpu else 200.0)
     tflops = own.tflops or (150.0 if plan.on_gpu else 0.05)
     mean = own.response_tokens or plan.options.sampling.max_response_tokens / 2

@@ -1,15 +1,21 @@
 #!/usr/bin/env bash
-# Makes .venv with everything pinned, for a machine without a GPU.
+# Makes .venv with everything pinned: the CUDA builds where there is an NVIDIA GPU, the CPU's elsewhere.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 
 if ! "$python" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))'; then
-    echo "error: requirements/cpu.txt is pinned for Python 3.11, but $python is $("$python" -V 2>&1)." >&2
+    echo "error: requirements/*.txt are pinned for Python 3.11, but $python is $("$python" -V 2>&1)." >&2
     echo "Install Python 3.11 and call: make setup PYTHON=/path/to/python3.11" >&2
     exit 1
 fi
-echo "Setting up .venv (about 1 GB to download on a first run)"
+device=${RLHF_PL_DEVICE:-cpu}
+if [ -z "${RLHF_PL_DEVICE:-}" ] && command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; then
+    device=gpu
+fi
+size=1
+[ "$device" = gpu ] && size=4
+echo "Setting up .venv for a $device (about $size GB to download on a first run; RLHF_PL_DEVICE=cpu or gpu to choose)"
 [ -x .venv/bin/python ] || "$python" -m venv .venv
 .venv/bin/python -m pip install -qq --disable-pip-version-check "uv>=0.9"
 
@@ -22,7 +28,11 @@ if [ -n "$links" ]; then
     export UV_FIND_LINKS=${links// /,}
     torch=()
 fi
-# The files list every package, so nothing is resolved here; torchvision and torchaudio are left out on purpose.
+if [ "$device" = gpu ]; then # the builds of torch on the package index are for CUDA
+    unset UV_FIND_LINKS
+    torch=()
+fi
+# The files list every package, so nothing is resolved here; cpu.txt leaves torchvision and torchaudio out on purpose.
 .venv/bin/uv pip install --quiet --compile-bytecode --python .venv/bin/python --no-deps "${torch[@]}" \
-    -r requirements/cpu.txt -r requirements/model.txt
+    -r "requirements/$device.txt" -r requirements/model.txt
 .venv/bin/uv pip install --quiet --python .venv/bin/python --no-deps --no-build-isolation -e .

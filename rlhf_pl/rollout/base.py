@@ -108,6 +108,7 @@ class Sampler(ABC):
     its own sampler, on its own device, and the policy's weights are a stream that all of them go through together.
     """
 
+    start_note = ""  # shown while it starts, where that takes long
     ranks_per_engine = 1  # ranks that draw the same answers together, such as those of tensor parallelism
 
     @abstractmethod

@@ -53,7 +53,8 @@ class SamplerLink:
             return {}
         self._holds = None
         if not self._started:
-            with phase("starting the sampler", enabled=show):
+            with phase("starting the sampler", enabled=show) as report:
+                report(0, self.sampler.start_note)
                 self.sampler.start(spec)
             self._started = True
         started = time.monotonic()

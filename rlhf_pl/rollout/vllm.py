@@ -59,6 +59,8 @@ class VLLMSampler(Sampler):
             raise InputError(f"`rollout.sampler.tensor_parallel_size` must be 1 or more, got {tensor_parallel_size}.")
         self.ranks_per_engine = tensor_parallel_size
         self.engine_args = engine_args or {}
+        if torch.cuda.is_available() and not self.engine_args.get("enforce_eager"):
+            self.start_note = "compiles, kept for later runs"
         self._llm: Any = None
         self._requests = 0
         self._announced: set[str] = set()
