@@ -93,7 +93,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[int, float, float]]:
     longest = max(map(len, prompts)) + args.max_tokens
     on_gpu = args.device == "cuda"
     dtype = fast_dtype("bfloat16", args.device) or "bfloat16"
-    ours = VLLMSampler(dtype=dtype)  # type: ignore[arg-type]
+    ours = VLLMSampler(dtype=dtype, gpu_memory_utilization=0.5)  # type: ignore[arg-type]
     ours.start(EngineSpec(source, longest, args.prompts * args.num_responses))
     weights = load_lm(source).to(args.device).state_dict()
     hand_over(args, ours, weights)

@@ -13,6 +13,7 @@ RESPONSES = (64, 256)
 
 def main() -> None:
     parser = make_parser(__doc__)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--vocabulary", type=int, action="append")
     parser.add_argument("--response", type=int, action="append", help="tokens of an answer")
     parser.add_argument("--pairs", type=int, default=4)
@@ -24,14 +25,14 @@ def main() -> None:
     for response in args.response or RESPONSES:
         for vocabulary in args.vocabulary or VOCABULARIES:
             full, ours = (
-                in_a_process(measure, how, vocabulary, response, args.pairs, args.chunk)["gib"]
+                in_a_process(measure, how, vocabulary, response, args.pairs, args.chunk, args.device)
                 for how in ("full", "ours")
             )
             rows.append([response, f"{vocabulary:,}", f"{full:.2f}", f"{ours:.2f}", f"{ours / full:.2f}"])
     print(table(["response tokens", "vocabulary", "full logits", "rlhf-pl", "share"], rows))
 
 
-def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int) -> dict[str, float]:
+def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int, device: str) -> float:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -42,12 +43,13 @@ def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int) ->
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
-    lm = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes)).train()
+    lm = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes)).train().to(device)
     for parameter in lm.parameters():
         parameter.grad = torch.zeros_like(parameter)
     answers = torch.randint(vocabulary, (pairs, 2, response)).tolist()
-    rows = lay_out([Tree(list(range(100)), (chosen, rejected)) for chosen, rejected in answers])
-    with peak_memory() as peak:
+    rows = lay_out([Tree(list(range(100)), (chosen, rejected)) for chosen, rejected in answers]).to(device)
+    before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0  # the CPU's peak is above the start
+    with peak_memory(device) as peak:
         if how == "ours":
             assert share_prompts(lm)
             rows.totals(PolicyLM(lm, chunk)(**rows.inputs())).sum().backward()
@@ -56,7 +58,7 @@ def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int) ->
             logits = lm(input_ids=ids, attention_mask=mask).logits
             logps = gather_logps(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             (logps * mask[:, 1:].flatten()).sum().backward()
-    return peak
+    return peak["gib"] - before
 
 
 if __name__ == "__main__":

@@ -1,20 +1,68 @@
 """Log-probs by an output head on GPUs: logits are never rounded to half precision, and never held for many tokens."""
 
 import os
+from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
+from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
+from rlhf_pl.console import console
 from rlhf_pl.logprobs import Head, product
 
 _BLOCK = 4096  # logits that a program looks at together
 
 
-def available(hidden: Tensor) -> bool:
-    """Whether the kernels run where `hidden` is; Triton's interpreter runs them on CPUs, for tests."""
-    return (hidden.is_cuda or os.environ.get("TRITON_INTERPRET") == "1") and find_spec("triton") is not None
+def available(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether the kernels run on a device, and are as exact there as a plain head in the same dtype.
+
+    Triton's interpreter runs them on CPUs, for tests.
+    """
+    on_gpu = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return on_gpu and find_spec("triton") is not None and _what_fails(device, dtype) is None
+
+
+@cache
+def _what_fails(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Log-probs and gradients of a small random head, beside those of a plain one, against float64."""
+    random = torch.Generator().manual_seed(0)
+    with torch.device("cpu"):
+        drawn = torch.randn(48, 64, generator=random), torch.randn(1000, 64, generator=random) / 2
+        factors = torch.randn(48, generator=random).to(device)
+        targets = torch.randint(1000, (48,), generator=random).to(device)
+    results = []
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), torch.autocast(device.type, enabled=False):
+            for kind in (torch.float64, dtype, None):
+                hidden, weight = (t.to(device, dtype).to(kind or dtype).requires_grad_() for t in drawn)
+                if kind is None:
+                    logps = gpu_logps(hidden, targets, Head(weight), 0.8, 32)
+                else:
+                    logits = (hidden @ weight.T).to(torch.promote_types(kind, torch.float32)) / 0.8
+                    logps = logits.log_softmax(-1).gather(-1, targets[:, None])[:, 0]
+                gradients = torch.autograd.grad((logps * factors).sum(), (hidden, weight))
+                results.append([t.detach().double() for t in (logps, *gradients)])
+    except Exception as error:  # a compiler's or a driver's
+        return _said(f"they fail ({type(error).__name__})")
+    for exact, plain, found in zip(*results, strict=True):
+        allowed, size = (plain - exact).norm(), exact.norm()
+        if not (found - exact).norm() <= 1.2 * allowed + 1e-5 * size:
+            return _said("their results are less exact than plain ones")
+    return None
+
+
+def _said(why: str) -> str:
+    _say(why)
+    return why
+
+
+@rank_zero_only
+def _say(why: str) -> None:
+    console.print(
+        f"[yellow]note[/yellow]: the output head computes without kernels of its own here: {why}.", soft_wrap=True
+    )
 
 
 def gpu_logps(hidden: Tensor, targets: Tensor, head: Head, temperature: float, chunk_tokens: int) -> Tensor:

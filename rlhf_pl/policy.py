@@ -188,7 +188,7 @@ class PolicyLM(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             head = head_of(lm)
             hidden = hidden.to(head.weight.dtype)
-            logps = gpu_logps if available(hidden) else linear_logps
+            logps = gpu_logps if available(hidden.device, hidden.dtype) else linear_logps
             return logps(hidden, targets, head, temperature, self.logprob_chunk_tokens)
 
     def keep_copies_alone(self) -> None:
@@ -290,6 +290,7 @@ def load_lm(
     if base_dtype is not None:
         keep_as_quantized(lm)
     _check_logits(lm, source, compute)
+    available(compute.device, compute.weights_dtype(lm.dtype))  # tried, and said, before anything else
     share_prompts(lm, compute)
     apply_liger(lm, compute, use_liger_kernel, source.option)
     return lm

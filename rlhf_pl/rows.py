@@ -67,8 +67,12 @@ class RowBatch:
         return sum(len(tree) - 1 for tree in self.lengths)
 
     def totals(self, logps: Tensor) -> Tensor:
-        """The sum over each answer of something that is there for each of the M tokens, shape (answers,)."""
-        return torch.segment_reduce(logps, "sum", lengths=self.counts, unsafe=True, initial=0)
+        """The sum over each answer of something that is there for each of the M tokens, shape (answers,).
+
+        On the device of `logps`: elsewhere the order of summation is another.
+        """
+        counts = to_device(self.counts, logps.device)
+        return torch.segment_reduce(logps, "sum", lengths=counts, unsafe=True, initial=0)
 
     def inputs(self) -> dict[str, Any]:
         """The arguments of `PolicyLM.forward`."""

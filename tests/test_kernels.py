@@ -112,9 +112,15 @@ def test_autocast_gives_float32_queries_beside_bfloat16_values() -> None:
 
 HEAD = """
 import torch
-from rlhf_pl.gpu_head import gpu_logps
+import rlhf_pl.gpu_head as gpu_head
 from tests.test_kernels import check_head
-check_head(gpu_logps)
+check_head(gpu_head.gpu_logps)
+cpu = torch.device("cpu")
+assert all(gpu_head.available(cpu, dtype) for dtype in (torch.float32, torch.bfloat16))
+plain = gpu_head.gpu_logps
+gpu_head.gpu_logps = lambda *inputs: plain(*inputs) * 1.001
+gpu_head._what_fails.cache_clear()
+assert not gpu_head.available(cpu, torch.float32)
 print("equal")
 """
 
@@ -154,6 +160,7 @@ def test_the_heads_blocks_on_a_cpu_give_what_float64_gives(monkeypatch: pytest.M
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="no triton")
 def test_the_heads_gpu_kernels_give_what_float64_gives() -> None:
+    """And kernels that did not would not be taken."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[1])}
     done = subprocess.run([sys.executable, "-c", HEAD], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]

@@ -70,7 +70,7 @@ def pair_logps(
             left.difference_update(*fresh)
             batch, mine = step[ranks.rank] or [0], fresh[ranks.rank]
             rows = lay_out([trees[i] for i in batch])
-            found = rows.totals(policy(rows, temperature).cpu()).double().view(-1, 2)
+            found = rows.totals(policy(rows, temperature)).cpu().double().view(-1, 2)
             if mine:
                 logps[mine] = found[[batch.index(i) for i in mine]]
             report(2 * sum(map(len, fresh)), "")
@@ -84,7 +84,7 @@ def pair_logps(
         batch = next((step[0] for step in steps if step[0]), [])
         if batch:
             rows = lay_out([trees[i] for i in batch])
-            own = rows.totals(check_sampler_with(rows, temperature).cpu()).double().view(-1, 2)
+            own = rows.totals(check_sampler_with(rows, temperature)).cpu().double().view(-1, 2)
             apart = (own - noted[batch]).abs().sum().item()
             difference = {"sampler_difference": apart / len(rows.targets)}
 
