@@ -5,7 +5,6 @@ import math
 import lightning as L
 import torch
 from torch import Tensor
-from torchmetrics import MeanMetric
 
 from rlhf_pl.ranks import Ranks
 
@@ -17,27 +16,28 @@ class Means:
     """
 
     def __init__(self) -> None:
-        self._means: dict[str, MeanMetric] = {}
+        self._sums: dict[str, Tensor] = {}  # of each name weighted sum and weight
         self.taken: dict[str, float] = {}
 
     def add(self, weights: Tensor | float = 1.0, **values: Tensor) -> None:
-        """Add values, each a tensor of any shape, all weighted alike."""
+        """Add values, each a tensor of any shape, all weighted alike. What is not a number stays one.
+
+        torchmetrics' means look for NaNs, which makes the host wait for a GPU.
+        """
         for name, value in values.items():
-            if name not in self._means:
-                # ranks are summed over in `take`, all names at once; a rank may have none of them
-                # and what is not a number must stay one: looking for it would also make the host wait for a GPU
-                self._means[name] = MeanMetric("disable", sync_on_compute=False).to(value.device)
-            self._means[name].update(value.detach(), weights)
+            value = value.detach().float()
+            if isinstance(weights, Tensor):
+                weight = weights.float().expand(value.shape)
+            else:
+                weight = torch.full_like(value, weights)
+            added = torch.stack([(value * weight).sum(), weight.sum()])
+            self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def take(self, prefix: str, ranks: Ranks) -> dict[str, float]:
         """The means as `prefix/name`; they begin anew. All ranks must take them together."""
-        numbers = [
-            torch.stack([torch.as_tensor(m.mean_value), torch.as_tensor(m.weight)]) for m in self._means.values()
-        ]
-        read = torch.stack(numbers).tolist() if numbers else []  # all at once
-        own = {name: (total, weight) for name, (total, weight) in zip(self._means, read, strict=True)}
-        for mean in self._means.values():
-            mean.reset()
+        read = torch.stack(list(self._sums.values())).tolist() if self._sums else []  # all at once
+        own = {name: (total, weight) for name, (total, weight) in zip(self._sums, read, strict=True)}
+        self._sums = {name: torch.zeros_like(sums) for name, sums in self._sums.items()}
         sums: dict[str, tuple[float, float]] = {}  # weighted sum, weight
         for of_rank in ranks.gather(own):
             for name, (total, weight) in of_rank.items():
