@@ -178,3 +178,21 @@ def test_products_of_half_precision_are_not_rounded() -> None:
     targets = torch.randint(300, (40,))
     ours = gather_logps(product(a, b), targets)
     assert ours.dtype == torch.float32
+
+
+@pytest.mark.parametrize("window", [None, 4])
+@pytest.mark.parametrize("special", [{"softcap": 1.5}, {"s_aux": torch.linspace(-1, 2, 4)}])
+def test_flex_attention_is_told_the_same(
+    window: int | None, special: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masks, soft-capping and sinks, through FlexAttention as it runs on a CPU: not compiled, and forward alone."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def plain(*inputs: Tensor, kernel_options: dict[str, Any], **options: Any) -> Any:
+        return flex_attention(*inputs, **options)
+
+    monkeypatch.setattr(prefix_attention, "_compiled_flex", lambda: plain)
+    inputs = [t.detach() for t in states()]
+    cap, sinks = special.get("softcap"), special.get("s_aux")
+    found = prefix_attention._flex(*inputs, Layout(LENGTHS), None, window, cap, sinks)
+    torch.testing.assert_close(found.double(), by_mask(*inputs, window, cap, sinks), atol=1e-5, rtol=1e-5)
