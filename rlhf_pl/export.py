@@ -57,11 +57,13 @@ def export_folder(
             if "drop" in key and hasattr(config, key):
                 setattr(model.config, key, value)  # ours is off
         model.config.dtype = target
-        if model.can_generate():
-            model.generation_config = source.generation_config
+        if model.can_generate():  # what is written is the source's: transformers refuses to save some that it reads
+            model.generation_config = type(source.generation_config)()
         model.save_pretrained(folder, state_dict=state)
     finally:
         model.config = config
+    if model.can_generate():
+        source.copy_generation_config(folder)
     source.tokenizer.save_pretrained(folder)
 
 

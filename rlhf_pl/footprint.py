@@ -10,6 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_pl.compute import Compute
 from rlhf_pl.logprobs import VOCABULARY_BLOCK
+from rlhf_pl.lora import adaptable_layers
 from rlhf_pl.policy import PolicySource, decoder_layers
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -54,10 +55,9 @@ def model_size(config: Any, trainable_layers: int | None = None, lora: Any = Non
     rest = total - layer * len(layers)
     adapters = 0
     if lora is not None:
-        wanted = lora.target_modules
-        for name, module in model.base_model.named_modules():
-            if isinstance(module, nn.Linear) and (wanted is None or name.split(".")[-1] in wanted):
-                adapters += lora.rank * (module.in_features + module.out_features)
+        modules = dict(model.named_modules())
+        for name in adaptable_layers(model, lora):
+            adapters += lora.rank * sum(modules[name].weight.shape)
     trainable = total
     if lora is not None:
         trainable = adapters

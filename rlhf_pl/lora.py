@@ -53,6 +53,30 @@ def base_dtype(settings: LoRA | None) -> str | None:
     return None if settings is None else settings.base_dtype
 
 
+def adaptable_layers(model: Any, settings: LoRA) -> list[str]:
+    """Names of the layers that get adapters, in a model that may be on the meta device.
+
+    Raises:
+        InputError: A name that was asked for is no linear layer's.
+    """
+    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
+
+    prefix, kinds = model.base_model_prefix + ".", (torch.nn.Linear, Conv1D)
+    linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and n.startswith(prefix)]
+    if not linear:
+        raise InputError(f"`model.lora`: {type(model).__name__} has no linear layers that adapters could be put on.")
+    wanted = settings.target_modules
+    if wanted is None:
+        return linear
+    there = sorted({name.split(".")[-1] for name in linear})
+    if unknown := [name for name in wanted if name not in there] or ([] if wanted else ["none"]):
+        raise InputError(
+            f"`model.lora.target_modules` names {', '.join(unknown)}; the linear layers of {type(model).__name__} are "
+            f"called {', '.join(there)}. Name some of these, or give null for all."
+        )
+    return [name for name in linear if name.split(".")[-1] in wanted]
+
+
 def add_lora(model: Any, settings: LoRA, seed: int, train_head: bool) -> None:
     """Freeze a Hugging Face model and put trainable adapters into its backbone.
 
@@ -62,23 +86,15 @@ def add_lora(model: Any, settings: LoRA, seed: int, train_head: bool) -> None:
         seed: Of their initial values.
         train_head: Whether what stands on the backbone trains as a whole.
     """
-    from transformers.pytorch_utils import Conv1D  # GPT-2's linear layer
-
     peft = _peft()
+    linear = adaptable_layers(model, settings)
     model.requires_grad_(False)
-    prefix = model.base_model_prefix + "."
-    kinds = (torch.nn.Linear, Conv1D)
-    linear = [n for n, m in model.named_modules() if isinstance(m, kinds) and n.startswith(prefix)]
-    wanted = settings.target_modules
-    if wanted is not None:
-        linear = [n for n in linear if n.split(".")[-1] in wanted]
-    if not linear:
-        raise InputError(f"`model.lora.target_modules`: no linear layer of {type(model).__name__} is called {wanted}.")
     config = _config(settings, linear)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model)
     if train_head:
+        prefix = model.base_model_prefix + "."
         for name, parameter in model.named_parameters():
             if not name.startswith(prefix):
                 parameter.requires_grad_(True)

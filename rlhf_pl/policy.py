@@ -96,6 +96,17 @@ class PolicySource:
         except OSError:  # the file is optional
             return GenerationConfig.from_model_config(self.config)
 
+    def copy_generation_config(self, folder: str) -> None:
+        """Write the generation config into a folder as it came, or what follows from the config if there was none."""
+        from transformers.utils import cached_file
+
+        name = "generation_config.json"
+        file = cached_file(self.path, name, revision=self.revision, _raise_exceptions_for_missing_entries=False)
+        if file is None:
+            self.generation_config.save_pretrained(folder)
+        else:
+            Path(folder, name).write_bytes(Path(file).read_bytes())
+
     @cached_property
     def tokenizer(self) -> Any:
         from transformers import AutoTokenizer
@@ -248,6 +259,24 @@ def head_logits(lm: Any, hidden: Tensor) -> Tensor:
         head = head_of(lm)
         logits = layer(hidden.to(layer.weight.dtype)).float()
         return Head(head.weight, None, head.scale, head.softcap).logits(logits)
+
+
+def empty_lm(source: PolicySource) -> Any:
+    """The architecture of `source` without memory behind its weights.
+
+    Raises:
+        InputError: transformers has no causal LM of it.
+    """
+    from transformers import AutoModelForCausalLM
+
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(deepcopy(source.config), trust_remote_code=source.trust_remote_code)
+    except (ValueError, ImportError, OSError) as error:
+        raise InputError(
+            f"`{source.option}`: transformers has no causal LM of this architecture ({type(source.config).__name__}, "
+            f"{source.path!r})."
+        ) from error
 
 
 def load_lm(

@@ -15,13 +15,13 @@ from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base
 from rlhf_pl.fingerprints import describe
-from rlhf_pl.lora import LoRA, add_lora, base_dtype, check_lora, without_adapters
+from rlhf_pl.lora import LoRA, adaptable_layers, add_lora, base_dtype, check_lora, without_adapters
 from rlhf_pl.losses import PairwiseLoss, RebelLoss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
-from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm, train_last_layers
+from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm, train_last_layers
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.strategies import callable_policy, check_strategy, clip_gradients, shard, shard_frozen
 from rlhf_pl.weights import Weights, like_of, model_weights
@@ -117,6 +117,8 @@ class RebelModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
+        if self.lora is not None:
+            adaptable_layers(empty_lm(self.source), self.lora)
         check_ready = getattr(getattr(self.trainer, "datamodule", None), "check_ready", None)
         if check_ready is not None:
             check_ready()

@@ -15,12 +15,12 @@ from rlhf_pl.data.sft_module import SFTBatch
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base
-from rlhf_pl.lora import LoRA, add_lora, base_dtype, check_lora
+from rlhf_pl.lora import LoRA, adaptable_layers, add_lora, base_dtype, check_lora
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
-from rlhf_pl.policy import DType, PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.strategies import check_strategy, clip_gradients, shard
 from rlhf_pl.weights import Weights, like_of, model_weights
@@ -80,6 +80,8 @@ class SFTModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
+        if self.lora is not None:
+            adaptable_layers(empty_lm(self.source), self.lora)
 
     def configure_model(self) -> None:
         """Load the policy. Lightning calls it after all inputs have been checked."""

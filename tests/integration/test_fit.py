@@ -490,3 +490,15 @@ def test_log_probs_of_another_policy_are_refused(tmp_path: Path, llama: Path, pr
 
     with pytest.raises(InputError, match=r"nats a token from those of the policy that trains on it"):
         fit(tmp_path, llama, prompts, callbacks=[Change()])
+
+
+def test_a_generation_config_that_transformers_refuses_to_save_is_exported_as_it_was(
+    tmp_path: Path, prompts: str
+) -> None:
+    """As Llama-2-chat's: a temperature beside `do_sample: false`."""
+    folder = save_llama(tmp_path / "llama")
+    text = '{"bos_token_id": 0, "eos_token_id": [1, 2], "do_sample": false, "temperature": 0.6, "top_p": 0.9}'
+    (folder / "generation_config.json").write_text(text)
+    fit(tmp_path / "run", folder, prompts, callbacks=[HFExport()], max_epochs=1)
+    assert (tmp_path / "run" / "model" / "generation_config.json").read_text() == text
+    assert (tmp_path / "run" / "model" / "model.safetensors").is_file()

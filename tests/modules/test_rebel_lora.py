@@ -180,3 +180,13 @@ def test_a_base_in_4_bits_trains_adapters_resumes_and_exports(tmp_path: Path, pr
     assert (quantized - plain).abs().max() > 0.01, "4 bits can't be told from 32"
     layer = module.policy.lm.model.layers[0].self_attn.q_proj.base_layer.weight
     assert layer.dtype == torch.uint8
+
+
+@pytest.mark.parametrize("names", [["q_proj", "v_prj"], []])
+def test_names_that_match_nothing_are_refused_with_those_that_are_there(
+    tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], names: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before any weights load."""
+    monkeypatch.setattr("rlhf_pl.modules.rebel.load_lm", lambda *_, **__: pytest.fail("the model was loaded"))
+    with pytest.raises(InputError, match=r"`model\.lora\.target_modules` names (v_prj|none); .*down_proj.*q_proj"):
+        fit(tmp_path, llama, write_jsonl(PROMPTS), module={"lora": LoRA(rank=2, target_modules=names)})
