@@ -16,7 +16,7 @@ from rlhf_pl.provenance import ChangedSettingsError, differences
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rounds import Round
 from rlhf_pl.rows import Tree, lay_out
-from rlhf_pl.snapshot import logps_function
+from rlhf_pl.snapshot import logps_function, steady
 from rlhf_pl.stages import pair_logps
 from rlhf_pl.stages.logps import steps_by_length
 from rlhf_pl.stages.select import PAIRS
@@ -91,7 +91,8 @@ class OfflineLogps(L.Callback):
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         ranks, what = ranks_of(trainer), "log-probs of pairs"
         if policies:
-            with ranks.phase(what), phase(what, 2 * len(pairs) * len(policies), "answers", show) as report:
+            total = 2 * len(pairs) * len(policies)
+            with ranks.phase(what), phase(what, total, "answers", show) as report, steady(module):
                 divide = steps_by_length(self.logps_batch_tokens, ranks)
                 if not stored.is_held_out:
                     divide = partial(data.training_steps, 0)

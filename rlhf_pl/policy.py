@@ -309,6 +309,9 @@ def load_lm(
         quantized["quantization_config"] = quantization_config(base_dtype, getattr(torch, dtype))
         quantized["device_map"] = {"": torch.cuda.current_device() if torch.cuda.is_available() else "cpu"}
     config = without_dropout(source.config)
+    lacks_sdpa = attn_implementation == "sdpa" and not empty_lm(source)._supports_sdpa
+    if lacks_sdpa:
+        attn_implementation = "eager"  # what all such models have (gpt-oss, GPT-J, Bloom)
     arguments = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     if read_weights or quantized:
         lm = source.read("weights", AutoModelForCausalLM, config=config, **arguments, **quantized)
@@ -320,7 +323,7 @@ def load_lm(
         keep_as_quantized(lm)
     _check_logits(lm, source, compute)
     available(compute.device, compute.weights_dtype(lm.dtype))  # tried, and said, before anything else
-    share_prompts(lm, compute)
+    share_prompts(lm, compute, from_eager=lacks_sdpa)
     apply_liger(lm, compute, use_liger_kernel, source.option)
     return lm
 
@@ -374,9 +377,14 @@ def _check_logits(lm: Any, source: PolicySource, compute: Compute) -> None:
 def _has_known_logits(lm: Any, source: PolicySource, compute: Compute) -> bool:
     try:
         small = small_copies(lm.config, compute, lm.dtype, source.trust_remote_code).exact
-    except NoCopyError:
+    except NoCopyError as error:
         if lm.device.type == "meta":
             return True  # the rank that has the weights finds out
+        if lm.base_model is lm:  # such as Llama-4's text model
+            raise InputError(
+                f"`{source.option}`: {type(lm).__name__} has no backbone that gives hidden states apart from its "
+                "output head, which log-probs need. Choose another architecture, or open an issue."
+            ) from error
         small = lm
     ids = torch.arange(8, device=small.device).unsqueeze(0) % small.config.get_text_config().vocab_size
     expected = small(input_ids=ids, use_cache=False).logits[0].float()

@@ -69,8 +69,13 @@ def _attention(
     if layout is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        if softcap is not None or s_aux is not None:
-            raise NotImplementedError("sdpa would leave soft-capping and sinks out")
+        if softcap is not None or s_aux is not None:  # which sdpa would leave out
+            key, value = _for_each_head(query, key, value)
+            mask = attention_mask
+            if mask is None:
+                mask = _last_rows(query.shape[2], key.shape[2], sliding_window, query.device)
+            rows = _by_hand(query, key, value, scaling, mask, softcap, s_aux)
+            return rows.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, scaling=scaling, sliding_window=sliding_window, **kwargs
         )
@@ -83,16 +88,15 @@ def _attention(
         return _flex(query, key, value, layout, scaling, sliding_window, softcap, s_aux), None
     if fast and query.is_cuda and not special and takes_varlen(query):
         return _varlen(query, key, value, layout, scaling, sliding_window), None
-    if key.shape[1] != query.shape[1]:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (t.repeat_interleave(groups, dim=1) for t in (key, value))
+    key, value = _for_each_head(query, key, value)
     sizes = [size for prompt, first, *others in layout.lengths for size in (prompt + first, *others)]
     queries, keys, values = (t.split(sizes, dim=2) for t in (query, key, value))
     found: list[Tensor] = []
 
     def attend(place: int, keys: Tensor, values: Tensor) -> None:
         if special:
-            found.append(_by_hand(queries[place], keys, values, scaling, sliding_window, softcap, s_aux))
+            mask = _last_rows(queries[place].shape[2], keys.shape[2], sliding_window, query.device)
+            found.append(_by_hand(queries[place], keys, values, scaling, mask, softcap, s_aux))
         else:
             found.append(_attend(queries[place], keys, values, scaling, sliding_window))
 
@@ -214,26 +218,46 @@ def _by_hand(
     key: Tensor,
     value: Tensor,
     scaling: float | None,
-    window: int | None,
+    mask: Tensor,
     softcap: float | None,
     sinks: Tensor | None,
 ) -> Tensor:
-    """`_attend` with soft-capping and sinks, which `scaled_dot_product_attention` does not know."""
-    length, seen = query.shape[2], key.shape[2]
+    """Attention with soft-capping and sinks, which `scaled_dot_product_attention` does not know.
+
+    Args:
+        query: Shape (B, heads, Q, D).
+        key: Shape (B, heads, K, D).
+        value: Shape (B, heads, K, D).
+        scaling: Factor on the products.
+        mask: True where a query sees a key, or what is added to the products; broadcast to (B, heads, Q, K).
+        softcap: See `_attention`.
+        sinks: Shape (heads,).
+    """
+    batch, seen = len(query), key.shape[2]
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = torch.tanh(scores / softcap) * softcap
-    mask = _last_rows(length, seen, None if window is None or window >= seen else window, query.device)
-    scores = scores.float().masked_fill(~mask, -torch.inf)
+    scores = scores.float()
+    lowest = torch.finfo(torch.float32).min  # no infinity: a row of padding sees nothing
+    scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
     if sinks is not None:
-        scores = torch.cat([scores, sinks.float()[None, :, None, None].expand(1, -1, length, 1)], dim=-1)
+        scores = torch.cat([scores, sinks.float()[None, :, None, None].expand(batch, -1, query.shape[2], 1)], dim=-1)
     return scores.softmax(-1)[..., :seen].to(value.dtype) @ value
 
 
 @lru_cache(maxsize=64)
 def _last_rows(length: int, seen: int, window: int | None, device: torch.device) -> Tensor:
     """True where the last tokens see, shape (length, seen)."""
-    rows = torch.arange(seen - length, seen, device=device)[:, None]
-    columns = torch.arange(seen, device=device)
-    mask = columns <= rows
-    return mask if window is None else mask & (columns > rows - window)
+    with torch.inference_mode(False):  # it is kept, and training may be the next to use it
+        rows = torch.arange(seen - length, seen, device=device)[:, None]
+        columns = torch.arange(seen, device=device)
+        mask = columns <= rows
+        return mask if window is None else mask & (columns > rows - window)
+
+
+def _for_each_head(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values as many times as queries share them."""
+    if key.shape[1] == query.shape[1]:
+        return key, value
+    groups = query.shape[1] // key.shape[1]
+    return key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)

@@ -26,7 +26,7 @@ from rlhf_pl.rollout.self_check import tolerance
 from rlhf_pl.round_settings import RoundOptions, downstream_settings
 from rlhf_pl.rounds import ORDER, STAGES, DamagedStoreError, Round
 from rlhf_pl.rows import RowBatch
-from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy
+from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy, steady
 from rlhf_pl.stages import generate, pair_logps, score, select
 from rlhf_pl.stages.logps import steps_by_length
 from rlhf_pl.stages.score import ShardScorer
@@ -227,7 +227,7 @@ class RoundMaker:
         policies: dict[str, Callable[[RowBatch, float], Tensor]] = {"old": policy.logps} if own else {}
         if with_reference:
             policies["reference"] = logps_function(self.trainer, self.module, self.module.load_reference())
-        with self._phase(f"log-probs of {what}", rows, "answers") as report:
+        with self._phase(f"log-probs of {what}", rows, "answers") as report, steady(self.module):
             check = None if own else policy.logps
             divide = steps_by_length(self.options.logps_batch_tokens, self.ranks)
             if not stored.is_held_out:

@@ -29,18 +29,19 @@ def hidden_states(lm: Any, input_ids: Tensor, position_ids: Tensor, layout: Layo
     ).last_hidden_state[0]
 
 
-def share_prompts(lm: Any, compute: Compute | None = None) -> bool:
+def share_prompts(lm: Any, compute: Compute | None = None, from_eager: bool = False) -> bool:
     """Have a model with sdpa attention take trees, if a small copy of it then gives what plain rows give.
 
     Args:
         lm: A Hugging Face model; its weights are not looked at.
         compute: Where and how it will compute; None for where it is.
+        from_eager: Also where it has eager attention, because transformers has no sdpa of it.
 
     Returns:
         Whether it takes them; if not, the model is as it was, and that is said once.
     """
     before = lm.config._attn_implementation
-    if before != "sdpa":
+    if before != "sdpa" and not from_eager:
         _say_plain(type(lm).__name__, before)
         return False
     compute = compute or Compute(lm.device)

@@ -110,6 +110,12 @@ def _inference(module: L.LightningModule) -> Iterator[None]:
         module.train(was_training)
 
 
+def steady(module: RebelModule) -> Any:
+    """In which the policy's weights do not change, so that copies of them are cast once."""
+    copy = None if module.policy is None else module.policy.copy
+    return nullcontext() if copy is None else copy.steady()
+
+
 def _own_weights(policy: Any) -> Any:
     """In which a policy, or the module around one, computes with the weights as they are stored."""
     unit = getattr(policy, "policy", policy)

@@ -5,7 +5,9 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.plugins.precision import Precision
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 
 from rlhf_pl.compute import HALF
@@ -116,6 +118,11 @@ def check_strategy(trainer: L.Trainer, dtype: str, base_dtype: str | None = None
         InputError: Says what to set instead.
     """
     strategy = trainer.strategy
+    if dtype == "float16" and str(trainer.precision) == "bf16-mixed":
+        raise InputError(
+            "`model.dtype` is float16, but `trainer.precision` is bf16-mixed, which computes with bfloat16 copies of "
+            "float32 weights. Set model.dtype to float32, or trainer.precision to 32-true for float16 weights."
+        )
     if base_dtype is not None and is_sharded(trainer):
         raise InputError(
             f"`model.lora.base_dtype` is {base_dtype}, but {type(strategy).__name__} can't shard 4-bit weights. Set it "
@@ -245,4 +252,16 @@ def clip_gradients(
             raise InputError("`trainer.gradient_clip_algorithm`: under FSDPStrategy only `norm` is there.")
         module.trainer.model.clip_grad_norm_(clip_val)  # type: ignore[union-attr,operator]
         return
-    module.clip_gradients(optimizer, gradient_clip_val=clip_val, gradient_clip_algorithm=algorithm)
+    precision: Any = module.trainer.precision_plugin
+    if clip_val and getattr(precision, "scaler", None) is None:
+        # Lightning refuses it for fused optimizers under any mixed precision; without a scaler there is no reason to
+        kind = GradClipAlgorithmType(algorithm or GradClipAlgorithmType.NORM)
+        Precision.clip_gradients(precision, optimizer, clip_val, kind)
+        return
+    try:
+        module.clip_gradients(optimizer, gradient_clip_val=clip_val, gradient_clip_algorithm=algorithm)
+    except RuntimeError as error:
+        raise InputError(
+            f"`trainer.gradient_clip_val` is {clip_val}, but {type(optimizer).__name__} unscales gradients by itself "
+            "under 16-mixed. Set --model.optimizer.fused false, or take --trainer.precision bf16-mixed."
+        ) from error

@@ -10,7 +10,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.logprobs import Head, chunked_logps, gather_logps, linear_logps
 from rlhf_pl.policy import PolicyLM, PolicySource, head_logits, load_lm
 from rlhf_pl.rows import Tree, lay_out
-from rlhf_pl.shared_prompt import _say_plain, share_prompts
+from rlhf_pl.shared_prompt import _say_plain, is_shared, share_prompts
 from tests.conftest import make_tokenizer, save_llama
 
 SMALL = {
@@ -226,3 +226,40 @@ def test_missing_chat_template_is_refused_and_can_be_given(tmp_path: Path) -> No
     template = tmp_path / "template.jinja"
     template.write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
     assert PolicySource(str(folder), chat_template=str(template)).tokenizer.chat_template == template.read_text()
+
+
+def test_a_model_without_sdpa_works_and_shares_prompts(tmp_path: Path) -> None:
+    """gpt-oss: sinks beside its keys, and windows in every other layer."""
+    folder = tmp_path / "model"
+    lm = model(
+        "GptOss", num_local_experts=2, num_experts_per_tok=1, head_dim=8, sliding_window=4, initializer_range=0.3
+    )
+    lm.save_pretrained(folder)
+    make_tokenizer().save_pretrained(folder)
+    policy = PolicyLM(load_lm(PolicySource(str(folder))))
+    assert is_shared(policy.lm)
+    lm.set_attn_implementation("eager")
+    torch.testing.assert_close(policy(**lay_out(TREES).inputs()).double(), naive_logps(lm), atol=1e-4, rtol=0)
+
+
+def test_rows_of_a_model_that_shares_prompts_keep_soft_capping() -> None:
+    """Gemma-2, with products that the cap changes, padded on either side."""
+    lm = model("Gemma2", head_dim=8, sliding_window=4, attn_logit_softcapping=0.5, initializer_range=0.5)
+    lm.set_attn_implementation("eager")
+    ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 0, 0, 0]])
+    for mask in (torch.tensor([[1] * 8, [1] * 5 + [0] * 3]), torch.tensor([[1] * 8, [0] * 3 + [1] * 5]), None):
+        lm.set_attn_implementation("eager")
+        expected = lm(input_ids=ids, attention_mask=mask).logits
+        lm.set_attn_implementation("sdpa")
+        assert share_prompts(lm)
+        found = lm(input_ids=ids, attention_mask=mask).logits
+        counts = torch.ones_like(ids).bool() if mask is None else mask.bool()
+        torch.testing.assert_close(found[counts], expected[counts], atol=1e-5, rtol=1e-4)
+
+
+def test_a_model_whose_backbone_is_itself_is_refused(tmp_path: Path) -> None:
+    lm = model("Llama4Text", num_local_experts=2, head_dim=8, attention_chunk_size=8, intermediate_size_mlp=32)
+    lm.save_pretrained(tmp_path / "model")
+    make_tokenizer().save_pretrained(tmp_path / "model")
+    with pytest.raises(InputError, match="has no backbone"):
+        load_lm(PolicySource(str(tmp_path / "model")))

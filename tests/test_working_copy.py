@@ -133,3 +133,66 @@ def test_a_trainers_steps_move_the_float32_weights_by_less_than_bfloat16_holds(l
     trainer.fit(module, torch.utils.data.DataLoader(range(8)))
     moved = {name: (p.detach() - start[name]).abs().mean().item() for name, p in module.named_parameters()}
     assert all(0 < change < 4e-6 for change in moved.values())
+
+
+def test_changes_that_torch_does_not_see_are_seen_without_gradients_and_after_them(llama: Path) -> None:
+    """As averages of weights are swapped in and out around a validation."""
+    mixed, half = policies(llama)
+    mixed.eval()
+
+    def shift() -> None:
+        for policy in (mixed, half):
+            for parameter in policy.lm.parameters():
+                parameter.data.copy_(parameter.data + 0.25)
+        half.lm.load_state_dict(mixed.lm.state_dict())
+
+    with torch.no_grad():
+        for _ in range(2):
+            shift()
+            assert torch.equal(mixed(**ROWS.inputs()), half(**ROWS.inputs()))
+    shift()
+    assert torch.equal(mixed.train()(**ROWS.inputs()), half(**ROWS.inputs()))
+
+
+def test_it_is_built_anew_of_what_has_become_of_the_model(llama: Path) -> None:
+    """Weights that are replaced, adapters and hooks that come later, weights for one call."""
+    mixed, half = policies(llama)
+    mixed(**ROWS.inputs())
+    for policy in (mixed, half):
+        norm = policy.lm.model.norm
+        norm.weight = torch.nn.Parameter(torch.full_like(norm.weight, 0.5))
+    assert torch.equal(mixed(**ROWS.inputs()), half(**ROWS.inputs()))
+    other = {name: p * 0.5 for name, p in mixed.named_parameters()}
+    found = torch.func.functional_call(mixed, other, kwargs=ROWS.inputs())
+    for parameter in half.lm.parameters():
+        parameter.data.mul_(0.5)
+    assert torch.equal(found, half(**ROWS.inputs()))
+    seen: list[int] = []
+    mixed.lm.model.layers[0].register_forward_hook(lambda *_: seen.append(1))
+    mixed(**ROWS.inputs())
+    assert seen == [1]
+    add_lora(mixed.lm, LoRA(rank=2), 0, train_head=False)
+    assert all("lora" in name for name in gradients(mixed))
+
+
+def test_passes_in_inference_mode_leave_nothing_behind(llama: Path) -> None:
+    """Lightning validates in it, also before training."""
+    mixed, half = policies(llama)
+    with torch.inference_mode():
+        mixed(**ROWS.inputs())
+    ours, plain = gradients(mixed.train()), gradients(half)
+    assert all(torch.equal(ours[name], plain[name].float()) for name in ours)
+
+
+def test_a_pass_between_forward_and_backward_changes_nothing(llama: Path) -> None:
+    """With gradient checkpointing, which computes again in the backward pass."""
+    mixed, half = policies(llama)
+    for policy in (mixed, half):
+        policy.train().lm.gradient_checkpointing_enable({"use_reentrant": False})
+    total = mixed(**ROWS.inputs()).sum()
+    with torch.no_grad():
+        mixed.eval()(**ROWS.inputs())
+    mixed.train()
+    total.backward()
+    plain = gradients(half)
+    assert all(torch.equal(p.grad, plain[name].float()) for name, p in mixed.named_parameters())

@@ -502,3 +502,50 @@ def test_a_generation_config_that_transformers_refuses_to_save_is_exported_as_it
     fit(tmp_path / "run", folder, prompts, callbacks=[HFExport()], max_epochs=1)
     assert (tmp_path / "run" / "model" / "generation_config.json").read_text() == text
     assert (tmp_path / "run" / "model" / "model.safetensors").is_file()
+
+
+@pytest.mark.parametrize(
+    "clip", [{"gradient_clip_val": 0.5}, {"gradient_clip_val": 0.1, "gradient_clip_algorithm": "value"}]
+)
+def test_gradients_are_clipped_in_mixed_precision_with_a_fused_optimizer(
+    tmp_path: Path, llama: Path, prompts: str, clip: dict[str, Any]
+) -> None:
+    """The update after the clip: SGD at rate 1 moves the weights by the gradient."""
+
+    class Watch(L.Callback):
+        moved: list[torch.Tensor]
+
+        def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            self.before = [p.detach().clone() for p in module.parameters()]
+
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
+            if trainer.global_step == 1 and not hasattr(self, "moved"):
+                self.moved = [p.detach() - b for p, b in zip(module.parameters(), self.before, strict=True)]
+                self.fused = trainer.optimizers[0].defaults["fused"]
+
+    watch = Watch()
+    module = {"optimizer": lambda p: torch.optim.SGD(list(p), lr=1.0, fused=True), "lr_scheduler": constant}
+    fit(tmp_path, llama, prompts, callbacks=[watch], module=module, precision="bf16-mixed", max_steps=1, **clip)
+    assert watch.fused
+    moved = torch.cat([m.flatten() for m in watch.moved])
+    size = moved.abs().max() if "gradient_clip_algorithm" in clip else moved.norm()
+    assert size.item() == pytest.approx(clip["gradient_clip_val"], rel=1e-3)
+
+
+def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+    return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
+
+
+def test_float16_weights_in_bf16_mixed_are_refused(tmp_path: Path, llama: Path, prompts: str) -> None:
+    with pytest.raises(InputError, match=r"`model\.dtype` is float16.*bf16-mixed"):
+        fit(tmp_path, llama, prompts, module={"dtype": "float16"}, precision="bf16-mixed")
+
+
+def test_averaged_weights_do_not_linger_in_the_copies(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """They are swapped in for validation behind torch's back, and out again."""
+    from lightning.pytorch.callbacks import EMAWeightAveraging
+
+    recorder = Recorder()
+    callbacks = [EMAWeightAveraging(decay=0.5), recorder]
+    fit(tmp_path, llama, prompts, callbacks=callbacks, precision="bf16-mixed", max_epochs=3)
+    assert recorder.first_logratios == [0.0, 0.0, 0.0]
