@@ -33,7 +33,7 @@ class RoundDataModule(PairsDataModule):
         split: Split of a Hub data set.
         system_prompt: Put in front of conversations that have none.
         max_prompt_tokens: Longer prompts (template included) are left out and counted.
-        val_prompts: Prompts held out for evaluation, or a file or Hub id of such.
+        val_prompts: Prompts held out for evaluation: their number, a share below 1, or a file or Hub id of such.
         prompts_per_round: Prompts a round answers; all if null.
         batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
         max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), prompts counted once. An
@@ -53,7 +53,7 @@ class RoundDataModule(PairsDataModule):
         split: str = "train",
         system_prompt: str | None = None,
         max_prompt_tokens: int = 1024,
-        val_prompts: int | str = 0,
+        val_prompts: int | float | str = 0,
         prompts_per_round: int | None = None,
         batch_size: int = 4,
         max_tokens_per_batch: int | None = None,
@@ -72,8 +72,10 @@ class RoundDataModule(PairsDataModule):
             passes=(passes, 1),
             max_val_pairs=(max_val_pairs, 0),
             num_workers=(num_workers, 0),
-            val_prompts=(val_prompts if isinstance(val_prompts, int) else None, 0),
+            val_prompts=(None if isinstance(val_prompts, str) else val_prompts, 0),
         )
+        if isinstance(val_prompts, float) and val_prompts >= 1 and val_prompts != int(val_prompts):
+            raise InputError(f"`data.val_prompts` must be a share below 1 or a whole number, got {val_prompts}.")
         self.prompts_source = prompts
         self.columns = columns
         self.split = split
@@ -118,7 +120,9 @@ class RoundDataModule(PairsDataModule):
         if isinstance(self.val_prompts_source, str):
             train, val = everything, self._load(self.val_prompts_source)
         else:
-            train, val = split_held_out(everything, self.val_prompts_source)
+            wanted = self.val_prompts_source
+            count = round(wanted * len(everything)) if wanted < 1 else int(wanted)
+            train, val = split_held_out(everything, count)
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens)
         self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens)
         self.prompts_too_long = too_long + val_too_long

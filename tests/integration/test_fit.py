@@ -549,3 +549,13 @@ def test_averaged_weights_do_not_linger_in_the_copies(tmp_path: Path, llama: Pat
     callbacks = [EMAWeightAveraging(decay=0.5), recorder]
     fit(tmp_path, llama, prompts, callbacks=callbacks, precision="bf16-mixed", max_epochs=3)
     assert recorder.first_logratios == [0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize(("val", "held_out"), [(0.2, 3), (3, 3), (3.0, 3)])
+def test_held_out_prompts_are_a_number_or_a_share(
+    tmp_path: Path, llama: Path, prompts: str, val: float, held_out: int
+) -> None:
+    trainer, _ = fit(tmp_path, llama, prompts, data={"val_prompts": val}, max_epochs=1)
+    assert len(trainer.datamodule.val_prompts) == held_out
+    with pytest.raises(InputError, match=r"`data\.val_prompts` must be a share below 1 or a whole number, got 2\.5"):
+        RoundDataModule(prompts, val_prompts=2.5)
