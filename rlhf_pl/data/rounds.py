@@ -33,7 +33,8 @@ class RoundDataModule(PairsDataModule):
         split: Split of a Hub data set.
         system_prompt: Put in front of conversations that have none.
         max_prompt_tokens: Longer prompts (template included) are left out and counted.
-        val_prompts: Prompts held out for evaluation: their number, a share below 1, or a file or Hub id of such.
+        val_prompts: Prompts held out for evaluation: their number, a share below 1 (one prompt at least), or a file
+            or Hub id of such.
         prompts_per_round: Prompts a round answers; all if null.
         batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
         max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), prompts counted once. An
@@ -121,7 +122,7 @@ class RoundDataModule(PairsDataModule):
             train, val = everything, self._load(self.val_prompts_source)
         else:
             wanted = self.val_prompts_source
-            count = round(wanted * len(everything)) if wanted < 1 else int(wanted)
+            count = max(1, round(wanted * len(everything))) if 0 < wanted < 1 else int(wanted)
             train, val = split_held_out(everything, count)
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens)
         self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens)

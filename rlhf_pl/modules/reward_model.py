@@ -43,7 +43,8 @@ class RewardModelModule(L.LightningModule):
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
         use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
-            wherever a GPU, the package and kernels for the architecture are there, true to require it.
+            wherever a GPU, the package and kernels for the architecture are there and give what plain layers give,
+            true to require it (an error without a GPU).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         system_prompt: `keep` or `drop` system messages.
         pair_encoding: Give prompt and answer as a pair of texts, for encoders without a chat template.

@@ -37,7 +37,8 @@ class SFTModule(L.LightningModule):
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
         use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
-            wherever a GPU, the package and kernels for the architecture are there, true to require it.
+            wherever a GPU, the package and kernels for the architecture are there and give what plain layers give,
+            true to require it (an error without a GPU).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         logprob_chunk_tokens: Answer tokens whose logits are in memory at a time.
         chat_template: A Jinja file that replaces the tokenizer's chat template.

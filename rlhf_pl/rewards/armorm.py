@@ -156,7 +156,8 @@ class ArmoRMReward(Reward):
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         attn_implementation: Attention of transformers.
         use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
-            wherever a GPU, the package and kernels for the architecture are there, true to require it.
+            wherever a GPU, the package and kernels for the architecture are there and give what plain layers give,
+            true to require it (an error without a GPU).
         revision: Branch, tag or commit of a Hub id.
     """
 
