@@ -106,6 +106,8 @@ def peak_memory(device: str = "cpu") -> Iterator[dict[str, float]]:
 @contextmanager
 def model_folder(name: str, device: str) -> Iterator[str]:
     """A model folder: the given one, or for random-1b a random Llama of 1.24 B with a vocabulary of 128,256."""
+    if device == "cuda" and shutil.which("nvidia-smi") is None:  # torch must not be asked before processes are forked
+        raise SystemExit("--device cuda: there is no GPU here (no nvidia-smi)")
     if name != "random-1b":
         yield name
         return
