@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rlhf_pl.__main__ import main
+from rlhf_pl.errors import InputError
 from rlhf_pl.footprint import Kernels, activation_bytes, head_bytes, model_size
 from rlhf_pl.lora import LoRA, add_lora
 from rlhf_pl.policy import PolicySource, load_lm, train_last_layers
@@ -134,3 +136,28 @@ def test_other_modules_are_refused(capsys: pytest.CaptureFixture[str], llama: Pa
     assert main(["plan", "--model", "SFTModule", "--model.policy", str(llama), "--data", "SFTDataModule",
                  "--data.conversations", "data/sft.jsonl"]) == 1  # fmt: skip
     assert "is for REBEL in rounds" in capsys.readouterr().err
+
+
+def test_the_engine_gets_what_the_trainer_leaves(llama: Path) -> None:
+    """Float32 weights, two moments of those that train, and bfloat16 copies; an eighth of a GPU of 80 GiB and 4 GiB."""
+    from rlhf_pl.compute import Compute
+    from rlhf_pl.footprint import trainer_bytes
+    from rlhf_pl.policy import PolicyLM
+    from rlhf_pl.rollout.vllm import engine_share
+
+    source = PolicySource(str(llama))
+    cpu = torch.device("cpu")
+    total = model_size(source.config).total
+    for compute, trained, bytes_a_weight in (
+        (Compute(), True, 12),
+        (Compute(dtype=torch.bfloat16), True, 14),
+        (Compute(dtype=torch.bfloat16, sharded=True), True, 12),
+        (Compute(), False, 4),
+    ):
+        module = torch.nn.Module()
+        module.policy = PolicyLM(load_lm(source), compute=compute).requires_grad_(trained)
+        assert trainer_bytes(module, cpu) == bytes_a_weight * total
+        assert trainer_bytes(module, torch.device("cuda")) == 0
+    assert engine_share(80 * 2**30, 10 * 2**30) == pytest.approx(1 - 14 / 80, abs=1e-3)
+    with pytest.raises(InputError, match="leaves no room for an engine"):
+        engine_share(80 * 2**30, 74 * 2**30)
