@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from rlhf_pl.compute import Compute
 from rlhf_pl.logprobs import VOCABULARY_BLOCK
 from rlhf_pl.lora import adaptable_layers
-from rlhf_pl.policy import PolicySource, decoder_layers
+from rlhf_pl.policy import PolicySource, decoder_layers, meta_lm
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
@@ -39,17 +39,9 @@ class ModelSize:
     layers: int
 
 
-def meta_model(config: Any) -> Any:
-    """A causal LM without memory behind its weights."""
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(deepcopy(config))
-
-
 def model_size(config: Any, trainable_layers: int | None = None, lora: Any = None) -> ModelSize:
     """Of the model that `config` describes."""
-    model = meta_model(config)
+    model = meta_lm(config)
     layers = decoder_layers(model)
     total, layer = _count(model), _count(layers[0])
     rest = total - layer * len(layers)

@@ -91,6 +91,7 @@ def _copies(config: Any, compute: Compute, dtype: torch.dtype, remote_code: bool
 
     made = []
     for kind in (torch.float32, dtype):
+        torch.manual_seed(0)  # what `make_peaked` adds to, such as sinks, is random too
         model = AutoModelForCausalLM.from_config(
             config, dtype=torch.float32, attn_implementation="eager", trust_remote_code=remote_code
         )

@@ -261,17 +261,22 @@ def head_logits(lm: Any, hidden: Tensor) -> Tensor:
         return Head(head.weight, None, head.scale, head.softcap).logits(logits)
 
 
+def meta_lm(config: Any, trust_remote_code: bool = False, **arguments: Any) -> Any:
+    """A causal LM without memory behind its weights; `arguments` are those of `from_config`."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(deepcopy(config), trust_remote_code=trust_remote_code, **arguments)
+
+
 def empty_lm(source: PolicySource) -> Any:
     """The architecture of `source` without memory behind its weights.
 
     Raises:
         InputError: transformers has no causal LM of it.
     """
-    from transformers import AutoModelForCausalLM
-
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(deepcopy(source.config), trust_remote_code=source.trust_remote_code)
+        return meta_lm(source.config, source.trust_remote_code)
     except (ValueError, ImportError, OSError) as error:
         raise InputError(
             f"`{source.option}`: transformers has no causal LM of this architecture ({type(source.config).__name__}, "
@@ -316,9 +321,7 @@ def load_lm(
     if read_weights or quantized:
         lm = source.read("weights", AutoModelForCausalLM, config=config, **arguments, **quantized)
     else:
-        with torch.device("meta"):
-            code = source.trust_remote_code
-            lm = AutoModelForCausalLM.from_config(config, trust_remote_code=code, **arguments).eval()
+        lm = meta_lm(config, source.trust_remote_code, **arguments).eval()
     if base_dtype is not None:
         keep_as_quantized(lm)
     _check_logits(lm, source, compute)

@@ -73,12 +73,12 @@ def _keep_layers(text: Any, config: Any, kinds: Callable[[nn.Module], list[Any]]
     found = list(zip(found, types, strict=False))
     wanted = next((n for n in range(1, len(found)) if set(found[:n]) == set(found)), len(found)) if found else 1
     keep = max(1, min(wanted, _MOST_LAYERS))
+    if wanted > keep and getattr(text, "layer_types", None):  # the kinds lie far apart
+        types = list(dict.fromkeys(types))
+        keep = len(types)
     for name, value in list(vars(text).items()):
         if isinstance(value, list | tuple) and len(value) == count:
-            if wanted > keep and name == "layer_types":
-                value = list(dict.fromkeys(value))
-                keep = len(value)
-            setattr(text, name, list(value[:keep]))
+            setattr(text, name, list((types if name == "layer_types" else value)[:keep]))
     text.num_hidden_layers = keep
 
 

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, St
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 
-from rlhf_pl.compute import HALF
+from rlhf_pl.compute import HALF, compute_of
 from rlhf_pl.errors import InputError
 from rlhf_pl.placement import Placement
 from rlhf_pl.policy import PolicyLM, decoder_layers
@@ -236,10 +236,8 @@ def callable_policy(trainer: L.Trainer) -> Any:
 
 def compute_dtype(trainer: L.Trainer, dtype: str) -> str:
     """The dtype that the policy computes in, by name."""
-    mixed = getattr(trainer.strategy, "mixed_precision", None)
-    if mixed is not None and mixed.param_dtype is not None:
-        return str(mixed.param_dtype).removeprefix("torch.")
-    half = HALF.get(str(trainer.precision))
+    compute = compute_of(trainer)
+    half = compute.dtype or compute.autocast
     return dtype if half is None else str(half).removeprefix("torch.")
 
 

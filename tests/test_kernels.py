@@ -41,6 +41,16 @@ def by_mask(query: Tensor, key: Tensor, value: Tensor, window: int | None, cap: 
     return (scores.softmax(-1)[..., : len(count)] @ value).transpose(1, 2)
 
 
+def assert_same_with_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
+    """Two results of the same inputs, and their gradients under random factors."""
+    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
+    factors = torch.randn(found.shape)
+    ours = torch.autograd.grad((found * factors).sum(), inputs)
+    theirs = torch.autograd.grad((expected * factors).sum(), inputs)
+    for gradient, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, wanted, atol=1e-4, rtol=1e-4)
+
+
 def varlen_by_hand(
     query: Tensor,
     key: Tensor,
@@ -78,12 +88,7 @@ def test_attention_of_trees_is_that_of_the_whole_mask(window: int | None, specia
     inputs = states()
     found, _ = _attention(None, *inputs, None, fast=False, layout=Layout(LENGTHS), sliding_window=window, **special)
     expected = by_mask(*inputs, window, special.get("softcap"), special.get("s_aux"))
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-    factors = torch.randn(found.shape)
-    ours = torch.autograd.grad((found * factors).sum(), inputs)
-    theirs = torch.autograd.grad((expected * factors).sum(), inputs)
-    for gradient, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(gradient, wanted, atol=1e-4, rtol=1e-4)
+    assert_same_with_gradients(found, expected, inputs)
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
@@ -94,12 +99,7 @@ def test_one_call_for_all_sequences_gives_the_same(window: int | None, monkeypat
     inputs = states()
     found = prefix_attention._varlen(*inputs, Layout(LENGTHS), None, window)
     expected = by_mask(*inputs, window, None, None)
-    torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
-    factors = torch.randn(found.shape)
-    ours = torch.autograd.grad((found * factors).sum(), inputs)
-    theirs = torch.autograd.grad((expected * factors).sum(), inputs)
-    for gradient, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(gradient, wanted, atol=1e-4, rtol=1e-4)
+    assert_same_with_gradients(found, expected, inputs)
 
 
 def test_autocast_gives_float32_queries_beside_bfloat16_values() -> None:
@@ -196,3 +196,19 @@ def test_flex_attention_is_told_the_same(
     cap, sinks = special.get("softcap"), special.get("s_aux")
     found = prefix_attention._flex(*inputs, Layout(LENGTHS), None, window, cap, sinks)
     torch.testing.assert_close(found.double(), by_mask(*inputs, window, cap, sinks), atol=1e-5, rtol=1e-5)
+
+
+def test_small_copies_have_the_same_weights() -> None:
+    """gpt-oss starts from random sinks and biases; in float32 nothing but these could tell the copies apart."""
+    from transformers import GptOssConfig
+
+    from rlhf_pl.compute import Compute
+    from rlhf_pl.kernel_check import small_copies
+
+    sizes = {"vocab_size": 300, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+    config = GptOssConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, num_local_experts=4)
+    before = torch.get_rng_state()
+    copies = small_copies(config, Compute(), torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    plain = copies.plain.state_dict()
+    assert all(torch.equal(tensor, plain[name]) for name, tensor in copies.exact.state_dict().items())
