@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pl.compute import Compute
+from rlhf_pl.rotary import steady_rotary
 from rlhf_pl.rows import RowBatch, Tree, lay_out, padded
 from rlhf_pl.small_copy import make_peaked, narrow, small_config
 
@@ -44,6 +45,17 @@ class Copies:
             rows = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         batch = self.batch
         return rows[batch.answer_of, batch.position_ids[0, batch.predictors]].float()
+
+    def alone(self) -> Tensor:
+        """What `hidden` gives of the exact model, each row computed by itself."""
+        batch = self.batch
+        ids, mask = padded(batch.input_ids, batch.lengths)
+        found = []
+        for number, row in enumerate(ids):
+            mine = row[mask[number].bool()][None]
+            states = self.exact.base_model(input_ids=mine, use_cache=False).last_hidden_state[0]
+            found.append(states[batch.position_ids[0, batch.predictors[batch.answer_of == number]]])
+        return torch.cat(found).float()
 
     def of_trees(self, run: Callable[..., Tensor]) -> Tensor:
         """The same from `run(model, input_ids, position_ids, layout) -> (N, H)`."""
@@ -103,6 +115,8 @@ def _copies(config: Any, compute: Compute, dtype: torch.dtype, remote_code: bool
     draw, top = torch.Generator().manual_seed(0), config.get_text_config().vocab_size
     prompt, *answers = (torch.randint(3, top, (n,), generator=draw).tolist() for n in (9, 3, 4, 5, 2, 14))
     trees = [Tree(prompt, tuple(answers[:3])), Tree(prompt[:1], (answers[3],)), Tree(prompt[:2], (answers[4],))]
+    for model in made:
+        steady_rotary(model, config, max(len(tree.prompt) + max(map(len, tree.answers)) for tree in trees))
     copies = Copies(made[0], made[1], compute, lay_out(trees).to(compute.device))
     copies.hidden(made[0])  # it must run
     return copies

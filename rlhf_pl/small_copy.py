@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from rlhf_pl.rotary import thresholds
+
 _VOCABULARY = 128
 WINDOW = 6  # windows and chunks of attention, in tokens: shorter than what the checks compute
 _MOST_LAYERS = 8
@@ -34,11 +36,26 @@ def small_config(config: Any, kinds: Callable[[nn.Module], list[Any]]) -> Any:
     for name in ("sliding_window", "attention_chunk_size"):
         if isinstance(getattr(text, name, None), int) and getattr(text, name) > 0:
             setattr(text, name, WINDOW)
+    _lower_thresholds(text)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(text, name, None) is not None:
             setattr(text, name, 2.0)  # what no logit of a small model reaches would not show
     _keep_layers(text, config, kinds)
     return config
+
+
+def _lower_thresholds(text: Any) -> None:
+    """Beyond so few positions rotary factors are others, where they depend on positions."""
+    limits = thresholds(text)
+    if "dynamic" in limits:
+        text.max_position_embeddings = WINDOW
+    if "longrope" in limits:
+        if getattr(text, "original_max_position_embeddings", None):
+            text.original_max_position_embeddings = WINDOW
+        parameters = text.rope_parameters
+        for part in (parameters, *parameters.values()):
+            if isinstance(part, dict) and part.get("rope_type") == "longrope":
+                part["original_max_position_embeddings"] = WINDOW
 
 
 def narrow(config: Any) -> Any:

@@ -114,6 +114,12 @@ class SFTDataModule(L.LightningDataModule):
         """The run's seed."""
         return run_seed() if self._seed is None else self._seed
 
+    @property
+    def longest_tokens(self) -> int:
+        """Of the longest conversation."""
+        assert self.val_set is not None
+        return max(map(len, [*self.examples, *self.val_set.examples]))
+
     def setup(self, stage: str) -> None:
         """Read, check, split and tokenize the conversations. Runs before any model loads."""
         if self.examples:

@@ -101,7 +101,9 @@ class ClassifierReward(Reward):
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
         rows = [self.renderer()(s.messages, s.response) for s in batch]
-        scores = [score for scores in self._local(families(batch, rows)) for score in scores.tolist()]
+        scores = [
+            score for scores in self._local(families(batch, rows, self.source.config)) for score in scores.tolist()
+        ]
         return [
             RewardResult(score, truncated_tokens=row.truncated_tokens) for score, row in zip(scores, rows, strict=True)
         ]
