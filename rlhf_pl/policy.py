@@ -2,7 +2,7 @@
 
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
@@ -128,10 +128,35 @@ class PolicySource:
             )
         return tokenizer
 
+    def check_ids(self, rows: Iterable[Sequence[int]], option: str) -> None:
+        """Refuse rows of token ids that the model has no embeddings of.
+
+        Args:
+            rows: Token ids.
+            option: What gives them, for the error.
+
+        Raises:
+            InputError: Names the first such id.
+        """
+        size = self.config.get_text_config().vocab_size
+        for number, row in enumerate(rows):
+            if (most := max(row, default=0)) >= size:
+                raise InputError(
+                    f"`{option}`: the token {self.tokenizer.decode([most])!r} of row {number + 1} has the id {most}, "
+                    f"but {self.path!r} has {size} embeddings. Its tokenizer knows tokens that were added without "
+                    "resizing the model: take the tokenizer that belongs to it, or a chat template without that token."
+                )
+
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every id that ends an answer."""
-        ids = eos_token_ids(self.tokenizer, self.config.get_text_config(), self.generation_config)
+        """Every id that ends an answer and has an embedding."""
+        config = self.config.get_text_config()
+        ids = eos_token_ids(self.tokenizer, config, self.generation_config)
+        if ids and not (ids := tuple(i for i in ids if i < config.vocab_size)):
+            raise InputError(
+                f"`{self.option}`: the EOS token of {self.path!r} has an id beyond the model's {config.vocab_size} "
+                "embeddings, so no response could ever end. Take the tokenizer that belongs to the model."
+            )
         if not ids:
             raise InputError(f"`{self.option}`: {self.path!r} names no EOS token, so no answer could ever end.")
         return ids

@@ -169,6 +169,7 @@ class OfflineDataModule(PairsDataModule):
             return found
 
         pairs = [pair for pair in parse_rows(source, self.split, option, parse) if pair is not None]
+        model.check_ids((ids for pair in pairs for ids in (pair.prompt_tokens, *pair.tokens)), option)
         if not pairs:
             raise InputError(f"`{option}`: no row of {source!r} is left to train on: {self._left_out()}.")
         return pairs

@@ -175,6 +175,8 @@ class PreferenceDataModule(PairsDataModule):
             train, val = [pairs[i] for i in train_rows], [pairs[i] for i in val_rows]
         config = module.source.config
         self.train_set, self.val_set = (PreferenceDataset(pairs, render, config) for pairs in (train, val))
+        for dataset in (self.train_set, self.val_set):
+            module.source.check_ids((row.ids for both in dataset.rows for row in both), "data.preferences")
 
     def _load(self, source: str, option: str) -> list[Preference]:
         found = load_preferences(

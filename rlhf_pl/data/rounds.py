@@ -135,6 +135,7 @@ class RoundDataModule(PairsDataModule):
             train, val = split_held_out(everything, count)
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens)
         self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens)
+        module.source.check_ids((p.token_ids for p in [*self.train_prompts, *self.val_prompts]), "data.prompts")
         self.prompts_too_long = too_long + val_too_long
         self.duplicate_prompts = count_duplicates([*train, *val])
         if not self.train_prompts:

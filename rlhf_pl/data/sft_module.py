@@ -146,6 +146,7 @@ class SFTDataModule(L.LightningDataModule):
                 f"`data.conversations`: no row of {self.source!r} is left to train on: all are longer than "
                 f"max_tokens={self.max_tokens}."
             )
+        module.source.check_ids((e.ids for e in [*self.examples, *val_examples]), "data.conversations")
         self.val_set = SFTDataset(val_examples, [[i] for i in range(len(val_examples))])
 
     def _load(self, source: str, option: str) -> list[Conversation]:
