@@ -16,6 +16,7 @@ from rlhf_pl.small_copy import make_peaked, narrow, small_config
 # what rounding explains: a fast path may be as far from float32 as so many times the plain layers in the same dtype
 TIMES_PLAIN = 2.0
 FLOOR = 2e-5  # and this far, relative, in any case
+MOST_PARAMETERS = 250_000_000
 
 # of a model that is not made for something
 FAILURES = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, AttributeError, KeyError)
@@ -90,11 +91,22 @@ def small_copies(config: Any, compute: Compute, dtype: torch.dtype, remote_code:
         for shrink in (narrow, lambda config: config):
             try:
                 small = shrink(small_config(config, _kinds))
+                _check_size(small, remote_code)
                 return _copies(small, compute, compute.weights_dtype(dtype), remote_code)
             except FAILURES as error:
-                failure = error
+                failure = failure or error
     line = str(failure).strip().splitlines()[0] if str(failure).strip() else ""
     raise NoCopyError(f"{type(failure).__name__}: {line}") from failure
+
+
+def _check_size(config: Any, remote_code: bool) -> None:
+    """Raise ValueError where a copy would be as large as a real model."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
+    if (size := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
+        raise ValueError(f"the smallest has {size / 1e6:.0f} million parameters")
 
 
 @torch.no_grad()
