@@ -8,11 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from rlhf_pl.classifier import ClassifierLM, load_classifier
 from rlhf_pl.compute import Compute
 from rlhf_pl.data.packing import Example, lay_out_examples
+from rlhf_pl.data.preference_module import PreferenceDataset
+from rlhf_pl.data.preferences import Preference
 from rlhf_pl.errors import InputError
 from rlhf_pl.modules import rebel
 from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.rendering import Renderer
 from rlhf_pl.rewards import ClassifierReward, Sample
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler
 from rlhf_pl.rotary import describe_factors
@@ -198,3 +202,24 @@ def test_copies_in_half_precision_have_them_too(tmp_path: Path) -> None:
     rows = [Tree(row[:5], (row[5:],)) for row in rows_of([12, 40])]
     together, alone = (policy(**lay_out(part).inputs()) for part in (rows, rows[:1]))
     assert torch.allclose(together[:7], alone, atol=1e-2)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_comparisons_train_on_what_each_row_gives_alone(tmp_path: Path, kind: str, attention: str) -> None:
+    """Pairs whose rows lie on both sides of the threshold share nothing; others share their prompt."""
+    source = PolicySource(str(save_reward_model(tmp_path, **KINDS[kind])))
+    render = Renderer(source.tokenizer, 400)
+    question = [{"role": "user", "content": "Go"}]
+    texts = [("Yes", "Red, green, blue. " * 3), ("No", "Yes"), ("What is it? " * 9, "Red, green, blue. " * 5)]
+    pairs = [Preference(question, chosen, rejected, 1.0, 0.0) for chosen, rejected in texts]
+    unit = ClassifierLM(load_classifier(source, attn_implementation=attention)).train()
+    dataset = PreferenceDataset(pairs, render, source.config)
+    dataset.pad_id, dataset.shares_prompts = 1, unit.shares_prompts
+    assert unit.shares_prompts == (attention == "sdpa")
+    together = unit(**dataset.__getitems__(([0, 1, 2], 1.0)).inputs)
+    rows = [row for both in dataset.rows for row in both]
+    assert min(map(len, rows)) < LIMIT < max(map(len, rows))
+    for score, row in zip(together, rows, strict=True):
+        alone = load_classifier(source, attn_implementation="eager")
+        assert alone(input_ids=torch.tensor([row.ids])).logits.item() == pytest.approx(score.item(), abs=1e-4)
