@@ -78,7 +78,7 @@ def shape_rewards(
 
 
 def without_ties(rewards: Sequence[float], responses: Sequence[Sequence[int]], seed: int) -> list[float]:
-    """Rewards with ties broken by lot, by as little as float64 can tell: for choosing pairs whose ties are broken later.
+    """Rewards with ties broken by lot, by the least that float64 can tell, where a KL term will break them later.
 
     Args:
         rewards: Of a prompt's responses.

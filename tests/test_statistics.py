@@ -10,7 +10,7 @@ import lightning as L
 import pytest
 import torch
 
-from rlhf_pl import BestWorst, RandomPair, SamplingConfig, TransformersSampler, VLLMSampler
+from rlhf_pl import BestWorst, RandomPair, SamplingConfig, VLLMSampler
 from rlhf_pl.callbacks import DegenerationGuard, HFExport, RoundCheckpoint, RoundRefresh
 from rlhf_pl.data.pairs import RoundBatches
 from rlhf_pl.data.update_plan import UpdatePlan
@@ -192,26 +192,6 @@ def test_engines_that_reshape_give_no_old_logps(
     with pytest.raises(InputError, match=f"`rollout.sampler`: engine_args.{next(iter(arguments))} is"):
         fit(tmp_path, llama, prompts, refresh=refresh)
     assert not (tmp_path / "rounds").exists()
-
-
-def test_the_sampler_takes_no_penalty_from_an_old_config(tmp_path: Path, llama: Path) -> None:
-    """`generate` of transformers would take a repetition penalty that stands in config.json."""
-    import json
-    import shutil
-
-    from rlhf_pl.policy import PolicySource, load_lm
-    from rlhf_pl.rollout import EngineSpec, PromptTokens
-
-    shutil.copytree(llama, tmp_path / "penalty")
-    config = json.loads((tmp_path / "penalty" / "config.json").read_text())
-    (tmp_path / "penalty" / "config.json").write_text(json.dumps(config | {"repetition_penalty": 3.0}))
-    drawn = []
-    for folder in (llama, tmp_path / "penalty"):
-        source, sampler = PolicySource(str(folder)), TransformersSampler()
-        sampler.start(EngineSpec(source, 64, 8))
-        sampler.load_weights(load_lm(PolicySource(str(llama))).state_dict().items())
-        drawn.append(list(sampler.generate([PromptTokens([0, 40, 41, 42], 1)], SAMPLING)))
-    assert drawn[0] == drawn[1]
 
 
 def test_variance_is_over_all_values() -> None:

@@ -24,14 +24,12 @@ class TransformersSampler(Sampler):
         self._model: Any = None
 
     def start(self, spec: EngineSpec) -> None:
-        from transformers import AutoModelForCausalLM, GenerationConfig
+        from transformers import AutoModelForCausalLM
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._eos = torch.tensor(spec.source.eos_token_ids, device=device)
         with torch.random.fork_rng():  # the random start weights are replaced by `load_weights`
             model = AutoModelForCausalLM.from_config(deepcopy(spec.source.config), dtype=getattr(torch, self.dtype))
-        if model.can_generate():  # old configs hold penalties, which `generate` would take
-            model.generation_config = GenerationConfig()
         self._model = model.to(device).eval()
 
     def load_weights(self, tensors: NamedTensors) -> None:
