@@ -62,18 +62,23 @@ class HFExport(L.Callback):
                 f"`export.folder`: {target} is there already, and is no export of this program that could be replaced. "
                 "Move it away, or give another name."
             )
-        try_export = getattr(pl_module, "try_export", None)  # modules of others may do without
-        if try_export is not None:
-            try_export(self.dtype)
+        self._try(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The run directory must have room for the model; where rounds are made, that is looked at again."""
+        """The model as it was loaded, and room for it in the run directory, which rounds look at again."""
         assert isinstance(pl_module, Exportable)
+        ranks_of(trainer).first(lambda: self._try(pl_module))
         source = getattr(pl_module, "source", None)
         dtype = None if source is None else export_dtype(source, self.dtype)
         size = sum(t.numel() * (dtype or t.dtype).itemsize for t in pl_module.weights().like.values())
         target = Path(trainer.default_root_dir)
         ranks_of(trainer).first(lambda: check_space(target, {"final model": size}, "the export"))
+
+    def _try(self, module: Any) -> None:
+        """Modules of others may do without."""
+        try_export = getattr(module, "try_export", None)
+        if try_export is not None:
+            try_export(self.dtype)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.every_round:

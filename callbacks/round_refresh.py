@@ -246,8 +246,9 @@ class RoundRefresh(L.Callback):
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RoundCheckpoint):
                 callback.save_round(trainer)
+        # for callbacks that monitor them; the loggers have them already
+        pl_module.log_dict(of_round, logger=False)
         if self.options is not None:
-            # for checkpoints that monitor them; the loggers have them already
             pl_module.log_dict(self._evaluate(trainer, version), logger=False)
         self._rest()
 

@@ -2,7 +2,7 @@
 
 import re
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, Protocol, runtime_checkable
 
@@ -56,14 +56,15 @@ def export_folder(
         write: Whether this is the rank that writes.
     """
     target = export_dtype(source, dtype)
-    twin = _twin(model, source, target) if write else None
-    state: dict[str, torch.Tensor] = {}
-    for name, tensor in weights.stream():
-        if twin is not None:
-            state[name] = tensor.detach().to("cpu", _dtype_of(twin, name, tensor, target), copy=True)
-    if twin is not None:
-        _tie(state, twin)
-        _save(twin, source, tokenizer, state, folder)
+    if not write:
+        for _ in weights.stream():
+            pass
+        return
+    twin = _twin(model, source, target)
+    dtype_of = _dtypes(twin, target)
+    state = {n: t.detach().to("cpu", dtype_of(n, t), copy=True) for n, t in weights.stream()}
+    _tie(state, twin)
+    _save(twin, source, tokenizer, state, folder)
 
 
 def try_export(model: Any, source: PolicySource, tokenizer: Any, dtype: str | None = None) -> None:
@@ -127,15 +128,19 @@ def _restore_dropout(config: Any, source: Any) -> None:
             _restore_dropout(getattr(config, key), getattr(source, key))
 
 
-def _dtype_of(twin: Any, name: str, tensor: torch.Tensor, dtype: torch.dtype) -> torch.dtype:
-    """A tensor's dtype in a model that transformers has loaded in `dtype`: some keep float32."""
-    if not tensor.is_floating_point():
-        return tensor.dtype
-    kept = [pattern.replace("*", ".*") for pattern in twin._get_dtype_plan(dtype)]
-    if any(re.search(pattern, name) for pattern in kept):
-        return torch.float32
-    own = dict(twin.named_parameters()).get(name)
-    return dtype if own is None else own.dtype
+def _dtypes(twin: Any, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.dtype]:
+    """(name, tensor) -> its dtype in a model that transformers has loaded in `dtype`: some keep float32."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in twin._get_dtype_plan(dtype)]
+    own = {name: parameter.dtype for name, parameter in twin.named_parameters()}
+
+    def dtype_of(name: str, tensor: torch.Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        if any(pattern.search(name) for pattern in kept):
+            return torch.float32
+        return own.get(name, dtype)
+
+    return dtype_of
 
 
 def _tie(state: dict[str, torch.Tensor], twin: Any) -> None:

@@ -170,6 +170,46 @@ def test_a_config_that_transformers_refuses_to_save_comes_out_as_it_went_in(tmp_
     assert (exported / "generation_config.json").read_text() == text
 
 
+def test_reward_models_come_out_as_transformers_saves_them(tmp_path: Path) -> None:
+    """Of a classifier that reads pairs of texts, whose tokenizer has no chat template."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
+
+    from rlhf_pl import RewardModelModule
+
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = None
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2}
+    config = BertConfig(**sizes, num_attention_heads=2, num_labels=1, pad_token_id=1)
+    model = AutoModelForSequenceClassification.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "source")
+    tokenizer.save_pretrained(tmp_path / "source")
+    module = RewardModelModule(str(tmp_path / "source"), pair_encoding=True)
+    module.try_export()
+    module.configure_model()
+    module.try_export()
+    module.export(str(tmp_path / "exported"))
+    loaded = AutoModelForSequenceClassification.from_pretrained(tmp_path / "source", dtype=torch.bfloat16)
+    loaded.save_pretrained(tmp_path / "saved")
+    AutoTokenizer.from_pretrained(tmp_path / "source").save_pretrained(tmp_path / "saved")
+    assert_same_folder(tmp_path / "exported", tmp_path / "saved")
+
+
+@pytest.mark.parametrize("module", ["RebelModule", "SFTModule"])
+def test_adapters_are_merged_into_what_save_pretrained_writes(tmp_path: Path, module: str) -> None:
+    """Fresh adapters add nothing: the base's own tensors, and the adapters beside them."""
+    import rlhf_pl
+
+    source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
+    policy = getattr(rlhf_pl, module)(str(source), lora=rlhf_pl.LoRA(rank=2))
+    policy.try_export()
+    policy.configure_model()
+    policy.try_export()
+    policy.export(str(tmp_path / "exported"))
+    assert (tmp_path / "exported" / "adapter" / "adapter_model.safetensors").exists()
+    shutil.rmtree(tmp_path / "exported" / "adapter")
+    assert_same_folder(tmp_path / "exported", save_in(source, tmp_path / "saved", torch.bfloat16))
+
+
 def test_processor_files_go_along(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
     (source / "preprocessor_config.json").write_text('{"size": 3}')

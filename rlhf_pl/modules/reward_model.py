@@ -195,7 +195,8 @@ class RewardModelModule(L.LightningModule):
 
     def try_export(self, dtype: str | None = None) -> None:
         """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
-        try_export(empty_classifier(self.source), self.source, reward_tokenizer(self.source, self.pair_encoding), dtype)
+        model = empty_classifier(self.source) if self.classifier is None else self.classifier.model
+        try_export(model, self.source, reward_tokenizer(self.source, self.pair_encoding), dtype)
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the reward model as a Hugging Face folder that `ClassifierReward` and plain transformers load.

@@ -142,9 +142,9 @@ class SFTModule(L.LightningModule):
 
     def try_export(self, dtype: str | None = None) -> None:
         """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
-        model = empty_lm(self.source)
+        model = empty_lm(self.source) if self.policy is None else self.policy.lm
         try_export(model, self.source, self.source.tokenizer, dtype)
-        if self.lora is not None:
+        if self.lora is not None and self.policy is None:
             try_adapter(model, self.lora, self.source)
 
     def export(self, folder: str, dtype: str | None = None) -> None:
