@@ -101,14 +101,22 @@ class PolicySource:
 
     def copy_generation_config(self, folder: str) -> None:
         """Write the generation config into a folder as it came, or what follows from the config if there was none."""
+        if not self.copy_files(("generation_config.json",), folder):
+            self.generation_config.save_pretrained(folder)
+
+    def copy_files(self, names: Sequence[str], folder: str) -> int:
+        """Copy those of the model's files that are there into a folder; returns their number."""
         from transformers.utils import cached_file
 
-        name = "generation_config.json"
-        file = cached_file(self.path, name, revision=self.revision, _raise_exceptions_for_missing_entries=False)
-        if file is None:
-            self.generation_config.save_pretrained(folder)
-        else:
-            Path(folder, name).write_bytes(Path(file).read_bytes())
+        missing_is_fine = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        found = {name: cached_file(self.path, name, revision=self.revision, **missing_is_fine) for name in names}
+        there = {name: Path(file) for name, file in found.items() if file is not None}
+        for name, file in there.items():
+            Path(folder, name).write_bytes(file.read_bytes())
+        return len(there)
 
     @cached_property
     def tokenizer(self) -> Any:

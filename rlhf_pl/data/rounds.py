@@ -40,7 +40,8 @@ class RoundDataModule(PairsDataModule):
         max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), prompts counted once. An
             update then has the same pairs, divided into as many micro-batches as that takes, of pairs of like length;
             null for batch_size pairs in each.
-        passes: Times that a round's pairs are trained on.
+        passes: Times that a round's pairs are trained on. An update has no pair twice: of a round with fewer pairs
+            than an update should have, every pass is one.
         max_val_pairs: At most this many held-out pairs for `val/loss` and `val/sign_align`; 0 for none. They exist
             where held-out prompts get 2 or more answers.
         num_workers: Loader processes.

@@ -10,6 +10,7 @@ from torch import Tensor
 from rlhf_pl.errors import InputError
 from rlhf_pl.policy import PolicySource
 
+NOTED_TEMPERATURE = 1.0  # of the log-probs that samplers note, which are over the whole vocabulary
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
@@ -150,6 +151,13 @@ class Sampler(ABC):
             config: The policy's.
             longest: Tokens of the longest prompt with its response.
         """
+
+    def reshapes(self) -> list[str]:
+        """Options of its own, with their values, by which it draws from another distribution than it notes.
+
+        What a `SamplingConfig` says is not among them. Asked after `check`, before anything loads.
+        """
+        return []
 
     def sleep(self) -> None:  # noqa: B027 - engines without memory to give back need not act
         """Give memory back until `wake`; the weights may be lost."""

@@ -77,6 +77,9 @@ class VLLMSampler(Sampler):
         engine = int(self.engine_args.get("max_model_len") or longest)
         check_engine_rotary(config, longest, engine, "`rollout.sampler.engine_args`: max_model_len")
 
+    def reshapes(self) -> list[str]:
+        return [f"engine_args.{name} is {self.engine_args[name]!r}" for name in reshaping(self.engine_args)]
+
     def start(self, spec: EngineSpec) -> None:
         self.check()
         _set_environment()
@@ -266,6 +269,16 @@ class VLLMSampler(Sampler):
 
             LAYERWISE_INFO.clear()
         gc.collect()
+
+
+def reshaping(arguments: Mapping[str, Any]) -> list[str]:
+    """Which of an engine's arguments change the distribution that it draws from, or the log-probs that it notes."""
+    changed = [n for n in ("logits_processors", "override_generation_config") if arguments.get(n)]
+    if (arguments.get("logprobs_mode") or "raw_logprobs") != "raw_logprobs":
+        changed.append("logprobs_mode")
+    if (arguments.get("speculative_config") or {}).get("rejection_sample_method") == "synthetic":
+        changed.append("speculative_config")
+    return changed
 
 
 def _set_environment() -> None:
