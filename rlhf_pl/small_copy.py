@@ -31,7 +31,9 @@ def small_config(config: Any, kinds: Callable[[nn.Module], list[Any]]) -> Any:
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     text = config.get_text_config()
-    text.vocab_size = _VOCABULARY
+    for name in ("vocab_size", "vocab_size_per_layer_input"):  # the second is Gemma-3n's and Gemma-4's
+        if hasattr(text, name):
+            setattr(text, name, _VOCABULARY)
     for name, token in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
         if getattr(text, name, None) is not None:
             setattr(text, name, token)
