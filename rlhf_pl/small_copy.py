@@ -85,7 +85,7 @@ def _fewer_heads(text: Any) -> None:
     text.num_attention_heads = few * (heads // kv_heads)
     if getattr(text, "num_key_value_heads", None) is not None:
         text.num_key_value_heads = few
-    text.hidden_size = size * text.num_attention_heads
+    text.hidden_size = min(text.hidden_size, size * text.num_attention_heads)
 
 
 def _keep_layers(text: Any, config: Any, kinds: Callable[[nn.Module], list[Any]]) -> None:
