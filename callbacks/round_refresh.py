@@ -131,15 +131,17 @@ class RoundRefresh(L.Callback):
                 f"{trainer.world_size} ranks of this run. Change tensor_parallel_size or the number of devices."
             )
         self._link.sampler.check()
+        data.max_response_tokens = options.sampling.max_response_tokens
+        longest = data.max_prompt_tokens + data.max_response_tokens
         if options.old_logps == "sampler":
             check_noted_logps(options.sampling, self._link.sampler.reshapes())
-        longest = data.max_prompt_tokens + options.sampling.max_response_tokens
         if longest > pl_module.source.max_context_tokens:
             raise InputError(
                 f"`data.max_prompt_tokens` + `rollout.sampling.max_response_tokens` = {data.max_prompt_tokens} + "
                 f"{options.sampling.max_response_tokens} = {longest} is over the context of {pl_module.source.path!r}, "
                 f"{pl_module.source.max_context_tokens} tokens. Lower one of them."
             )
+        self._link.sampler.check_rotary(pl_module.source.config, data.longest_tokens)
         if options.reward.by_prompt and data.val_prompts and options.val_sampling.num_responses < 2:
             raise InputError(
                 f"`rollout.val_num_responses` must be 2 or more: {options.reward.name} compares a prompt's answers "

@@ -24,6 +24,7 @@ from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rollout import EngineSpec, SamplingConfig
 from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.rollout.self_check import tolerance
+from rlhf_pl.rotary import describe_factors
 from rlhf_pl.round_settings import RoundOptions, downstream_settings, takes_noted_logps
 from rlhf_pl.rounds import ORDER, STAGES, DamagedStoreError, Round
 from rlhf_pl.rows import RowBatch
@@ -309,6 +310,8 @@ class RoundMaker:
             **downstream_settings(self.module, self.options, self.trainer, self.data),
         }
         settings["rewards"] |= {"columns": columns}
+        if (factors := describe_factors(self.module.source.config, self.data.longest_tokens)) is not None:
+            settings["responses"]["rotary_factors"] = factors
         if not takes_noted_logps(self.options, self._sampling(stored)):
             settings["logps"].pop("old", None)
         if stored.is_held_out:
@@ -342,10 +345,8 @@ class RoundMaker:
             options.sampling.num_responses * together(len(data.round_prompts(0))),
             options.val_sampling.num_responses * together(len(data.val_prompts)),
         )
-        longest = max(len(p.token_ids) for p in [*data.train_prompts, *data.val_prompts])
-        tokens = longest + options.sampling.max_response_tokens
         held = trainer_bytes(self.module, self.trainer.strategy.root_device) + reward_bytes(options.reward)
-        return EngineSpec(self.module.source, tokens, most, held)
+        return EngineSpec(self.module.source, data.longest_tokens, most, held)
 
     def check_space(self, index: int) -> None:
         """Refuse a round whose answers, checkpoint or final model would not fit on the disk."""

@@ -129,6 +129,11 @@ class OfflineDataModule(PairsDataModule):
         return run_seed() if self._seed is None else self._seed
 
     @property
+    def longest_tokens(self) -> int:
+        """Of the longest prompt with its response."""
+        return max(len(p.prompt_tokens) + max(map(len, p.tokens)) for p in [*self.train_set, *self.val_set])
+
+    @property
     def stored(self) -> Round:
         """The training pairs in the run directory."""
         return RoundStore(self._trainer.default_root_dir).round(0)
@@ -164,6 +169,7 @@ class OfflineDataModule(PairsDataModule):
             return found
 
         pairs = [pair for pair in parse_rows(source, self.split, option, parse) if pair is not None]
+        model.check_ids((ids for pair in pairs for ids in (pair.prompt_tokens, *pair.tokens)), option)
         if not pairs:
             raise InputError(f"`{option}`: no row of {source!r} is left to train on: {self._left_out()}.")
         return pairs

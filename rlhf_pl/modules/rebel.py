@@ -23,6 +23,7 @@ from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm, train_last_layers
 from rlhf_pl.ranks import ranks_of
+from rlhf_pl.rotary import longest_row
 from rlhf_pl.strategies import callable_policy, check_strategy, clip_gradients, shard, shard_frozen
 from rlhf_pl.weights import Weights, like_of, model_weights
 
@@ -148,7 +149,9 @@ class RebelModule(L.LightningModule):
     def load(self, source: PolicySource, base_dtype: str | None = None, read_weights: bool = True) -> Any:
         """A causal LM with this run's dtype and kernels."""
         compute, liger = compute_of(self._trainer), self.use_liger_kernel
-        return load_lm(source, self.dtype_name, self.attn_implementation, base_dtype, compute, liger, read_weights)
+        longest = longest_row(self._trainer, source.config)
+        attention = self.attn_implementation
+        return load_lm(source, self.dtype_name, attention, base_dtype, compute, liger, read_weights, longest)
 
     def unit(self, lm: Any) -> PolicyLM:
         """A causal LM as what gives log-probs in this run's precision."""

@@ -22,6 +22,7 @@ from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm
 from rlhf_pl.ranks import ranks_of
+from rlhf_pl.rotary import longest_row
 from rlhf_pl.strategies import check_strategy, clip_gradients, shard
 from rlhf_pl.weights import Weights, like_of, model_weights
 
@@ -91,7 +92,8 @@ class SFTModule(L.LightningModule):
         compute = compute_of(self._trainer)
         base = base_dtype(self.lora)
         liger, reads = self.use_liger_kernel, reads_weights(self._trainer)
-        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base, compute, liger, reads)
+        longest = longest_row(self._trainer, self.source.config)
+        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base, compute, liger, reads, longest)
         if self.lora is not None:
             add_lora(lm, self.lora, run_seed(), train_head=False)
         if self.gradient_checkpointing:

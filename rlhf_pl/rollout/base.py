@@ -3,6 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
@@ -142,6 +143,14 @@ class Sampler(ABC):
 
     def check(self) -> None:  # noqa: B027 - nothing to check is a fine default
         """Raise InputError for what can be known to fail before anything loads."""
+
+    def check_rotary(self, config: Any, longest: int) -> None:  # noqa: B027
+        """Raise InputError where the engine's rotary factors would be others than those of a run's longest row.
+
+        Args:
+            config: The policy's.
+            longest: Tokens of the longest prompt with its response.
+        """
 
     def reshapes(self) -> list[str]:
         """Options of its own, with their values, by which it draws from another distribution than it notes.
