@@ -92,7 +92,7 @@ class DegenerationGuard(L.Callback):
             high = [f"{name} {kl:.1f}" for name, kl in found.items() if kl is not None and not kl <= self.max_kl]
             if high:
                 sign = (
-                    f"{', '.join(high)} nats per answer, above {self.max_kl:g}; lower the learning rate or "
+                    f"{', '.join(high)} nats per answer (k1), above {self.max_kl:g}; lower the learning rate or "
                     "`model.loss.eta`"
                 )
                 self._judge(trainer, stored, {"kl": sign})

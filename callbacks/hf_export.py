@@ -55,13 +55,9 @@ class HFExport(L.Callback):
             return
         if not isinstance(pl_module, Exportable):
             raise InputError(f"HFExport works with this package's modules, got {type(pl_module).__name__}.")
-        target = Path(trainer.default_root_dir) / self.folder
-        is_ours = target.is_dir() and not target.is_symlink() and (_stamp_of(target) or not any(target.iterdir()))
-        if (target.exists() or target.is_symlink()) and not is_ours:
-            raise InputError(
-                f"`export.folder`: {target} is there already, and is no export of this program that could be replaced. "
-                "Move it away, or give another name."
-            )
+        rounds = range(trainer.max_epochs or 0) if self.every_round else ()
+        for name in (self.folder, *(f"{self.folder}-round-{index + 1}" for index in rounds)):
+            _check_place(Path(trainer.default_root_dir) / name)
         self._try(pl_module)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -116,6 +112,16 @@ class HFExport(L.Callback):
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             ranks.wait()
+
+
+def _check_place(target: Path) -> None:
+    """Where a folder will be replaced, there must be an export, or nothing."""
+    is_ours = target.is_dir() and not target.is_symlink() and (_stamp_of(target) or not any(target.iterdir()))
+    if (target.exists() or target.is_symlink()) and not is_ours:
+        raise InputError(
+            f"`export.folder`: {target} is there already, and is no export of this program that could be replaced. "
+            "Move it away, or give another name."
+        )
 
 
 def _open_by_umask(folder: Path) -> None:

@@ -18,6 +18,8 @@ from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import ORDER, STAGES, Round, RoundStore
 
+KL_NOTE = "KL: mean log-ratio of answers drawn from the first policy named (k1), nats per answer"
+
 
 def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
@@ -96,7 +98,7 @@ def overview(store: RoundStore) -> Group:
             notes.append(Text(f"round {index + 1}, left out: {reasons}"))
         notes += [Text(f"round {index + 1}, warning: {text}", style="yellow")
                   for text in manifest.get("warnings", {}).values()]  # fmt: skip
-    return Group(table, *notes)
+    return Group(table, Text(KL_NOTE, style="dim"), *notes)
 
 
 def _cells(stages: dict[str, dict[str, Any]], prompts: dict[str, int]) -> list[str]:

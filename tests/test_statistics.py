@@ -17,6 +17,7 @@ from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError
 from rlhf_pl.modules.logging import Means, with_variance
 from rlhf_pl.ranks import Ranks
+from rlhf_pl.rollout import VLLMServerSampler
 from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.shaping import without_ties
 from rlhf_pl.stages.kl import estimate_kl
@@ -291,3 +292,34 @@ def test_an_update_has_no_pair_twice(pairs: int, max_tokens: int | None, world_s
     assert all(len(u) == min(size, pairs) for u in updates[:-1])
     assert sorted(i for u in updates for i in u) == sorted(list(range(pairs)) * passes)
     assert len(updates) == plan.updates
+
+
+def test_passes_over_few_pairs_go_on_from_their_middle(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """Updates of 16 pairs where there are 10 at most: each pass is one, as many as passes, stopped after two or not."""
+    from tests.integration.test_fit import assert_same, weights
+
+    trained = []
+    for name in ("whole", "parts"):
+        folder = tmp_path / name
+        settings: dict[str, Any] = {"max_epochs": 1, "accumulate_grad_batches": 8, "enable_checkpointing": True}
+        more: dict[str, Any] = {"data": {"passes": 4}}
+        if name == "parts":
+            with pytest.raises(SystemExit):
+                fit(folder, llama, prompts, [RoundCheckpoint(every_n_updates=1), Stop()], **more, **settings)
+            settings["ckpt_path"] = str(folder / "checkpoints" / "last.ckpt")
+        trainer, module = fit(folder, llama, prompts, [RoundCheckpoint(every_n_updates=1)], **more, **settings)
+        pairs = RoundStore(folder).round(0).info("pairs")["pairs"]
+        assert 0 < pairs <= 10
+        assert trainer.global_step == 4
+        trained.append(weights(module))
+    assert_same(*trained)
+
+
+def test_servers_say_how_they_reshape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by defaults of their own, since requests name every option."""
+    sampler = VLLMServerSampler(urls=["http://one:1"])
+    engine = {"logprobs_mode": "raw_logprobs", "override_generation_config": {"repetition_penalty": 1.1}}
+    monkeypatch.setattr(sampler, "_server_config", lambda url: {"model_config": engine})
+    assert sampler.reshapes() == []
+    engine["logits_processors"] = ["package:Processor"]  # type: ignore[assignment]
+    assert sampler.reshapes() == ["the server at http://one:1 runs with logits_processors ['package:Processor']"]

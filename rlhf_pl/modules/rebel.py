@@ -245,8 +245,8 @@ class RebelModule(L.LightningModule):
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
         """The held-out metrics of an epoch over offline pairs in a line."""
         return (
-            f"held-out loss {metrics['val/loss']:.3f}, sign agreement {metrics['val/sign_align']:.3f}, KL "
-            f"{metrics['val/kl']:.3f} nats ({held_out} pairs)"
+            f"held-out loss {metrics['val/loss']:.3f}, sign agreement {metrics['val/sign_align']:.3f}, "
+            f"KL(old||new) {metrics['val/kl']:.3f} nats (k1, {held_out} pairs)"
         )
 
     def round_summary(self) -> dict[str, float | None]:
