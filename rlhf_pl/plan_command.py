@@ -103,6 +103,8 @@ class _Plan:
         }
         if self.kernels.half and width == 4 and not self.sharded:
             held["copies in bf16"] = 2 * model.total
+        if not self.on_gpu:
+            held["policy before the round"] = self.kept()
         unit = max(model.rest, model.layer)
         pairs, answer = self.data.batch_size, self.options.sampling.max_response_tokens
         if self.data.max_tokens_per_batch is not None:
@@ -163,6 +165,16 @@ class _Plan:
         whole = DTYPE_BYTES[self.module.dtype_name] * self.model.total
         return whole, whole if self.reads_everywhere else 0
 
+    def kept(self) -> int:
+        """What each rank keeps in the CPU's memory of the policy before the round, for the KL on held-out prompts."""
+        held_out = self.data.val_prompts_source not in (0, 0.0)
+        return (
+            held_out
+            * DTYPE_BYTES[self.module.dtype_name]
+            * self.model.trainable
+            // (self.devices if self.sharded else 1)
+        )
+
     def _under_way(self, unit: int) -> int:
         """What the hand-over of weights itself takes: copies of the largest unit as the sampler has it, or a bucket."""
         if isinstance(self.sampler, VLLMServerSampler):
@@ -208,8 +220,9 @@ def _show(plan: _Plan, available: float, own: argparse.Namespace) -> int:
     totals = {phase: sum(memory[phase].values()) for phase in _PHASES}
     table.add_row("[bold]sum[/bold]", *(f"[bold]{size(totals[phase])}[/bold]" for phase in _PHASES))
     console.print(table)
-    host = Table("host memory while loading", "rank 0", "each other rank")
-    host.add_row(plan.module.source.path, *(size(n) for n in plan.host_memory()))
+    host = Table("host memory", "rank 0", "each other rank")
+    host.add_row(f"{plan.module.source.path} while loading", *(size(n) for n in plan.host_memory()))
+    host.add_row("the policy before the round, while it trains", *[size(plan.kept())] * 2)
     console.print(host)
     tokens_per_s = own.generate_tokens_per_s or (3000.0 if plan.on_gpu else 200.0)
     tflops = own.tflops or (150.0 if plan.on_gpu else 0.05)
