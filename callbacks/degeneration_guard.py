@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 
 from rlhf_pl.console import console
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import rounds_done, stopped_inside
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.degeneration import answer_statistics
 from rlhf_pl.errors import InputError
@@ -79,7 +79,7 @@ class DegenerationGuard(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """How far the round's training went."""
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, RoundDataModule):
+        if isinstance(data, RoundDataModule) and not stopped_inside(trainer):
             stored = data.store.round(rounds_done(trainer) - 1)
             kl = stored.manifest["stages"].get("training", {}).get("kl")
             if kl is not None and not kl <= self.max_kl:

@@ -6,12 +6,13 @@ from typing import Any, Literal
 
 import lightning as L
 
-from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint
+from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint, save_resume_point
 from rlhf_pl.console import console
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import inside_round, rounds_done, stopped_inside
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.limits import limits_of, report_stop, return_limits, stop_at_max_steps, stop_inside_round, take_limits
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import resident_gib
 from rlhf_pl.metrics import held_out_metrics, round_metrics
@@ -159,6 +160,7 @@ class RoundRefresh(L.Callback):
             self._maker.refuse_changes()
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = 0
+        take_limits(trainer)
         data.prepare_round = lambda index: self._prepare(trainer, index)
         data.finish_run = lambda rounds: self._evaluate(trainer, rounds)
 
@@ -182,11 +184,12 @@ class RoundRefresh(L.Callback):
     def _prepare(self, trainer: L.Trainer, index: int) -> None:
         """Make round `index`, or what is missing of it."""
         maker, data = self._begin(trainer), _datamodule(trainer)
-        if _inside_round(trainer):  # resumed: the policy is no longer the one that made the round
+        if inside_round(trainer):  # resumed: the policy is no longer the one that made the round
             maker.check_inside(index)
             return
         if self._announced != index and trainer.progress_bar_callback is not None and trainer.is_global_zero:
-            console.print(f"\n[bold]Round {index + 1} of {trainer.max_epochs}[/bold]")
+            of = "" if trainer.max_epochs == -1 else f" of {trainer.max_epochs}"
+            console.print(f"\n[bold]Round {index + 1}{of}[/bold]")
             self._announced = index
         maker.check_space(index)
         self._evaluate(trainer, index)
@@ -215,8 +218,12 @@ class RoundRefresh(L.Callback):
             self._logged_version = version
         return metrics
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        stop_at_max_steps(trainer)  # which a resumed run may have reached
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training_since = time.monotonic()
+        limits_of(trainer).trained = 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -226,10 +233,16 @@ class RoundRefresh(L.Callback):
         first, pl_module.first_logratio = pl_module.first_logratio, None
         if first is not None and self._maker is not None and not self.accept_changes:
             self._maker.check_first_update(first)
+        stop_inside_round(trainer, batch_idx)
+        stop_at_max_steps(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After a round's training: note it, save it, and only then evaluate the new policy."""
         assert isinstance(pl_module, RebelModule)
+        if stopped_inside(trainer):
+            save_resume_point(trainer)
+            self._rest()
+            return
         data, version = _datamodule(trainer), rounds_done(trainer)
         stored = data.store.round(version - 1)
         seconds = time.monotonic() - self._training_since
@@ -238,21 +251,24 @@ class RoundRefresh(L.Callback):
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)  # an engine that wakes on the same device needs the room
         _log(trainer, {"time/train_s": seconds, "train/pairs_per_s": speed}, max(0, trainer.global_step - 1))
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RoundCheckpoint):
-                callback.save_round(trainer)
+        save_resume_point(trainer)
         if self.options is not None:
             # for checkpoints that monitor them; the loggers have them already
             pl_module.log_dict(self._evaluate(trainer, version), logger=False)
         self._rest()
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        report_stop(trainer, "round")
+
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()
+        return_limits(trainer)
         forget_ranks(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         report_failure(trainer, exception)
         self._end()
+        return_limits(trainer)
 
     def _end(self) -> None:
         self._link.close()
@@ -290,11 +306,6 @@ def _datamodule(trainer: L.Trainer) -> RoundDataModule:
     if not isinstance(data, RoundDataModule):
         raise InputError(f"RoundRefresh works with RoundDataModule, got {type(data).__name__}.")
     return data
-
-
-def _inside_round(trainer: L.Trainer) -> bool:
-    progress: Any = trainer.fit_loop.epoch_progress.current
-    return progress.started > progress.processed
 
 
 def _log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:

@@ -10,11 +10,12 @@ from rlhf_pl.chat import encode_conversation, encode_prompt, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.held_out import split_groups
 from rlhf_pl.data.options import check_module
-from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
+from rlhf_pl.data.pairs import NoBatches, PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.limits import is_over, limit_epoch
 from rlhf_pl.rounds import Round, RoundStore
 
 # our names, and what the published data sets of REBEL's authors call them
@@ -209,11 +210,14 @@ class OfflineDataModule(PairsDataModule):
         return f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out{left_out}"
 
     def train_dataloader(self) -> Any:
+        if is_over(self._trainer):  # a finished run that is started again
+            return NoBatches()
         epoch = rounds_done(self._trainer)
         if self.prepare_round is not None:
             self.prepare_round()
         dataset = self._pairs(self.stored)
-        return RoundLoader(dataset, self._batches(epoch, dataset), epoch, self.num_workers)
+        batches = limit_epoch(self._trainer, self._batches(epoch, dataset))
+        return RoundLoader(dataset, batches, epoch, self.num_workers)
 
     def divide(self, epoch: int) -> RoundBatches:
         return self._batches(epoch, self._pairs(self.stored))

@@ -11,13 +11,14 @@ from torch.utils.data import Dataset
 from rlhf_pl.classifier import tree_inputs
 from rlhf_pl.data.held_out import split_groups
 from rlhf_pl.data.options import check_module, refuse_other_rows
-from rlhf_pl.data.pairs import RoundBatches, RoundLoader
+from rlhf_pl.data.pairs import NoBatches, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import at_least
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.layout import Layout, to_device
+from rlhf_pl.limits import is_over, limit_epoch
 from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
 from rlhf_pl.rows import common_tokens, share_beginning
@@ -207,8 +208,10 @@ class PreferenceDataModule(PairsDataModule):
 
     def train_dataloader(self) -> Any:
         assert self.train_set is not None
+        if is_over(self._trainer):  # a finished run that is started again
+            return NoBatches()
         epoch = rounds_done(self._trainer)
-        return self._loader(self.train_set, self.divide(epoch), epoch)
+        return self._loader(self.train_set, limit_epoch(self._trainer, self.divide(epoch)), epoch)
 
     def divide(self, epoch: int) -> RoundBatches:
         assert self.train_set is not None

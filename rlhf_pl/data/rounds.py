@@ -6,8 +6,8 @@ from typing import Any
 import torch
 
 from rlhf_pl.data.options import check_module
-from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
-from rlhf_pl.data.progress import rounds_done, run_seed
+from rlhf_pl.data.pairs import NoBatches, PairDataset, RoundBatches, RoundLoader
+from rlhf_pl.data.progress import inside_round, rounds_done, run_seed
 from rlhf_pl.data.prompts import (
     Prompt,
     count_duplicates,
@@ -18,6 +18,7 @@ from rlhf_pl.data.prompts import (
 )
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.limits import is_over
 from rlhf_pl.rounds import Round, RoundStore
 
 
@@ -153,10 +154,10 @@ class RoundDataModule(PairsDataModule):
 
     def train_dataloader(self) -> Any:
         index = self.round_index
-        if self._trainer.max_epochs is not None and 0 <= self._trainer.max_epochs <= index:
-            if self.finish_run is not None:
+        if is_over(self._trainer):  # a finished run that is started again
+            if self.finish_run is not None and not inside_round(self._trainer):
                 self.finish_run(index)
-            return []  # a finished run that is started again
+            return NoBatches()
         if self.prepare_round is not None:
             self.prepare_round(index)
         dataset = self._pairs(self.store.round(index))
@@ -186,7 +187,7 @@ class RoundDataModule(PairsDataModule):
         """The held-out pairs of the policy that generated the current round, if there are any."""
         dataset = self._pairs(self.store.held_out(self.round_index))
         if dataset is None or len(dataset) == 0:
-            return []
+            return NoBatches()
         batches = self._held_out_batches(min(len(dataset), self.max_val_pairs))
         return RoundLoader(dataset, batches, self.round_index, self.num_workers)
 

@@ -3,15 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.pairs import PairBatch
 from rlhf_pl.data.progress import run_seed
-from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base
 from rlhf_pl.fingerprints import describe
@@ -19,15 +16,16 @@ from rlhf_pl.lora import LoRA, adaptable_layers, add_lora, base_dtype, check_lor
 from rlhf_pl.losses import PairwiseLoss, RebelLoss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
+from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm, train_last_layers
 from rlhf_pl.ranks import ranks_of
-from rlhf_pl.strategies import callable_policy, check_strategy, clip_gradients, shard, shard_frozen
+from rlhf_pl.strategies import callable_policy, check_strategy, shard, shard_frozen
 from rlhf_pl.weights import Weights, like_of, model_weights
 
 
-class RebelModule(L.LightningModule):
+class RebelModule(TrainedModule):
     """A policy that learns from pairs: REBEL by default, any `PairwiseLoss` by choice.
 
     Args:
@@ -252,19 +250,16 @@ class RebelModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlhf_pl"] = {"round": dict(self._round), "last_kl": self.last_kl}
-        note_split(self.trainer, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         leave_out_base(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:
             check_weights(self, checkpoint, self.source)
-        adapt_split(self.trainer, checkpoint)
+        super().on_load_checkpoint(checkpoint)
         kept = checkpoint.get("rlhf_pl")
         if kept is not None:
             self._round, self.last_kl = dict(kept["round"]), kept["last_kl"]
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.optimization.configure(self)
 
     def training_settings(self) -> dict[str, Any]:
         """What the training on a round depends on, without building anything heavy."""
@@ -277,19 +272,9 @@ class RebelModule(L.LightningModule):
             **({} if self.lora is None else {"lora": vars(self.lora)}),
         }
 
-    def on_train_start(self) -> None:
-        self.optimization.on_train_start(self.trainer)
-
     def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
         self._round = {"loss": 0.0, "pairs": 0.0}
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
-        self.optimization.on_train_batch_start(self.trainer, batch_idx)
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the policy as a Hugging Face folder: safetensors, tokenizer, chat template, generation config.

@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
@@ -14,7 +12,6 @@ from rlhf_pl.classifier import ClassifierLM, check_new_classifier, new_classifie
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
-from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_folder
 from rlhf_pl.liger import apply_liger
@@ -22,16 +19,17 @@ from rlhf_pl.lora import LoRA, add_lora, check_lora
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
+from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.pair_metrics import wilson_interval
 from rlhf_pl.policy import DType, PolicySource
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rendering import Renderer, SystemPrompt, reward_tokenizer
-from rlhf_pl.strategies import check_strategy, clip_gradients, shard
+from rlhf_pl.strategies import check_strategy, shard
 from rlhf_pl.weights import Weights, like_of, model_weights
 
 
-class RewardModelModule(L.LightningModule):
+class RewardModelModule(TrainedModule):
     """A reward model that learns from comparisons by the Bradley-Terry loss.
 
     Args:
@@ -204,26 +202,12 @@ class RewardModelModule(L.LightningModule):
         export_folder(self.classifier.model, self.source, self.weights(), folder, dtype, self.global_rank == 0)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        note_split(self.trainer, checkpoint)
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.classifier is not None:
             check_weights(self, checkpoint, self.source)
-        adapt_split(self.trainer, checkpoint)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.optimization.configure(self)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_train_start(self) -> None:
-        self.optimization.on_train_start(self.trainer)
-
-    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.optimization.on_train_batch_start(self.trainer, batch_idx)
+        super().on_load_checkpoint(checkpoint)
 
 
 def _padding_token(tokenizer: Any, source: PolicySource) -> int:
