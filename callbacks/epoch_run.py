@@ -6,10 +6,14 @@ import lightning as L
 
 from rlhf_pl.callbacks.round_checkpoint import save_resume_point
 from rlhf_pl.console import console
+from rlhf_pl.data.limits import report_stop, return_limits, stop_at_max_steps, take_limits
 from rlhf_pl.data.progress import rounds_done, stopped_inside
-from rlhf_pl.limits import report_stop, return_limits, stop_at_max_steps, take_limits
 from rlhf_pl.lock import RunLock
+from rlhf_pl.monitors import check_monitors
 from rlhf_pl.ranks import forget_ranks, ranks_of, report_failure
+from rlhf_pl.trainer_options import check_trainer
+
+_LACKING = "It comes from held-out rows: set `data.val_conversations`, `data.val_preferences` or `data.val_pairs`."
 
 
 class EpochRun(L.Callback):
@@ -24,6 +28,10 @@ class EpochRun(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         ranks_of(trainer)  # from here on the ranks hear of each other's end
+        check_trainer(trainer, in_rounds=False)
+        held_out = _data(trainer).val_set
+        validates = held_out is not None and len(held_out) > 0 and trainer.limit_val_batches != 0
+        check_monitors(trainer, pl_module, validates, (), "" if validates else _LACKING)
         take_limits(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

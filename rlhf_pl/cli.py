@@ -44,6 +44,7 @@ from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
 from rlhf_pl.round_settings import downstream_settings
 from rlhf_pl.run_files import RunConfig, RunLogger, keep_csv
 from rlhf_pl.strategies import runnable_strategy
+from rlhf_pl.trainer_options import refuse_options
 
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -97,6 +98,7 @@ class RlhfCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add what a run needs and the config does not name: logger, checkpoints, progress bar, report."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        refuse_options(config, in_rounds=isinstance(self.datamodule, RoundDataModule))
         run_dir = config["default_root_dir"]
         given = config["callbacks"] or []
         callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]

@@ -24,6 +24,8 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
             return full
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return InputError(f"No file has so long a name: {str(error.filename)[:60]!r}... Correct that option.")
+        if isinstance(error, RuntimeError) and _raised_by(error, "lightning.pytorch.callbacks"):
+            return InputError(f"`trainer.callbacks`: {_in_a_line(error)}")
         if isinstance(error, ValueError | TypeError | OverflowError) and _raised_by(error, "lightning"):
             return InputError(f"The Trainer refuses this config: {_in_a_line(error)}")
         error = error.__cause__ or error.__context__
@@ -33,7 +35,7 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
 def _raised_by(error: BaseException, package: str) -> bool:
     """Whether the line that raised is the package's own."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").split(".")[0] == package
+    return bool(frames) and f"{frames[-1][0].f_globals.get('__name__', '')}.".startswith(f"{package}.")
 
 
 @contextmanager

@@ -9,13 +9,13 @@ import pyarrow as pa
 from rlhf_pl.chat import encode_conversation, encode_prompt, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.limits import is_over, limit_epoch
 from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import NoBatches, PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError, at_least
-from rlhf_pl.limits import is_over, limit_epoch
 from rlhf_pl.rounds import Round, RoundStore
 
 # our names, and what the published data sets of REBEL's authors call them

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from rlhf_pl.classifier import tree_inputs
 from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.limits import is_over, limit_epoch
 from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.pairs import NoBatches, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
@@ -18,7 +19,6 @@ from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import at_least
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.layout import Layout, to_device
-from rlhf_pl.limits import is_over, limit_epoch
 from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
 from rlhf_pl.rows import common_tokens, share_beginning

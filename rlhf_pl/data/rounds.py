@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 
+from rlhf_pl.data.limits import is_over
 from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import NoBatches, PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.progress import inside_round, rounds_done, run_seed
@@ -18,7 +19,6 @@ from rlhf_pl.data.prompts import (
 )
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError, at_least
-from rlhf_pl.limits import is_over
 from rlhf_pl.rounds import Round, RoundStore
 
 
@@ -187,7 +187,7 @@ class RoundDataModule(PairsDataModule):
         """The held-out pairs of the policy that generated the current round, if there are any."""
         dataset = self._pairs(self.store.held_out(self.round_index))
         if dataset is None or len(dataset) == 0:
-            return NoBatches()
+            return []
         batches = self._held_out_batches(min(len(dataset), self.max_val_pairs))
         return RoundLoader(dataset, batches, self.round_index, self.num_workers)
 

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from rlhf_pl.chat import encode_conversation
 from rlhf_pl.data.conversations import Conversation, load_conversations
 from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.limits import is_over, limit_epoch
 from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.packing import Example, lay_out_examples, pack
 from rlhf_pl.data.pairs import NoBatches, RoundBatches, RoundLoader
@@ -19,7 +20,6 @@ from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.fingerprints import rows_fingerprint
-from rlhf_pl.limits import is_over, limit_epoch
 from rlhf_pl.rows import RowBatch
 
 

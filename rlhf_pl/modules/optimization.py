@@ -11,10 +11,10 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from rlhf_pl.compute import HALF
+from rlhf_pl.data.limits import limits_of
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
-from rlhf_pl.limits import limits_of
 from rlhf_pl.optim import WarmupCosine, hyperparameters, restore_hyperparameters
 from rlhf_pl.working_copy import WorkingCopy
 

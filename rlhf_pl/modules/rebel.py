@@ -24,6 +24,18 @@ from rlhf_pl.ranks import ranks_of
 from rlhf_pl.strategies import callable_policy, check_strategy, shard, shard_frozen
 from rlhf_pl.weights import Weights, like_of, model_weights
 
+PARTS = (
+    "loss",
+    "kl",
+    "kl_chosen",
+    "kl_rejected",
+    "ratio_mean",
+    "ratio_var",
+    "logratio_margin",
+    "reward_margin",
+    "sign_align",
+)
+
 
 class RebelModule(TrainedModule):
     """A policy that learns from pairs: REBEL by default, any `PairwiseLoss` by choice.
@@ -50,6 +62,9 @@ class RebelModule(TrainedModule):
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
     """
+
+    train_metrics = tuple(f"train/{name}" for name in ("lr", *PARTS))
+    val_metrics = tuple(f"val/{name}" for name in PARTS)
 
     def __init__(
         self,

@@ -28,6 +28,8 @@ from rlhf_pl.rendering import Renderer, SystemPrompt, reward_tokenizer
 from rlhf_pl.strategies import check_strategy, shard
 from rlhf_pl.weights import Weights, like_of, model_weights
 
+PARTS = ("loss", "accuracy", "margin", "score_chosen", "score_rejected")  # what is logged of pairs
+
 
 class RewardModelModule(TrainedModule):
     """A reward model that learns from comparisons by the Bradley-Terry loss.
@@ -50,6 +52,9 @@ class RewardModelModule(TrainedModule):
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
     """
+
+    train_metrics = tuple(f"train/{name}" for name in ("lr", *PARTS))
+    val_metrics = tuple(f"val/{name}" for name in (*PARTS, "longer_accuracy", "calibration_error"))
 
     def __init__(
         self,

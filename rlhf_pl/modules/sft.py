@@ -44,6 +44,9 @@ class SFTModule(TrainedModule):
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
     """
 
+    train_metrics = tuple(f"train/{name}" for name in ("lr", "loss"))
+    val_metrics = tuple(f"val/{name}" for name in ("loss", "perplexity"))
+
     def __init__(
         self,
         policy: str,

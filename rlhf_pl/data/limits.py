@@ -98,8 +98,9 @@ def report_stop(trainer: L.Trainer, what: str) -> None:
     if not stopped_inside(trainer) or not trainer.is_global_zero:
         return
     done, total = batches_done(trainer), trainer.num_training_batches
+    done -= done % trainer.accumulate_grad_batches
     console.print(
-        f"Stopped inside {what} {rounds_done(trainer) + 1}, after {done} of its {total} micro-batches (update "
-        f"{trainer.global_step}). The next start goes on with the next one.",
+        f"Stopped inside {what} {rounds_done(trainer) + 1} at update {trainer.global_step}, after {done} of its "
+        f"{total} micro-batches. The next start goes on with the next one.",
         soft_wrap=True,
     )
