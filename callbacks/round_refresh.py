@@ -124,6 +124,7 @@ class RoundRefresh(L.Callback):
         self._lock: RunLock | None = None
         self._announced: int | None = None
         self._logged_version: int | None = None
+        self._logged_round: int | None = None
         self._training_since = time.monotonic()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -221,7 +222,9 @@ class RoundRefresh(L.Callback):
         if data.val_prompts and maker.options.val_sampling.num_responses > 1 and data.max_val_pairs > 0:
             maker.pair_held_out(index)
         stored = maker.make(index)
-        publish(trainer, {**round_metrics(stored), "system/resident_gib": resident_gib()}, trainer.global_step)
+        if self._logged_round != index:  # after a resume Lightning asks for the loader twice
+            publish(trainer, {**round_metrics(stored), "system/resident_gib": resident_gib()}, trainer.global_step)
+            self._logged_round = index
         self._rest()
 
     def _keep_metrics(self, trainer: L.Trainer, index: int) -> None:

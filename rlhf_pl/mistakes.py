@@ -51,4 +51,16 @@ def as_mistakes(what: str) -> Iterator[None]:
 
 def _in_a_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return _class_problem(lines) or f"{type(error).__name__}: {lines[0]}"
+
+
+def _class_problem(lines: list[str]) -> str:
+    """What a class said when it could not be made, which jsonargparse lists among what it is not either."""
+    found = []
+    for number, line in enumerate(lines):
+        text = line.strip().removeprefix("- ")
+        if text.startswith("Problem with given class_path") and number + 1 < len(lines):
+            reason = lines[number + 1].strip()
+            if not reason.startswith(("Does not validate", "Subtypes:", "Errors:")):
+                found.append(f"{text} {reason}")
+    return "; ".join(dict.fromkeys(found))
