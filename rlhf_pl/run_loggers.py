@@ -116,7 +116,7 @@ def _write(file: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
 
 
 def _comes_again(row: dict[str, str], progress: Progress | None) -> bool:
-    """Whether a run that goes on logs a row anew: what follows its checkpoint, and the evaluation that begins a round."""
+    """Whether a run that goes on logs a row anew: what follows its checkpoint, and a first evaluation."""
     if progress is None or int(row["step"]) >= progress.global_step:
         return True
     evaluation = bool(row.get("val/reward_mean")) and int(row["step"]) == progress.global_step - 1

@@ -1,4 +1,4 @@
-"""Tries Lightning's callbacks, plugins, profilers, loggers and Trainer options on tiny runs, and prints a table for the docs.
+"""Tries Lightning's callbacks, plugins, profilers, loggers and options on tiny runs; prints a table.
 
     python scripts/lightning_options.py MODEL [NAME ...]
 
@@ -111,6 +111,8 @@ def _outcome(name: str, policy: str) -> tuple[str, str]:
     arguments = [
         *("fit", "--model.policy", policy, "--data.prompts", "prompts.jsonl", "--data.val_prompts", "4"),
         *(
+            "--data.max_prompt_tokens",
+            "128",
             "--data.batch_size",
             "2",
             "--rollout.reward",
@@ -126,7 +128,8 @@ def _outcome(name: str, policy: str) -> tuple[str, str]:
     code, said = _run(arguments)
     if code != 0:
         why = next((line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")), "")
-        refused = bool(why) and not (Path(run_dir) / "rounds").exists()
+        named = name.split()[0].removesuffix("-mixed") in why or CASES[name][0].lstrip("-") in why
+        refused = named and not (Path(run_dir) / "rounds").exists()
         return ("refused", why) if refused else ("unknown", (why or said.strip().splitlines()[-1])[:160])
     before = _model(run_dir)
     code, said = _run(arguments)
