@@ -139,9 +139,11 @@ class RoundCheckpoint(Checkpoint):
             self._save(trainer, f"update-{trainer.global_step:08d}.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After all other callbacks: again, if one of them has a state that it may have changed since."""
+        """After all other callbacks: again, if one of them, or a schedule, has a state that has changed since."""
         everything: Any = trainer.callbacks  # type: ignore[attr-defined]
-        if not stopped_inside(trainer) and any(c.state_dict() for c in everything if c is not self):
+        by_metric = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
+        has_state = by_metric or any(c.state_dict() for c in everything if c is not self)
+        if has_state and not stopped_inside(trainer):
             self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
 
     def _save(self, trainer: L.Trainer, name: str) -> None:

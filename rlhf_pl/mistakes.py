@@ -63,4 +63,6 @@ def _class_problem(lines: list[str]) -> str:
             reason = lines[number + 1].strip()
             if not reason.startswith(("Does not validate", "Subtypes:", "Errors:")):
                 found.append(f"{text} {reason}")
+    if not found and lines[0].startswith("Does not validate") and "Errors:" in lines[:-1]:
+        found = [lines[lines.index("Errors:") + 1].strip().removeprefix("- ")]
     return "; ".join(dict.fromkeys(found))
