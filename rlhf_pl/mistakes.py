@@ -63,6 +63,8 @@ def _class_problem(lines: list[str]) -> str:
             reason = lines[number + 1].strip()
             if not reason.startswith(("Does not validate", "Subtypes:", "Errors:")):
                 found.append(f"{text} {reason}")
-    if not found and lines[0].startswith("Does not validate") and "Errors:" in lines[:-1]:
-        found = [lines[lines.index("Errors:") + 1].strip().removeprefix("- ")]
+    if not found and lines[0].startswith("Does not validate"):
+        after = [i + 1 for i, line in enumerate(lines[:-1]) if line.strip() == "Errors:"]
+        reasons = [lines[i].strip().removeprefix("- ") for i in after]
+        found = [reason for reason in reasons if not reason.startswith("Does not validate")][:1]
     return "; ".join(dict.fromkeys(found))

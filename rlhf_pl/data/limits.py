@@ -5,9 +5,10 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning as L
+from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 
 from rlhf_pl.console import console
-from rlhf_pl.data.pairs import RoundBatches
+from rlhf_pl.data.pairs import NoBatches, RoundBatches
 from rlhf_pl.data.progress import batches_done, rounds_done, stopped_inside
 
 
@@ -74,6 +75,14 @@ def is_over(trainer: L.Trainer) -> bool:
     if trainer.should_stop and trainer.fit_loop._can_stop_early:
         return True
     return rounds is not None and 0 <= rounds <= rounds_done(trainer)
+
+
+def nothing_left(trainer: L.Trainer) -> NoBatches:
+    """The loader of a finished run that is started again."""
+    run: Any = trainer
+    if isinstance(run.profiler, PyTorchProfiler):  # it fails where no step was made
+        run.profiler = PassThroughProfiler()
+    return NoBatches()
 
 
 def stop_at_max_steps(trainer: L.Trainer) -> None:

@@ -9,9 +9,9 @@ import pyarrow as pa
 from rlhf_pl.chat import encode_conversation, encode_prompt, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.limits import is_over, limit_epoch
+from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
 from rlhf_pl.data.options import check_module
-from rlhf_pl.data.pairs import NoBatches, PairDataset, RoundBatches, RoundLoader
+from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.updates import PairsDataModule
@@ -211,7 +211,7 @@ class OfflineDataModule(PairsDataModule):
 
     def train_dataloader(self) -> Any:
         if is_over(self._trainer):  # a finished run that is started again
-            return NoBatches()
+            return nothing_left(self._trainer)
         epoch = rounds_done(self._trainer)
         if self.prepare_round is not None:
             self.prepare_round()

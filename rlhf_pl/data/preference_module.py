@@ -10,9 +10,9 @@ from torch.utils.data import Dataset
 
 from rlhf_pl.classifier import tree_inputs
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.limits import is_over, limit_epoch
+from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
 from rlhf_pl.data.options import check_module, refuse_other_rows
-from rlhf_pl.data.pairs import NoBatches, RoundBatches, RoundLoader
+from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.updates import PairsDataModule
@@ -209,7 +209,7 @@ class PreferenceDataModule(PairsDataModule):
     def train_dataloader(self) -> Any:
         assert self.train_set is not None
         if is_over(self._trainer):  # a finished run that is started again
-            return NoBatches()
+            return nothing_left(self._trainer)
         epoch = rounds_done(self._trainer)
         return self._loader(self.train_set, limit_epoch(self._trainer, self.divide(epoch)), epoch)
 

@@ -12,10 +12,10 @@ from torch.utils.data import Dataset
 from rlhf_pl.chat import encode_conversation
 from rlhf_pl.data.conversations import Conversation, load_conversations
 from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.limits import is_over, limit_epoch
+from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
 from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.packing import Example, lay_out_examples, pack
-from rlhf_pl.data.pairs import NoBatches, RoundBatches, RoundLoader
+from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError, at_least
@@ -188,7 +188,7 @@ class SFTDataModule(L.LightningDataModule):
         assert self.trainer is not None
         trainer, epoch = self.trainer, rounds_done(self.trainer)
         if is_over(trainer):  # a finished run that is started again
-            return NoBatches()
+            return nothing_left(trainer)
         order = list(range(len(self.examples)))
         random.Random(f"{self.seed}:{epoch}:pack").shuffle(order)
         lengths = [len(e) for e in self.examples]
