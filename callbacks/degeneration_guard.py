@@ -5,11 +5,12 @@ from typing import Any
 import lightning as L
 
 from rlhf_pl.console import console
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import inside_round, rounds_done, stopped_inside
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.degeneration import answer_statistics
 from rlhf_pl.errors import InputError
 from rlhf_pl.metrics import policy_kl
+from rlhf_pl.modules.logging import keep, publish
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rounds import Round
 
@@ -69,6 +70,16 @@ class DegenerationGuard(L.Callback):
         self.min_reward_std = min_reward_std
         self.stop_on = set(SIGNS) if "all" in (stop_on or ()) else set(stop_on or ())
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What an earlier process logged of a round that goes on, for callbacks that monitor it."""
+        data = getattr(trainer, "datamodule", None)
+        if not isinstance(data, RoundDataModule) or not inside_round(trainer):
+            return
+        stored = data.store.round(rounds_done(trainer))
+        seen = ranks_of(trainer).first(lambda: answer_statistics(stored.read("responses")))
+        warnings = float(len(stored.manifest.get("warnings", {})))
+        keep(trainer, {**{f"rollout/{name}": value for name, value in seen.items()}, "guard/warnings": warnings})
+
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The round's answers, before they are trained on."""
         data = getattr(trainer, "datamodule", None)
@@ -81,7 +92,7 @@ class DegenerationGuard(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """How far the round's training went."""
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, RoundDataModule):
+        if isinstance(data, RoundDataModule) and not stopped_inside(trainer):
             stored = data.store.round(rounds_done(trainer) - 1)
             found = {
                 "KL(old || new)": stored.manifest["stages"].get("training", {}).get("kl"),
@@ -99,8 +110,7 @@ class DegenerationGuard(L.Callback):
 
     def _signs_of_answers(self, trainer: L.Trainer, stored: Round, first: Round) -> dict[str, str]:
         seen = ranks_of(trainer).first(lambda: answer_statistics(stored.read("responses")))
-        for logger in trainer.loggers:
-            logger.log_metrics({f"rollout/{name}": value for name, value in seen.items()}, step=trainer.global_step)
+        publish(trainer, {f"rollout/{name}": value for name, value in seen.items()}, trainer.global_step)
         length, at_first = (r.info("responses")["tokens_mean"] for r in (stored, first))
         ratio = max(length, at_first) / max(1e-9, min(length, at_first))
         pairs, std = stored.info("pairs"), stored.info("rewards")["std"]
@@ -140,8 +150,7 @@ class DegenerationGuard(L.Callback):
         number = int(stored.path.name) + 1
         for text in signs.values():
             console.print(f"[yellow]warning[/yellow]: round {number}: {text}.", soft_wrap=True)
-        for logger in trainer.loggers:
-            logger.log_metrics({"guard/warnings": float(len(signs))}, step=trainer.global_step)
+        publish(trainer, {"guard/warnings": float(len(signs))}, trainer.global_step)
         if fatal := [text for name, text in signs.items() if name in self.stop_on]:
             raise DegenerationError(
                 f"Stopped in round {number} (`guards.stop_on`): {'; '.join(fatal)}. The last policy is in "

@@ -4,11 +4,16 @@ from typing import Any
 
 import lightning as L
 
-from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint
+from rlhf_pl.callbacks.round_checkpoint import save_resume_point
 from rlhf_pl.console import console
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.limits import report_stop, return_limits, stop_at_max_steps, take_limits
+from rlhf_pl.data.progress import rounds_done, stopped_inside
 from rlhf_pl.lock import RunLock
+from rlhf_pl.monitors import check_monitors
 from rlhf_pl.ranks import forget_ranks, ranks_of, report_failure
+from rlhf_pl.trainer_options import check_trainer
+
+_LACKING = "It comes from held-out rows: set `data.val_conversations`, `data.val_preferences` or `data.val_pairs`."
 
 
 class EpochRun(L.Callback):
@@ -19,9 +24,15 @@ class EpochRun(L.Callback):
 
     def __init__(self) -> None:
         self._lock: RunLock | None = None
+        self._validated = False  # in this epoch
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         ranks_of(trainer)  # from here on the ranks hear of each other's end
+        check_trainer(trainer, in_rounds=False)
+        held_out = _data(trainer).val_set
+        validates = held_out is not None and len(held_out) > 0 and trainer.limit_val_batches != 0
+        check_monitors(trainer, pl_module, validates, (), "" if validates else _LACKING)
+        take_limits(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on the run directory is written to, by this process alone."""
@@ -31,21 +42,34 @@ class EpochRun(L.Callback):
             console.print(f"{_data(trainer).describe()}. Run directory: {trainer.default_root_dir}", soft_wrap=True)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        stop_at_max_steps(trainer)  # which a resumed run may have reached
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._validated = not trainer.sanity_checking
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stop_at_max_steps(trainer)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After the epoch's validation."""
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RoundCheckpoint):
-                callback.save_round(trainer)
-        if trainer.is_global_zero:
+        """After the epoch's validation, or where the run has stopped inside the epoch."""
+        save_resume_point(trainer)
+        if trainer.is_global_zero and not stopped_inside(trainer):
             console.print(f"epoch {rounds_done(trainer)}: {self._line(trainer, pl_module)}", soft_wrap=True)
 
     def _line(self, trainer: L.Trainer, module: Any) -> str:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if "val/loss" in metrics:
+        if "val/loss" in metrics and self._validated:  # other epochs' are kept where this one has none
             return module.describe_epoch(metrics, len(_data(trainer).val_set))
         return f"loss {metrics['train/loss']:.3f}" if "train/loss" in metrics else "no updates"
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        report_stop(trainer, "epoch")
         if trainer.is_global_zero:
             run_dir = trainer.default_root_dir
             done = f"Done. The model is in {run_dir}/model; see the curves with tensorboard --logdir {run_dir}"
@@ -53,11 +77,13 @@ class EpochRun(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()
+        return_limits(trainer)
         forget_ranks(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         report_failure(trainer, exception)
         self._end()
+        return_limits(trainer)
 
     def _end(self) -> None:
         if self._lock is not None:

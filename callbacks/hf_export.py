@@ -3,11 +3,15 @@
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+from lightning.pytorch.callbacks import WeightAveraging
 
+from rlhf_pl.data.progress import stopped_inside
 from rlhf_pl.disk import check_space, naming_a_full_disk
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import Exportable, export_dtype
@@ -77,7 +81,7 @@ class HFExport(L.Callback):
             try_export(self.dtype)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if self.every_round:
+        if self.every_round and not stopped_inside(trainer):
             self._write(trainer, pl_module, f"{self.folder}-round-{trainer.current_epoch + 1}")
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -85,6 +89,10 @@ class HFExport(L.Callback):
         self._write(trainer, pl_module, self.folder)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
+        with _averaged(trainer, pl_module):
+            self._write_present(trainer, pl_module, name)
+
+    def _write_present(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
         """Write beside the target and rename, so that a folder of this name is always whole."""
         target = Path(trainer.default_root_dir) / name
         assert isinstance(pl_module, Exportable)
@@ -131,6 +139,23 @@ def _open_by_umask(folder: Path) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             path.chmod(0o666 & ~mask)
+
+
+@contextmanager
+def _averaged(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
+    """In which the module has the averaged weights of a WeightAveraging callback, if there is one.
+
+    Lightning copies them at the end of training, but not in a finished run that is started again.
+    """
+    everything: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    averages = [c for c in everything if isinstance(c, WeightAveraging) and c._average_model is not None]
+    for callback in averages:
+        callback._swap_models(module)
+    try:
+        yield
+    finally:
+        for callback in averages:
+            callback._swap_models(module)
 
 
 def _stamp_of(folder: Path) -> Any:

@@ -19,7 +19,7 @@ from rlhf_pl.checkpoints import (
     remove_checkpoint,
     save_sharded,
 )
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import batches_done, rounds_done, stopped_inside
 from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.strategies import writes_sharded
@@ -66,6 +66,8 @@ class RoundCheckpoint(Checkpoint):
         self._owner = os.getpid()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # what is saved holds the others' states
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -117,7 +119,8 @@ class RoundCheckpoint(Checkpoint):
         if (batch_idx + 1) % trainer.accumulate_grad_batches or batch_idx + 1 == trainer.num_training_batches:
             return  # inside an update; or at the end of the round, which `save_round` is for
         wanted = trainer.strategy.reduce_boolean_decision(self._requested is not None, all=False)
-        due = self.every_n_updates > 0 and trainer.global_step % self.every_n_updates == 0
+        stepped = trainer.global_step > self._saved_at  # a gradient scaler leaves steps out
+        due = self.every_n_updates > 0 and stepped and trainer.global_step % self.every_n_updates == 0
         if wanted or due:
             self._save(trainer, f"update-{trainer.global_step:08d}.ckpt")
         if wanted:
@@ -125,15 +128,22 @@ class RoundCheckpoint(Checkpoint):
             self._stop()
 
     def save_round(self, trainer: L.Trainer) -> None:
-        """After a round's training, before its evaluation; then a stop need not wait any longer."""
+        """After a round's training, before its evaluation; then a stop need not wait any longer.
+
+        Where the run has stopped inside the round, it is saved as it is after the last update.
+        """
         self._at_once = True
-        self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
+        if not stopped_inside(trainer):
+            self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
+        elif batches_done(trainer) >= trainer.accumulate_grad_batches:
+            self._save(trainer, f"update-{trainer.global_step:08d}.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After all other callbacks: again, if one of them has a state that it may have changed since."""
+        """After all other callbacks: again, if one of them, or a schedule, has a state that has changed since."""
         everything: Any = trainer.callbacks  # type: ignore[attr-defined]
-        others = [c for c in everything if not isinstance(c, Checkpoint)]
-        if any(c.state_dict() for c in others):
+        by_metric = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
+        has_state = by_metric or any(c.state_dict() for c in everything if c is not self)
+        if has_state and not stopped_inside(trainer):
             self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
@@ -179,3 +189,10 @@ class RoundCheckpoint(Checkpoint):
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
         self._handlers = {}
+
+
+def save_resume_point(trainer: L.Trainer) -> None:
+    """Have the run's RoundCheckpoint, if there is one, save where a round or epoch ends or was left."""
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        if isinstance(callback, RoundCheckpoint):
+            callback.save_round(trainer)

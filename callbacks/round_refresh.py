@@ -6,16 +6,19 @@ from typing import Any, Literal
 
 import lightning as L
 
-from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint
+from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint, save_resume_point
 from rlhf_pl.console import console
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.limits import limits_of, report_stop, return_limits, stop_at_max_steps, stop_inside_round, take_limits
+from rlhf_pl.data.progress import inside_round, rounds_done, stopped_inside
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import resident_gib
-from rlhf_pl.metrics import held_out_metrics, round_metrics
+from rlhf_pl.metrics import HELD_OUT, ROLLOUT, held_out_metrics, round_metrics
+from rlhf_pl.modules.logging import keep, publish
 from rlhf_pl.modules.rebel import RebelModule
+from rlhf_pl.monitors import check_monitors
 from rlhf_pl.pairs import BestWorst, PairSelector
 from rlhf_pl.ranks import DEFAULT_TIMEOUT, forget_ranks, ranks_of, report_failure
 from rlhf_pl.repair import repair
@@ -27,6 +30,12 @@ from rlhf_pl.round_maker import RoundMaker
 from rlhf_pl.round_settings import RoundOptions, check_noted_logps, held_out_sampling
 from rlhf_pl.rounds import DamagedStoreError
 from rlhf_pl.shaping import RewardShaping
+from rlhf_pl.trainer_options import check_trainer
+
+_LACKING = (
+    "Metrics of answers come from held-out prompts: set `data.val_prompts`. Those of held-out pairs also need "
+    "`rollout.val_num_responses` of 2 or more."
+)
 
 
 class RoundRefresh(L.Callback):
@@ -115,13 +124,21 @@ class RoundRefresh(L.Callback):
         self._lock: RunLock | None = None
         self._announced: int | None = None
         self._logged_version: int | None = None
+        self._logged_round: int | None = None
         self._training_since = time.monotonic()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check everything that needs no weights, and offer the DataModule to prepare its rounds."""
-        if stage != "fit" or self.options is None:
+        if stage != "fit":
             return
         data, options = _datamodule(trainer), self.options
+        check_trainer(trainer, in_rounds=True)
+        check_monitors(trainer, pl_module, self._validates(trainer), self._metrics(trainer), _LACKING)
+        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
+        trainer.num_sanity_val_steps = 0
+        take_limits(trainer)
+        if options is None:
+            return
         if not isinstance(pl_module, RebelModule):
             raise InputError(f"RoundRefresh works with RebelModule, got {type(pl_module).__name__}.")
         ranks = ranks_of(trainer, self._timeout)
@@ -156,15 +173,25 @@ class RoundRefresh(L.Callback):
             data,
             self._link,
             options,
-            lambda metrics: _log(trainer, metrics, trainer.global_step),
+            lambda metrics: publish(trainer, metrics, trainer.global_step),
             self.accept_changes,
         )
         if not self.repair:
             self._maker.refuse_changes()
-        trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
-        trainer.num_sanity_val_steps = 0
         data.prepare_round = lambda index: self._prepare(trainer, index)
         data.finish_run = lambda rounds: self._evaluate(trainer, rounds)
+
+    def _validates(self, trainer: L.Trainer) -> bool:
+        """Whether the module is validated on held-out pairs."""
+        data = _datamodule(trainer)
+        pairs = self.options is None or (data.val_prompts and self.options.val_sampling.num_responses > 1)
+        return bool(pairs) and data.max_val_pairs > 0 and trainer.limit_val_batches != 0
+
+    def _metrics(self, trainer: L.Trainer) -> list[str]:
+        """Names of what is measured of rounds."""
+        if self.options is None:
+            return []
+        return [*ROLLOUT, *(HELD_OUT if _datamodule(trainer).val_prompts else ())]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on the run directory is written to, by this process alone."""
@@ -186,19 +213,30 @@ class RoundRefresh(L.Callback):
     def _prepare(self, trainer: L.Trainer, index: int) -> None:
         """Make round `index`, or what is missing of it."""
         maker, data = self._begin(trainer), _datamodule(trainer)
-        if _inside_round(trainer):  # resumed: the policy is no longer the one that made the round
+        if inside_round(trainer):  # resumed: the policy is no longer the one that made the round
             maker.check_inside(index)
+            self._keep_metrics(trainer, index)
             return
         if self._announced != index and trainer.progress_bar_callback is not None and trainer.is_global_zero:
-            console.print(f"\n[bold]Round {index + 1} of {trainer.max_epochs}[/bold]")
+            of = "" if trainer.max_epochs == -1 else f" of {trainer.max_epochs}"
+            console.print(f"\n[bold]Round {index + 1}{of}[/bold]")
             self._announced = index
         maker.check_space(index)
         self._evaluate(trainer, index)
         if data.val_prompts and maker.options.val_sampling.num_responses > 1 and data.max_val_pairs > 0:
             maker.pair_held_out(index)
         stored = maker.make(index)
-        _log(trainer, {**round_metrics(stored), "system/resident_gib": resident_gib()}, trainer.global_step)
+        if self._logged_round != index:  # after a resume Lightning asks for the loader twice
+            publish(trainer, {**round_metrics(stored), "system/resident_gib": resident_gib()}, trainer.global_step)
+            self._logged_round = index
         self._rest()
+
+    def _keep_metrics(self, trainer: L.Trainer, index: int) -> None:
+        """Metrics that an earlier process logged of the round, for callbacks that monitor them."""
+        data = _datamodule(trainer)
+        keep(trainer, round_metrics(data.store.round(index)))
+        if data.val_prompts and data.store.held_out(index).is_complete("rewards"):
+            keep(trainer, held_out_metrics(data.store, index))
 
     def _rest(self) -> None:
         """The policy trains now: sampler and reward leave the device to it."""
@@ -215,12 +253,17 @@ class RoundRefresh(L.Callback):
         maker.evaluate(version)
         metrics = held_out_metrics(data.store, version)
         if self._logged_version != version:
-            _log(trainer, metrics, max(0, trainer.global_step - 1))
+            publish(trainer, metrics, max(0, trainer.global_step - 1))
             self._logged_version = version
+        keep(trainer, metrics)
         return metrics
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        stop_at_max_steps(trainer)  # which a resumed run may have reached
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training_since = time.monotonic()
+        limits_of(trainer).trained = 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -230,10 +273,16 @@ class RoundRefresh(L.Callback):
         first, pl_module.first_logratio = pl_module.first_logratio, None
         if first is not None and self._maker is not None and not self.accept_changes:
             self._maker.check_first_update(first)
+        stop_inside_round(trainer, batch_idx)
+        stop_at_max_steps(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After a round's training: note it, save it, and only then evaluate the new policy."""
         assert isinstance(pl_module, RebelModule)
+        if stopped_inside(trainer):
+            save_resume_point(trainer)
+            self._rest()
+            return
         data, version = _datamodule(trainer), rounds_done(trainer)
         stored = data.store.round(version - 1)
         seconds = time.monotonic() - self._training_since
@@ -244,23 +293,24 @@ class RoundRefresh(L.Callback):
             optimizer.zero_grad(set_to_none=True)  # an engine that wakes on the same device needs the room
         of_round = {f"train/round_{name}": value for name, value in summary.items() if value is not None}
         metrics = {"time/train_s": seconds, "train/pairs_per_s": speed, **of_round}
-        _log(trainer, metrics, max(0, trainer.global_step - 1))
-        for callback in trainer.callbacks:  # type: ignore[attr-defined]
-            if isinstance(callback, RoundCheckpoint):
-                callback.save_round(trainer)
-        # for callbacks that monitor them; the loggers have them already
-        pl_module.log_dict(of_round, logger=False)
+        publish(trainer, metrics, max(0, trainer.global_step - 1))
+        save_resume_point(trainer)
         if self.options is not None:
-            pl_module.log_dict(self._evaluate(trainer, version), logger=False)
+            self._evaluate(trainer, version)
         self._rest()
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        report_stop(trainer, "round")
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()
+        return_limits(trainer)
         forget_ranks(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         report_failure(trainer, exception)
         self._end()
+        return_limits(trainer)
 
     def _end(self) -> None:
         self._link.close()
@@ -298,14 +348,3 @@ def _datamodule(trainer: L.Trainer) -> RoundDataModule:
     if not isinstance(data, RoundDataModule):
         raise InputError(f"RoundRefresh works with RoundDataModule, got {type(data).__name__}.")
     return data
-
-
-def _inside_round(trainer: L.Trainer) -> bool:
-    progress: Any = trainer.fit_loop.epoch_progress.current
-    return progress.started > progress.processed
-
-
-def _log(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Straight to the loggers: preparation runs outside of the hooks in which `self.log` works."""
-    for logger in trainer.loggers:
-        logger.log_metrics(metrics, step=step)

@@ -7,7 +7,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pl.console import console
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import rounds_done, stopped_inside
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.inspect_rounds import KL_NOTE
 from rlhf_pl.metrics import first_answers, held_out_metrics, policy_kl
@@ -43,7 +43,7 @@ class RunReport(L.Callback):
             )
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero:
+        if trainer.is_global_zero and not stopped_inside(trainer):
             done = rounds_done(trainer)
             console.print(round_line(RoundStore(trainer.default_root_dir), done - 1), soft_wrap=True)
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import lightning as L
 
-from rlhf_pl.data.progress import rounds_done
+from rlhf_pl.data.progress import rounds_done, stopped_inside
 from rlhf_pl.errors import InputError
 from rlhf_pl.metrics import first_answers
 from rlhf_pl.rounds import RoundStore
@@ -31,6 +31,8 @@ class SampleTable(L.Callback):
         self.num_prompts = num_prompts
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if stopped_inside(trainer):
+            return
         store = RoundStore(trainer.default_root_dir)
         version = rounds_done(trainer)
         if self.num_prompts == 0 or not trainer.is_global_zero or not store.held_out(version).is_complete("rewards"):

@@ -160,7 +160,8 @@ def read_weights(file: Path, prefix: str, like: Mapping[str, Tensor]) -> dict[st
         like: Names and shapes to expect.
     """
     if not is_sharded_checkpoint(file):
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = content.get("current_model_state", content["state_dict"])  # where Lightning saves averages beside it
         return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     from torch.distributed.checkpoint import FileSystemReader, load
 

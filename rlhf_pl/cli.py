@@ -13,7 +13,6 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
-from lightning.pytorch.loggers import CSVLogger
 from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_pl.callbacks import (
@@ -42,8 +41,10 @@ from rlhf_pl.modules import RebelModule
 from rlhf_pl.provenance import StageSettings
 from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
 from rlhf_pl.round_settings import downstream_settings
-from rlhf_pl.run_files import RunConfig, RunLogger, keep_csv
+from rlhf_pl.run_files import RunConfig
+from rlhf_pl.run_loggers import RunLogger, adopt_loggers
 from rlhf_pl.strategies import runnable_strategy
+from rlhf_pl.trainer_options import refuse_options
 
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -97,6 +98,7 @@ class RlhfCLI(LightningCLI):
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
         """Add what a run needs and the config does not name: logger, checkpoints, progress bar, report."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        refuse_options(config, in_rounds=isinstance(self.datamodule, RoundDataModule))
         run_dir = config["default_root_dir"]
         given = config["callbacks"] or []
         callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
@@ -168,16 +170,12 @@ class RlhfCLI(LightningCLI):
             point = ResumePoint(None)
         if point.checkpoint is not None:
             check_readable(point.checkpoint, self.trainer)
+        progress = None if point.checkpoint is None else read_progress(point.checkpoint)
         for callback in callbacks:
             if isinstance(callback, RunConfig):
-                callback.resume_point = point
+                callback.resume_point, callback.progress = point, progress
         arguments["ckpt_path"] = None if point.checkpoint is None else str(point.checkpoint)
-        progress = None if point.checkpoint is None else read_progress(point.checkpoint)
-        for logger in self.trainer.loggers:
-            if isinstance(logger, RunLogger):
-                logger.purge_from(progress.global_step if progress else 0)
-            elif isinstance(logger, CSVLogger) and self.trainer.is_global_zero:
-                keep_csv(Path(logger.log_dir))
+        adopt_loggers(self.trainer)
         if point.checkpoint is not None:
             console.print(f"Going on from {point.checkpoint}.", soft_wrap=True)
         return arguments

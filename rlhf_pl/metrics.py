@@ -8,6 +8,48 @@ from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.stages import prompt_means
 from rlhf_pl.stages.kl import STAGE
 
+# Names that callbacks may monitor; those that end in a slash stand for the names of a reward's parts and of penalties.
+HELD_OUT = (
+    "val/reward_mean",
+    "val/reward/",
+    "val/reward_gain",
+    "val/reward_gain_se",
+    "val/win_rate",
+    "val/response_tokens",
+    "val/finished_share",
+    "val/kl_new_old",
+    "val/kl_new_old_se",
+    "val/kl_new_reference",
+    "val/kl_new_reference_se",
+    "time/evaluate_s",
+)
+ROLLOUT = (
+    "rollout/reward_mean",
+    "rollout/reward_std",
+    "rollout/reward_best",
+    "rollout/reward_worst",
+    "rollout/reward/",
+    "rollout/truncated",
+    "rollout/penalty/",
+    "rollout/response_tokens",
+    "rollout/finished_share",
+    "rollout/pairs",
+    "rollout/distinct_3",
+    "rollout/identical_share",
+    "rollout/sampler_logp_error",
+    "rollout/old_logp_difference",
+    "guard/warnings",
+    "train/round_loss",
+    "train/round_kl",
+    "train/pairs_per_s",
+    "system/resident_gib",
+    "time/train_s",
+    "time/sync_s",
+    "time/generate_s",
+    "time/score_s",
+    "time/logps_s",
+)
+
 
 def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
     """Metrics of the policy after `version` rounds on the held-out prompts.

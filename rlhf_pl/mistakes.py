@@ -24,6 +24,8 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
             return full
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return InputError(f"No file has so long a name: {str(error.filename)[:60]!r}... Correct that option.")
+        if isinstance(error, RuntimeError) and _raised_by(error, "lightning.pytorch.callbacks"):
+            return InputError(f"`trainer.callbacks`: {_in_a_line(error)}")
         if isinstance(error, ValueError | TypeError | OverflowError) and _raised_by(error, "lightning"):
             return InputError(f"The Trainer refuses this config: {_in_a_line(error)}")
         error = error.__cause__ or error.__context__
@@ -33,7 +35,7 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
 def _raised_by(error: BaseException, package: str) -> bool:
     """Whether the line that raised is the package's own."""
     frames = list(traceback.walk_tb(error.__traceback__))
-    return bool(frames) and frames[-1][0].f_globals.get("__name__", "").split(".")[0] == package
+    return bool(frames) and f"{frames[-1][0].f_globals.get('__name__', '')}.".startswith(f"{package}.")
 
 
 @contextmanager
@@ -49,4 +51,20 @@ def as_mistakes(what: str) -> Iterator[None]:
 
 def _in_a_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return f"{type(error).__name__}: {lines[0]}"
+    return _class_problem(lines) or f"{type(error).__name__}: {lines[0]}"
+
+
+def _class_problem(lines: list[str]) -> str:
+    """What a class said when it could not be made, which jsonargparse lists among what it is not either."""
+    found = []
+    for number, line in enumerate(lines):
+        text = line.strip().removeprefix("- ")
+        if text.startswith("Problem with given class_path") and number + 1 < len(lines):
+            reason = lines[number + 1].strip()
+            if not reason.startswith(("Does not validate", "Subtypes:", "Errors:")):
+                found.append(f"{text} {reason}")
+    if not found and lines[0].startswith("Does not validate"):
+        after = [i + 1 for i, line in enumerate(lines[:-1]) if line.strip() == "Errors:"]
+        reasons = [lines[i].strip().removeprefix("- ") for i in after]
+        found = [reason for reason in reasons if not reason.startswith("Does not validate")][:1]
+    return "; ".join(dict.fromkeys(found))

@@ -9,6 +9,7 @@ import pyarrow as pa
 from rlhf_pl.chat import encode_conversation, encode_prompt, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
 from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
@@ -218,11 +219,14 @@ class OfflineDataModule(PairsDataModule):
         return f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out{left_out}"
 
     def train_dataloader(self) -> Any:
+        if is_over(self._trainer):  # a finished run that is started again
+            return nothing_left(self._trainer)
         epoch = rounds_done(self._trainer)
         if self.prepare_round is not None:
             self.prepare_round()
         dataset = self._pairs(self.stored)
-        return RoundLoader(dataset, self._batches(epoch, dataset), epoch, self.num_workers)
+        batches = limit_epoch(self._trainer, self._batches(epoch, dataset))
+        return RoundLoader(dataset, batches, epoch, self.num_workers)
 
     def divide(self, epoch: int) -> RoundBatches:
         return self._batches(epoch, self._pairs(self.stored))

@@ -134,6 +134,7 @@ class RoundBatches(Sampler):
     ) -> None:
         self.plan, self.order_seed, self.rank, self.lengths, self.sizes = plan, order_seed, rank, lengths, sizes
         self.skip = 0
+        self.limit: int | None = None  # micro-batches that are wanted; an update that is cut is the mean over its rest
 
     def __len__(self) -> int:
         return len(self._batches)
@@ -159,8 +160,9 @@ class RoundBatches(Sampler):
 
     @cached_property
     def _batches(self) -> list[tuple[list[int], float]]:
-        batches = []
-        for update in self._updates:
+        batches: list[tuple[list[int], float]] = []
+        for whole in self._updates:
+            update = whole if self.limit is None else whole[: max(0, self.limit - len(batches))]
             everything = [i for micro_batch in update for part in micro_batch for i in part]
             for micro_batch in update:
                 mine = micro_batch[self.rank]
@@ -223,6 +225,16 @@ class RoundLoader(DataLoader):
     def load_state_dict(self, state: dict[str, int]) -> None:
         if state["round"] == self.round_index:
             self.batch_sampler.skip = state["batches"]  # type: ignore[union-attr]
+
+
+class NoBatches(list):
+    """The loader of a run in which nothing is left to train; it takes any loader's state."""
+
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None:
+        pass
 
 
 def _identity(batch: Any) -> Any:

@@ -10,6 +10,7 @@ from torch.utils.data import Dataset
 
 from rlhf_pl.classifier import tree_inputs
 from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
 from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import Preference, load_preferences
@@ -212,8 +213,10 @@ class PreferenceDataModule(PairsDataModule):
 
     def train_dataloader(self) -> Any:
         assert self.train_set is not None
+        if is_over(self._trainer):  # a finished run that is started again
+            return nothing_left(self._trainer)
         epoch = rounds_done(self._trainer)
-        return self._loader(self.train_set, self.divide(epoch), epoch)
+        return self._loader(self.train_set, limit_epoch(self._trainer, self.divide(epoch)), epoch)
 
     def divide(self, epoch: int) -> RoundBatches:
         assert self.train_set is not None

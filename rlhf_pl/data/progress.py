@@ -9,6 +9,28 @@ import lightning as L
 def rounds_done(trainer: L.Trainer) -> int:
     """Epochs (rounds) whose training is finished; `current_epoch` is stale while Lightning resumes."""
     progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.processed - stopped_inside(trainer)
+
+
+def inside_round(trainer: L.Trainer) -> bool:
+    """Whether the training of an epoch (round) has begun and is not finished."""
+    progress: Any = trainer.fit_loop.epoch_progress.current
+    return progress.started > rounds_done(trainer)
+
+
+def stopped_inside(trainer: L.Trainer) -> bool:
+    """Whether the Trainer has left an epoch before its end; Lightning counts that as an epoch done."""
+    loop: Any = trainer.fit_loop
+    loaders = [] if loop._combined_loader is None else loop._combined_loader.flattened
+    trained_on = getattr(loaders[0], "round_index", None) if loaders else None
+    if trained_on is None or trained_on != loop.epoch_progress.current.processed - 1:
+        return False
+    return batches_done(trainer) < loop.max_batches
+
+
+def batches_done(trainer: L.Trainer) -> int:
+    """Micro-batches of the present epoch that this rank has trained on."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return progress.processed
 
 

@@ -5,9 +5,10 @@ from typing import Any
 
 import torch
 
+from rlhf_pl.data.limits import is_over, nothing_left
 from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
-from rlhf_pl.data.progress import rounds_done, run_seed
+from rlhf_pl.data.progress import inside_round, rounds_done, run_seed
 from rlhf_pl.data.prompts import (
     Prompt,
     count_duplicates,
@@ -164,10 +165,10 @@ class RoundDataModule(PairsDataModule):
 
     def train_dataloader(self) -> Any:
         index = self.round_index
-        if self._trainer.max_epochs is not None and 0 <= self._trainer.max_epochs <= index:
-            if self.finish_run is not None:
+        if is_over(self._trainer):  # a finished run that is started again
+            if self.finish_run is not None and not inside_round(self._trainer):
                 self.finish_run(index)
-            return []  # a finished run that is started again
+            return nothing_left(self._trainer)
         if self.prepare_round is not None:
             self.prepare_round(index)
         dataset = self._pairs(self.store.round(index))

@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 from rlhf_pl.chat import encode_conversation
 from rlhf_pl.data.conversations import Conversation, load_conversations
 from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
 from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.packing import Example, lay_out_examples, pack
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
@@ -193,13 +194,15 @@ class SFTDataModule(L.LightningDataModule):
     def train_dataloader(self) -> Any:
         assert self.trainer is not None
         trainer, epoch = self.trainer, rounds_done(self.trainer)
+        if is_over(trainer):  # a finished run that is started again
+            return nothing_left(trainer)
         order = list(range(len(self.examples)))
         random.Random(f"{self.seed}:{epoch}:pack").shuffle(order)
         lengths = [len(e) for e in self.examples]
         rows = pack(order, lengths, self.max_tokens) if self.packing else [[i] for i in order]
         dataset = SFTDataset(self.examples, rows)
         plan = UpdatePlan(len(dataset), self.batch_size, trainer.accumulate_grad_batches, trainer.world_size)
-        return self._loader(dataset, plan, f"{self.seed}:{epoch}", epoch)
+        return self._loader(dataset, plan, f"{self.seed}:{epoch}", epoch, trains=True)
 
     def val_dataloader(self) -> Any:
         assert self.trainer is not None
@@ -208,7 +211,11 @@ class SFTDataModule(L.LightningDataModule):
         plan = UpdatePlan(len(self.val_set), self.batch_size, 1, self.trainer.world_size)
         return self._loader(self.val_set, plan, "held-out", 0)
 
-    def _loader(self, dataset: SFTDataset, plan: UpdatePlan, order: str, epoch: int) -> RoundLoader:
+    def _loader(
+        self, dataset: SFTDataset, plan: UpdatePlan, order: str, epoch: int, trains: bool = False
+    ) -> RoundLoader:
         assert self.trainer is not None
         batches = RoundBatches(plan, order, self.trainer.global_rank, dataset.lengths(), dataset.learned())
+        if trains:
+            limit_epoch(self.trainer, batches)
         return RoundLoader(dataset, batches, epoch, self.num_workers)

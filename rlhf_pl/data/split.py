@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 
+from rlhf_pl.data.settle import settle
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError
 
@@ -23,7 +24,8 @@ def _split_of(trainer: L.Trainer) -> dict[str, int] | None:
 
 
 def note_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
-    """Write into a checkpoint what its batch counts mean."""
+    """Write into a checkpoint what its batch counts mean, and let them end at the last update."""
+    settle(trainer, checkpoint)
     if (split := _split_of(trainer)) is not None:
         checkpoint[_KEY] = split
 

@@ -69,6 +69,18 @@ def is_update(trainer: L.Trainer, batch_idx: int) -> bool:
     return batch_idx + 1 == trainer.num_training_batches or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
+def publish(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+    """Log what is measured outside of the hooks in which `self.log` works, and let callbacks monitor it."""
+    keep(trainer, metrics)
+    for logger in trainer.loggers:
+        logger.log_metrics(metrics, step=step)
+
+
+def keep(trainer: L.Trainer, metrics: dict[str, float]) -> None:
+    """Let callbacks monitor metrics that the loggers have already."""
+    trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
+
+
 def log_update(module: L.LightningModule, metrics: dict[str, float]) -> None:
     """Log an update's metrics and its learning rate.
 

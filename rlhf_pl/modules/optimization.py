@@ -1,12 +1,17 @@
 """A module's optimizer and learning-rate schedule: made, followed, and kept to the config over a resume."""
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch.optim.lr_scheduler import ReduceLROnPlateau
 
+from rlhf_pl.compute import HALF
+from rlhf_pl.data.limits import limits_of
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
@@ -20,12 +25,30 @@ def check_precision(trainer: L.Trainer) -> None:
     Raises:
         InputError: Says which ones to take instead.
     """
-    if "true" in str(trainer.precision) and trainer.precision != "32-true":
+    if str(trainer.precision) not in ("32-true", *HALF):
         raise InputError(
             f"`trainer.precision`: {trainer.precision!r} casts positions and log-probs too, which moves a "
             "sequence's log-prob by nats. For half-precision weights use `--trainer.precision 32-true` with "
             "`--model.dtype bfloat16`; for half-precision compute on float32 weights use `bf16-mixed`."
         )
+
+
+_KEY = "rlhf_pl_skipped"
+
+
+@dataclass
+class Skipped:
+    """Optimizer steps that a gradient scaler has left out, because gradients overflowed.
+
+    Args:
+        in_run: Since the run began.
+        in_epoch: Since the epoch began.
+        last: Whether the last one was.
+    """
+
+    in_run: int = 0
+    in_epoch: int = 0
+    last: bool = False
 
 
 class Optimization:
@@ -39,16 +62,39 @@ class Optimization:
     def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> None:
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self._hyperparameters: list[dict[str, Any]] = []
+        self.skipped = Skipped()
+        self.validated = False  # in this epoch
 
     def configure(self, module: L.LightningModule) -> OptimizerLRScheduler:
         """For `configure_optimizers`."""
         optimizer, scheduler = self._make([p for p in module.parameters() if p.requires_grad])
         if isinstance(scheduler, WarmupCosine):
-            scheduler.follow(lambda: _progress(module.trainer))
+            scheduler.follow(lambda: _progress(module.trainer, self.skipped))
         for copy in (c for c in (getattr(m, "copy", None) for m in module.modules()) if isinstance(c, WorkingCopy)):
             optimizer.register_step_post_hook(lambda *_, copy=copy: copy.expire())
         self._hyperparameters = hyperparameters(optimizer)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        config: Any = {"scheduler": scheduler, "interval": "step"}
+        if isinstance(scheduler, ReduceLROnPlateau):
+            config = {"scheduler": scheduler, "interval": "epoch", "monitor": self.monitor, "strict": False}
+        return {"optimizer": optimizer, "lr_scheduler": config}
+
+    @property
+    def monitor(self) -> str | None:
+        """The metric that the schedule follows; None for one that needs none.
+
+        Raises:
+            InputError: It needs one and names none.
+        """
+        scheduler = self._make([torch.nn.Parameter(torch.zeros(1))])[1]
+        if not isinstance(scheduler, ReduceLROnPlateau):
+            return None
+        monitor = getattr(scheduler, "monitor", None)
+        if monitor is None:
+            raise InputError(
+                "`model.lr_scheduler`: ReduceLROnPlateau needs a metric. Take class_path "
+                "lightning.pytorch.cli.ReduceLROnPlateau with init_args {monitor: val/loss}."
+            )
+        return monitor
 
     def _make(self, parameters: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
         try:
@@ -73,6 +119,51 @@ class Optimization:
         for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=False):
             restore_hyperparameters(optimizer, scheduler.scheduler, self._hyperparameters)
 
+    def step(self, trainer: L.Trainer, make_step: Callable[[], None]) -> None:
+        """An optimizer step; one that a gradient scaler leaves out is no update."""
+        scaler = getattr(trainer.precision_plugin, "scaler", None)
+        before = 0.0 if scaler is None else scaler.get_scale()
+        make_step()
+        self.skipped.last = scaler is not None and scaler.get_scale() < before
+        if self.skipped.last:
+            self.skipped.in_epoch += 1
+            self.skipped.in_run += 1
+            loop: Any = trainer.fit_loop.epoch_loop
+            steps = loop.automatic_optimization.optim_progress.optimizer.step
+            for counts in (steps.total, steps.current):  # Lightning adds one to each
+                counts.ready -= 1
+                counts.completed -= 1
+            loop._batches_that_stepped -= 1
+
+    def step_schedule(self, scheduler: Any) -> None:
+        """After an update, of a schedule that follows updates."""
+        if not self.skipped.last and not isinstance(scheduler, ReduceLROnPlateau):
+            scheduler.step()
+
+    def step_by_metric(self, trainer: L.Trainer, of_validation: Sequence[str]) -> None:
+        """At an epoch's end, of a schedule that follows a metric: before the epoch's checkpoint, unlike Lightning.
+
+        An epoch without validation says nothing new of the metrics that come from it.
+        """
+        for config in trainer.lr_scheduler_configs:
+            name = config.monitor
+            if not isinstance(config.scheduler, ReduceLROnPlateau) or name is None:
+                continue
+            value = trainer.callback_metrics.get(name)
+            if value is not None and (self.validated or name not in of_validation):
+                config.scheduler.step(value)
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Note the steps that were left out."""
+        checkpoint[_KEY] = {"in_run": self.skipped.in_run, "in_epoch": self.skipped.in_epoch}
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take them up again."""
+        self.skipped = Skipped(**checkpoint.get(_KEY, {}))
+
+    def on_train_epoch_start(self) -> None:
+        self.skipped.in_epoch, self.validated = 0, False
+
     def on_train_batch_start(self, trainer: L.Trainer, batch_idx: int) -> None:
         """An epoch's first rate: only now is it known how many updates the epoch has."""
         if batch_idx > 0:
@@ -82,8 +173,12 @@ class Optimization:
                 config.scheduler.refresh()
 
 
-def _progress(trainer: L.Trainer) -> tuple[float, float]:
-    """Middle of the next update's slice, as a share of the run and of its epoch."""
+def _progress(trainer: L.Trainer, skipped: Skipped) -> tuple[float, float]:
+    """Middle of the next update's slice, as a share of the run and of its epoch.
+
+    The run is `max_epochs` long, or `max_steps` where there is no such number: where a run is stopped earlier, its
+    schedule is that of the run which goes on.
+    """
     batches = trainer.num_training_batches
     if batches in (0, float("inf")):  # no loader yet
         return 0.0, 0.0
@@ -91,10 +186,8 @@ def _progress(trainer: L.Trainer) -> tuple[float, float]:
     updates = -(-int(batches) // trainer.accumulate_grad_batches)
     done = -(-batch_progress.processed // trainer.accumulate_grad_batches)
     finished, done = rounds_done(trainer) + done // updates, done % updates
-    of_epoch = (done + 0.5) / updates
-    shares = []
+    of_epoch = (max(0, done - skipped.in_epoch) + 0.5) / updates
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        shares.append((finished + of_epoch) / trainer.max_epochs)
-    if trainer.max_steps > 0:
-        shares.append((trainer.global_step + 0.5) / trainer.max_steps)
-    return max(shares, default=of_epoch), of_epoch
+        return (finished + (done - skipped.in_run + 0.5) / updates) / trainer.max_epochs, of_epoch
+    max_steps = limits_of(trainer).max_steps
+    return ((trainer.global_step + 0.5) / max_steps if max_steps > 0 else of_epoch), of_epoch

@@ -3,15 +3,12 @@
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.pairs import PairBatch
 from rlhf_pl.data.progress import run_seed
-from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
 from rlhf_pl.fingerprints import describe
@@ -19,18 +16,31 @@ from rlhf_pl.lora import LoRA, adaptable_layers, add_lora, base_dtype, check_lor
 from rlhf_pl.losses import PairwiseLoss, RebelLoss
 from rlhf_pl.modules.logging import Means, is_update, log_update, with_variance
 from rlhf_pl.modules.optimization import Optimization, check_precision
+from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm, train_last_layers
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rotary import longest_row
-from rlhf_pl.strategies import callable_policy, check_strategy, clip_gradients, shard, shard_frozen
+from rlhf_pl.strategies import callable_policy, check_strategy, shard, shard_frozen
 from rlhf_pl.weights import Weights, like_of, model_weights
 
 _NO_PAIRS = {"loss": 0.0, "kl": 0.0, "pairs": 0.0}  # of the round in training: sums over its pairs, their number
 
+PARTS = (
+    "loss",
+    "kl",
+    "kl_chosen",
+    "kl_rejected",
+    "ratio_mean",
+    "ratio_var",
+    "logratio_margin",
+    "reward_margin",
+    "sign_align",
+)
 
-class RebelModule(L.LightningModule):
+
+class RebelModule(TrainedModule):
     """A policy that learns from pairs: REBEL by default, any `PairwiseLoss` by choice.
 
     Args:
@@ -55,6 +65,9 @@ class RebelModule(L.LightningModule):
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
     """
+
+    train_metrics = tuple(f"train/{name}" for name in ("lr", *PARTS))
+    val_metrics = tuple(f"val/{name}" for name in PARTS)
 
     def __init__(
         self,
@@ -256,21 +269,18 @@ class RebelModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlhf_pl"] = {"round": dict(self._round)}
-        note_split(self.trainer, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         leave_out_base(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:
             check_weights(self, checkpoint, self.source)
-        adapt_split(self.trainer, checkpoint)
+        super().on_load_checkpoint(checkpoint)
         kept = checkpoint.get("rlhf_pl")
         if kept is not None:
             self._round = _NO_PAIRS | kept["round"]
             if "kl" not in kept["round"]:  # of an earlier version, which kept the last update's alone
                 self._round["kl"] = self._round["pairs"] * (kept["last_kl"] or 0.0)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.optimization.configure(self)
 
     def training_settings(self) -> dict[str, Any]:
         """What the training on a round depends on, without building anything heavy."""
@@ -283,19 +293,9 @@ class RebelModule(L.LightningModule):
             **({} if self.lora is None else {"lora": vars(self.lora)}),
         }
 
-    def on_train_start(self) -> None:
-        self.optimization.on_train_start(self.trainer)
-
     def on_train_epoch_start(self) -> None:
+        super().on_train_epoch_start()
         self._round = dict(_NO_PAIRS)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
-        self.optimization.on_train_batch_start(self.trainer, batch_idx)
 
     def try_export(self, dtype: str | None = None) -> None:
         """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""

@@ -3,10 +3,8 @@
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
@@ -14,7 +12,6 @@ from rlhf_pl.classifier import ClassifierLM, check_new_classifier, empty_classif
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
-from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_folder, try_export
 from rlhf_pl.liger import apply_liger
@@ -22,16 +19,19 @@ from rlhf_pl.lora import LoRA, add_lora, check_lora
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
+from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.pair_metrics import wilson_interval
 from rlhf_pl.policy import DType, PolicySource
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rendering import Renderer, SystemPrompt, reward_tokenizer
-from rlhf_pl.strategies import check_strategy, clip_gradients, shard
+from rlhf_pl.strategies import check_strategy, shard
 from rlhf_pl.weights import Weights, like_of, model_weights
 
+PARTS = ("loss", "accuracy", "margin", "score_chosen", "score_rejected")  # what is logged of pairs
 
-class RewardModelModule(L.LightningModule):
+
+class RewardModelModule(TrainedModule):
     """A reward model that learns from comparisons by the Bradley-Terry loss.
 
     Args:
@@ -52,6 +52,9 @@ class RewardModelModule(L.LightningModule):
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
     """
+
+    train_metrics = tuple(f"train/{name}" for name in ("lr", *PARTS))
+    val_metrics = tuple(f"val/{name}" for name in (*PARTS, "longer_accuracy", "calibration_error"))
 
     def __init__(
         self,
@@ -211,26 +214,12 @@ class RewardModelModule(L.LightningModule):
         export_folder(self.classifier.model, self.source, tokenizer, self.weights(), folder, dtype, write)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        note_split(self.trainer, checkpoint)
+        super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.classifier is not None:
             check_weights(self, checkpoint, self.source)
-        adapt_split(self.trainer, checkpoint)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.optimization.configure(self)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_train_start(self) -> None:
-        self.optimization.on_train_start(self.trainer)
-
-    def on_train_batch_start(self, batch: PreferenceBatch, batch_idx: int) -> None:
-        self.optimization.on_train_batch_start(self.trainer, batch_idx)
+        super().on_load_checkpoint(checkpoint)
 
 
 def _padding_token(tokenizer: Any, source: PolicySource) -> int:

@@ -4,30 +4,28 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.sft_module import SFTBatch
-from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
 from rlhf_pl.lora import LoRA, adaptable_layers, add_lora, base_dtype, check_lora
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
+from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rotary import longest_row
-from rlhf_pl.strategies import check_strategy, clip_gradients, shard
+from rlhf_pl.strategies import check_strategy, shard
 from rlhf_pl.weights import Weights, like_of, model_weights
 
 
-class SFTModule(L.LightningModule):
+class SFTModule(TrainedModule):
     """A policy that learns to give the answers of the data: cross-entropy over the assistant's tokens alone.
 
     Args:
@@ -46,6 +44,9 @@ class SFTModule(L.LightningModule):
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
     """
+
+    train_metrics = tuple(f"train/{name}" for name in ("lr", "loss"))
+    val_metrics = tuple(f"val/{name}" for name in ("loss", "perplexity"))
 
     def __init__(
         self,
@@ -163,24 +164,10 @@ class SFTModule(L.LightningModule):
             export_adapter(self, self.lora, self.policy.lm, self.source, folder)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        note_split(self.trainer, checkpoint)
+        super().on_save_checkpoint(checkpoint)
         leave_out_base(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.policy is not None:
             check_weights(self, checkpoint, self.source)
-        adapt_split(self.trainer, checkpoint)
-
-    def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.optimization.configure(self)
-
-    def configure_gradient_clipping(
-        self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
-    ) -> None:
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
-
-    def on_train_start(self) -> None:
-        self.optimization.on_train_start(self.trainer)
-
-    def on_train_batch_start(self, batch: SFTBatch, batch_idx: int) -> None:
-        self.optimization.on_train_batch_start(self.trainer, batch_idx)
+        super().on_load_checkpoint(checkpoint)

@@ -224,14 +224,39 @@ trainer:
     assert not (folder / "runs" / "cli" / "rounds" / "0001").exists()
 
 
-def test_csv_logs_of_an_earlier_process_are_kept(folder: Path, shortest: list[str]) -> None:
-    logger = "{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {save_dir: logs, name: csv, version: ''}}"
-    assert main([*shortest, "--trainer.logger", logger]) == 0
-    first = (folder / "logs" / "csv" / "metrics.csv").read_text()
-    assert "train/loss" in first
-    assert main([*shortest, "--trainer.logger", logger, "--trainer.max_epochs", "2"]) == 0
-    assert (folder / "logs" / "csv" / "metrics-before-1.csv").read_text() == first
-    assert "train/loss" in (folder / "logs" / "csv" / "metrics.csv").read_text()
+def test_one_run_stays_one_run_in_its_loggers(folder: Path, shortest: list[str]) -> None:
+    """The file of the CSVLogger goes on; only rows that are logged again leave it, and are kept beside it."""
+    one = "{class_path: lightning.pytorch.loggers.%s, init_args: {save_dir: logs}}"
+    run = [*shortest, "--trainer.logger", f"[{one % 'CSVLogger'}, {one % 'TensorBoardLogger'}]"]
+
+    def rows(name: str = "metrics.csv") -> list[dict[str, str]]:
+        with (folder / "logs" / "lightning_logs" / "version_0" / name).open() as file:
+            return list(csv.DictReader(file))
+
+    assert main(run) == 0
+    first = rows()
+    assert main([*run, "--trainer.max_epochs", "2"]) == 0
+    assert [r for r in rows() if int(r["step"]) < 2] == [{**dict.fromkeys(rows()[0], ""), **r} for r in first]
+    steps = [r["step"] for r in rows() if r["train/loss"]]
+    assert steps == list(map(str, range(len(steps))))
+    assert main([*run, "--trainer.max_epochs", "2", "--model.loss.eta", "0.5"]) == 0
+    assert [r["step"] for r in rows() if r["train/loss"]] == steps
+    assert {r["step"] for r in rows("metrics-before-1.csv") if r["train/loss"]} < set(steps)
+    assert sorted(f.name for f in (folder / "logs" / "lightning_logs").iterdir()) == ["version_0", "version_1"]
+
+
+@pytest.mark.parametrize("how", ["flag", "config"])
+def test_a_logger_that_can_not_be_made_says_why(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], how: str
+) -> None:
+    (folder / "logger.yaml").write_text("trainer: {logger: {class_path: lightning.pytorch.loggers.MLFlowLogger}}\n")
+    arguments = ["--trainer.logger", "MLFlowLogger"] if how == "flag" else ["--config", "logger.yaml"]
+    assert main([*shortest, *arguments]) == 1
+    said = capsys.readouterr().err
+    assert "MLFlowLogger" in said
+    assert "mlflow" in said.replace("MLFlowLogger", "")
+    assert "Union" not in said
+    assert not (folder / "runs").exists()
 
 
 @pytest.mark.parametrize("sign", ["distinct", "all"])

@@ -1,0 +1,156 @@
+"""A stop inside a round or epoch leaves it incomplete; the next start goes on with the same numbers."""
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.plugins import MixedPrecision
+from safetensors.torch import load_file
+
+from rlhf_pl.callbacks import HFExport, RoundCheckpoint
+from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.rounds import RoundStore
+from tests.integration import test_fit
+from tests.integration.test_fit import PROMPTS, assert_same, weights
+
+
+@pytest.fixture
+def prompts(write_jsonl: Callable[..., str]) -> str:
+    return write_jsonl(PROMPTS)
+
+
+fit = partial(test_fit.fit, enable_checkpointing=True)
+
+
+class Updates(L.Callback):
+    """Notes every update's loss and rate, in the order of the steps, also of a run that goes on."""
+
+    def __init__(self) -> None:
+        self.losses: list[float] = []
+        self.rates: list[float] = []
+        self._steps = 0
+
+    def on_train_start(self, trainer: L.Trainer, *args: Any) -> None:
+        self._steps = trainer.global_step
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        if trainer.global_step > self._steps:
+            self._steps = trainer.global_step
+            self.losses.append(float(trainer.callback_metrics["train/loss"]))
+            self.rates.append(float(trainer.callback_metrics["train/lr"]))
+
+
+class StopAt(L.Callback):
+    """Sets `should_stop` after so many micro-batches of a process."""
+
+    def __init__(self, batch: int) -> None:
+        self.left = batch
+
+    def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
+        self.left -= 1
+        trainer.should_stop = trainer.should_stop or self.left == 0
+
+
+@pytest.mark.parametrize("stop", ["max_steps", "limit_train_batches", "share", "inside an update", "before an update"])
+def test_a_stop_inside_a_round_goes_on_at_the_next_pair(tmp_path: Path, llama: Path, prompts: str, stop: str) -> None:
+    whole = Updates()
+    _, module = fit(tmp_path / "whole", llama, prompts, [whole, RoundCheckpoint()])
+    run, parts = tmp_path / "parts", Updates()
+    options: dict[str, Any] = {
+        "max_steps": {"max_steps": 1},
+        "limit_train_batches": {"limit_train_batches": 1},
+        "share": {"limit_train_batches": 0.3},
+    }.get(stop, {})
+    callbacks = {"inside an update": [StopAt(3)], "before an update": [StopAt(1)]}.get(stop, [])
+    first, _ = fit(run, llama, prompts, [parts, RoundCheckpoint(0), *callbacks], **options)
+    assert not RoundStore(run).round(0).is_complete("training")
+    assert first.global_step == (0 if stop == "before an update" else 1) < len(whole.losses) / 2
+    last = run / "checkpoints" / "last.ckpt"
+    assert last.exists() == (first.global_step > 0)
+    ckpt = str(last) if last.exists() else None
+    _, resumed = fit(run, llama, prompts, [again := Updates(), RoundCheckpoint(0)], ckpt_path=ckpt)
+    assert parts.losses + again.losses == whole.losses
+    assert_same(weights(module), weights(resumed))
+
+
+def test_max_steps_counts_over_a_resume_at_a_rounds_end(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """Lightning alone would pass over the second round without an update, and count it as done."""
+    first, _ = fit(tmp_path, llama, prompts, [RoundCheckpoint()], max_epochs=1)
+    ckpt = str(tmp_path / "checkpoints" / "last.ckpt")
+    steps = first.global_step
+    second, _ = fit(tmp_path, llama, prompts, [RoundCheckpoint()], ckpt_path=ckpt, max_steps=steps + 1)
+    assert second.global_step == steps + 1
+    assert not RoundStore(tmp_path).round(1).is_complete("training")
+    third, _ = fit(tmp_path, llama, prompts, [RoundCheckpoint()], ckpt_path=ckpt, max_steps=steps + 1)
+    assert third.global_step == steps + 1
+    assert third.max_steps == steps + 1  # the Trainer has its option back
+
+
+def test_the_average_is_exported_again_and_again(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """e <- 0.5 e + 0.5 w after every update, begun with the first update's weights."""
+    seen: list[torch.Tensor] = []
+
+    class Note(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
+            if trainer.global_step > len(seen):
+                seen.append(next(t for n, t in module.weights().stream() if n.endswith("0.mlp.up_proj.weight")).clone())
+
+    def run(**more: Any) -> dict[str, torch.Tensor]:
+        callbacks = [Note(), EMAWeightAveraging(decay=0.5), RoundCheckpoint(), HFExport(dtype="float32")]
+        fit(tmp_path, llama, prompts, callbacks, **more)
+        return load_file(tmp_path / "model" / "model.safetensors")
+
+    first = run()
+    average = seen[0]
+    for later in seen[1:]:
+        average = 0.5 * average + 0.5 * later
+    assert torch.allclose(first["model.layers.0.mlp.up_proj.weight"], average, atol=1e-6)
+    assert not torch.allclose(average, seen[-1], atol=1e-6)
+    assert_same(first, run(ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt")))
+
+
+def test_resume_points_hold_the_state_of_a_checkpoint_callback(tmp_path: Path, llama: Path, prompts: str) -> None:
+    best = ModelCheckpoint(tmp_path / "best", monitor="rollout/reward_mean", mode="max", save_top_k=2)
+    fit(tmp_path, llama, prompts, [RoundCheckpoint(), best])
+    saved = torch.load(tmp_path / "checkpoints" / "after-round-0002.ckpt", weights_only=True)["callbacks"]
+    state = next(state for key, state in saved.items() if "ModelCheckpoint" in key)
+    assert len(state["best_k_models"]) == 2
+    assert state["best_model_path"] == best.best_model_path
+
+
+def test_steps_that_a_scaler_leaves_out_are_no_updates(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """The first gradients overflow at this scale; from then on rates are those of a run that begins there."""
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-110, growth_interval=10**6)
+    plugin = MixedPrecision("16-mixed", "cpu", scaler)
+    module = {"optimizer": lambda p: AdamW(p, lr=1e-3, fused=False), "lr_scheduler": lambda o: WarmupCosine(o, 0.5)}
+    normal = Updates()
+    whole, _ = fit(tmp_path / "whole", llama, prompts, [normal, RoundCheckpoint()], module)
+    skipping = Updates()
+    trainer, rebel = fit(tmp_path / "scaled", llama, prompts, [skipping, RoundCheckpoint()], module, plugins=[plugin])
+    left_out = rebel.optimization.skipped.in_run
+    assert left_out >= 1
+    assert trainer.global_step == whole.global_step - left_out
+    assert skipping.rates == pytest.approx(normal.rates[: len(normal.rates) - left_out])
+
+
+def test_a_schedule_follows_a_metric(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """At patience 0 and an impossible threshold, the rate is divided by 10 after every round but the first."""
+    from lightning.pytorch.cli import ReduceLROnPlateau
+
+    def plateau(optimizer: Any) -> Any:
+        return ReduceLROnPlateau(optimizer, "val/loss", patience=0, threshold=1e9, threshold_mode="abs")
+
+    module = {"lr_scheduler": plateau}
+    _, one = fit(tmp_path / "whole", llama, prompts, [recorder := Updates(), RoundCheckpoint()], module, max_epochs=3)
+    per_round = len(recorder.rates) // 3
+    expected = [rate for rate in (1e-3, 1e-3, 1e-4) for _ in range(per_round)]
+    assert recorder.rates == pytest.approx(expected)
+    fit(tmp_path / "parts", llama, prompts, [RoundCheckpoint()], module, max_epochs=2)
+    ckpt = str(tmp_path / "parts" / "checkpoints" / "last.ckpt")
+    _, other = fit(tmp_path / "parts", llama, prompts, [RoundCheckpoint()], module, max_epochs=3, ckpt_path=ckpt)
+    assert_same(weights(one), weights(other))
