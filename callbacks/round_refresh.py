@@ -1,7 +1,7 @@
 """Has every round made when its loader is asked for, and the policy evaluated after every round."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import lightning as L
@@ -27,6 +27,8 @@ from rlhf_pl.round_maker import RoundMaker
 from rlhf_pl.round_settings import RoundOptions, held_out_sampling
 from rlhf_pl.rounds import DamagedStoreError
 from rlhf_pl.shaping import RewardShaping
+
+_MAX_KINDS = 6  # of conversations that a reward is tried on, each with three answers
 
 
 class RoundRefresh(L.Callback):
@@ -276,13 +278,30 @@ def _refuse_damage(data: RoundDataModule) -> None:
 
 
 def _trial_samples(prompts: list[Prompt]) -> list[Sample]:
-    """Real prompts with made-up answers, for the reward's check."""
+    """Real prompts with made-up answers, for the reward's check: two, and one of every further kind of conversation."""
     answers = ["Yes, of course. Here is what I would do.", "", "word " * 40]
+    kinds = {_kind(p): p for p in reversed(prompts)}
+    chosen = {p.prompt_id: p for p in [*prompts[:2], *list(kinds.values())[:_MAX_KINDS]]}
     return [
-        Sample(p.prompt_id, p.messages, text, (), finished, p.columns)
-        for p in prompts[:2]
+        Sample(
+            p.prompt_id,
+            p.messages,
+            text,
+            (),
+            finished,
+            p.columns,
+            tools=p.tools,
+            chat_template_kwargs=p.chat_template_kwargs,
+        )
+        for p in chosen.values()
         for text, finished in zip(answers, (True, True, False), strict=True)
     ]
+
+
+def _kind(prompt: Prompt) -> Hashable:
+    """What templates tell conversations apart by: whether there are tools, and the roles with their keys."""
+    turns = frozenset((m["role"], type(m.get("content")), frozenset(m)) for m in prompt.messages)
+    return bool(prompt.tools), turns
 
 
 def _datamodule(trainer: L.Trainer) -> RoundDataModule:

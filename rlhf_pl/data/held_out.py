@@ -1,9 +1,15 @@
 """Which rows are held out."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rlhf_pl.errors import InputError
+
+
+def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What tells prompts apart for `split_groups`: roles and contents alone."""
+    return repr([{"role": m["role"], "content": m.get("content")} for m in messages])
 
 
 def split_groups(keys: Sequence[str], held_out: float, seed: int, option: str) -> tuple[list[int], list[int]]:

@@ -97,10 +97,10 @@ class ClassifierReward(Reward):
     def check(self, samples: Sequence[Sample]) -> None:
         find_head(self.source, WeightFiles(self.weights))
         for sample in samples:
-            self.renderer()(sample.messages, sample.response)
+            sample.rendered(self.renderer())
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
-        rows = [self.renderer()(s.messages, s.response) for s in batch]
+        rows = [s.rendered(self.renderer()) for s in batch]
         scores = [score for scores in self._local(families(batch, rows)) for score in scores.tolist()]
         return [
             RewardResult(score, truncated_tokens=row.truncated_tokens) for score, row in zip(scores, rows, strict=True)
