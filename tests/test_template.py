@@ -15,7 +15,10 @@ from tests import chat_templates
 from tests.conftest import make_tokenizer
 
 TOKENIZER = make_tokenizer()
-TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object", "properties": {}}}}]
+TOOLS = [
+    {"type": "function", "function": {"name": name, "parameters": {"type": "object", "properties": properties}}}
+    for name, properties in (("weather", {"city": {"type": "string"}}), ("time", {"zone": {"type": "number"}}))
+]
 ASK = {"role": "user", "content": "Weather in Paris?"}
 RESULT = {"role": "tool", "content": "22", "name": "weather"}
 
