@@ -87,6 +87,8 @@ class Renderer:
             messages = [m for m in messages if m["role"] != "system"]
         last = {"role": "assistant", "content": response} if isinstance(response, str) else response
         if self.pair_encoding:
+            if tools:
+                self._lacks_tools(need_tools)
             return self._as_pair("\n\n".join(map(spoken, messages)), spoken(last))
         text = self._render([*messages, last], tools, chat_template_kwargs, need_tools)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
@@ -109,15 +111,18 @@ class Renderer:
             system = any(m["role"] == "system" for m in messages)
             hint = " Give `system_prompt: drop` to leave system messages out." if system else ""
             raise InputError(f"`{self.option}`: {error}.{hint}") from error
-        if tools and not need_tools and not self._told and not template.writes_tools(prepared, tools, text):
-            self._told = True
-            console.print(
-                f"`{self.option}`: the chat template does not write the data's tools: this model scores without "
-                "seeing them.",
-                soft_wrap=True,
-                markup=False,
-            )
+        if tools and not need_tools and not template.writes_tools(prepared, tools, text):
+            self._lacks_tools()
         return text
+
+    def _lacks_tools(self, is_error: bool = False) -> None:
+        """Say once that the model does not get to see the tools."""
+        if is_error:
+            raise InputError(f"`{self.option}`: a pair of texts has no place for the `tools` of this row.")
+        if not self._told:
+            self._told = True
+            line = f"`{self.option}`: the data's tools are not written for this model: it scores without seeing them."
+            console.print(line, soft_wrap=True, markup=False)
 
     @cached_property
     def turn_text(self) -> str:

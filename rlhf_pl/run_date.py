@@ -1,6 +1,5 @@
 """The date that chat templates are told: that on which the run began, also when it goes on after midnight."""
 
-import os
 from datetime import datetime
 from pathlib import Path
 
@@ -9,7 +8,6 @@ import lightning as L
 from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
 
-_VARIABLE = "RLHF_PL_RUN_DATE"  # tells the processes that a run starts
 _FILE = "date.txt"
 _date: datetime | None = None
 _used = False
@@ -22,30 +20,25 @@ def strftime_now(form: str) -> str:
     return (_date or datetime.now()).strftime(form)
 
 
-def take_run_date(run_dir: str | None = None) -> None:
-    """Fix the date: that of a run that goes on in `run_dir`, or now."""
+def take_run_date(trainer: L.Trainer | None = None) -> None:
+    """Fix the date: that of a run that goes on, or now; the same in all processes of a run.
+
+    Raises:
+        InputError: The run directory's note of it can't be read.
+    """
     global _date, _used
-    if run_dir is None:
+    _used = False
+    if trainer is None:
         _date = datetime.now()
         return
-    folder = Path(run_dir).absolute()
-    file = folder / _FILE
-    iso, _, of = os.environ.get(_VARIABLE, "").partition(" ")
-    if file.is_file():
-        iso = _read(file)
-    elif of != str(folder):
-        iso = datetime.now().isoformat()
-    _date, _used = datetime.fromisoformat(iso), False
-    os.environ[_VARIABLE] = f"{iso} {folder}"
-
-
-def _read(file: Path) -> str:
+    file = Path(trainer.default_root_dir) / _FILE
+    text = file.read_text().strip() if file.is_file() else datetime.now().isoformat()
+    if trainer.world_size > 1:
+        text = trainer.strategy.broadcast(text)
     try:
-        return datetime.fromisoformat(file.read_text().strip()).isoformat()
+        _date = datetime.fromisoformat(text)
     except ValueError as error:
-        raise InputError(
-            f"{file} should hold the date on which the run began, such as 2026-01-31T12:00:00: {error}."
-        ) from error
+        raise InputError(f"{file} should hold when the run began, as in 2026-01-31T12:00:00: {error}.") from error
 
 
 def keep_run_date(trainer: L.Trainer) -> None:

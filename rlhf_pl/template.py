@@ -48,13 +48,14 @@ class ChatTemplate:
 
     Args:
         tokenizer: With a chat template.
-        kwargs: Further variables, such as `{"enable_thinking": False}`.
+        kwargs: Further variables, such as `{"enable_thinking": False}`; those that the template names are given.
     """
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
-        self.tokenizer, self.kwargs = tokenizer, dict(kwargs or {})
-        if "strftime_now" in str(tokenizer.chat_template):  # some tokenizers refuse what they do not know
-            self.kwargs["strftime_now"] = strftime_now
+        self.tokenizer = tokenizer
+        source = str(tokenizer.chat_template)
+        variables = {**(kwargs or {}), "strftime_now": strftime_now}
+        self.kwargs = {name: value for name, value in variables.items() if name in source}
 
     def render(self, messages: Sequence[Any], tools: Any = None, generation_prompt: bool = False) -> str:
         """The text of a conversation.

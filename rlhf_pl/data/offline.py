@@ -155,7 +155,7 @@ class OfflineDataModule(PairsDataModule):
         module: Any = self._trainer.lightning_module
         check_module(module, self, "RebelModule")
         check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
-        take_run_date(self._trainer.default_root_dir)
+        take_run_date(self._trainer)
         pairs = self._load(self.source, "data.pairs", module.source)
         if isinstance(self.val_source, str):
             self.train_set, self.val_set = pairs, self._load(self.val_source, "data.val_pairs", module.source)

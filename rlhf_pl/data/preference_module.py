@@ -186,7 +186,7 @@ class PreferenceDataModule(PairsDataModule):
         check_module(module, self, "RewardModelModule")
         render, kwargs = module.renderer(self.max_tokens), self.chat_template_kwargs
         check_template_kwargs(render.tokenizer, kwargs, "data.chat_template_kwargs")
-        take_run_date(self.trainer.default_root_dir)
+        take_run_date(self.trainer)
         val_option = "data.preferences"
         pairs = self._load(self.source, "data.preferences")
         if isinstance(self.val_source, str):

@@ -128,7 +128,7 @@ class RoundDataModule(PairsDataModule):
         tokenizer = module.source.tokenizer
         kwargs = self.chat_template_kwargs
         check_template_kwargs(tokenizer, kwargs, "data.chat_template_kwargs")
-        take_run_date(self._trainer.default_root_dir)
+        take_run_date(self._trainer)
         everything = self._load(self.prompts_source, "data.prompts")
         if isinstance(self.val_prompts_source, str):
             train, val = everything, self._load(self.val_prompts_source, "data.val_prompts")

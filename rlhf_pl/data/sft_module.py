@@ -137,7 +137,7 @@ class SFTDataModule(L.LightningDataModule):
                 f"{module.source.max_context_tokens} tokens. Lower it."
             )
         check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
-        take_run_date(self.trainer.default_root_dir)
+        take_run_date(self.trainer)
         everything = self._load(self.source, "data.conversations")
         val_option = "data.conversations"
         if isinstance(self.val_source, str):

@@ -92,7 +92,6 @@ def test_rounds_of_a_policy_that_thinks_and_calls(
             return cls(2031, 1, 1 + (datetime.now().weekday() == 2))  # a Wednesday, or the Thursday after it
 
     monkeypatch.setattr(run_date, "datetime", Later)
-    monkeypatch.delenv("RLHF_PL_RUN_DATE")
     before = stored.manifest["settings"]["responses"]["prompts"]
     fit(tmp_path / "run", llama, write_jsonl(rows), **options)
     assert stored.manifest["settings"]["responses"]["prompts"] == before
