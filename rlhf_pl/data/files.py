@@ -46,6 +46,8 @@ def parse_rows(source: str, split: str, option: str, parse: Callable[[str, int, 
             parsed.append(parse(where, number, row))
         except InputError as error:
             problems.append((where, str(error)))
+        except RecursionError:
+            problems.append((where, "the row is nested too deeply"))
     if problems:
         raise InputError(f"`{option}`: wrong rows in {source!r}:\n{list_problems(problems)}")
     if not parsed:
