@@ -62,7 +62,7 @@ def test_rounds_of_a_policy_that_thinks_and_calls(
         {"prompt_id": str(i), "prompt": [ASK, call('{"city": "Paris"}'), RESULT | {"content": str(i)}]}
         for i in range(6)
     ]
-    llama = save_llama(tmp_path / "llama", max_position_embeddings=512)
+    llama = save_llama(tmp_path / "llama", max_position_embeddings=1024)
     options: dict[str, Any] = {
         "module": {"chat_template": template("DEEPSEEK", "{{ strftime_now('%A') }}")},
         "data": {"val_prompts": 0, "max_prompt_tokens": 256},
@@ -95,9 +95,14 @@ def test_rounds_of_a_policy_that_thinks_and_calls(
     before = stored.manifest["settings"]["responses"]["prompts"]
     fit(tmp_path / "run", llama, write_jsonl(rows), **options)
     assert stored.manifest["settings"]["responses"]["prompts"] == before
+    options["data"]["system_prompt"] = "Be brief."  # which this template leaves out, and rewards see
+    fit(tmp_path / "run", llama, write_jsonl(rows), **options)
+    assert stored.manifest["settings"]["rewards"]["messages"] != settings["messages"]
+    options["module"]["chat_template"] = template("QWEN")
+    options["data"]["max_prompt_tokens"] = 500
     with pytest.raises(InputError, match="was made with other settings"):
         fit(
-            tmp_path / "run", llama, write_jsonl(rows), **(options | {"data": options["data"] | {"system_prompt": "x"}})
+            tmp_path / "run", save_llama(tmp_path / "llama", max_position_embeddings=1024), write_jsonl(rows), **options
         )
 
 
@@ -160,3 +165,14 @@ def test_template_variables_in_every_data_module(
     for module, make in wrong:
         with pytest.raises(InputError, match=r"`data.chat_template_kwargs` gives 'enable_thought'"):
             set_up(module, make(file, chat_template_kwargs={"enable_thought": False}), tmp_path)
+
+
+def test_rewards_are_tried_on_every_kind_of_conversation(
+    reward_model: Path, llama: Path, tmp_path: Path, write_jsonl: Write, template: Callable[[str], str]
+) -> None:
+    """A reward model that refuses a late row says so before any model loads."""
+    rows = [{"prompt": "Hi"}] * 40 + [{"prompt": [{"role": "system", "content": "Be kind."}, ASK]}]
+    scorer = ClassifierReward(str(reward_model), chat_template=template("GEMMA"))
+    with pytest.raises(InputError, match=r"System role not supported.*`system_prompt: drop`"):
+        fit(tmp_path / "run", llama, write_jsonl(rows), data={"val_prompts": 0}, refresh={"reward": scorer})
+    assert not (tmp_path / "run" / "rounds").exists()
