@@ -12,7 +12,8 @@ from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
 from rlhf_pl.layout import Layout
-from rlhf_pl.policy import PolicySource, without_autocast, without_dropout, working_copy
+from rlhf_pl.policy import PolicySource, train_in_eval_mode, without_autocast, without_dropout, working_copy
+from rlhf_pl.rotary import row_positions, steady_rotary, thresholds
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import hidden_states, share_prompts
 
@@ -52,7 +53,7 @@ def find_head(source: PolicySource, files: WeightFiles) -> HeadPlan:
     Raises:
         InputError: The head is missing (the tensors are listed), has several layers, or has several outputs.
     """
-    empty = _empty_classifier(source)
+    empty = empty_classifier(source)
     prefix, own, given = empty.base_model_prefix + ".", empty.state_dict(), files.shapes
     head = [name for name in own if not name.startswith(prefix)]
     output = [name for name in head if name.endswith("weight")][-1]
@@ -97,7 +98,7 @@ def _check_outputs(files: WeightFiles, shape: tuple[int, ...]) -> None:
         )
 
 
-def _empty_classifier(source: PolicySource) -> Any:
+def empty_classifier(source: PolicySource) -> Any:
     """transformers' classifier of this architecture with one output, without memory for its weights."""
     from transformers import AutoModelForSequenceClassification
 
@@ -148,7 +149,7 @@ def load_classifier(
         if "score.weight" in state:
             state["score.weight"] = state["score.weight"].view(1, -1)
         bias = state.pop("score.bias", None)
-        kind = type(_empty_classifier(source))
+        kind = type(empty_classifier(source))
         model, info = kind.from_pretrained(None, state_dict=state, dtype=dtype, **arguments)
         if bias is not None:  # transformers' own head has none
             model.score.bias = nn.Parameter(bias.view(1).to(dtype))
@@ -160,7 +161,7 @@ def load_classifier(
 
 def check_new_classifier(source: PolicySource) -> None:
     """Raise InputError if transformers has no classifier of this architecture, or there are no weights."""
-    _empty_classifier(source)
+    empty_classifier(source)
     WeightFiles(source)
 
 
@@ -224,9 +225,15 @@ class ClassifierLM(nn.Module):
         compute = compute or Compute(model.device)
         self.model, self.compute = model, compute
         self.copy = working_copy(model, compute)
+        self.by_row = bool(thresholds(model.config))
+        steady_rotary(model, model.config)
         self.pad_token_id = model.config.get_text_config().pad_token_id
         self.linear = _is_linear_on_last(model)
         self.shares_prompts = self.linear and share_prompts(model, compute)
+
+    def train(self, mode: bool = True) -> "ClassifierLM":
+        """See `train_in_eval_mode`."""
+        return train_in_eval_mode(self, mode)
 
     def pad_id(self, rows: list[list[int]]) -> int:
         """An id to pad these rows with: the model's, or, where it has none, one that is in no row."""
@@ -264,6 +271,8 @@ class ClassifierLM(nn.Module):
                 assert position_ids is not None
                 assert last is not None
                 return self._head(hidden_states(model, input_ids, position_ids, layout).index_select(0, last))
+            if self.by_row and attention_mask is not None:
+                inputs["position_ids"] = row_positions(attention_mask)
             return self._of_rows(model, input_ids, attention_mask, **inputs)
 
     def _of_rows(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:

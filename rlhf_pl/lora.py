@@ -1,6 +1,6 @@
 """LoRA adapters (arXiv:2106.09685) by peft, put into a model in place."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -160,19 +160,19 @@ def without_adapters(model: Any) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def save_adapter(settings: LoRA, model: Any, adapters: Mapping[str, Tensor], base: str, folder: str) -> None:
+def save_adapter(settings: LoRA, layers: Sequence[str], adapters: Mapping[str, Tensor], base: str, folder: str) -> None:
     """Write the adapters as a folder that peft loads onto the base model.
 
     Args:
         settings: The adapters' settings.
-        model: With the adapters in it.
+        layers: Names of the adapted layers.
         adapters: Their tensors, by their names in the model.
         base: Folder or Hub id of the base model.
         folder: Where to; made if missing.
     """
     from safetensors.torch import save_file
 
-    config = _config(settings, sorted(adapted_layers(model)))
+    config = _config(settings, list(layers))
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
     config.save_pretrained(folder)
     tensors = {f"base_model.model.{n.replace('.default.', '.')}": t.cpu().contiguous() for n, t in adapters.items()}

@@ -21,7 +21,8 @@ from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.layout import Layout, to_device
 from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
-from rlhf_pl.rows import common_tokens, share_beginning
+from rlhf_pl.rotary import shared_tokens
+from rlhf_pl.rows import share_beginning
 from rlhf_pl.run_date import keep_run_date, take_run_date
 from rlhf_pl.template import check_template_kwargs
 
@@ -57,6 +58,7 @@ class PreferenceDataset(Dataset):
     Args:
         pairs: The comparisons.
         render: The reward model's.
+        config: The reward model's.
         chat_template_kwargs: Further variables of its chat template.
         option: The option that names the source, for errors.
     """
@@ -65,10 +67,11 @@ class PreferenceDataset(Dataset):
         self,
         pairs: Sequence[Preference],
         render: Renderer,
+        config: Any,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         option: str = "data.preferences",
     ) -> None:
-        self.pairs = pairs
+        self.pairs, self.config = pairs, config
         self.rows: list[list[Rendered]] = []
 
         def add(pair: Preference) -> None:
@@ -91,7 +94,7 @@ class PreferenceDataset(Dataset):
     @cached_property
     def _common(self) -> list[int]:
         """With how many tokens the two rows of each pair begin alike."""
-        return [common_tokens([row.ids for row in both]) for both in self.rows]
+        return [shared_tokens([row.ids for row in both], self.config) for both in self.rows]
 
     def _inputs(self, indices: Sequence[int]) -> dict[str, Any]:
         if self.shares_prompts:
@@ -196,8 +199,11 @@ class PreferenceDataModule(PairsDataModule):
             keys = [prompt_key(p.messages) for p in pairs]
             train_rows, val_rows = split_groups(keys, self.val_source, self.split_seed, "data.val_preferences")
             train, val = [pairs[i] for i in train_rows], [pairs[i] for i in val_rows]
-        train_set = PreferenceDataset(train, render, kwargs)
-        self.train_set, self.val_set = train_set, PreferenceDataset(val, render, kwargs, val_option)
+        config = module.source.config
+        train_set = PreferenceDataset(train, render, config, kwargs)
+        self.train_set, self.val_set = train_set, PreferenceDataset(val, render, config, kwargs, val_option)
+        for dataset in (self.train_set, self.val_set):
+            module.source.check_ids((row.ids for both in dataset.rows for row in both), "data.preferences")
 
     def _load(self, source: str, option: str) -> list[Preference]:
         found = load_preferences(

@@ -10,13 +10,13 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_pl.classifier import ClassifierLM, check_new_classifier, new_classifier
+from rlhf_pl.classifier import ClassifierLM, check_new_classifier, empty_classifier, new_classifier
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
-from rlhf_pl.export import check_weights, export_folder
+from rlhf_pl.export import check_weights, export_folder, try_export
 from rlhf_pl.liger import apply_liger
 from rlhf_pl.lora import LoRA, add_lora, check_lora
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
@@ -193,15 +193,22 @@ class RewardModelModule(L.LightningModule):
         assert self.classifier is not None
         return model_weights(self, self.classifier.model, self._like)
 
+    def try_export(self, dtype: str | None = None) -> None:
+        """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
+        model = empty_classifier(self.source) if self.classifier is None else self.classifier.model
+        try_export(model, self.source, reward_tokenizer(self.source, self.pair_encoding), dtype)
+
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the reward model as a Hugging Face folder that `ClassifierReward` and plain transformers load.
 
         Args:
             folder: Where to; made if missing.
-            dtype: Dtype of the weights; None for that of the model the run started from.
+            dtype: Dtype of the weights; None for that of the checkpoint that the run started from.
         """
         assert self.classifier is not None
-        export_folder(self.classifier.model, self.source, self.weights(), folder, dtype, self.global_rank == 0)
+        tokenizer = reward_tokenizer(self.source, self.pair_encoding)
+        write = self.global_rank == 0
+        export_folder(self.classifier.model, self.source, tokenizer, self.weights(), folder, dtype, write)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         note_split(self.trainer, checkpoint)

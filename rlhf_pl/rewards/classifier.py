@@ -15,7 +15,7 @@ from rlhf_pl.fingerprints import describe
 from rlhf_pl.layout import Layout
 from rlhf_pl.liger import apply_liger
 from rlhf_pl.policy import PolicySource
-from rlhf_pl.rendering import Renderer, SystemPrompt, padded, reward_tokenizer
+from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.families import Family, families
 from rlhf_pl.rewards.local_model import LocalModel, ModelDType
@@ -96,12 +96,18 @@ class ClassifierReward(Reward):
 
     def check(self, samples: Sequence[Sample]) -> None:
         find_head(self.source, WeightFiles(self.weights))
-        for sample in samples:
-            sample.rendered(self.renderer())
+        self._rows(samples)
+
+    def _rows(self, samples: Sequence[Sample]) -> list[Rendered]:
+        rows = [s.rendered(self.renderer()) for s in samples]
+        self.source.check_ids((row.ids for row in rows), self.source.option)
+        return rows
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
-        rows = [s.rendered(self.renderer()) for s in batch]
-        scores = [score for scores in self._local(families(batch, rows)) for score in scores.tolist()]
+        rows = self._rows(batch)
+        scores = [
+            score for scores in self._local(families(batch, rows, self.source.config)) for score in scores.tolist()
+        ]
         return [
             RewardResult(score, truncated_tokens=row.truncated_tokens) for score, row in zip(scores, rows, strict=True)
         ]
