@@ -28,7 +28,7 @@ from rlhf_pl.round_settings import RoundOptions, check_noted_logps, held_out_sam
 from rlhf_pl.rounds import DamagedStoreError
 from rlhf_pl.shaping import RewardShaping
 
-_MAX_KINDS = 6  # of conversations that a reward is tried on, each with three answers
+_MAX_KINDS = 64  # of conversations that a reward is checked with, each with three answers
 
 
 class RoundRefresh(L.Callback):
@@ -151,7 +151,8 @@ class RoundRefresh(L.Callback):
             )
         if not self.repair:
             ranks.first(lambda: _refuse_damage(data))
-        ranks.first(lambda: try_reward(options.reward, _trial_samples(data.train_prompts), options.scoring))
+        trial = _trial_samples([*data.train_prompts, *data.val_prompts])
+        ranks.first(lambda: try_reward(options.reward, trial, options.scoring))
         self._maker = RoundMaker(
             trainer,
             pl_module,

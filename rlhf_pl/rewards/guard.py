@@ -231,6 +231,9 @@ def _finite(result: Any) -> Outcome:
     return RewardResult(reward, components, int(getattr(result, "truncated_tokens", 0)))
 
 
+_TRIED = 24  # samples that a reward is called with, of those it is checked with
+
+
 def try_reward(reward: Reward, samples: Sequence[Sample], config: ScoringConfig) -> None:
     """Check a reward on real prompts with made-up answers, so that one that can't work is found before a model loads.
 
@@ -241,7 +244,7 @@ def try_reward(reward: Reward, samples: Sequence[Sample], config: ScoringConfig)
     for part in reward.parts if isinstance(reward, CombinedReward) else [reward]:
         if part.trial and config.on_failure == "error":
             try:
-                guarded_scores(part, samples, replace(config, retries=0))
+                guarded_scores(part, samples[:_TRIED], replace(config, retries=0))
             except InputError as error:
                 raise InputError(f"{error} (Found by a trial call before loading any model.)") from error
 
