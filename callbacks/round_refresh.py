@@ -1,7 +1,7 @@
 """Has every round made when its loader is asked for, and the policy evaluated after every round."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal
 
 import lightning as L
@@ -36,6 +36,8 @@ _LACKING = (
     "Metrics of answers come from held-out prompts: set `data.val_prompts`. Those of held-out pairs also need "
     "`rollout.val_num_responses` of 2 or more."
 )
+
+_MAX_KINDS = 64  # of conversations that a reward is checked with, each with three answers
 
 
 class RoundRefresh(L.Callback):
@@ -166,7 +168,8 @@ class RoundRefresh(L.Callback):
             )
         if not self.repair:
             ranks.first(lambda: _refuse_damage(data))
-        ranks.first(lambda: try_reward(options.reward, _trial_samples(data.train_prompts), options.scoring))
+        trial = _trial_samples([*data.train_prompts, *data.val_prompts])
+        ranks.first(lambda: try_reward(options.reward, trial, options.scoring))
         self._maker = RoundMaker(
             trainer,
             pl_module,
@@ -334,13 +337,30 @@ def _refuse_damage(data: RoundDataModule) -> None:
 
 
 def _trial_samples(prompts: list[Prompt]) -> list[Sample]:
-    """Real prompts with made-up answers, for the reward's check."""
+    """Real prompts with made-up answers, for the reward's check: two, and one of every further kind of conversation."""
     answers = ["Yes, of course. Here is what I would do.", "", "word " * 40]
+    kinds = {_kind(p): p for p in reversed(prompts)}
+    chosen = {p.prompt_id: p for p in [*prompts[:2], *list(kinds.values())[:_MAX_KINDS]]}
     return [
-        Sample(p.prompt_id, p.messages, text, (), finished, p.columns)
-        for p in prompts[:2]
+        Sample(
+            p.prompt_id,
+            p.messages,
+            text,
+            (),
+            finished,
+            p.columns,
+            tools=p.tools,
+            chat_template_kwargs=p.chat_template_kwargs,
+        )
+        for p in chosen.values()
         for text, finished in zip(answers, (True, True, False), strict=True)
     ]
+
+
+def _kind(prompt: Prompt) -> Hashable:
+    """What templates tell conversations apart by: whether there are tools, and the roles with their keys."""
+    turns = frozenset((m["role"], type(m.get("content")), frozenset(m)) for m in prompt.messages)
+    return bool(prompt.tools), turns
 
 
 def _datamodule(trainer: L.Trainer) -> RoundDataModule:

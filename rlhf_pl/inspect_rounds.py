@@ -13,6 +13,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pl.chat import message_text
 from rlhf_pl.console import console
 from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
@@ -239,6 +240,6 @@ def sample_panels(stored: Round, count: int) -> list[Panel]:
                 "-" if reward is None else f"{reward:.3f}",
                 Text(answer["response"].strip() + note + (f"\n[{failure}]" if failure else "")),
             )
-        question = json.loads(answers[0]["prompt"])[-1]["content"]
+        question = message_text(json.loads(answers[0]["prompt"])[-1])
         panels.append(Panel(Group(Text(question, style="bold"), table), title=prompt_id, title_align="left"))
     return panels

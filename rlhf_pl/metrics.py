@@ -4,6 +4,7 @@ import json
 import math
 from typing import Any
 
+from rlhf_pl.chat import message_text
 from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.stages import prompt_means
 from rlhf_pl.stages.kl import STAGE
@@ -121,7 +122,7 @@ def first_answers(stored: Round) -> dict[str, dict[str, Any]]:
     rows = stored.read("responses").select(["prompt_id", "response_index", "prompt", "response"]).to_pylist()
     rewards = stored.read("rewards")["reward"].to_pylist()
     return {
-        row["prompt_id"]: row | {"reward": reward, "question": json.loads(row["prompt"])[-1]["content"]}
+        row["prompt_id"]: row | {"reward": reward, "question": message_text(json.loads(row["prompt"])[-1])}
         for row, reward in zip(rows, rewards, strict=True)
         if row["response_index"] == 0
     }

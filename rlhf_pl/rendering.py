@@ -1,6 +1,6 @@
 """Conversations with their answer as a reward model reads them: its own template and tokens, cut to its length."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -8,8 +8,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_pl.chat import Message
+from rlhf_pl.chat import Message, Tools, spoken
+from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
+from rlhf_pl.template import ChatTemplate
 
 SystemPrompt = Literal["keep", "drop"]
 
@@ -59,30 +61,68 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.max_tokens, self.system_prompt = tokenizer, max_tokens, system_prompt
         self.pair_encoding, self.option = pair_encoding, option
+        self._told = False
 
-    def __call__(self, messages: Sequence[Message], response: str) -> Rendered:
+    def __call__(
+        self,
+        messages: Sequence[Message],
+        response: str | Message,
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        need_tools: bool = False,
+    ) -> Rendered:
         """The conversation with `response` as its last message.
 
+        Args:
+            messages: What stands before it.
+            response: Its text, or the assistant's message.
+            tools: What the chat template is given as `tools`.
+            chat_template_kwargs: Further variables of the chat template.
+            need_tools: Whether a template that does not write the tools is an error; else that is said once.
+
         Raises:
-            InputError: The template refuses it.
+            InputError: The template refuses it, or would leave tool calls out.
         """
         if self.system_prompt == "drop":
             messages = [m for m in messages if m["role"] != "system"]
+        last = {"role": "assistant", "content": response} if isinstance(response, str) else response
         if self.pair_encoding:
-            return self._as_pair("\n\n".join(m["content"] for m in messages), response)
-        text = self._render([*messages, {"role": "assistant", "content": response}])
+            if tools:
+                self._lacks_tools(need_tools)
+            return self._as_pair("\n\n".join(map(spoken, messages)), spoken(last))
+        text = self._render([*messages, last], tools, chat_template_kwargs, need_tools)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
         ids = list(encoded["input_ids"])
         turn = self._turn_position(text, ids, encoded)
         return self._cut(ids, turn)
 
-    def _render(self, messages: Sequence[Message]) -> str:
+    def _render(
+        self,
+        messages: Sequence[Message],
+        tools: Tools | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        need_tools: bool = False,
+    ) -> str:
+        template = ChatTemplate(self.tokenizer, chat_template_kwargs)
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False)
-        except Exception as error:  # each template refuses in its own way
-            roles = [m["role"] for m in messages]
-            hint = " Give `system_prompt: drop` to leave system messages out." if "system" in roles else ""
-            raise InputError(f"`{self.option}`: the chat template refuses the roles {roles}: {error}.{hint}") from error
+            prepared = template.prepare(messages, tools, need_tools)
+            text = template.render(prepared, tools)
+        except InputError as error:
+            system = any(m["role"] == "system" for m in messages)
+            hint = " Give `system_prompt: drop` to leave system messages out." if system else ""
+            raise InputError(f"`{self.option}`: {error}.{hint}") from error
+        if tools and not need_tools and not template.writes_tools(prepared, tools, text):
+            self._lacks_tools()
+        return text
+
+    def _lacks_tools(self, is_error: bool = False) -> None:
+        """Say once that the model does not get to see the tools."""
+        if is_error:
+            raise InputError(f"`{self.option}`: a pair of texts has no place for the `tools` of this row.")
+        if not self._told:
+            self._told = True
+            line = f"`{self.option}`: the data's tools are not written for this model: it scores without seeing them."
+            console.print(line, soft_wrap=True, markup=False)
 
     @cached_property
     def turn_text(self) -> str:

@@ -19,6 +19,8 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.provenance import REDONE, StageSettings, differences, first_change
 from rlhf_pl.rounds import ORDER, DamagedStoreError, Round, RoundStore
 
+_OF_DATA = ("columns", "messages")  # hashes of rows, which are not read yet
+
 
 @dataclass(frozen=True)
 class ResumePoint:
@@ -71,7 +73,7 @@ def find_resume_point(
     if stored is None or settings is None:
         return ResumePoint(newest)
     before, now = settings, Round.as_stored(downstream)
-    before = {stage: {k: v for k, v in before[stage].items() if k in now.get(stage, ())} for stage in before}
+    before = {stage: {k: v for k, v in before[stage].items() if k not in _OF_DATA} for stage in before}
     changed = first_change(before, now, ORDER[1:])
     if changed is None:
         return ResumePoint(newest)

@@ -76,6 +76,7 @@ class RoundMaker:
             held_out: (
                 rows_fingerprint((p.prompt_id, p.token_ids) for p in prompts),
                 rows_fingerprint(dict(p.columns) for p in prompts),
+                _unrendered(prompts),
             )
             for held_out, prompts in ((False, data.train_prompts), (True, data.val_prompts))
         }
@@ -175,7 +176,8 @@ class RoundMaker:
         if self._lacks(stored, "rewards"):
             total = stored.info("responses")["responses"]
             with self._phase(f"scoring {name}answers", total, "answers") as report:
-                score(stored, prompts, self.options.reward, self.options.scoring, report, self.ranks)
+                tokenizer = self.module.source.tokenizer
+                score(stored, prompts, self.options.reward, self.options.scoring, report, self.ranks, tokenizer)
         if not pairs:
             return
         if self._lacks(stored, "pairs"):
@@ -213,7 +215,7 @@ class RoundMaker:
         shard = stored.manifest["prompts_per_shard"]
         tokenizer = self.module.source.tokenizer
         reward = self.options.reward
-        scorer = ShardScorer(stored, prompts, reward, self.options.scoring)
+        scorer = ShardScorer(stored, prompts, reward, self.options.scoring, tokenizer)
         with (
             self._phase(f"answering {name}prompts", len(prompts), "prompts") as report,
             ScoreAhead(scorer, enabled=reward.is_remote and not lost) as ahead,
@@ -295,7 +297,7 @@ class RoundMaker:
 
     def settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
         """What the stages of a round would be made from; the policy is looked at only if wanted."""
-        prompts, columns = self._fingerprints[stored.is_held_out]
+        prompts, columns, messages = self._fingerprints[stored.is_held_out]
         sampler = self.link.sampler
         settings: StageSettings = {
             "responses": {
@@ -309,7 +311,7 @@ class RoundMaker:
             },
             **downstream_settings(self.module, self.options, self.trainer, self.data),
         }
-        settings["rewards"] |= {"columns": columns}
+        settings["rewards"] |= {"columns": columns, **messages}
         if (factors := describe_factors(self.module.source.config, self.data.longest_tokens)) is not None:
             settings["responses"]["rotary_factors"] = factors
         if not takes_noted_logps(self.options, self._sampling(stored)):
@@ -360,6 +362,13 @@ class RoundMaker:
         self.ranks.first(lambda: check_space(Path(run_dir), parts, f"round {index + 1}"))
 
 
+def _unrendered(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """A hash of messages with further keys, which rewards see and the policy's tokens may not show."""
+    if all(set(m) <= {"role", "content"} for p in prompts for m in p.messages):
+        return {}
+    return {"messages": rows_fingerprint(p.messages for p in prompts)}
+
+
 def _refuse_inside(stored: Round, now: StageSettings) -> None:
     refuse_upstream_change(stored, now)
     before = stored.manifest.get("settings", now)
@@ -380,5 +389,5 @@ def _answers_bytes(data: RoundDataModule, sampling: SamplingConfig, index: int) 
     if sizes:
         return 2 * sum(sizes)
     prompts = data.round_prompts(index)
-    of_prompts = sum(len(json.dumps(p.messages)) + 4 * len(p.token_ids) for p in prompts)
+    of_prompts = sum(len(json.dumps(p.messages, default=str)) + 4 * len(p.token_ids) for p in prompts)
     return sampling.num_responses * (of_prompts + len(prompts) * (200 + 8 * sampling.max_response_tokens))

@@ -45,7 +45,11 @@ def downstream_settings(
 ) -> StageSettings:
     """The settings of all stages after the answers, which are known before anything loads."""
     return {
-        "rewards": {"reward": options.reward.fingerprint()},
+        "rewards": {
+            "reward": options.reward.fingerprint(),
+            **options.scoring.withheld,
+            **({"chat_template_kwargs": data.chat_template_kwargs} if data.chat_template_kwargs else {}),
+        },
         "pairs": {"selector": describe(options.selector), **_changed(options.shaping)},
         "logps": {
             "reference": module.reference_source.path if module.kl_coef > 0 else None,

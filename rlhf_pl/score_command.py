@@ -2,13 +2,14 @@
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
 from jsonargparse import ArgumentParser
 from rich.table import Table
 
+from rlhf_pl.chat import Message, Tools, message_text
 from rlhf_pl.console import console, phase
 from rlhf_pl.data.conversations import load_conversations
 from rlhf_pl.data.files import read_rows
@@ -20,6 +21,8 @@ from rlhf_pl.pair_metrics import PairMetrics, longer_text, pair_metrics
 from rlhf_pl.parser_errors import exit_with_error
 from rlhf_pl.rewards import Reward, RewardResult, Sample, ScoringConfig, as_reward
 from rlhf_pl.rewards.guard import guarded_scores, try_reward
+from rlhf_pl.rewards.withhold import without_thinking
+from rlhf_pl.run_date import take_run_date
 
 HELP = """Score conversations with a reward.
 
@@ -45,6 +48,18 @@ def make_parser() -> ArgumentParser:
     parser.add_argument("--columns", type=dict[str, str] | None, default=None, help="What the data calls our columns.")
     parser.add_argument("--split", type=str, default="train", help="Split of a Hub data set.")
     parser.add_argument("--system_prompt", type=str | None, default=None, help="For conversations that have none.")
+    parser.add_argument(
+        "--chat_template_kwargs",
+        type=dict[str, Any] | None,
+        default=None,
+        help="Further variables of the reward model's chat template, such as '{enable_thinking: false}'.",
+    )
+    parser.add_argument(
+        "--parse_dialogues",
+        type=bool,
+        default=True,
+        help=r"Take text of the form '\n\nHuman: ... \n\nAssistant: ...' for a dialogue.",
+    )
     parser.add_argument("--limit", type=int | None, default=None, help="Score only so many rows.")
     parser.add_argument(
         "--on_wrong_pairs",
@@ -70,6 +85,7 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"`limit` must be 1 or more, got {config.limit}.")
     if config.output is not None and not Path(config.output).resolve().parent.is_dir():
         raise InputError(f"`output`: no folder {str(Path(config.output).parent)!r}.")
+    take_run_date()
     if _has_pairs(config):
         rows = _score_pairs(config, reward, scoring)
     else:
@@ -109,10 +125,29 @@ def _score(reward: Reward, samples: list[Sample], scoring: ScoringConfig) -> lis
     return results
 
 
+def _sample(
+    name: str,
+    messages: list[Message],
+    response: Message,
+    columns: Mapping[str, Any],
+    tools: Tools | None,
+    config: Any,
+    scoring: ScoringConfig,
+) -> Sample:
+    kwargs = config.chat_template_kwargs or {}
+    text, said = message_text(response), response if set(response) - {"role", "content", "weight"} else None
+    sample = Sample(name, messages, text, columns=columns, message=said, tools=tools, chat_template_kwargs=kwargs)
+    return without_thinking(sample, scoring.thinking_marks) if scoring.strip_thinking else sample
+
+
 def _score_conversations(config: Any, reward: Reward, scoring: ScoringConfig) -> list[dict[str, Any]]:
-    conversations = load_conversations(config.data, config.columns, config.system_prompt, config.split, "data")
+    conversations = load_conversations(
+        config.data, config.columns, config.system_prompt, config.split, "data", config.parse_dialogues
+    )
     conversations = conversations[: config.limit]
-    samples = [Sample(c.name, c.messages[:-1], c.messages[-1]["content"], columns=c.columns) for c in conversations]
+    samples = [
+        _sample(c.name, c.messages[:-1], c.messages[-1], c.columns, c.tools, config, scoring) for c in conversations
+    ]
     results = _score(reward, samples, scoring)
     found = [r for r in results if r is not None]
     if not found:
@@ -133,18 +168,26 @@ def _score_conversations(config: Any, reward: Reward, scoring: ScoringConfig) ->
 
 def _score_pairs(config: Any, reward: Reward, scoring: ScoringConfig) -> list[dict[str, Any]]:
     loaded: Preferences = load_preferences(
-        config.data, config.columns, config.system_prompt, config.split, "half", config.on_wrong_pairs, "data"
+        config.data,
+        config.columns,
+        config.system_prompt,
+        config.split,
+        "half",
+        config.on_wrong_pairs,
+        "data",
+        config.parse_dialogues,
     )
     pairs = loaded.pairs[: config.limit]
     samples = [
-        Sample(f"pair-{i}", pair.messages, answer, columns=pair.columns)
+        _sample(f"pair-{i}", pair.messages, response, pair.columns, pair.tools, config, scoring)
         for i, pair in enumerate(pairs)
-        for answer in (pair.chosen, pair.rejected)
+        for response in pair.responses
     ]
     results = _score(reward, samples, scoring)
     rows, margins, longer, ties = [], [], [], 0
     for pair, chosen, rejected in zip(pairs, results[::2], results[1::2], strict=True):
-        row = {"prompt": pair.messages, "chosen": pair.chosen, "rejected": pair.rejected, **pair.columns}
+        said = [r if len(r) > 2 else message_text(r) for r in pair.responses]  # with what stands beside the text
+        row = {"prompt": pair.messages, "chosen": said[0], "rejected": said[1], **pair.columns}
         row |= {"label": pair.label, **_as_row(chosen, "chosen_"), **_as_row(rejected, "rejected_")}
         rows.append(row)
         if chosen is None or rejected is None:

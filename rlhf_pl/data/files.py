@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 from rlhf_pl.errors import InputError
 
@@ -13,6 +13,10 @@ MAX_PROBLEMS = 10
 
 Row = Mapping[str, Any]
 T = TypeVar("T")
+
+
+class ArrowRow(dict[str, Any]):
+    """A row of a table, in which objects have None under keys that other rows' objects have."""
 
 
 def parse_rows(source: str, split: str, option: str, parse: Callable[[str, int, Row], T]) -> list[T]:
@@ -42,11 +46,39 @@ def parse_rows(source: str, split: str, option: str, parse: Callable[[str, int, 
             parsed.append(parse(where, number, row))
         except InputError as error:
             problems.append((where, str(error)))
+        except RecursionError:
+            problems.append((where, "the row is nested too deeply"))
     if problems:
         raise InputError(f"`{option}`: wrong rows in {source!r}:\n{list_problems(problems)}")
     if not parsed:
         raise InputError(f"`{option}`: {source!r} has no rows.")
     return parsed
+
+
+class _Named(Protocol):
+    @property
+    def name(self) -> str: ...
+
+
+Named = TypeVar("Named", bound=_Named)
+
+
+def each_rendered(rows: Iterable[Named], render: Callable[[Named], object], option: str) -> None:
+    """Call `render` on every row.
+
+    Raises:
+        InputError: The chat template can't render some: up to 10 are listed by their names.
+    """
+    problems: list[tuple[str, str]] = []
+    for row in rows:
+        try:
+            render(row)
+        except InputError as error:
+            problems.append((row.name, str(error)))
+            if len(problems) == MAX_PROBLEMS:
+                break
+    if problems:
+        raise InputError(f"`{option}`: rows that can't be rendered:\n{list_problems(problems)}")
 
 
 def check_columns(columns: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
@@ -160,7 +192,7 @@ def _read_parquet(path: Path) -> Iterable[tuple[str, Any]]:
         rows = pq.ParquetFile(path).read().to_pylist()
     except (pa.ArrowException, OSError, ValueError, OverflowError, NotImplementedError) as error:
         raise InputError(f"{path} is no readable Parquet file: {error}.") from error
-    return ((f"row {i}", row) for i, row in enumerate(rows))
+    return ((f"row {i}", ArrowRow(row)) for i, row in enumerate(rows))
 
 
 def _read_hub(name: str, split: str) -> Iterable[tuple[str, Any]]:
@@ -174,7 +206,7 @@ def _read_hub(name: str, split: str) -> Iterable[tuple[str, Any]]:
             f"{name!r} is no file here, and the Hub did not give it (split {split!r}): "
             f"{type(error).__name__}: {first_line}"
         ) from error
-    return ((f"row {i}", row) for i, row in enumerate(rows))
+    return ((f"row {i}", ArrowRow(row)) for i, row in enumerate(rows))
 
 
 def list_problems(problems: Sequence[tuple[str, str]]) -> str:

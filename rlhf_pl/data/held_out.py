@@ -1,9 +1,15 @@
 """Which rows are held out."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rlhf_pl.errors import InputError
+
+
+def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
+    """What tells prompts apart for `split_groups`: roles and contents alone."""
+    return repr([{"role": m["role"], "content": m.get("content")} for m in messages])
 
 
 def split_groups(keys: Sequence[str], held_out: float, seed: int, option: str) -> tuple[list[int], list[int]]:
@@ -18,7 +24,7 @@ def split_groups(keys: Sequence[str], held_out: float, seed: int, option: str) -
     Raises:
         InputError: `held_out` is no share or number, or nothing would be left to train on.
     """
-    if held_out < 0 or (held_out >= 1 and held_out != int(held_out)):
+    if not held_out >= 0 or (held_out >= 1 and held_out != int(held_out)):
         raise InputError(f"`{option}` must be a share below 1 or a whole number, got {held_out}.")
     wanted = round(held_out * len(keys)) if held_out < 1 else int(held_out)
     groups: dict[str, list[int]] = {}

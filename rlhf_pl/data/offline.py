@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from rlhf_pl.chat import encode_conversation, encode_prompt, with_system_prompt
+from rlhf_pl.chat import Message, Tools, encode_conversation, encode_prompt, spoken, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.held_out import split_groups
 from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
@@ -14,9 +14,12 @@ from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
 from rlhf_pl.data.progress import rounds_done, run_seed
+from rlhf_pl.data.reader import MessageReader
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rounds import Round, RoundStore
+from rlhf_pl.run_date import keep_run_date, take_run_date
+from rlhf_pl.template import check_template_kwargs
 
 # our names, and what the published data sets of REBEL's authors call them
 ALIASES = {
@@ -31,6 +34,7 @@ ALIASES = {
     "rejected_tokens": ("llama_reject_tokens",),
     "chosen_logprob": (),
     "rejected_logprob": ("reject_logprob",),
+    "tools": (),
 }
 _TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
 _LOGPROBS = ("chosen_logprob", "rejected_logprob")
@@ -43,7 +47,7 @@ class OfflinePair:
     Args:
         prompt_id: The row's.
         prompt_tokens: Token ids up to where the answers start.
-        texts: The answers, chosen first.
+        texts: The answers, chosen first; a tool call as JSON.
         tokens: Their token ids, EOS included.
         rewards: Theirs, reward units.
         logps: Their summed log-probs under the policy that drew them, nats; None if unknown.
@@ -70,6 +74,9 @@ class OfflineDataModule(PairsDataModule):
         columns: What your data calls the columns, such as `{"rejected_reward": "worst_score"}`.
         split: Split of a Hub data set.
         system_prompt: Put in front of conversations that have none.
+        chat_template_kwargs: Further variables of the chat template, such as `{enable_thinking: false}`.
+        parse_dialogues: Take texts of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` for dialogues, and say how many
+            rows are such.
         temperature: What the answers were drawn at; log-probs are at this temperature.
         use_tokens: Take token columns where they are there, instead of tokenizing the texts.
         use_logprobs: Take log-prob columns where they are there (they need the token columns).
@@ -91,6 +98,8 @@ class OfflineDataModule(PairsDataModule):
         columns: dict[str, str] | None = None,
         split: str = "train",
         system_prompt: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        parse_dialogues: bool = True,
         temperature: float = 1.0,
         use_tokens: bool = True,
         use_logprobs: bool = True,
@@ -115,6 +124,7 @@ class OfflineDataModule(PairsDataModule):
         if not temperature > 0:
             raise InputError(f"`data.temperature` must be above 0, got {temperature}.")
         self.source, self.columns, self.split, self.system_prompt = pairs, columns, split, system_prompt
+        self.chat_template_kwargs, self.parse_dialogues = chat_template_kwargs or {}, parse_dialogues
         self.temperature, self.use_tokens, self.use_logprobs = temperature, use_tokens, use_logprobs
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.val_source, self.split_seed = val_pairs, split_seed
@@ -150,6 +160,8 @@ class OfflineDataModule(PairsDataModule):
             return
         module: Any = self._trainer.lightning_module
         check_module(module, self, "RebelModule")
+        check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
+        take_run_date(self._trainer)
         pairs = self._load(self.source, "data.pairs", module.source)
         if isinstance(self.val_source, str):
             self.train_set, self.val_set = pairs, self._load(self.val_source, "data.val_pairs", module.source)
@@ -160,22 +172,26 @@ class OfflineDataModule(PairsDataModule):
 
     def _load(self, source: str, option: str, model: Any) -> list[OfflinePair]:
         names = check_columns(self.columns, tuple(ALIASES))
+        reader = MessageReader(self.parse_dialogues)
 
         def parse(where: str, number: int, row: Row) -> OfflinePair | None:
             columns = {ours: _column(ours, row, names) for ours in ALIASES}
-            found = self._parse(row, columns, number, model)
+            found = self._parse(row, columns, number, model, reader)
             if isinstance(found, str):
                 self.dropped[found] = self.dropped.get(found, 0) + 1
                 return None
             return found
 
         pairs = [pair for pair in parse_rows(source, self.split, option, parse) if pair is not None]
+        reader.report(option)
         model.check_ids((ids for pair in pairs for ids in (pair.prompt_tokens, *pair.tokens)), option)
         if not pairs:
             raise InputError(f"`{option}`: no row of {source!r} is left to train on: {self._left_out()}.")
         return pairs
 
-    def _parse(self, row: Row, columns: Mapping[str, str], number: int, model: Any) -> OfflinePair | str:
+    def _parse(
+        self, row: Row, columns: Mapping[str, str], number: int, model: Any, reader: MessageReader
+    ) -> OfflinePair | str:
         """A pair, or the reason to leave it out."""
         for name in ("chosen_reward", "rejected_reward"):
             if row.get(columns[name]) in (None, ""):
@@ -183,20 +199,21 @@ class OfflineDataModule(PairsDataModule):
                 raise InputError(f"no `{columns[name]}`; found {found}. Name yours with --data.columns.{name}")
         rewards = (number_of(row, columns["chosen_reward"], 0.0), number_of(row, columns["rejected_reward"], 0.0))
         try:
-            before, *texts = parse_answers(row, columns)
+            before, *responses = parse_answers(row, columns, reader)
         except EqualAnswersError:
             return "equal answers"
         module: Any = self._trainer.lightning_module
         if rewards[0] == rewards[1] and module.kl_coef == 0:
             return "equal rewards"
+        texts = [spoken(response) for response in responses]
         has_tokens = self.use_tokens and all(row.get(columns[name]) is not None for name in _TOKENS)
         if has_tokens:
             prompt, *answers = (_without_padding(row[columns[name]], columns[name], model) for name in _TOKENS)
             _check_tokenizer(answers[0], texts[0], columns["chosen_tokens"], model.tokenizer)
         else:
-            messages = with_system_prompt(before, self.system_prompt)
-            prompt = encode_prompt(model.tokenizer, messages)
-            answers = [_encode_answer(model, messages, text) for text in texts]
+            messages, tools = with_system_prompt(before, self.system_prompt), reader.tools(row, columns["tools"])
+            prompt = encode_prompt(model.tokenizer, messages, tools, self.chat_template_kwargs)
+            answers = [self._encode([*messages, response], tools, model) for response in responses]
         if len(prompt) > self.max_prompt_tokens:
             return "long prompts"
         if max(map(len, answers)) > self.max_response_tokens:
@@ -210,6 +227,18 @@ class OfflineDataModule(PairsDataModule):
         prompt_id = f"row-{number}" if given is None else str(given)
         return OfflinePair(prompt_id, prompt, (texts[0], texts[1]), (answers[0], answers[1]), rewards, logps)
 
+    def _encode(self, messages: list[Message], tools: Tools | None, model: Any) -> list[int]:
+        """The token ids of the last message, as if it had been sampled and come to its end."""
+        ids, mask = encode_conversation(
+            model.tokenizer,
+            [*messages[:-1], messages[-1] | {"weight": 1}],
+            model.eos_token_ids,
+            False,
+            tools,
+            self.chat_template_kwargs,
+        )
+        return [token for token, answer in zip(ids, mask, strict=True) if answer]
+
     def _left_out(self) -> str:
         return ", ".join(f"{count} of {reason}" for reason, count in self.dropped.items()) or "none"
 
@@ -222,6 +251,7 @@ class OfflineDataModule(PairsDataModule):
         if is_over(self._trainer):  # a finished run that is started again
             return nothing_left(self._trainer)
         epoch = rounds_done(self._trainer)
+        keep_run_date(self._trainer)
         if self.prepare_round is not None:
             self.prepare_round()
         dataset = self._pairs(self.stored)
@@ -283,13 +313,6 @@ def _check_tokenizer(ids: Sequence[int], text: str, column: str, tokenizer: Any)
             f"`{column}` reads {decoded[:60]!r} with this policy's tokenizer, but the text is {text[:60]!r}: it is of "
             "another model. `data.use_tokens: false` tokenizes the texts"
         )
-
-
-def _encode_answer(model: Any, messages: list[dict[str, str]], text: str) -> list[int]:
-    """The answer's token ids, as if it had been sampled and come to its end."""
-    whole = [*messages, {"role": "assistant", "content": text}]
-    ids, mask = encode_conversation(model.tokenizer, whole, model.eos_token_ids, every_answer=False)
-    return [token for token, answer in zip(ids, mask, strict=True) if answer]
 
 
 def as_table(pairs: Sequence[OfflinePair], schema: pa.Schema) -> pa.Table:

@@ -1,6 +1,6 @@
 """The DataModule of reward-model training."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -9,7 +9,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlhf_pl.classifier import tree_inputs
-from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.files import each_rendered
+from rlhf_pl.data.held_out import prompt_key, split_groups
 from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
 from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.pairs import RoundBatches, RoundLoader
@@ -23,6 +24,8 @@ from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
 from rlhf_pl.rotary import shared_tokens
 from rlhf_pl.rows import share_beginning
+from rlhf_pl.run_date import keep_run_date, take_run_date
+from rlhf_pl.template import check_template_kwargs
 
 
 class PreferenceBatch:
@@ -57,13 +60,26 @@ class PreferenceDataset(Dataset):
         pairs: The comparisons.
         render: The reward model's.
         config: The reward model's.
+        chat_template_kwargs: Further variables of its chat template.
+        option: The option that names the source, for errors.
     """
 
-    def __init__(self, pairs: Sequence[Preference], render: Renderer, config: Any) -> None:
+    def __init__(
+        self,
+        pairs: Sequence[Preference],
+        render: Renderer,
+        config: Any,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        option: str = "data.preferences",
+    ) -> None:
         self.pairs, self.config = pairs, config
-        self.rows: list[list[Rendered]] = [
-            [render(p.messages, answer) for answer in (p.chosen, p.rejected)] for p in pairs
-        ]
+        self.rows: list[list[Rendered]] = []
+
+        def add(pair: Preference) -> None:
+            both = [render(pair.messages, r, pair.tools, chat_template_kwargs, True) for r in pair.responses]
+            self.rows.append(both)
+
+        each_rendered(pairs, add, option)
         self.pad_id, self.shares_prompts = 0, False
         self.truncated = sum(row.truncated_tokens > 0 for both in self.rows for row in both)
 
@@ -105,9 +121,12 @@ class PreferenceDataModule(PairsDataModule):
 
     Args:
         preferences: A .jsonl, .json, .csv or .parquet file, or a Hub id.
-        columns: What your data calls the columns `prompt`, `chosen`, `rejected`, `label` and `margin`.
+        columns: What your data calls the columns `prompt`, `chosen`, `rejected`, `label`, `margin` and `tools`.
         split: Split of a Hub data set.
         system_prompt: Put in front of conversations that have none.
+        chat_template_kwargs: Further variables of the chat template, such as `{enable_thinking: false}`.
+        parse_dialogues: Take texts of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` for dialogues, and say how many
+            rows are such.
         ties: `drop` rows without a preference, or keep them with the label 0.5 (`half`).
         on_wrong_pairs: What becomes of rows with equal or empty answers: `error`, or `drop`, which counts them.
         val_preferences: Held out: a share below 1, a number of pairs, or a file or Hub id of such. All pairs of a
@@ -128,6 +147,8 @@ class PreferenceDataModule(PairsDataModule):
         columns: dict[str, str] | None = None,
         split: str = "train",
         system_prompt: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        parse_dialogues: bool = True,
         ties: Literal["drop", "half"] = "drop",
         on_wrong_pairs: Literal["error", "drop"] = "error",
         val_preferences: float | str = 0.1,
@@ -147,6 +168,7 @@ class PreferenceDataModule(PairsDataModule):
             num_workers=(num_workers, 0),
         )
         self.source, self.columns, self.split, self.system_prompt = preferences, columns, split, system_prompt
+        self.chat_template_kwargs, self.parse_dialogues = chat_template_kwargs or {}, parse_dialogues
         self.ties, self.on_wrong_pairs = ties, on_wrong_pairs
         self.val_source, self.split_seed = val_preferences, split_seed
         self.max_tokens, self.num_workers, self._seed = max_tokens, num_workers, seed
@@ -166,22 +188,34 @@ class PreferenceDataModule(PairsDataModule):
         assert self.trainer is not None
         module: Any = self.trainer.lightning_module
         check_module(module, self, "RewardModelModule")
-        render = module.renderer(self.max_tokens)
+        render, kwargs = module.renderer(self.max_tokens), self.chat_template_kwargs
+        check_template_kwargs(render.tokenizer, kwargs, "data.chat_template_kwargs")
+        take_run_date(self.trainer)
+        val_option = "data.preferences"
         pairs = self._load(self.source, "data.preferences")
         if isinstance(self.val_source, str):
-            train, val = pairs, self._load(self.val_source, "data.val_preferences")
+            val_option = "data.val_preferences"
+            train, val = pairs, self._load(self.val_source, val_option)
         else:
-            keys = [repr(p.messages) for p in pairs]
+            keys = [prompt_key(p.messages) for p in pairs]
             train_rows, val_rows = split_groups(keys, self.val_source, self.split_seed, "data.val_preferences")
             train, val = [pairs[i] for i in train_rows], [pairs[i] for i in val_rows]
         config = module.source.config
-        self.train_set, self.val_set = (PreferenceDataset(pairs, render, config) for pairs in (train, val))
+        train_set = PreferenceDataset(train, render, config, kwargs)
+        self.train_set, self.val_set = train_set, PreferenceDataset(val, render, config, kwargs, val_option)
         for dataset in (self.train_set, self.val_set):
             module.source.check_ids((row.ids for both in dataset.rows for row in both), "data.preferences")
 
     def _load(self, source: str, option: str) -> list[Preference]:
         found = load_preferences(
-            source, self.columns, self.system_prompt, self.split, self.ties, self.on_wrong_pairs, option
+            source,
+            self.columns,
+            self.system_prompt,
+            self.split,
+            self.ties,
+            self.on_wrong_pairs,
+            option,
+            self.parse_dialogues,
         )
         for reason, count in found.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + count
@@ -216,6 +250,7 @@ class PreferenceDataModule(PairsDataModule):
         if is_over(self._trainer):  # a finished run that is started again
             return nothing_left(self._trainer)
         epoch = rounds_done(self._trainer)
+        keep_run_date(self._trainer)
         return self._loader(self.train_set, limit_epoch(self._trainer, self.divide(epoch)), epoch)
 
     def divide(self, epoch: int) -> RoundBatches:

@@ -2,16 +2,16 @@
 
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rlhf_pl.chat import Message, message_problem, with_system_prompt
+from rlhf_pl.chat import Message, Tools, is_empty, message_problem, message_text, same_response, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
+from rlhf_pl.data.reader import MessageReader
 from rlhf_pl.errors import InputError
 
-COLUMNS = ("prompt", "chosen", "rejected", "label", "margin")
-_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+COLUMNS = ("prompt", "chosen", "rejected", "label", "margin", "tools")
 
 
 @dataclass(frozen=True)
@@ -20,19 +20,31 @@ class Preference:
 
     Args:
         messages: The conversation before the answers, system prompt included.
-        chosen: Text of the preferred answer.
-        rejected: Text of the other one.
+        responses: The assistant's messages, the preferred one first.
         label: Probability that `chosen` is the better one: 1, or 0.5 for a tie.
         margin: By how much the chosen answer's score should be higher at least, reward units.
         columns: The row's other columns.
+        tools: What the chat template is given as `tools`.
+        name: Where the row stands.
     """
 
     messages: list[Message]
-    chosen: str
-    rejected: str
+    responses: tuple[Message, Message]
     label: float = 1.0
     margin: float = 0.0
     columns: Mapping[str, Any] = field(default_factory=dict)
+    tools: Tools | None = None
+    name: str = ""
+
+    @property
+    def chosen(self) -> str:
+        """Text of the preferred answer; empty for a tool call alone."""
+        return message_text(self.responses[0])
+
+    @property
+    def rejected(self) -> str:
+        """Text of the other one."""
+        return message_text(self.responses[1])
 
 
 class WrongPairError(InputError):
@@ -64,13 +76,14 @@ def load_preferences(
     ties: Literal["drop", "half"] = "drop",
     on_wrong_pairs: Literal["error", "drop"] = "error",
     option: str = "data.preferences",
+    parse_dialogues: bool = True,
 ) -> Preferences:
     """All comparisons of a file or a Hub data set.
 
     A row has `chosen` and `rejected`: texts, answers as lists of messages, or whole conversations that share their
     beginning. The prompt is in `prompt` (text or messages), or it is that shared beginning; texts of the form
     `\\n\\nHuman: ... \\n\\nAssistant: ...` are taken apart into messages. `label` may say how sure it is that `chosen`
-    is better (1, 0.5 or `tie`, 0), `margin` by how much.
+    is better (1, 0.5 or `tie`, 0), `margin` by how much; `tools` may hold what the chat template is given as such.
 
     Args:
         source: A .jsonl, .json, .csv or .parquet file, or a Hub id.
@@ -80,16 +93,18 @@ def load_preferences(
         ties: Leave rows without a preference out, or keep them with the label 0.5.
         on_wrong_pairs: What becomes of rows with equal or empty answers.
         option: The option that names the source, for errors.
+        parse_dialogues: Whether texts of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` become messages.
 
     Raises:
         InputError: The source can't be read, or rows are wrong: up to 10 are listed.
     """
     names = check_columns(columns, COLUMNS)
     dropped = {"tie": 0, "equal_or_empty": 0}
+    reader = MessageReader(parse_dialogues)
 
     def parse(where: str, number: int, row: Row) -> Preference | None:
         try:
-            pair = parse_preference(row, names)
+            pair = parse_preference(row, names, reader)
         except WrongPairError as error:
             if on_wrong_pairs == "drop":
                 dropped["equal_or_empty"] += 1
@@ -98,16 +113,17 @@ def load_preferences(
         if pair.label == 0.5 and ties == "drop":
             dropped["tie"] += 1
             return None
-        return replace(pair, messages=with_system_prompt(pair.messages, system_prompt))
+        return replace(pair, name=where, messages=with_system_prompt(pair.messages, system_prompt))
 
     pairs = [pair for pair in parse_rows(source, split, option, parse) if pair is not None]
+    reader.report(option)
     if not pairs:
         raise InputError(f"`{option}`: no row of {source!r} is left: {dropped['tie']} ties and "
                          f"{dropped['equal_or_empty']} pairs of equal or empty answers are left out.")  # fmt: skip
     return Preferences(pairs, dropped)
 
 
-def parse_preference(row: Row, names: Mapping[str, str]) -> Preference:
+def parse_preference(row: Row, names: Mapping[str, str], reader: MessageReader) -> Preference:
     """A row as a comparison.
 
     Raises:
@@ -115,22 +131,26 @@ def parse_preference(row: Row, names: Mapping[str, str]) -> Preference:
         InputError: It is no comparison at all.
     """
     columns = {key: names.get(key, key) for key in COLUMNS}
-    messages, chosen, rejected = parse_answers(row, columns)
+    messages, *responses = parse_answers(row, columns, reader)
     label, margin = _label(row, columns["label"]), number_of(row, columns["margin"], 0.0)
     if margin < 0:
         raise InputError(f"`{columns['margin']}` is {margin}; expected 0 or more")
     if label < 0.5:
-        chosen, rejected, label = rejected, chosen, 1 - label
-    rest = {str(k): v for k, v in row.items() if k not in columns.values()}
-    return Preference(messages, chosen, rejected, label, margin, rest)
+        responses, label = responses[::-1], 1 - label
+    tools = reader.tools(row, columns["tools"])
+    rest = {str(k): v for k, v in row.items() if k not in columns.values() or k == columns["tools"]}
+    return Preference(messages, (responses[0], responses[1]), label, margin, rest, tools)
 
 
-def parse_answers(row: Row, columns: Mapping[str, str]) -> tuple[list[Message], str, str]:
+def parse_answers(
+    row: Row, columns: Mapping[str, str], reader: MessageReader
+) -> tuple[list[Message], Message, Message]:
     """(messages of the prompt, chosen answer, rejected answer) of a row.
 
     Args:
         row: The row.
         columns: What it calls `prompt`, `chosen` and `rejected`.
+        reader: Reads messages.
 
     Raises:
         WrongPairError: The answers are equal (EqualAnswersError), or one is empty.
@@ -140,14 +160,13 @@ def parse_answers(row: Row, columns: Mapping[str, str]) -> tuple[list[Message], 
         if columns[key] not in row:
             found = ", ".join(map(str, row)) or "none"
             raise InputError(f"no column `{columns[key]}`; found {found}. Name yours with --data.columns.{key}")
-    prompt = row.get(columns["prompt"])
-    messages, chosen, rejected = _take_apart(prompt, row[columns["chosen"]], row[columns["rejected"]], columns)
+    messages, chosen, rejected = _take_apart(row, columns, reader)
     if problem := message_problem(messages):
         raise InputError(f"`{columns['prompt']}`: {problem}")
-    for key, text in (("chosen", chosen), ("rejected", rejected)):
-        if not text.strip():
+    for key, response in (("chosen", chosen), ("rejected", rejected)):
+        if is_empty(response):
             raise WrongPairError(f"the answer in `{columns[key]}` is empty; expected text")
-    if chosen.strip() == rejected.strip():
+    if same_response(chosen, rejected):
         raise EqualAnswersError(f"`{columns['chosen']}` and `{columns['rejected']}` are the same answer")
     return messages, chosen, rejected
 
@@ -176,61 +195,34 @@ def number_of(row: Row, column: str, default: float) -> float:
     return number
 
 
-def _take_apart(prompt: Any, chosen: Any, rejected: Any, columns: Mapping[str, str]) -> tuple[list[Message], str, str]:
+def _take_apart(row: Row, columns: Mapping[str, str], reader: MessageReader) -> tuple[list[Message], Message, Message]:
     """(messages of the prompt, chosen answer, rejected answer)."""
-    if isinstance(chosen, str) and isinstance(rejected, str):
-        if prompt is not None:
-            return prompt_messages(prompt, columns["prompt"]), chosen, rejected
-        if _is_dialogue(chosen) and _is_dialogue(rejected):
-            return _shared_beginning(_turns(chosen), _turns(rejected), columns)
-        return _shared_text(chosen, rejected, columns)
-    both = []
-    for key, value in (("chosen", chosen), ("rejected", rejected)):
-        if isinstance(value, Mapping):
-            value = [value]
-        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-            found = type(value).__name__
-            raise InputError(f"`{columns[key]}` is {found}; expected text or a list of messages, like the other answer")
-        for i, message in enumerate(value):
-            if not isinstance(message, Mapping) or not all(
-                isinstance(message.get(k), str) for k in ("role", "content")
-            ):
-                raise InputError(f"`{columns[key]}`: message {i} has no text under `role` and `content`")
-        if not value or value[-1]["role"] != "assistant":
-            raise InputError(f"`{columns[key]}` does not end with a message of the assistant's")
-        both.append([{"role": m["role"], "content": m["content"]} for m in value])
-    if prompt is not None and all(len(answer) == 1 for answer in both):
-        return prompt_messages(prompt, columns["prompt"]), both[0][0]["content"], both[1][0]["content"]
+    prompt, names = columns["prompt"], (columns["chosen"], columns["rejected"])
+    has_prompt = row.get(prompt) is not None
+    texts = [row[name] for name in names]
+    if all(isinstance(text, str) for text in texts):
+        dialogues = [reader.dialogue(row, name) for name in names]
+        if dialogues[0] and dialogues[1]:
+            return _shared_beginning(dialogues[0], dialogues[1], columns)
+    both = [_response(row, name, reader) for name in names]
+    if has_prompt and all(len(answer) == 1 for answer in both):
+        return reader.prompt(row, prompt), both[0][0], both[1][0]
+    if all(isinstance(row[name], str) and both[i][0]["content"] == row[name] for i, name in enumerate(names)):
+        return _shared_text(texts[0], texts[1], columns)
     return _shared_beginning(both[0], both[1], columns)
 
 
-def prompt_messages(prompt: Any, column: str) -> list[Message]:
-    """A prompt column, text or messages, as messages."""
-    if isinstance(prompt, str):
-        if _is_dialogue(prompt):
-            turns = _turns(prompt)
-            return turns[:-1] if turns[-1]["role"] == "assistant" and not turns[-1]["content"] else turns
-        return [{"role": "user", "content": prompt}]
-    if problem := message_problem(prompt):
-        raise InputError(f"`{column}`: {problem}")
-    return [{"role": m["role"], "content": m["content"]} for m in prompt]
-
-
-def _is_dialogue(text: str) -> bool:
-    found = _TURN.match(text)
-    return found is not None and found[1] == "Human"
-
-
-def _turns(text: str) -> list[Message]:
-    """`\\n\\nHuman: ...\\n\\nAssistant: ...` as messages."""
-    parts = _TURN.split(text)[1:]
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return [{"role": roles[who], "content": said.strip()} for who, said in zip(parts[::2], parts[1::2], strict=True)]
+def _response(row: Row, column: str, reader: MessageReader) -> list[Message]:
+    value = row[column]
+    if not isinstance(value, str | Mapping | list | tuple):
+        found = type(value).__name__
+        raise InputError(f"`{column}` is {found}; expected text or a list of messages, like the other answer")
+    return reader.response(row, column)
 
 
 def _shared_beginning(
     chosen: list[Message], rejected: list[Message], columns: Mapping[str, str]
-) -> tuple[list[Message], str, str]:
+) -> tuple[list[Message], Message, Message]:
     shared = 0
     while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
         shared += 1
@@ -244,10 +236,10 @@ def _shared_beginning(
         raise InputError(
             f"no column `{columns['prompt']}`, and the answers share no beginning that could be the prompt"
         )
-    return chosen[:shared], ends[0][0]["content"], ends[1][0]["content"]
+    return chosen[:shared], ends[0][0], ends[1][0]
 
 
-def _shared_text(chosen: str, rejected: str, columns: Mapping[str, str]) -> tuple[list[Message], str, str]:
+def _shared_text(chosen: str, rejected: str, columns: Mapping[str, str]) -> tuple[list[Message], Message, Message]:
     """The prompt as the texts' common beginning, up to the end of a word."""
     if chosen == rejected:
         raise EqualAnswersError(f"`{columns['chosen']}` and `{columns['rejected']}` are the same text")
@@ -258,4 +250,5 @@ def _shared_text(chosen: str, rejected: str, columns: Mapping[str, str]) -> tupl
     if shared is None or not shared[0].strip():
         raise InputError(f"no column `{columns['prompt']}`, and the texts share no beginning that could be the prompt")
     end = len(shared[0])
-    return [{"role": "user", "content": shared[0].strip()}], chosen[end:], rejected[end:]
+    said = [{"role": "assistant", "content": text[end:]} for text in (chosen, rejected)]
+    return [{"role": "user", "content": shared[0].strip()}], said[0], said[1]

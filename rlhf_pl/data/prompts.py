@@ -4,12 +4,15 @@ import hashlib
 import json
 import random
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf_pl.chat import Message, encode_prompt, message_problem, with_system_prompt
-from rlhf_pl.data.files import Row, check_columns, parse_rows
+from rlhf_pl.chat import Message, Tools, encode_prompt, with_system_prompt
+from rlhf_pl.data.files import Row, check_columns, each_rendered, parse_rows
+from rlhf_pl.data.reader import MessageReader
 from rlhf_pl.errors import InputError
+
+COLUMNS = ("prompt", "messages", "prompt_id", "tools")
 
 
 @dataclass(frozen=True)
@@ -21,37 +24,55 @@ class Prompt:
         messages: The conversation that the policy answers, system prompt included.
         columns: The row's other columns; every row has the same ones.
         token_ids: The conversation by the policy's chat template; empty until `tokenize_prompts`.
+        tools: What the chat template is given as `tools`.
+        chat_template_kwargs: Further variables of the chat template.
     """
 
     prompt_id: str
     messages: list[Message]
     columns: Mapping[str, Any] = field(default_factory=dict)
     token_ids: tuple[int, ...] = ()
+    tools: Tools | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """What errors call it."""
+        return f"prompt_id {self.prompt_id!r}"
 
 
 def load_prompts(
-    source: str, columns: Mapping[str, str] | None = None, system_prompt: str | None = None, split: str = "train"
+    source: str,
+    columns: Mapping[str, str] | None = None,
+    system_prompt: str | None = None,
+    split: str = "train",
+    parse_dialogues: bool = True,
+    option: str = "data.prompts",
 ) -> list[Prompt]:
     """All prompts of a file or a Hub data set.
 
-    A row has `prompt` (text, or a list of chat messages) or `messages` (a conversation; an answer at its end is left
-    out), and may have `prompt_id`. Other columns go to the reward. Rows without `prompt_id` are named by their number.
+    A row has `prompt` (text, or a list of chat messages) or `messages` (a conversation), and may have `prompt_id` and
+    `tools`. A response at the end of a conversation is left out. Other columns go to the reward. Rows without
+    `prompt_id` are named by their number.
 
     Args:
         source: A .jsonl, .json, .csv or .parquet file, or a Hub id.
         columns: What the data calls our columns, such as `{"prompt": "question", "prompt_id": "id"}`.
         system_prompt: Put in front of conversations that have none.
         split: Split of a Hub data set.
+        parse_dialogues: Whether text that begins with `\\n\\nHuman:` and ends with `\\n\\nAssistant:` becomes messages.
+        option: The option that names the source, for errors.
 
     Raises:
         InputError: The source can't be read, or rows are wrong: up to 10 are listed.
     """
-    names = check_columns(columns, ("prompt", "messages", "prompt_id"))
+    names = check_columns(columns, COLUMNS)
+    reader = MessageReader(parse_dialogues)
     seen: dict[str, str] = {}
     others: dict[str, None] = {}  # an ordered set
 
     def parse(where: str, number: int, row: Row) -> Prompt:
-        prompt = _parse_row(row, number, names, system_prompt)
+        prompt = _parse_row(row, number, names, system_prompt, reader)
         if prompt.prompt_id in seen:
             found = f"{prompt.prompt_id!r}, which is also that of {seen[prompt.prompt_id]}"
             raise InputError(f"`{names.get('prompt_id', 'prompt_id')}` is {found}; expected one of its own")
@@ -59,16 +80,19 @@ def load_prompts(
         others.update(dict.fromkeys(prompt.columns))
         return prompt
 
-    prompts = parse_rows(source, split, "data.prompts", parse)
-    return [Prompt(p.prompt_id, p.messages, {name: p.columns.get(name) for name in others}) for p in prompts]
+    prompts = parse_rows(source, split, option, parse)
+    reader.report(option)
+    return [replace(p, columns={name: p.columns.get(name) for name in others}) for p in prompts]
 
 
 def count_duplicates(prompts: Sequence[Prompt]) -> int:
     """Prompts whose conversation an earlier one has too, under another id."""
-    return len(prompts) - len({json.dumps(p.messages, sort_keys=True) for p in prompts})
+    return len(prompts) - len({json.dumps([p.messages, p.tools], sort_keys=True, default=str) for p in prompts})
 
 
-def _parse_row(row: Row, number: int, columns: Mapping[str, str], system_prompt: str | None) -> Prompt:
+def _parse_row(
+    row: Row, number: int, columns: Mapping[str, str], system_prompt: str | None, reader: MessageReader
+) -> Prompt:
     key = next((k for k in ("prompt", "messages") if columns.get(k, k) in row), None)
     if key is None:
         wanted = " or ".join(f"`{columns.get(k, k)}`" for k in ("prompt", "messages"))
@@ -76,18 +100,7 @@ def _parse_row(row: Row, number: int, columns: Mapping[str, str], system_prompt:
             f"no column {wanted}; found {', '.join(map(str, row)) or 'none'}. Name yours with --data.columns.prompt"
         )
     column = columns.get(key, key)
-    value = row[column]
-    if isinstance(value, str):
-        if not value.strip():
-            raise InputError(f"`{column}` is empty; expected text or a list of messages")
-        messages: Any = [{"role": "user", "content": value}]
-    else:
-        messages = list(value) if isinstance(value, Sequence) else value
-        if key == "messages":
-            while isinstance(messages, list) and messages and _is_assistant(messages[-1]):
-                messages.pop()
-    if problem := message_problem(messages):
-        raise InputError(f"`{column}`: {problem}")
+    messages = reader.without_response(reader.prompt(row, column, whole=key == "messages"), column)
     id_column = columns.get("prompt_id", "prompt_id")
     prompt_id = row.get(id_column)
     if prompt_id is None:
@@ -96,28 +109,35 @@ def _parse_row(row: Row, number: int, columns: Mapping[str, str], system_prompt:
         prompt_id = f"row-{number}"
     elif not isinstance(prompt_id, str | int) or isinstance(prompt_id, bool) or prompt_id == "":
         raise InputError(f"`{id_column}` is {prompt_id!r}; expected text or a whole number")
-    messages = [{"role": m["role"], "content": m["content"]} for m in messages]
+    tools_column = columns.get("tools", "tools")
+    tools = reader.tools(row, tools_column)
     rest = {str(k): v for k, v in row.items() if k not in (column, id_column)}
-    return Prompt(str(prompt_id), with_system_prompt(messages, system_prompt), rest)
+    if tools_column in rest:
+        rest[tools_column] = tools
+    return Prompt(str(prompt_id), with_system_prompt(messages, system_prompt), rest, tools=tools)
 
 
-def _is_assistant(message: Any) -> bool:
-    return isinstance(message, Mapping) and message.get("role") == "assistant"
+def tokenize_prompts(
+    prompts: Sequence[Prompt],
+    tokenizer: Any,
+    max_prompt_tokens: int,
+    chat_template_kwargs: Mapping[str, Any] | None = None,
+    option: str = "data.prompts",
+) -> tuple[list[Prompt], int]:
+    """The prompts with token ids that fit, and how many were too long.
 
+    Raises:
+        InputError: The chat template can't render some: up to 10 are listed.
+    """
+    kept: list[Prompt] = []
+    kwargs = dict(chat_template_kwargs or {})
 
-def tokenize_prompts(prompts: Sequence[Prompt], tokenizer: Any, max_prompt_tokens: int) -> tuple[list[Prompt], int]:
-    """The prompts with token ids that fit, and how many were too long."""
-    kept = []
-    for prompt in prompts:
-        try:
-            ids = encode_prompt(tokenizer, prompt.messages)
-        except Exception as error:  # a template may refuse roles or their order, each in its own way
-            raise InputError(
-                f"`data.prompts`: the chat template refuses prompt_id {prompt.prompt_id!r} "
-                f"(roles {[m['role'] for m in prompt.messages]}): {error}"
-            ) from error
+    def add(prompt: Prompt) -> None:
+        ids = encode_prompt(tokenizer, prompt.messages, prompt.tools, kwargs)
         if len(ids) <= max_prompt_tokens:
-            kept.append(Prompt(prompt.prompt_id, prompt.messages, prompt.columns, tuple(ids)))
+            kept.append(replace(prompt, token_ids=tuple(ids), chat_template_kwargs=kwargs))
+
+    each_rendered(prompts, add, option)
     return kept, len(prompts) - len(kept)
 
 

@@ -20,6 +20,8 @@ from rlhf_pl.data.prompts import (
 from rlhf_pl.data.updates import PairsDataModule
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rounds import Round, RoundStore
+from rlhf_pl.run_date import keep_run_date, take_run_date
+from rlhf_pl.template import check_template_kwargs
 
 
 class RoundDataModule(PairsDataModule):
@@ -30,9 +32,13 @@ class RoundDataModule(PairsDataModule):
 
     Args:
         prompts: A .jsonl, .json, .csv or .parquet file, or a Hub id.
-        columns: What your data calls the columns `prompt`, `messages` and `prompt_id`.
+        columns: What your data calls the columns `prompt`, `messages`, `prompt_id` and `tools`.
         split: Split of a Hub data set.
         system_prompt: Put in front of conversations that have none.
+        chat_template_kwargs: Further variables of the chat template, such as `{enable_thinking: false}`; reward models'
+            templates get them too.
+        parse_dialogues: Take text that begins with `\\n\\nHuman:` and ends with `\\n\\nAssistant:` for a dialogue, and
+            say how many rows are such; false takes it as what a user says.
         max_prompt_tokens: Longer prompts (template included) are left out and counted.
         val_prompts: Prompts held out for evaluation: their number, a share below 1 (one prompt at least), or a file
             or Hub id of such.
@@ -55,6 +61,8 @@ class RoundDataModule(PairsDataModule):
         columns: dict[str, str] | None = None,
         split: str = "train",
         system_prompt: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        parse_dialogues: bool = True,
         max_prompt_tokens: int = 1024,
         val_prompts: int | float | str = 0,
         prompts_per_round: int | None = None,
@@ -79,6 +87,7 @@ class RoundDataModule(PairsDataModule):
         )
         if isinstance(val_prompts, float) and val_prompts >= 1 and val_prompts != int(val_prompts):
             raise InputError(f"`data.val_prompts` must be a share below 1 or a whole number, got {val_prompts}.")
+        self.chat_template_kwargs, self.parse_dialogues = chat_template_kwargs or {}, parse_dialogues
         self.prompts_source = prompts
         self.columns = columns
         self.split = split
@@ -128,15 +137,19 @@ class RoundDataModule(PairsDataModule):
         module: Any = self._trainer.lightning_module
         check_module(module, self, "RebelModule")
         tokenizer = module.source.tokenizer
-        everything = self._load(self.prompts_source)
+        kwargs = self.chat_template_kwargs
+        check_template_kwargs(tokenizer, kwargs, "data.chat_template_kwargs")
+        take_run_date(self._trainer)
+        everything = self._load(self.prompts_source, "data.prompts")
         if isinstance(self.val_prompts_source, str):
-            train, val = everything, self._load(self.val_prompts_source)
+            train, val = everything, self._load(self.val_prompts_source, "data.val_prompts")
         else:
             wanted = self.val_prompts_source
             count = max(1, round(wanted * len(everything))) if 0 < wanted < 1 else int(wanted)
             train, val = split_held_out(everything, count)
-        self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens)
-        self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens)
+        self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens, kwargs)
+        val_option = "data.val_prompts" if isinstance(self.val_prompts_source, str) else "data.prompts"
+        self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens, kwargs, val_option)
         module.source.check_ids((p.token_ids for p in [*self.train_prompts, *self.val_prompts]), "data.prompts")
         self.prompts_too_long = too_long + val_too_long
         self.duplicate_prompts = count_duplicates([*train, *val])
@@ -148,8 +161,8 @@ class RoundDataModule(PairsDataModule):
             )
             raise InputError(f"`data.prompts`: no row of {self.prompts_source!r} is left to train on: {reason}.")
 
-    def _load(self, source: str) -> list[Prompt]:
-        return load_prompts(source, self.columns, self.system_prompt, self.split)
+    def _load(self, source: str, option: str) -> list[Prompt]:
+        return load_prompts(source, self.columns, self.system_prompt, self.split, self.parse_dialogues, option)
 
     def round_prompts(self, round_index: int) -> list[Prompt]:
         """The training prompts of a round."""
@@ -169,6 +182,7 @@ class RoundDataModule(PairsDataModule):
             if self.finish_run is not None and not inside_round(self._trainer):
                 self.finish_run(index)
             return nothing_left(self._trainer)
+        keep_run_date(self._trainer)
         if self.prepare_round is not None:
             self.prepare_round(index)
         dataset = self._pairs(self.store.round(index))

@@ -11,7 +11,8 @@ from torch.utils.data import Dataset
 
 from rlhf_pl.chat import encode_conversation
 from rlhf_pl.data.conversations import Conversation, load_conversations
-from rlhf_pl.data.held_out import split_groups
+from rlhf_pl.data.files import each_rendered
+from rlhf_pl.data.held_out import prompt_key, split_groups
 from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
 from rlhf_pl.data.options import check_module, refuse_other_rows
 from rlhf_pl.data.packing import Example, lay_out_examples, pack
@@ -21,6 +22,8 @@ from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.rows import RowBatch
+from rlhf_pl.run_date import keep_run_date, take_run_date
+from rlhf_pl.template import check_template_kwargs
 
 
 class SFTBatch:
@@ -72,10 +75,14 @@ class SFTDataModule(L.LightningDataModule):
     Args:
         conversations: A .jsonl, .json, .csv or .parquet file, or a Hub id, with `messages`, or with `prompt` and
             `response`.
-        columns: What your data calls the columns `messages`, `prompt` and `response`.
+        columns: What your data calls the columns `messages`, `prompt`, `response` and `tools`.
         split: Split of a Hub data set.
         system_prompt: Put in front of conversations that have none.
-        loss_on: What is learned: `all` answers of a conversation, or the `last` one.
+        chat_template_kwargs: Further variables of the chat template, such as `{enable_thinking: false}`.
+        parse_dialogues: Take text of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` for a dialogue, and say how many
+            rows are such.
+        loss_on: What is learned: `all` answers of a conversation, or the `last` one; never a message whose `weight` is
+            0.
         packing: Put several conversations in a row of up to `max_tokens`; they do not see each other.
         val_conversations: Held out: a share below 1, a number of conversations, or a file or Hub id of such.
         split_seed: Chooses the held-out conversations.
@@ -91,6 +98,8 @@ class SFTDataModule(L.LightningDataModule):
         columns: dict[str, str] | None = None,
         split: str = "train",
         system_prompt: str | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+        parse_dialogues: bool = True,
         loss_on: Literal["all", "last"] = "all",
         packing: bool = True,
         val_conversations: float | str = 0.05,
@@ -103,12 +112,13 @@ class SFTDataModule(L.LightningDataModule):
         super().__init__()
         at_least("data", max_tokens=(max_tokens, 2), batch_size=(batch_size, 1), num_workers=(num_workers, 0))
         self.source, self.columns, self.split, self.system_prompt = conversations, columns, split, system_prompt
+        self.chat_template_kwargs, self.parse_dialogues = chat_template_kwargs or {}, parse_dialogues
         self.loss_on, self.packing = loss_on, packing
         self.val_source, self.split_seed = val_conversations, split_seed
         self.max_tokens, self.batch_size, self.num_workers, self._seed = max_tokens, batch_size, num_workers, seed
         self.examples: list[Example] = []
         self.val_set: SFTDataset | None = None
-        self.too_long = 0
+        self.too_long = self.unlearned = 0
 
     @property
     def seed(self) -> int:
@@ -133,39 +143,50 @@ class SFTDataModule(L.LightningDataModule):
                 f"`data.max_tokens` of {self.max_tokens} is over the context of {module.source.path!r}, "
                 f"{module.source.max_context_tokens} tokens. Lower it."
             )
+        check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
+        take_run_date(self.trainer)
         everything = self._load(self.source, "data.conversations")
+        val_option = "data.conversations"
         if isinstance(self.val_source, str):
-            train, val = everything, self._load(self.val_source, "data.val_conversations")
+            val_option = "data.val_conversations"
+            train, val = everything, self._load(self.val_source, val_option)
         else:
-            keys = [repr(c.messages[:-1]) for c in everything]
+            keys = [prompt_key(c.messages[:-1]) for c in everything]
             mine, held_out = split_groups(keys, self.val_source, self.split_seed, "data.val_conversations")
             train, val = [everything[i] for i in mine], [everything[i] for i in held_out]
-        self.examples = self._tokenize(train, module.source)
-        val_examples = self._tokenize(val, module.source)
+        self.examples = self._tokenize(train, module.source, "data.conversations")
+        val_examples = self._tokenize(val, module.source, val_option)
         if not self.examples:
-            raise InputError(
-                f"`data.conversations`: no row of {self.source!r} is left to train on: all are longer than "
-                f"max_tokens={self.max_tokens}."
-            )
+            why = f"all are longer than max_tokens={self.max_tokens}"
+            why += ", or have nothing to learn (`weight: 0`)" if self.unlearned else ""
+            raise InputError(f"`data.conversations`: no row of {self.source!r} is left to train on: {why}.")
         module.source.check_ids((e.ids for e in [*self.examples, *val_examples]), "data.conversations")
         self.val_set = SFTDataset(val_examples, [[i] for i in range(len(val_examples))])
 
     def _load(self, source: str, option: str) -> list[Conversation]:
-        return load_conversations(source, self.columns, self.system_prompt, self.split, option)
+        return load_conversations(source, self.columns, self.system_prompt, self.split, option, self.parse_dialogues)
 
-    def _tokenize(self, conversations: Sequence[Conversation], source: Any) -> list[Example]:
-        examples = []
-        for conversation in conversations:
-            try:
-                ids, mask = encode_conversation(
-                    source.tokenizer, conversation.messages, source.eos_token_ids, self.loss_on == "all"
-                )
-            except InputError as error:
-                raise InputError(f"`data.conversations`: {conversation.name}: {error}.") from error
+    def _tokenize(self, conversations: Sequence[Conversation], source: Any, option: str) -> list[Example]:
+        examples: list[Example] = []
+        every = self.loss_on == "all"
+
+        def add(conversation: Conversation) -> None:
+            ids, mask = encode_conversation(
+                source.tokenizer,
+                conversation.messages,
+                source.eos_token_ids,
+                every,
+                conversation.tools,
+                self.chat_template_kwargs,
+            )
             if len(ids) > self.max_tokens:
                 self.too_long += 1
+            elif not any(mask):
+                self.unlearned += 1
             else:
                 examples.append(Example(ids, mask))
+
+        each_rendered(conversations, add, option)
         return examples
 
     def describe(self) -> str:
@@ -173,6 +194,8 @@ class SFTDataModule(L.LightningDataModule):
         assert self.val_set is not None
         learned = sum(sum(e.mask) for e in self.examples)
         left_out = f"; {self.too_long} left out, longer than {self.max_tokens} tokens" if self.too_long else ""
+        if self.unlearned:
+            left_out += f"; {self.unlearned} left out, with nothing to learn (weight 0)"
         return (
             f"Conversations: {len(self.examples)} for training ({learned} answer tokens), {len(self.val_set)} held "
             f"out{left_out}"
@@ -196,6 +219,7 @@ class SFTDataModule(L.LightningDataModule):
         trainer, epoch = self.trainer, rounds_done(self.trainer)
         if is_over(trainer):  # a finished run that is started again
             return nothing_left(trainer)
+        keep_run_date(trainer)
         order = list(range(len(self.examples)))
         random.Random(f"{self.seed}:{epoch}:pack").shuffle(order)
         lengths = [len(e) for e in self.examples]

@@ -221,7 +221,7 @@ class ArmoRMReward(Reward):
             self._row(sample)
 
     def _row(self, sample: Sample) -> Rendered:
-        row = self.renderer()(sample.messages, sample.response)
+        row = sample.rendered(self.renderer())
         if row.turn is None:
             raise InputError(
                 f"`rollout.reward.model`: the chat template of {self.model!r} gives no text between prompt and answer, "

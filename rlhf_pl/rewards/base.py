@@ -5,8 +5,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_pl.chat import Message
+from rlhf_pl.chat import Message, Tools, message_text
 from rlhf_pl.fingerprints import describe
+from rlhf_pl.rendering import Rendered, Renderer
 
 
 @dataclass(frozen=True)
@@ -16,10 +17,13 @@ class Sample:
     Args:
         prompt_id: Id of the prompt's row.
         messages: The conversation before the answer, system prompt included.
-        response: The answer's text, special tokens left out; may be empty.
+        response: The answer's text, special tokens left out; may be empty, as for a tool call alone.
         response_tokens: The answer's token ids; may be empty for text that was not sampled.
         finished: Whether the answer ended with an EOS (False: cut at the length limit).
         columns: The other columns of the prompt's row, such as an answer key.
+        message: The answer as the assistant's message, with its tool calls; None for one that is `response` alone.
+        tools: What chat templates are given as `tools`.
+        chat_template_kwargs: Further variables of chat templates.
     """
 
     prompt_id: str
@@ -28,11 +32,23 @@ class Sample:
     response_tokens: Sequence[int] = ()
     finished: bool = True
     columns: Mapping[str, Any] = field(default_factory=dict)
+    message: Message | None = None
+    tools: Tools | None = None
+    chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def prompt(self) -> str:
         """Text of the last message, usually the user's."""
-        return self.messages[-1]["content"]
+        return message_text(self.messages[-1])
+
+    @property
+    def response_message(self) -> Message:
+        """The answer as a message of the assistant's."""
+        return {"role": "assistant", "content": self.response} if self.message is None else self.message
+
+    def rendered(self, render: Renderer) -> Rendered:
+        """The conversation as a reward model reads it."""
+        return render(self.messages, self.response_message, self.tools, self.chat_template_kwargs)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,7 @@ class ClassifierReward(Reward):
         self._rows(samples)
 
     def _rows(self, samples: Sequence[Sample]) -> list[Rendered]:
-        rows = [self.renderer()(s.messages, s.response) for s in samples]
+        rows = [s.rendered(self.renderer()) for s in samples]
         self.source.check_ids((row.ids for row in rows), self.source.option)
         return rows
 

@@ -26,7 +26,7 @@ def families(samples: Sequence[Sample], rows: Sequence[Rendered], config: Any) -
     groups: list[list[Rendered]] = []
     before: Sample | None = None
     for sample, row in zip(samples, rows, strict=True):
-        if before is None or sample.messages != before.messages:
+        if before is None or (sample.messages, sample.tools) != (before.messages, before.tools):
             groups.append([])
         groups[-1].append(row)
         before = sample

@@ -12,7 +12,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import code_fingerprint
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 
-_ONE = ("prompt", "response", "messages", "finished", "response_tokens", "prompt_id")
+_ONE = ("prompt", "response", "messages", "finished", "response_tokens", "prompt_id", "response_message", "tools")
 _MANY = {"prompts": "prompt", "responses": "response", "samples": None}
 
 
@@ -20,10 +20,10 @@ class FunctionReward(Reward):
     """A Python function as a reward.
 
     The function is called with the arguments it names. For one answer at a time: `prompt` (text of the last message),
-    `response` (text), `messages`, `finished`, `response_tokens`, `prompt_id`, any column of the data, or `**columns`
-    for all of them; it returns a number. A function that names `responses` (or `samples`) is called once for a
-    batch: `prompts` and `responses` are lists, every other argument is a list with one entry per answer, `samples` is
-    the list of `Sample` objects; it returns one number per answer.
+    `response` (text), `response_message` (with its tool calls), `messages`, `tools`, `finished`, `response_tokens`,
+    `prompt_id`, any column of the data, or `**columns` for all of them; it returns a number. A function that names
+    `responses` (or `samples`) is called once for a batch: `prompts` and `responses` are lists, every other argument is
+    a list with one entry per answer, `samples` is the list of `Sample` objects; it returns one number per answer.
 
     Args:
         function: `package.module.function`, or `path/to/file.py:function`, or the function itself.
@@ -88,6 +88,8 @@ class FunctionReward(Reward):
 
     def _arguments(self, sample: Sample, many: bool = False) -> dict[str, Any]:
         values: dict[str, Any] = {**sample.columns, **{name: getattr(sample, name) for name in _ONE}}
+        if sample.tools is None and "tools" in sample.columns:
+            values["tools"] = sample.columns["tools"]
         if many:
             values |= {plural: getattr(sample, one) if one else sample for plural, one in _MANY.items()}
         return values if self._wants_all else {name: values[name] for name in self._names if name in values}

@@ -26,6 +26,9 @@ class ScoringConfig:
         on_failure: What becomes of an answer whose reward failed: `error` stops the run, `drop` leaves the answer
             out of the pairs, a number is taken as its reward. Failures are counted in the round's manifest.
         prompts_per_call: Prompts whose answers a batched reward gets at a time.
+        strip_thinking: Withhold from rewards what the policy thinks before it answers. An answer that ends inside its
+            thinking counts as unfinished and empty.
+        thinking_marks: What opens and what closes the thinking. It may be opened by the chat template.
     """
 
     timeout_s: float = 600.0
@@ -33,9 +36,12 @@ class ScoringConfig:
     backoff_s: float = 1.0
     on_failure: Literal["error", "drop"] | float = "error"
     prompts_per_call: int = 16
+    strip_thinking: bool = False
+    thinking_marks: tuple[str, str] = ("<think>", "</think>")
 
     def __post_init__(self) -> None:
         rules = [
+            ("thinking_marks", all(self.thinking_marks) and len(set(self.thinking_marks)) == 2, "two different texts"),
             ("timeout_s", math.isfinite(self.timeout_s) and self.timeout_s >= 0, "0 (no limit) or more seconds"),
             ("retries", self.retries >= 0, "0 or more"),
             ("backoff_s", math.isfinite(self.backoff_s) and self.backoff_s >= 0, "0 or more seconds"),
@@ -50,6 +56,11 @@ class ScoringConfig:
         for name, holds, rule in rules:
             if not holds:
                 raise InputError(f"`rollout.scoring.{name}` must be {rule}, got {getattr(self, name)}.")
+
+    @property
+    def withheld(self) -> dict[str, Any]:
+        """What a manifest notes of what rewards do not get to see."""
+        return {"strip_thinking": list(self.thinking_marks)} if self.strip_thinking else {}
 
     @property
     def substitute(self) -> float | None:
@@ -220,6 +231,9 @@ def _finite(result: Any) -> Outcome:
     return RewardResult(reward, components, int(getattr(result, "truncated_tokens", 0)))
 
 
+_TRIED = 24  # samples that a reward is called with, of those it is checked with
+
+
 def try_reward(reward: Reward, samples: Sequence[Sample], config: ScoringConfig) -> None:
     """Check a reward on real prompts with made-up answers, so that one that can't work is found before a model loads.
 
@@ -230,7 +244,7 @@ def try_reward(reward: Reward, samples: Sequence[Sample], config: ScoringConfig)
     for part in reward.parts if isinstance(reward, CombinedReward) else [reward]:
         if part.trial and config.on_failure == "error":
             try:
-                guarded_scores(part, samples, replace(config, retries=0))
+                guarded_scores(part, samples[:_TRIED], replace(config, retries=0))
             except InputError as error:
                 raise InputError(f"{error} (Found by a trial call before loading any model.)") from error
 

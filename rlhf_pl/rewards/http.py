@@ -11,9 +11,10 @@ from rlhf_pl.rewards.remote import Service, WrongAnswerError, number
 class HTTPReward(Reward):
     """An endpoint that takes and gives JSON.
 
-    It gets `{"samples": [{"prompt_id", "messages", "response", "finished", "columns"}, ...]}` and answers with
-    `{"rewards": [...]}`, one entry per sample in their order: a number, or `{"reward": number, "components": {name:
-    number}}`, or null for an answer that it can't score. docs/rewards.md has the schema and a server in 20 lines.
+    It gets `{"samples": [{"prompt_id", "messages", "response", "finished", "columns"}, ...]}`, with `response_message`
+    where an answer has tool calls and `tools` where a row has some. It answers with `{"rewards": [...]}`, one entry per
+    sample in their order: a number, or `{"reward": number, "components": {name: number}}`, or null for an answer that
+    it can't score. docs/rewards.md has the schema and a server in 20 lines.
 
     Args:
         url: Where requests are posted to.
@@ -81,7 +82,10 @@ class HTTPReward(Reward):
 
 
 def _as_json(sample: Sample) -> dict[str, Any]:
-    return {
+    more: dict[str, Any] = {} if sample.message is None else {"response_message": sample.message}
+    if sample.tools:
+        more["tools"] = list(sample.tools)
+    return more | {
         "prompt_id": sample.prompt_id,
         "messages": sample.messages,
         "response": sample.response,

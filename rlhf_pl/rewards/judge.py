@@ -7,6 +7,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
+from rlhf_pl.chat import spoken
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError
@@ -66,7 +67,11 @@ def _chat_url(url: str) -> str:
 
 
 def _conversation(sample: Sample) -> str:
-    return "\n\n".join(f"[{m['role']}]\n{m['content']}" for m in sample.messages)
+    return "\n\n".join(f"[{m['role']}]\n{spoken(m)}" for m in sample.messages)
+
+
+def _answer(sample: Sample) -> str:
+    return spoken(sample.response_message)
 
 
 def _said(body: Any) -> str:
@@ -169,7 +174,7 @@ class JudgeScoreReward(Reward):
     def _task(self, sample: Sample) -> str:
         return (
             f"{self.rubric}\n\n# Conversation\n\n{_conversation(sample)}\n\n# The assistant's answer\n\n"
-            f"{sample.response}\n\n# Your verdict\n\nA whole number from {self.lowest} (worst) to {self.highest} (best)"
+            f"{_answer(sample)}\n\n# Your verdict\n\nA whole number from {self.lowest} (worst) to {self.highest} (best)"
             ', as JSON: {"score": <number>}'
         )
 
@@ -264,8 +269,8 @@ class JudgePairReward(Reward):
         tasks = []
         for first, second in pairs:
             answers = (
-                batch[first].response,
-                self._reference(batch[first]) if second is None else batch[second].response,
+                _answer(batch[first]),
+                self._reference(batch[first]) if second is None else _answer(batch[second]),
             )
             tasks += [self._task(batch[first], *answers), self._task(batch[first], *reversed(answers))]
         schema = {

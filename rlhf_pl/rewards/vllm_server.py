@@ -79,10 +79,10 @@ class VLLMServerReward(Reward):
     def check(self, samples: Sequence[Sample]) -> None:
         self._service.check()
         for sample in samples:
-            self.renderer()(sample.messages, sample.response)
+            sample.rendered(self.renderer())
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult | Failure]:
-        rows = [self.renderer()(s.messages, s.response) for s in batch]
+        rows = [s.rendered(self.renderer()) for s in batch]
         task = {"task": "classify"} if self.endpoint == "pooling" else {}
         payloads = [{"model": self.model, "input": [row.ids], "use_activation": False, **task} for row in rows]
         scores = self._service.map(payloads, lambda i, body: _score(body))

@@ -136,7 +136,7 @@ def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokeniz
         yield {
             "prompt_id": prompt.prompt_id,
             "response_index": index,
-            "prompt": json.dumps(prompt.messages, ensure_ascii=False),
+            "prompt": json.dumps(prompt.messages, ensure_ascii=False, default=str),
             "response": tokenizer.decode(response.token_ids, skip_special_tokens=True),
             "finished": response.finished,
             "seed": seed + index,

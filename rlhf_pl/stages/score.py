@@ -17,8 +17,11 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import Ranks
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.guard import Outcome, ScoringConfig, guarded_scores
+from rlhf_pl.rewards.withhold import without_thinking
 from rlhf_pl.rounds import Round
 from rlhf_pl.stages.generate import Report
+
+_TAIL = 32  # tokens of a prompt's end, in which a template opens the thinking
 
 
 class ShardScorer:
@@ -32,10 +35,13 @@ class ShardScorer:
         prompts: Its prompts.
         reward: Scores.
         config: How it is called.
+        tokenizer: The policy's; needed where thinking is withheld.
     """
 
-    def __init__(self, stored: Round, prompts: Sequence[Prompt], reward: Reward, config: ScoringConfig) -> None:
-        self.stored, self.reward, self.config = stored, reward, config
+    def __init__(
+        self, stored: Round, prompts: Sequence[Prompt], reward: Reward, config: ScoringConfig, tokenizer: Any = None
+    ) -> None:
+        self.stored, self.reward, self.config, self.tokenizer = stored, reward, config, tokenizer
         self._by_id = {p.prompt_id: p for p in prompts}
 
     def __call__(
@@ -47,8 +53,15 @@ class ShardScorer:
         """Score and write a shard. `report` gets (answers done, note); `go_on` is asked before every call."""
         table = self.stored.read_shard("responses", number)
         made_of = [self.stored.shards("responses")[number].name, self.reward.fingerprint()]
+        made_of += [json.dumps(self.config.withheld)] if self.config.withheld else []
         journal = _Journal(self.stored.path / "rewards" / f"_{number:05d}.journal", made_of)
         samples = _samples(table, self._by_id)
+        if self.config.strip_thinking:
+            prompts = [self.tokenizer.decode(ids[-_TAIL:]) for ids in table["prompt_tokens"].to_pylist()]
+            samples = [
+                without_thinking(sample, self.config.thinking_marks, prompt, self.tokenizer)
+                for sample, prompt in zip(samples, prompts, strict=True)
+            ]
         outcomes = journal.read()
         report(len(outcomes), "")
 
@@ -71,13 +84,14 @@ def score(
     config: ScoringConfig = ScoringConfig(),  # noqa: B008 - frozen
     report: Report = lambda count, note: None,
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
+    tokenizer: Any = None,
 ) -> None:
     """Give every answer its reward. `report` gets (answers done, note); the shards are dealt out to the ranks.
 
     Raises:
         InputError: An answer has no reward and the policy for failures is `error`, or none has one.
     """
-    scorer = ShardScorer(stored, prompts, reward, config)
+    scorer = ShardScorer(stored, prompts, reward, config, tokenizer)
     started = time.monotonic()
     done = ranks.share(set(stored.shards("rewards")))
     answers = ranks.share(set(stored.shards("responses")))
@@ -133,6 +147,8 @@ def _samples(table: pa.Table, by_id: dict[str, Prompt]) -> list[Sample]:
             row["response_tokens"],
             row["finished"],
             by_id[row["prompt_id"]].columns,
+            tools=by_id[row["prompt_id"]].tools,
+            chat_template_kwargs=by_id[row["prompt_id"]].chat_template_kwargs,
         )
         for row in rows
     ]

@@ -74,7 +74,7 @@ def test_ties_are_dropped_or_halves_and_labels_turn_pairs_round(write_jsonl: Wri
         (FORMS["human and assistant"] | {"rejected": "\n\nHuman: Why?\n\nAssistant:"}, "`rejected` is empty"),
         ({"prompt": "Why?", "chosen": "Because."}, "no column `rejected`; found prompt, chosen"),
         ({"chosen": "Because.", "rejected": "No."}, "share no beginning"),
-        (FORMS["texts"] | {"chosen": ["Because."]}, "message 0 has no text under `role`"),
+        (FORMS["texts"] | {"chosen": ["Because."]}, "`chosen`: message 0 is str, expected an object"),
         (FORMS["texts"] | {"chosen": 3}, "`chosen` is int; expected text or a list"),
         (FORMS["texts"] | {"label": 2}, "`label` is 2; expected 1"),
         (FORMS["texts"] | {"margin": "much"}, "`margin` is 'much'; expected a number"),

@@ -66,7 +66,6 @@ def test_every_prompt_has_the_same_columns(write_jsonl: Write) -> None:
         ({"prompt": None}, "found NoneType"),
         ({"prompt": []}, "the message list is empty"),
         ({"prompt": [{"role": "user", "content": ""}]}, "message 0 (user) is empty"),
-        ({"prompt": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Ho"}]}, "assistant's"),
         ({"messages": [{"role": "assistant", "content": "Ho"}]}, "the message list is empty"),
         ({"prompt": "Hi", "prompt_id": 1.5}, "`prompt_id` is 1.5"),
         (["Hi"], "found list"),

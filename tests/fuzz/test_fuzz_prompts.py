@@ -31,7 +31,9 @@ MESSAGES = st.lists(
     max_size=4,
 )
 ROWS = st.dictionaries(
-    st.sampled_from(["prompt", "messages", "prompt_id", "answer"]) | TEXT, TEXT | MESSAGES | JSON, max_size=4
+    st.sampled_from(["prompt", "messages", "prompt_id", "answer", "tools"]) | TEXT,
+    TEXT | MESSAGES | MESSAGES.map(json.dumps) | JSON,
+    max_size=4,
 )
 
 
@@ -51,7 +53,7 @@ def accepted_or_refused(file: Path, source: PolicySource, columns: dict[str, str
         return
     assert len({p.prompt_id for p in prompts}) == len(prompts) >= len(kept)
     for prompt in kept:
-        stored = [prompt.prompt_id, json.dumps(prompt.messages, ensure_ascii=False),
+        stored = [prompt.prompt_id, json.dumps(prompt.messages, ensure_ascii=False, default=str),
                   json.dumps(dict(prompt.columns), ensure_ascii=False, default=str)]  # fmt: skip
         assert pa.array(stored, pa.string()).to_pylist() == stored
         assert prompt.token_ids
@@ -87,10 +89,21 @@ def test_any_bytes(tmp_path: Path, source: PolicySource, suffix: str) -> None:
 @example(rows=[{"prompt": "Hi", "prompt_id": 10**400}], as_lines=True)
 @example(rows=[{"prompt": "Hi", "prompt_id": "a"}, {"prompt": "Ho", "prompt_id": "a"}], as_lines=True)
 @example(rows=[{"prompt": "Hi"}, {"prompt": "Ho", "prompt_id": "row-0"}], as_lines=False)
+@example(rows=[{"prompt": "\n\nHuman:\n\nHuman: Hi\n\nAssistant:"}], as_lines=True)
 def test_any_json(tmp_path: Path, source: PolicySource, rows: list[Any], as_lines: bool) -> None:
     file = tmp_path / ("any.jsonl" if as_lines else "any.json")
     file.write_text("\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows))
     accepted_or_refused(file, source)
+
+
+@pytest.mark.parametrize("depth", [100, 300, 480, 700, 990, 3000])
+def test_deep_rows(tmp_path: Path, source: PolicySource, depth: int) -> None:
+    nested = '{"x": ' * depth + "1" + "}" * depth
+    file = tmp_path / "deep.jsonl"
+    for row in (f'{{"prompt": [{{"role": "user", "content": "Hi", "x": {nested}}}]}}',
+                f'{{"prompt": "Hi", "tools": [{nested}]}}'):  # fmt: skip
+        file.write_text(row)
+        accepted_or_refused(file, source)
 
 
 @FUZZ

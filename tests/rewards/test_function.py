@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,21 @@ def test_function_can_take_everything() -> None:
         return len(response)
 
     assert scores(reward, sample("abc", answer=1)) == [3.0]
+
+
+def test_function_gets_tool_calls_and_tools() -> None:
+    """A call alone has no text."""
+    said = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+
+    def reward(response: str, response_message: dict[str, Any], tools: Any) -> float:
+        return float((response, response_message, tools) == ("", said, [{"name": "add"}]))
+
+    assert scores(reward, replace(sample(""), message=said, tools=[{"name": "add"}])) == [1.0]
+
+    def reward_of_text(response_message: dict[str, Any], response: str, tools: Any) -> float:
+        return float((response_message, tools) == ({"role": "assistant", "content": response}, "a column"))
+
+    assert scores(reward_of_text, sample("four", tools="a column")) == [1.0]
 
 
 def test_batched_function_gets_lists() -> None:

@@ -71,6 +71,25 @@ def rewards(request: dict[str, Any], _number: int = 0) -> tuple[int, bytes]:
     return 200, json.dumps({"rewards": [len(s["response"]) for s in request["samples"]]}).encode()
 
 
+def test_services_and_judges_get_tool_calls(serve: Callable[..., Any]) -> None:
+    call = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+    asked = [{"role": "user", "content": [{"type": "text", "text": "Why?"}]}, call, {"role": "tool", "content": "4"}]
+    sample = Sample("p", asked, "", message=call, tools=[{"name": "add"}])
+    url, seen = serve(rewards)
+    HTTPReward(url).score([sample])
+    sent = seen[0]["samples"][0]
+    assert (sent["messages"], sent["response_message"], sent["tools"]) == (asked, call, [{"name": "add"}])
+
+    def judge(request: dict[str, Any], _number: int) -> tuple[int, bytes]:
+        return 200, json.dumps({"choices": [{"message": {"content": '{"score": 10}'}}]}).encode()
+
+    url, seen = serve(judge)
+    assert JudgeScoreReward(url, "judge").score([sample])[0] == RewardResult(1.0, {"score": 10.0})
+    task = seen[0]["messages"][0]["content"]
+    assert "[user]\nWhy?\n\n[assistant]\n" in task
+    assert task.count(json.dumps(call["tool_calls"])) == 2
+
+
 def test_scores_in_order_over_many_requests(serve: Callable[..., Any]) -> None:
     url, seen = serve(rewards)
     reward = HTTPReward(url, samples_per_request=3, concurrency=4)
