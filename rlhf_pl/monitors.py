@@ -39,7 +39,7 @@ def check_monitors(
             continue
         held_out = f" {lacking}" if name.startswith("val/") and lacking else ""
         near = get_close_matches(name, known, 3, 0.5)
-        listed = ", ".join(near) if near and not held_out else ", ".join(known)
+        listed = ", ".join(dict.fromkeys([*near, *known]))
         raise InputError(f"{owner} monitors {name!r}, which this run does not have.{held_out} There are: {listed}.")
 
 

@@ -34,7 +34,7 @@ CASES: dict[str, list[str]] = {
     "ModelPruning": [CB, "ModelPruning", "--trainer.callbacks.pruning_fn", "l1_unstructured"],
     "DeviceStatsMonitor": [CB, "DeviceStatsMonitor"],
     "ThroughputMonitor": [CB, "ThroughputMonitor", "--trainer.callbacks.batch_size_fn", "builtins.len"],
-    "Timer": [CB, "Timer", "--trainer.callbacks.duration", "00:01:00:00"],
+    "Timer": [CB, "Timer", "--trainer.callbacks.duration", "00:01:00:00", "--trainer.callbacks.interval", "step"],
     "LambdaCallback": [CB, "LambdaCallback"],
     "ModelSummary": [CB, "ModelSummary"],
     "RichModelSummary": [CB, "RichModelSummary"],

@@ -117,3 +117,11 @@ def test_state_of_another_round_is_ignored() -> None:
     loader = RoundLoader(dataset(4), RoundBatches(UpdatePlan(4, 2), "1:3"), 3)
     loader.load_state_dict({"round": 2, "batches": 1})
     assert len(list(loader)) == 2
+
+
+def test_a_limited_epoch_weighs_what_is_left_of_an_update() -> None:
+    """7 pairs in micro-batches of 2, 2 an update, limited to 3: [2, 2] and [2], each update the mean over its own."""
+    batches = RoundBatches(UpdatePlan(7, 2, 2), "0")
+    batches.limit = 3
+    assert [(len(pairs), weight) for pairs, weight in batches] == [(2, 1.0), (2, 1.0), (2, 2.0)]
+    assert len(batches.steps()) == 4  # the whole epoch's, for what is computed of all its pairs
