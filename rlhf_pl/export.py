@@ -27,7 +27,13 @@ class Exportable(Protocol):
 
 
 def export_folder(
-    model: Any, source: PolicySource, weights: Weights, folder: str, dtype: str | None = None, write: bool = True
+    model: Any,
+    source: PolicySource,
+    weights: Weights,
+    folder: str,
+    dtype: str | None = None,
+    write: bool = True,
+    tokenizer: Any = None,
 ) -> None:
     """Write a model with its tokenizer and chat template: safetensors and configs.
 
@@ -40,6 +46,7 @@ def export_folder(
         folder: Where to; made if missing.
         dtype: Dtype of the weights; None for that of the model the run started from.
         write: Whether this is the rank that writes.
+        tokenizer: What is written if it is not that of `source`.
     """
     target = getattr(torch, dtype) if dtype else source.config.dtype or torch.float32
     state = {}
@@ -64,7 +71,7 @@ def export_folder(
         model.config = config
     if model.can_generate():
         source.copy_generation_config(folder)
-    source.tokenizer.save_pretrained(folder)
+    (tokenizer or source.tokenizer).save_pretrained(folder)
 
 
 def _without_quantization(model: Any) -> Any:
