@@ -14,7 +14,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.layout import Layout
 from rlhf_pl.policy import PolicySource, without_autocast, without_dropout, working_copy
 from rlhf_pl.rows import Tree, lay_out
-from rlhf_pl.score_place import mean_score
+from rlhf_pl.score_place import forget_mean, mean_score
 from rlhf_pl.shared_prompt import hidden_states, share_prompts
 
 # what reward models call their head: transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
@@ -182,6 +182,8 @@ def new_classifier(
 ) -> Any:
     """A classifier with one output on the backbone of `source`; a head that is there is kept, else it is drawn.
 
+    A mean in the config is left out: it is not that of the scores that training will give.
+
     Args:
         source: A causal LM or a reward model.
         seed: Of the head.
@@ -191,13 +193,14 @@ def new_classifier(
     from transformers import AutoModelForSequenceClassification
 
     try:
-        return load_classifier(source, None, dtype, attn_implementation)
+        model = load_classifier(source, None, dtype, attn_implementation)
+        forget_mean(model.config)
+        return model
     except InputError:
         files = WeightFiles(source)  # whose own error is clearer
     config = without_dropout(source.config)
     config.num_labels = 1
-    if mean_score(config):
-        config.bias = 0.0  # the mean of another head
+    forget_mean(config)
     model, info = source.read(
         "weights",
         AutoModelForSequenceClassification,

@@ -83,6 +83,12 @@ def mean_score(config: Any, path: str = "") -> float:
     return float(value)
 
 
+def forget_mean(config: Any) -> None:
+    """Take a mean score out of a model's config."""
+    if mean_score(config):
+        del config.bias
+
+
 def reads_elsewhere(ending: Sequence[int], source: PolicySource) -> bool:
     """Whether transformers' classifier takes the last token of a conversation for padding, and reads before it."""
     return bool(ending) and ending[-1] == source.config.get_text_config().pad_token_id

@@ -33,7 +33,8 @@ def test_served_reward_model_scores_as_here(tmp_path: Path) -> None:
     reward_model = save_reward_model(tmp_path / "model", pad_token_id=2, bias=0.5)
     expected = [r.reward for r in ClassifierReward(str(reward_model)).score(SAMPLES)]
     before_eos = [r.reward for r in ClassifierReward(str(reward_model), score_at="before_eos").score(SAMPLES)]
-    with serving(reward_model, tmp_path / "log", "--runner", "pooling", "--dtype", "float32") as url:
+    options = ("--runner", "pooling", "--dtype", "float32", "--hf-overrides", '{"bias": false}')
+    with serving(reward_model, tmp_path / "log", *options) as url:
         served = {
             endpoint: VLLMServerReward(url, str(reward_model), endpoint=endpoint).score(SAMPLES)  # type: ignore[arg-type]
             for endpoint in ("classify", "pooling")

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rlhf_pl import score_place
-from rlhf_pl.classifier import ClassifierLM, load_classifier, tree_inputs
+from rlhf_pl.classifier import ClassifierLM, load_classifier, new_classifier, tree_inputs
 from rlhf_pl.errors import InputError
 from rlhf_pl.padding import own_padding
 from rlhf_pl.policy import PolicySource
@@ -196,3 +196,11 @@ def test_a_padding_token_is_one_that_no_conversation_has(
     assert found.id == found.tokenizer.pad_token_id == found.tokenizer.convert_tokens_to_ids(token)
     assert found.id < config.vocab_size + new_rows
     assert tokenizer.pad_token == before, "the one that was given is left alone"
+
+
+def test_training_leaves_the_mean_out(reward_model: Path, tmp_path: Path) -> None:
+    """It is not the mean of what the trained model will score, and vLLM would take it for a switch."""
+    folder = with_config(reward_model, tmp_path / "mean", bias=1.5)
+    model = new_classifier(PolicySource(str(folder)), seed=0)
+    assert not hasattr(model.config, "bias")
+    assert ClassifierLM(model).mean == 0
