@@ -53,7 +53,7 @@ def find_head(source: PolicySource, files: WeightFiles) -> HeadPlan:
     Raises:
         InputError: The head is missing (the tensors are listed), has several layers, or has several outputs.
     """
-    empty = _empty_classifier(source)
+    empty = empty_classifier(source)
     prefix, own, given = empty.base_model_prefix + ".", empty.state_dict(), files.shapes
     head = [name for name in own if not name.startswith(prefix)]
     output = [name for name in head if name.endswith("weight")][-1]
@@ -99,7 +99,7 @@ def _check_outputs(files: WeightFiles, shape: tuple[int, ...]) -> None:
         )
 
 
-def _empty_classifier(source: PolicySource) -> Any:
+def empty_classifier(source: PolicySource) -> Any:
     """transformers' classifier of this architecture with one output, without memory for its weights."""
     from transformers import AutoModelForSequenceClassification
 
@@ -152,7 +152,7 @@ def load_classifier(
         if "score.weight" in state:
             state["score.weight"] = state["score.weight"].view(1, -1)
         bias = state.pop("score.bias", None)
-        kind = type(_empty_classifier(source))
+        kind = type(empty_classifier(source))
         model, info = kind.from_pretrained(None, state_dict=state, dtype=dtype, **arguments)
         if bias is not None:  # transformers' own head has none
             model.score.bias = nn.Parameter(bias.view(1).to(dtype))
@@ -173,7 +173,7 @@ def has_head(source: PolicySource) -> bool:
 
 def check_new_classifier(source: PolicySource) -> None:
     """Raise InputError if transformers has no classifier of this architecture, or there are no weights."""
-    _empty_classifier(source)
+    empty_classifier(source)
     WeightFiles(source)
 
 

@@ -103,10 +103,16 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], sour
         own = without_base(module, own)
     wrong = [n for n in [*own, *given] if n not in own or n not in given or own[n].shape != given[n].shape]
     if wrong:
+        hint = ""
+        if ".lora_" in wrong[0]:
+            hint = (
+                " Or adapt what the checkpoint did (--model.lora.target_modules, and --model.lora.target_parameters: [] for "
+                "none of the experts' weights)."
+            )
         raise InputError(
             f"The checkpoint is of another model than `{source.option}` ({source.path!r}): {wrong[0]!r} and "
             f"{len(set(wrong)) - 1} more tensors do not fit. Give the run a directory of its own "
-            "(--trainer.default_root_dir DIR)."
+            f"(--trainer.default_root_dir DIR).{hint}"
         )
 
 

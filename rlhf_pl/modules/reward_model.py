@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_pl.classifier import ClassifierLM, check_new_classifier, has_head, new_classifier
+from rlhf_pl.classifier import ClassifierLM, check_new_classifier, empty_classifier, has_head, new_classifier
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
@@ -19,7 +19,7 @@ from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_folder
 from rlhf_pl.liger import apply_liger
-from rlhf_pl.lora import LoRA, add_lora, check_lora
+from rlhf_pl.lora import LoRA, adapter_targets, add_lora, check_lora
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
@@ -129,6 +129,8 @@ class RewardModelModule(L.LightningModule):
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name)
         check_new_classifier(self.source)
+        if self.lora is not None:
+            adapter_targets(empty_classifier(self.source), self.lora)
         self._say_where_scores_are_read()
 
     def _say_where_scores_are_read(self) -> None:

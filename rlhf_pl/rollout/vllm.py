@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_pl.devices import fast_dtype
 from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.self_check import StaleSamplerError
 
 _PREFIX = "rlhf_pl-vllm-"
@@ -78,6 +79,7 @@ class VLLMSampler(Sampler):
         from vllm import LLM
 
         self._eos = list(spec.source.eos_token_ids)
+        self._as_stored = checkpoint_format(spec.source)
         self._on_gpu = torch.cuda.is_available()
         if not self._on_gpu:
             _check_heads(spec.source.config.get_text_config())
@@ -170,7 +172,7 @@ class VLLMSampler(Sampler):
                 yield name, tensor.detach().to(dtype)
 
         with torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_stored(stream())})
         return names
 
     def load_weights(self, tensors: NamedTensors) -> None:
