@@ -106,7 +106,7 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], sour
         hint = ""
         if ".lora_" in wrong[0]:
             hint = (
-                " Or adapt what the checkpoint did (--model.lora.target_modules, and --model.lora.target_parameters: [] for "
+                " Or adapt what the checkpoint did (--model.lora.target_modules; --model.lora.target_parameters, [] for "
                 "none of the experts' weights)."
             )
         raise InputError(
