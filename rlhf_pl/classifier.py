@@ -281,14 +281,13 @@ class ClassifierLM(nn.Module):
                 hidden = hidden_states(model, input_ids, position_ids, layout).index_select(0, last)
                 return self._head(hidden) - self.mean
             assert attention_mask is not None
-            if self.linear:
-                return self._of_rows(model, input_ids, attention_mask, **inputs) - self.mean
-            return self._own(model, input_ids, attention_mask, **inputs) - self.mean
+            order = (attention_mask == 0).long().argsort(dim=-1, stable=True)  # so that positions count tokens alone
+            rows = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+            rows = {name: tensor.gather(1, order) for name, tensor in rows.items()}
+            return (self._of_rows(model, **rows) if self.linear else self._own(model, **rows)) - self.mean
 
     def _of_rows(self, model: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        order = (attention_mask == 0).long().argsort(dim=-1, stable=True)  # tokens first, so that positions count them
-        input_ids, attention_mask = input_ids.gather(1, order), attention_mask.gather(1, order)
-        inputs = {name: tensor.gather(1, order) for name, tensor in inputs.items()}
+        """Scores at the last tokens of rows that are padded on the right."""
         hidden = model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
         ).last_hidden_state
@@ -296,7 +295,7 @@ class ClassifierLM(nn.Module):
         return self._head(hidden[rows, attention_mask.sum(-1) - 1])
 
     def _own(self, model: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Scores by the head of the model's own, row by row if it minds padding."""
+        """Scores by the head of the model's own, row by row if it minds padding; padded on the right."""
         if self.pad_id is None and len(input_ids) > 1:
             rows = []
             for row, mask in enumerate(attention_mask.bool()):

@@ -106,8 +106,8 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], sour
         hint = ""
         if ".lora_" in wrong[0]:
             hint = (
-                " Or adapt what the checkpoint did (--model.lora.target_modules; --model.lora.target_parameters, [] for "
-                "none of the experts' weights)."
+                " Or adapt what the checkpoint did (--model.lora.target_modules; --model.lora.target_parameters, [] for"
+                " none of the experts' weights)."
             )
         raise InputError(
             f"The checkpoint is of another model than `{source.option}` ({source.path!r}): {wrong[0]!r} and "
