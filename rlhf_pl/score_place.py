@@ -4,8 +4,6 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal
 
-from lightning.pytorch.utilities import rank_zero_only
-
 from rlhf_pl.checkpoint_files import stored_config
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
@@ -111,6 +109,8 @@ def warn_of_other_reading(render: Any, source: PolicySource) -> None:
 
 def warn_once(text: str) -> None:
     """Print a warning, the first time only."""
+    from lightning.pytorch.utilities import rank_zero_only
+
     if text not in _warned and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         _warned.add(text)
         console.print(f"[yellow]warning[/yellow]: {text}", soft_wrap=True)

@@ -102,7 +102,7 @@ def test_the_merged_model_is_the_adapted_one(tmp_path: Path, kind: str) -> None:
     torch.testing.assert_close(logits(base), expected, atol=1e-4, rtol=1e-3)
     adapters = {n: t for n, t in lm.state_dict().items() if ".lora_" in n}
     save_adapter(settings, lm, adapters, str(folder), str(tmp_path / "adapter"))
-    readable = kind != "Qwen2Moe" and kind != "Qwen3Moe"  # whose dense layers have names that peft takes for experts'
+    readable = kind != "Qwen3Moe"  # whose dense layers have names that peft takes for experts'
     assert (tmp_path / "adapter").exists() == readable
     if readable:
         from peft import PeftModel
@@ -199,3 +199,27 @@ def test_a_model_without_experts_has_no_such_weights(llama: Path) -> None:
     with pytest.raises(InputError, match=r"target_parameters` names down_proj; the fused weights .* are none"):
         adapter_targets(plain(llama), LoRA(target_parameters=["down_proj"]))
     assert adapter_targets(plain(llama), LoRA(dropout=0.1)).layers
+
+
+def test_layers_that_a_model_never_calls_get_no_adapters() -> None:
+    """Mamba's `dt_proj`: its weights are read by the mixer itself, so only the merged model would change."""
+    from transformers import AutoModelForCausalLM, JambaConfig
+
+    few = {"num_experts": 4, "mamba_d_state": 4, "mamba_dt_rank": 4, "attn_layer_period": 2, "attn_layer_offset": 1}
+    config = JambaConfig(vocab_size=300, **SIZES, **few)
+    lm, base = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    targets = adapter_targets(lm, LoRA())
+    leaves = {name.split(".")[-1] for name in targets.layers}
+    assert {"in_proj", "x_proj", "q_proj"} <= leaves
+    assert "dt_proj" not in leaves
+    with pytest.raises(InputError, match="names dt_proj"):
+        adapter_targets(lm, LoRA(target_modules=["dt_proj"]))
+    add_lora(lm, LoRA(rank=2), seed=0, train_head=False)
+    for name, parameter in lm.named_parameters():
+        if ".lora_B." in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape)
+    base.load_state_dict(merged(lm))
+    ids = torch.arange(3, 30)[None]
+    with torch.no_grad():
+        expected, found = (model(input_ids=ids, use_cache=False).logits for model in (lm, base))
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
