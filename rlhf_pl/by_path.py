@@ -71,7 +71,8 @@ def _find_beside(file: str) -> None:
     folder, name = os.path.split(file)
     others = [other for other in _folders if other != folder]
     for place in _folders:
-        sys.path.remove(place)
+        if place in sys.path:
+            sys.path.remove(place)
     taken = _is_installed(name.removesuffix(".py"))
     sys.path.insert(len(sys.path) if taken else 0, folder)
     sys.path.extend(others)
