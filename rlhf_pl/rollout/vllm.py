@@ -21,6 +21,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.self_check import StaleSamplerError
+from rlhf_pl.rollout.vllm_experts import pack_again
 
 _PREFIX = "rlhf_pl-vllm-"
 MARGIN_BYTES = 4 * 2**30  # of a GPU that neither is to take: contexts, graphs, what allocators keep
@@ -152,11 +153,14 @@ class VLLMSampler(Sampler):
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The engine's own."""
+        model = self._model()
+        return iter([] if model is None else [(n, p) for n, p in model.named_parameters() if p.numel()])
+
+    def _model(self) -> Any:
         core = self._llm.llm_engine.engine_core.engine_core
         worker = getattr(core.model_executor, "driver_worker", None)
         runner = getattr(getattr(worker, "worker", worker), "model_runner", None)
-        model = getattr(runner, "model", None)
-        return iter([] if model is None else [(n, p) for n, p in model.named_parameters() if p.numel()])
+        return getattr(runner, "model", None)
 
     def reset(self) -> None:
         self._llm.reset_prefix_cache()
@@ -171,6 +175,8 @@ class VLLMSampler(Sampler):
                 names.add(name)
                 yield name, tensor.detach().to(dtype)
 
+        if not self._on_gpu and (model := self._model()) is not None:
+            pack_again(model)
         with torch.no_grad():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_stored(stream())})
         return names

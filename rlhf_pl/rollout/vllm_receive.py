@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer import base
 
+from rlhf_pl.rollout.vllm_experts import pack_again
 from rlhf_pl.rollout.vllm_plugin import read_exactly
 
 
@@ -44,6 +45,8 @@ class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        if torch.device(self.device).type == "cpu":
+            pack_again(self.model)
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
