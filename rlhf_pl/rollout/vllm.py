@@ -21,7 +21,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.self_check import StaleSamplerError
-from rlhf_pl.rollout.vllm_experts import pack_again
+from rlhf_pl.rollout.vllm_experts import check_kernels, take_kernels
 
 _PREFIX = "rlhf_pl-vllm-"
 MARGIN_BYTES = 4 * 2**30  # of a GPU that neither is to take: contexts, graphs, what allocators keep
@@ -175,10 +175,14 @@ class VLLMSampler(Sampler):
                 names.add(name)
                 yield name, tensor.detach().to(dtype)
 
-        if not self._on_gpu and (model := self._model()) is not None:
-            pack_again(model)
+        model = None if self._on_gpu else self._model()
+        kernels = [] if model is None else take_kernels(model)
         with torch.no_grad():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_stored(stream())})
+        try:
+            check_kernels(kernels, model)
+        except RuntimeError as error:
+            raise InputError(f"`rollout.sampler`: {error}") from error
         return names
 
     def load_weights(self, tensors: NamedTensors) -> None:

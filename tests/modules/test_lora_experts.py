@@ -1,5 +1,6 @@
 """Adapters on experts: what is merged, written and handed to samplers is the model that trains."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,11 @@ from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
 from rlhf_pl.lora import LoRA, adapter_size, adapter_targets, add_lora, merged_tensors, save_adapter, without_adapters
 from rlhf_pl.policy import PolicyLM, PolicySource
+from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
+from rlhf_pl.rollout.self_check import hand_over
 from rlhf_pl.rows import Tree, lay_out
-from rlhf_pl.weights import like_of
+from rlhf_pl.weights import like_of, weights_of
 from tests.conftest import make_tokenizer
 from tests.integration.test_fit import PROMPTS, fit
 from tests.modules.test_rebel_lora import constant_lr
@@ -41,11 +44,11 @@ KINDS: dict[str, dict[str, Any]] = {
 }
 
 
-def save_moe(folder: Path, kind: str) -> Path:
+def save_moe(folder: Path, kind: str, **changes: Any) -> Path:
     import transformers
 
     tokenizer = make_tokenizer()
-    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **SIZES, **KINDS[kind])
+    config = getattr(transformers, f"{kind}Config")(vocab_size=len(tokenizer), **(SIZES | KINDS[kind] | changes))
     with torch.random.fork_rng():
         torch.manual_seed(0)
         transformers.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
@@ -59,11 +62,11 @@ def plain(folder: Path) -> Any:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
 
 
-def adapted(folder: Path, settings: LoRA) -> Any:
+def adapted(folder: Path, settings: LoRA, seed: int = 2) -> Any:
     """With adapters that do something."""
     lm = plain(folder)
     add_lora(lm, settings, seed=1, train_head=False)
-    random = torch.Generator().manual_seed(2)
+    random = torch.Generator().manual_seed(seed)
     for name, parameter in lm.named_parameters():
         if ".lora_B." in name:
             parameter.data = 0.1 * torch.randn(parameter.shape, generator=random)
@@ -223,3 +226,24 @@ def test_layers_that_a_model_never_calls_get_no_adapters() -> None:
     with torch.no_grad():
         expected, found = (model(input_ids=ids, use_cache=False).logits for model in (lm, base))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+VLLM = [pytest.mark.vllm, pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM")]
+
+
+@pytest.mark.parametrize("sampler", [TransformersSampler, pytest.param(VLLMSampler, marks=VLLM)])
+def test_samplers_draw_from_the_adapted_experts(tmp_path: Path, sampler: Any) -> None:
+    """Twice, with other weights: vLLM packs the experts' weights for its kernels."""
+    folder = save_moe(tmp_path / "base", "Mixtral", head_dim=32)  # vLLM has no smaller ones on the CPU
+    engine = sampler(dtype="float32") if sampler is VLLMSampler else sampler()
+    engine.start(EngineSpec(PolicySource(str(folder)), 64, 4))
+    for seed in (2, 3):
+        lm = adapted(folder, LoRA(rank=3), seed)
+        hand_over(engine, weights_of(merged(lm)))
+        for _, (drawn,) in engine.generate([PromptTokens([5, 6, 7, 8], 0)], SamplingConfig(1, max_response_tokens=8)):
+            ids = [5, 6, 7, 8, *drawn.token_ids]
+            with torch.no_grad():
+                logps = lm(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
+            expected = [logps[i - 1, ids[i]].item() for i in range(4, len(ids))]
+            assert drawn.logps == pytest.approx(expected, abs=1e-3)
+    engine.close()
