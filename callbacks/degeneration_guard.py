@@ -9,6 +9,7 @@ from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.degeneration import answer_statistics
 from rlhf_pl.errors import InputError
+from rlhf_pl.metrics import policy_kl
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rounds import Round
 
@@ -25,7 +26,8 @@ class DegenerationGuard(L.Callback):
     The warnings are printed, kept in the round's manifest, and counted in `guard/warnings`.
 
     Args:
-        max_kl: `kl`: the policy's KL from the one that generated the round, in nats per answer, above this.
+        max_kl: `kl`: the KL between the policy and the one that generated the round, in nats per answer, above this:
+            KL(old || new) over all pairs of the round, or KL(new || old) over the held-out responses of the new policy.
         min_distinct: `distinct`: of the runs of three tokens inside an answer, the share that is not a repetition
             (mean over the answers) below this: the policy loops.
         max_identical: `identical`: the share of answers that equal another answer to their prompt, above this.
@@ -81,10 +83,17 @@ class DegenerationGuard(L.Callback):
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, RoundDataModule):
             stored = data.store.round(rounds_done(trainer) - 1)
-            kl = stored.manifest["stages"].get("training", {}).get("kl")
-            if kl is not None and not kl <= self.max_kl:
+            found = {
+                "KL(old || new)": stored.manifest["stages"].get("training", {}).get("kl"),
+                "KL(new || old) on held-out prompts": policy_kl(data.store.held_out(rounds_done(trainer))).get(
+                    "new_old"
+                ),
+            }
+            high = [f"{name} {kl:.1f}" for name, kl in found.items() if kl is not None and not kl <= self.max_kl]
+            if high:
                 sign = (
-                    f"KL {kl:.1f} nats per answer, above {self.max_kl:g}; lower the learning rate or `model.loss.eta`"
+                    f"{', '.join(high)} nats per answer (k1), above {self.max_kl:g}; lower the learning rate or "
+                    "`model.loss.eta`"
                 )
                 self._judge(trainer, stored, {"kl": sign})
 

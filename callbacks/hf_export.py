@@ -8,13 +8,15 @@ from typing import Any, Literal
 
 import lightning as L
 
-from rlhf_pl.disk import naming_a_full_disk
+from rlhf_pl.disk import check_space, naming_a_full_disk
 from rlhf_pl.errors import InputError
-from rlhf_pl.export import Exportable
+from rlhf_pl.export import Exportable, export_dtype
 from rlhf_pl.fingerprints import weights_fingerprint
 from rlhf_pl.ranks import ranks_of
 
 STAMP = "rlhf_pl.json"
+FORMAT = 2  # of the folder; those of an earlier one are written again
+_TAKEN = {"rounds", "heldout", "checkpoints"}  # in the run directory
 
 
 class HFExport(L.Callback):
@@ -22,7 +24,8 @@ class HFExport(L.Callback):
 
     Args:
         folder: Where to, inside the run directory.
-        dtype: Dtype of the weights; null for that of the model the run started from.
+        dtype: Dtype of the weights; null for that of the checkpoint that the run started from, as its tensors have it,
+            whatever `model.dtype` and `trainer.precision` it is trained with.
         every_round: Also write `<folder>-round-<n>` after every round (epoch).
     """
 
@@ -32,13 +35,46 @@ class HFExport(L.Callback):
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
         every_round: bool = False,
     ) -> None:
-        if not folder.strip() or Path(folder).is_absolute() or ".." in Path(folder).parts or len(folder) > 200:
+        parts = Path(folder.strip()).parts
+        if not parts or Path(folder).is_absolute() or ".." in parts or len(folder) > 200 or parts[0] in _TAKEN:
             raise InputError(
-                f"`export.folder` is a name of at most 200 letters inside the run directory, got {folder!r}."
+                f"`export.folder` is a name of at most 200 letters inside the run directory, other than "
+                f"{', '.join(sorted(_TAKEN))}, got {folder!r}."
             )
         self.folder = folder
         self.dtype = dtype
         self.every_round = every_round
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Try everything that an export needs, before anything loads.
+
+        Raises:
+            InputError: The model can't be written, or something else lies in the folder's place.
+        """
+        if stage != "fit":
+            return
+        if not isinstance(pl_module, Exportable):
+            raise InputError(f"HFExport works with this package's modules, got {type(pl_module).__name__}.")
+        rounds = range(trainer.max_epochs or 0) if self.every_round else ()
+        for name in (self.folder, *(f"{self.folder}-round-{index + 1}" for index in rounds)):
+            _check_place(Path(trainer.default_root_dir) / name)
+        self._try(pl_module)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The model as it was loaded, and room for it in the run directory, which rounds look at again."""
+        assert isinstance(pl_module, Exportable)
+        ranks_of(trainer).first(lambda: self._try(pl_module))
+        source = getattr(pl_module, "source", None)
+        dtype = None if source is None else export_dtype(source, self.dtype)
+        size = sum(t.numel() * (dtype or t.dtype).itemsize for t in pl_module.weights().like.values())
+        target = Path(trainer.default_root_dir)
+        ranks_of(trainer).first(lambda: check_space(target, {"final model": size}, "the export"))
+
+    def _try(self, module: Any) -> None:
+        """Modules of others may do without."""
+        try_export = getattr(module, "try_export", None)
+        if try_export is not None:
+            try_export(self.dtype)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.every_round:
@@ -51,9 +87,9 @@ class HFExport(L.Callback):
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
         """Write beside the target and rename, so that a folder of this name is always whole."""
         target = Path(trainer.default_root_dir) / name
-        if not isinstance(pl_module, Exportable):
-            raise InputError(f"HFExport works with this package's modules, got {type(pl_module).__name__}.")
+        assert isinstance(pl_module, Exportable)
         stamp = {
+            "format": FORMAT,
             "updates": trainer.global_step,
             "dtype": self.dtype,
             "weights": weights_fingerprint(pl_module.weights().stream()),
@@ -68,6 +104,7 @@ class HFExport(L.Callback):
                 pl_module.export(str(temporary), self.dtype)
                 if trainer.is_global_zero:
                     (temporary / STAMP).write_text(json.dumps(stamp))
+                    _open_by_umask(temporary)
                     if target.exists():
                         shutil.rmtree(target)
                     os.replace(temporary, target)
@@ -75,6 +112,25 @@ class HFExport(L.Callback):
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
             ranks.wait()
+
+
+def _check_place(target: Path) -> None:
+    """Where a folder will be replaced, there must be an export, or nothing."""
+    is_ours = target.is_dir() and not target.is_symlink() and (_stamp_of(target) or not any(target.iterdir()))
+    if (target.exists() or target.is_symlink()) and not is_ours:
+        raise InputError(
+            f"`export.folder`: {target} is there already, and is no export of this program that could be replaced. "
+            "Move it away, or give another name."
+        )
+
+
+def _open_by_umask(folder: Path) -> None:
+    """Give files the mode that new ones have here: safetensors leaves them to their owner alone."""
+    mask = os.umask(0)
+    os.umask(mask)
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.chmod(0o666 & ~mask)
 
 
 def _stamp_of(folder: Path) -> Any:

@@ -24,7 +24,7 @@ from rlhf_pl.rewards.guard import try_reward
 from rlhf_pl.rollout import Sampler, SamplingConfig, VLLMSampler
 from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.round_maker import RoundMaker
-from rlhf_pl.round_settings import RoundOptions, held_out_sampling
+from rlhf_pl.round_settings import RoundOptions, check_noted_logps, held_out_sampling
 from rlhf_pl.rounds import DamagedStoreError
 from rlhf_pl.shaping import RewardShaping
 
@@ -54,8 +54,11 @@ class RoundRefresh(L.Callback):
         logps_batch_tokens: Tokens per batch when log-probs of held-out pairs are computed, prompts counted once. Pairs
             that train come in the training's own micro-batches.
         old_logps: Whose log-probs of the pairs count as those of the policy that generated them: the `policy`'s own,
-            from a forward pass; or the `sampler`'s, noted while it drew (at temperature 1 only), which costs nothing
-            and is as exact as the sampler's dtype. The difference is measured on one batch and logged.
+            from a forward pass; or the `sampler`'s, noted while it drew, which costs nothing and is as exact as the
+            sampler's dtype. Samplers note them at temperature 1 over the whole vocabulary, so that must be how they
+            draw: temperature 1, without top_p, top_k, min_p or anything else that reshapes the distribution. The
+            difference is measured on one batch and logged. Held-out pairs drawn at another `val_temperature` get the
+            policy's own.
         timeout_minutes: In a run of several processes, minutes that one waits for the others before the run is ended
             with a message that names who is late, and where.
     """
@@ -89,11 +92,8 @@ class RoundRefresh(L.Callback):
             raise InputError(f"`rollout.timeout_minutes` must be above 0, got {timeout_minutes}.")
         if sampling.num_responses < 2:
             raise InputError(f"`rollout.sampling.num_responses` must be 2 or more, got {sampling.num_responses}.")
-        if old_logps == "sampler" and sampling.temperature != 1:
-            raise InputError(
-                f"`rollout.old_logps` is sampler, but `rollout.sampling.temperature` is {sampling.temperature}: what "
-                "samplers note is at temperature 1. Set one of them otherwise."
-            )
+        if old_logps == "sampler":
+            check_noted_logps(sampling)
         self.options: RoundOptions | None = None
         if reward is not None:
             self.options = RoundOptions(
@@ -131,13 +131,17 @@ class RoundRefresh(L.Callback):
                 f"{trainer.world_size} ranks of this run. Change tensor_parallel_size or the number of devices."
             )
         self._link.sampler.check()
-        longest = data.max_prompt_tokens + options.sampling.max_response_tokens
+        data.max_response_tokens = options.sampling.max_response_tokens
+        longest = data.max_prompt_tokens + data.max_response_tokens
+        if options.old_logps == "sampler":
+            check_noted_logps(options.sampling, self._link.sampler.reshapes())
         if longest > pl_module.source.max_context_tokens:
             raise InputError(
                 f"`data.max_prompt_tokens` + `rollout.sampling.max_response_tokens` = {data.max_prompt_tokens} + "
                 f"{options.sampling.max_response_tokens} = {longest} is over the context of {pl_module.source.path!r}, "
                 f"{pl_module.source.max_context_tokens} tokens. Lower one of them."
             )
+        self._link.sampler.check_rotary(pl_module.source.config, data.longest_tokens)
         if options.reward.by_prompt and data.val_prompts and options.val_sampling.num_responses < 2:
             raise InputError(
                 f"`rollout.val_num_responses` must be 2 or more: {options.reward.name} compares a prompt's answers "
@@ -234,15 +238,19 @@ class RoundRefresh(L.Callback):
         stored = data.store.round(version - 1)
         seconds = time.monotonic() - self._training_since
         speed = data.passes * stored.info("pairs")["pairs"] / seconds if stored.is_complete("pairs") else 0.0
-        ranks_of(trainer).first(lambda: stored.complete("training", seconds=seconds, **pl_module.round_summary()))
+        summary = pl_module.round_summary()
+        ranks_of(trainer).first(lambda: stored.complete("training", seconds=seconds, **summary))
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)  # an engine that wakes on the same device needs the room
-        _log(trainer, {"time/train_s": seconds, "train/pairs_per_s": speed}, max(0, trainer.global_step - 1))
+        of_round = {f"train/round_{name}": value for name, value in summary.items() if value is not None}
+        metrics = {"time/train_s": seconds, "train/pairs_per_s": speed, **of_round}
+        _log(trainer, metrics, max(0, trainer.global_step - 1))
         for callback in trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RoundCheckpoint):
                 callback.save_round(trainer)
+        # for callbacks that monitor them; the loggers have them already
+        pl_module.log_dict(of_round, logger=False)
         if self.options is not None:
-            # for checkpoints that monitor them; the loggers have them already
             pl_module.log_dict(self._evaluate(trainer, version), logger=False)
         self._rest()
 

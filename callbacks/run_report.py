@@ -9,7 +9,8 @@ from rich.text import Text
 from rlhf_pl.console import console
 from rlhf_pl.data.progress import rounds_done
 from rlhf_pl.data.rounds import RoundDataModule
-from rlhf_pl.metrics import first_answers, held_out_metrics
+from rlhf_pl.inspect_rounds import KL_NOTE
+from rlhf_pl.metrics import first_answers, held_out_metrics, policy_kl
 from rlhf_pl.rounds import RoundStore
 
 
@@ -69,12 +70,15 @@ def round_line(store: RoundStore, index: int) -> str:
         f"round {index + 1}: reward {rewards['mean']:.3f} (best {rewards['best']:.3f}, worst {rewards['worst']:.3f} of "
         f"{answers['sampling']['num_responses']})",
         f"{answers['tokens_mean']:.0f} tokens, {answers['finished_share']:.0%} finished",
-        f"KL {_number(training['kl'], 2)}, loss {_number(training['loss'], 3)}",
+        f"KL(old||new) {_number(training['kl'], 2)} (k1), loss {_number(training['loss'], 3)}",
         f"seconds: generate {answers['seconds']:.0f}, score {rewards['seconds']:.0f}, "
         f"log-probs {stages['logps']['seconds']:.0f}, train {training['seconds']:.0f}",
     ]
     if store.held_out(index + 1).is_complete("rewards"):
-        parts.insert(1, f"held-out reward now {store.held_out(index + 1).info('rewards')['mean']:.3f}")
+        after = store.held_out(index + 1)
+        kl = policy_kl(after)
+        distance = f", KL(new||old) {kl['new_old']:.2f} ± {kl['new_old_se']:.2f} (k1)" if "new_old" in kl else ""
+        parts.insert(1, f"held-out reward now {after.info('rewards')['mean']:.3f}{distance}")
     return " | ".join(parts)
 
 
@@ -82,9 +86,9 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
     """A line a round."""
     held_out = store.held_out(0).is_complete("rewards")
     title = "Rounds" + (" (before, after: mean reward on the held-out prompts)" if held_out else "")
-    table = Table(title=title, title_justify="left")
-    headers = ["round", "reward", "best", "worst", "tokens", "ended", "pairs", "KL", "loss", "time"]
-    for header in headers + (["before", "after"] if held_out else []):
+    table = Table(title=title, title_justify="left", caption=KL_NOTE, caption_justify="left")
+    headers = ["round", "reward", "best", "worst", "tokens", "ended", "pairs", "KL(old||new)", "loss", "time"]
+    for header in headers + (["before", "after", "KL(new||old)"] if held_out else []):
         table.add_column(header, justify="right")
     for index in range(rounds):
         stages = store.round(index).manifest["stages"]
@@ -106,6 +110,7 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
         ]
         if held_out:
             cells += [_held_out_mean(store, version) for version in (index, index + 1)]
+            cells.append(_number(policy_kl(store.held_out(index + 1)).get("new_old"), 2))
         table.add_row(*cells)
     return table
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -19,6 +20,7 @@ _NAMES = (
     "pytorch_model.bin",
     "pytorch_model.bin.index.json",
 )
+_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 _PIECES, _PIECE_BYTES = 64, 65536
 
 
@@ -94,6 +96,27 @@ class WeightFiles:
             else:
                 found |= {name: tuple(t.shape) for name, t in self._load_bin(file).items()}
         return found
+
+    @cached_property
+    def dtype(self) -> torch.dtype | None:
+        """What most numbers are stored in, of float32, bfloat16 and float16; None if they are in none of these."""
+        numbers = dict.fromkeys(_DTYPES, 0)
+        for file in self.files:
+            if file.suffix == ".safetensors":
+                from safetensors import safe_open
+
+                with safe_open(file, framework="pt") as opened:
+                    for name in opened.keys():  # noqa: SIM118
+                        stored = opened.get_slice(name)
+                        if (kind := stored.get_dtype()) in numbers:
+                            numbers[kind] += math.prod(stored.get_shape())
+            else:
+                kinds = {dtype: kind for kind, dtype in _DTYPES.items()}
+                for tensor in self._load_bin(file).values():
+                    if tensor.dtype in kinds:
+                        numbers[kinds[tensor.dtype]] += tensor.numel()
+        most = max(numbers, key=lambda kind: numbers[kind])
+        return _DTYPES[most] if numbers[most] else None
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of these names."""

@@ -12,7 +12,8 @@ from rlhf_pl.checkpoint_files import WeightFiles, stored_config
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
 from rlhf_pl.layout import Layout
-from rlhf_pl.policy import PolicySource, without_autocast, without_dropout, working_copy
+from rlhf_pl.policy import PolicySource, train_in_eval_mode, without_autocast, without_dropout, working_copy
+from rlhf_pl.rotary import row_positions, steady_rotary, thresholds
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.score_place import forget_mean, mean_score
 from rlhf_pl.shared_prompt import hidden_states, share_prompts
@@ -243,12 +244,18 @@ class ClassifierLM(nn.Module):
         compute = compute or Compute(model.device)
         self.model, self.compute = model, compute
         self.copy = working_copy(model, compute)
+        self.by_row = bool(thresholds(model.config))
+        steady_rotary(model, model.config)
         self.head_name = _linear_head(model)
         self.mean = mean_score(model.config)
         self.linear = self.head_name is not None
         # what is padding is told by the mask; heads of the model's own may look for its token
         self.pad_id = 0 if self.linear else _padding_taken(model)
         self.shares_prompts = self.linear and share_prompts(model, compute)
+
+    def train(self, mode: bool = True) -> "ClassifierLM":
+        """See `train_in_eval_mode`."""
+        return train_in_eval_mode(self, mode)
 
     def forward(
         self,
@@ -284,6 +291,8 @@ class ClassifierLM(nn.Module):
             order = (attention_mask == 0).long().argsort(dim=-1, stable=True)  # so that positions count tokens alone
             rows = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
             rows = {name: tensor.gather(1, order) for name, tensor in rows.items()}
+            if self.by_row:
+                rows["position_ids"] = row_positions(rows["attention_mask"])
             return (self._of_rows(model, **rows) if self.linear else self._own(model, **rows)) - self.mean
 
     def _of_rows(self, model: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:

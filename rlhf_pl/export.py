@@ -1,18 +1,25 @@
 """Trained models as Hugging Face folders, and checkpoints that fit them."""
 
-from collections.abc import Mapping
+import re
+import tempfile
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any, Protocol, runtime_checkable
 
 import lightning as L
 import torch
 
+from rlhf_pl.checkpoint_files import WeightFiles
+from rlhf_pl.disk import DiskFullError
 from rlhf_pl.errors import InputError
-from rlhf_pl.lora import LoRA, save_adapter
+from rlhf_pl.lora import LoRA, adapted_targets, adapter_targets, save_adapter
 from rlhf_pl.policy import PolicySource
-from rlhf_pl.quantized import is_quantized, without_base
+from rlhf_pl.quantized import without_base
 from rlhf_pl.strategies import is_sharded
 from rlhf_pl.weights import Weights, full_tensors
+
+# of models that also see pictures or hear; servers want them even for text
+PROCESSOR_FILES = ("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json")
 
 
 @runtime_checkable
@@ -29,64 +36,142 @@ class Exportable(Protocol):
 def export_folder(
     model: Any,
     source: PolicySource,
+    tokenizer: Any,
     weights: Weights,
     folder: str,
     dtype: str | None = None,
     write: bool = True,
-    tokenizer: Any = None,
 ) -> None:
-    """Write a model with its tokenizer and chat template: safetensors and configs.
+    """Write a model with its tokenizer and chat template: what `save_pretrained` writes of it in that dtype.
 
     Sharded weights are put together in the memory of the CPU of the rank that writes.
 
     Args:
         model: The Hugging Face model; its config is written, with the dropout that `source` has.
         source: Where it came from.
+        tokenizer: Its own.
         weights: Its weights by their Hugging Face names, tied ones included.
         folder: Where to; made if missing.
-        dtype: Dtype of the weights; None for that of the model the run started from.
+        dtype: Dtype of the weights; None for that of the checkpoint that the run started from.
         write: Whether this is the rank that writes.
-        tokenizer: What is written if it is not that of `source`.
     """
-    target = getattr(torch, dtype) if dtype else source.config.dtype or torch.float32
-    state = {}
-    for name, tensor in weights.stream():
-        if write:
-            state[name] = tensor.detach().cpu().to(target).clone()
+    target = export_dtype(source, dtype)
     if not write:
+        for _ in weights.stream():
+            pass
         return
-    if is_quantized(model):  # the weights are written as what they stand for
-        model = _without_quantization(model)
-    config = model.config
+    twin = _twin(model, source, target)
+    dtype_of = _dtypes(twin, target)
+    state = {n: t.detach().to("cpu", dtype_of(n, t), copy=True) for n, t in weights.stream()}
+    _tie(state, twin)
+    _save(twin, source, tokenizer, state, folder)
+
+
+def try_export(model: Any, source: PolicySource, tokenizer: Any, dtype: str | None = None) -> None:
+    """Write all of an export but weights, into a folder that goes at once, so that nothing fails after the training.
+
+    Args:
+        model: Of the kind that will be exported; without memory behind its weights.
+        source: And the others: see `export_folder`.
+        tokenizer: See there.
+        dtype: See there.
+
+    Raises:
+        InputError: Says what can't be written.
+    """
     try:
-        model.config = deepcopy(config)
-        for key, value in vars(source.config).items():
-            if "drop" in key and hasattr(config, key):
-                setattr(model.config, key, value)  # ours is off
-        model.config.dtype = target
-        if model.can_generate():  # what is written is the source's: transformers refuses to save some that it reads
-            model.generation_config = type(source.generation_config)()
-        model.save_pretrained(folder, state_dict=state)
-    finally:
-        model.config = config
-    if model.can_generate():
-        source.copy_generation_config(folder)
-    (tokenizer or source.tokenizer).save_pretrained(folder)
+        with tempfile.TemporaryDirectory() as folder:
+            _save(_twin(model, source, export_dtype(source, dtype)), source, tokenizer, {}, folder)
+    except DiskFullError:
+        raise
+    except Exception as error:  # whatever configs, tokenizers and code that comes with models may raise
+        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise InputError(
+            f"`{source.option}`: {source.path!r} could not be exported after the training: {line} Repair that file of "
+            "the model, or choose another one."
+        ) from error
 
 
-def _without_quantization(model: Any) -> Any:
-    """The same architecture with plain layers, without memory."""
+def export_dtype(source: PolicySource, dtype: str | None = None) -> torch.dtype:
+    """The dtype of exported weights: `dtype`, or that of the checkpoint's tensors, whatever its config says."""
+    if dtype is not None:
+        return getattr(torch, dtype)
+    said = source.config.dtype or source.config.get_text_config().dtype or torch.float32
+    said = getattr(torch, said) if isinstance(said, str) else said
+    quantized = getattr(source.config, "quantization_config", None) is not None
+    return said if quantized else WeightFiles(source).dtype or said
+
+
+def _twin(model: Any, source: PolicySource, dtype: torch.dtype) -> Any:
+    """The same architecture in the dtype that is exported, without memory: what transformers takes config and names of.
+
+    Quantized layers are plain ones in it: their weights are written as what they stand for.
+    """
     config = deepcopy(model.config)
-    del config.quantization_config
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    _restore_dropout(config, source.config)
     with torch.device("meta"):
-        return type(model)(config)
+        twin = type(model)._from_config(config, dtype=dtype)
+    if (conversions := getattr(model, "_weight_conversions", None)) is not None:
+        twin._weight_conversions = conversions  # as it was loaded
+    return twin
+
+
+def _restore_dropout(config: Any, source: Any) -> None:
+    """Ours is off."""
+    for key, value in vars(source).items():
+        if "drop" in key and hasattr(config, key):
+            setattr(config, key, value)
+    for key in getattr(source, "sub_configs", {}):
+        if getattr(source, key, None) is not None and getattr(config, key, None) is not None:
+            _restore_dropout(getattr(config, key), getattr(source, key))
+
+
+def _dtypes(twin: Any, dtype: torch.dtype) -> Callable[[str, torch.Tensor], torch.dtype]:
+    """(name, tensor) -> its dtype in a model that transformers has loaded in `dtype`: some keep float32."""
+    kept = [re.compile(pattern.replace("*", ".*")) for pattern in twin._get_dtype_plan(dtype)]
+    own = {name: parameter.dtype for name, parameter in twin.named_parameters()}
+
+    def dtype_of(name: str, tensor: torch.Tensor) -> torch.dtype:
+        if not tensor.is_floating_point():
+            return tensor.dtype
+        if any(pattern.search(name) for pattern in kept):
+            return torch.float32
+        return own.get(name, dtype)
+
+    return dtype_of
+
+
+def _tie(state: dict[str, torch.Tensor], twin: Any) -> None:
+    """Let tied tensors be one, of which transformers writes the first name; those that have come apart stay two."""
+    for name, other in twin.all_tied_weights_keys.items():
+        if name in state and other in state and torch.equal(state[name], state[other]):
+            state[name] = state[other]
+
+
+def _save(twin: Any, source: PolicySource, tokenizer: Any, state: dict[str, torch.Tensor], folder: str) -> None:
+    if twin.can_generate():  # what is written is the source's: transformers refuses to save some that it reads
+        twin.generation_config = type(source.generation_config)()
+    twin.save_pretrained(folder, state_dict=state)
+    if twin.can_generate():
+        source.copy_generation_config(folder)
+    tokenizer.save_pretrained(folder)
+    if type(twin).__name__ in (source.config.architectures or ()):
+        source.copy_files(PROCESSOR_FILES, folder)
 
 
 def export_adapter(module: L.LightningModule, settings: LoRA, model: Any, source: PolicySource, folder: str) -> None:
     """Write a model's adapters to `folder/adapter`, for peft; all ranks must call it, and rank 0 writes."""
     tensors = {n: t.detach().cpu().clone() for n, t in full_tensors(module, model, lambda name: ".lora_" in name)}
     if module.global_rank == 0:
-        save_adapter(settings, model, tensors, source.path, f"{folder}/adapter")
+        save_adapter(settings, adapted_targets(model), model, tensors, source.path, f"{folder}/adapter")
+
+
+def try_adapter(model: Any, settings: LoRA, source: PolicySource) -> None:
+    """See whether `export_adapter` will be able to write; `model` is without memory and without adapters."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_adapter(settings, adapter_targets(model, settings), model, {}, source.path, folder)
 
 
 def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], source: PolicySource) -> None:

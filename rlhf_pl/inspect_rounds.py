@@ -18,6 +18,8 @@ from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
 from rlhf_pl.rounds import ORDER, STAGES, Round, RoundStore
 
+KL_NOTE = "KL: mean log-ratio of answers drawn from the first policy named (k1), nats per answer"
+
 
 def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
@@ -80,8 +82,8 @@ def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
 def overview(store: RoundStore) -> Group:
     """A line a round, and what was left out of it."""
     table = Table(title=f"Rounds of {store.run_dir}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = ("round", "prompts", "answers", "scored", "pairs", "reward", "std", "best", "worst", "tokens", "KL",
-               "loss", "time", "state")  # fmt: skip
+    columns = ("round", "prompts", "answers", "scored", "pairs", "reward", "std", "best", "worst", "tokens",
+               "KL(old||new)", "loss", "time", "state")  # fmt: skip
     for name in columns:
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=name != "state")
     notes = []
@@ -96,7 +98,7 @@ def overview(store: RoundStore) -> Group:
             notes.append(Text(f"round {index + 1}, left out: {reasons}"))
         notes += [Text(f"round {index + 1}, warning: {text}", style="yellow")
                   for text in manifest.get("warnings", {}).values()]  # fmt: skip
-    return Group(table, *notes)
+    return Group(table, Text(KL_NOTE, style="dim"), *notes)
 
 
 def _cells(stages: dict[str, dict[str, Any]], prompts: dict[str, int]) -> list[str]:
@@ -147,13 +149,15 @@ def state(stored: Round) -> str:
 def evaluations(store: RoundStore) -> Table:
     """A line for every evaluation on the held-out prompts."""
     table = Table(title="Held-out prompts", title_justify="left")
-    for name in ("after round", "prompts", "answers", "scored", "reward", "std", "tokens", "ended", "state"):
+    columns = ("after round", "prompts", "answers", "scored", "reward", "std", "tokens", "ended", "KL(new||old)",
+               "state")  # fmt: skip
+    for name in columns:
         table.add_column(name, justify="left" if name == "state" else "right")
     for version, stored in store.evaluations().items():
         try:
             manifest = stored.manifest
         except InputError:
-            table.add_row(str(version), *["-"] * 7, "manifest damaged")
+            table.add_row(str(version), *["-"] * (len(columns) - 2), "manifest damaged")
             continue
         answers, rewards = (manifest["stages"].get(name, {}) for name in ("responses", "rewards"))
         ended = answers.get("finished_share")
@@ -166,6 +170,7 @@ def evaluations(store: RoundStore) -> Table:
             _text(rewards.get("std"), 3),
             _text(answers.get("tokens_mean"), 0),
             "-" if ended is None else f"{ended:.0%}",
+            _text(manifest["stages"].get("kl", {}).get("new_old"), 2),
             state(stored),
         )
     return table

@@ -9,12 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pl.compute import Compute
+from rlhf_pl.rotary import steady_rotary
 from rlhf_pl.rows import RowBatch, Tree, lay_out, padded
 from rlhf_pl.small_copy import make_peaked, narrow, small_config
 
 # what rounding explains: a fast path may be as far from float32 as so many times the plain layers in the same dtype
 TIMES_PLAIN = 2.0
 FLOOR = 2e-5  # and this far, relative, in any case
+MOST_PARAMETERS = 250_000_000
 
 # of a model that is not made for something
 FAILURES = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, AttributeError, KeyError)
@@ -44,6 +46,17 @@ class Copies:
             rows = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         batch = self.batch
         return rows[batch.answer_of, batch.position_ids[0, batch.predictors]].float()
+
+    def alone(self) -> Tensor:
+        """What `hidden` gives of the exact model, each row computed by itself."""
+        batch = self.batch
+        ids, mask = padded(batch.input_ids, batch.lengths)
+        found = []
+        for number, row in enumerate(ids):
+            mine = row[mask[number].bool()][None]
+            states = self.exact.base_model(input_ids=mine, use_cache=False).last_hidden_state[0]
+            found.append(states[batch.position_ids[0, batch.predictors[batch.answer_of == number]]])
+        return torch.cat(found).float()
 
     def of_trees(self, run: Callable[..., Tensor]) -> Tensor:
         """The same from `run(model, input_ids, position_ids, layout) -> (N, H)`."""
@@ -78,11 +91,22 @@ def small_copies(config: Any, compute: Compute, dtype: torch.dtype, remote_code:
         for shrink in (narrow, lambda config: config):
             try:
                 small = shrink(small_config(config, _kinds))
+                _check_size(small, remote_code)
                 return _copies(small, compute, compute.weights_dtype(dtype), remote_code)
             except FAILURES as error:
-                failure = error
+                failure = failure or error
     line = str(failure).strip().splitlines()[0] if str(failure).strip() else ""
     raise NoCopyError(f"{type(failure).__name__}: {line}") from failure
+
+
+def _check_size(config: Any, remote_code: bool) -> None:
+    """Raise ValueError where a copy would be as large as a real model."""
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
+    if (size := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
+        raise ValueError(f"the smallest has {size / 1e6:.0f} million parameters")
 
 
 @torch.no_grad()
@@ -103,6 +127,8 @@ def _copies(config: Any, compute: Compute, dtype: torch.dtype, remote_code: bool
     draw, top = torch.Generator().manual_seed(0), config.get_text_config().vocab_size
     prompt, *answers = (torch.randint(3, top, (n,), generator=draw).tolist() for n in (9, 3, 4, 5, 2, 14))
     trees = [Tree(prompt, tuple(answers[:3])), Tree(prompt[:1], (answers[3],)), Tree(prompt[:2], (answers[4],))]
+    for model in made:
+        steady_rotary(model, config, max(len(tree.prompt) + max(map(len, tree.answers)) for tree in trees))
     copies = Copies(made[0], made[1], compute, lay_out(trees).to(compute.device))
     copies.hidden(made[0])  # it must run
     return copies

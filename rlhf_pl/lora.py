@@ -256,25 +256,32 @@ def without_adapters(model: Any) -> Iterator[None]:
             layer._disable_adapters = False
 
 
-def save_adapter(settings: LoRA, model: Any, adapters: Mapping[str, Tensor], base: str, folder: str) -> None:
+def adapted_targets(model: Any) -> Targets:
+    """What has adapters in a model."""
+    layers = adapted_layers(model)
+    parameters = [plain_name(n) for n, layer in _adapted_tensors(layers).items() if adapts_parameter(layers[layer])]
+    return Targets(sorted(n for n, layer in layers.items() if not adapts_parameter(layer)), sorted(parameters))
+
+
+def save_adapter(
+    settings: LoRA, targets: Targets, model: Any, adapters: Mapping[str, Tensor], base: str, folder: str
+) -> None:
     """Write the adapters as a folder that peft loads onto the base model, unless peft would put them elsewhere.
 
     Args:
         settings: The adapters' settings.
-        model: With the adapters in it.
+        targets: What has adapters.
+        model: Of that architecture.
         adapters: Their tensors, by their names in the model.
         base: Folder or Hub id of the base model.
         folder: Where to; made if missing.
     """
     from safetensors.torch import save_file
 
-    layers = adapted_layers(model)
-    parameters = [plain_name(n) for n, layer in _adapted_tensors(layers).items() if adapts_parameter(layers[layer])]
-    linear = [name for name, layer in layers.items() if not adapts_parameter(layer)]
-    config = _config(settings, Targets(sorted(linear), sorted(parameters)))
+    config = _config(settings, targets)
     if not peft_reads_back(config, model):
         kind = type(model).__name__
-        console.print(f"No {folder}: peft would put these adapters elsewhere in {kind}.", soft_wrap=True)
+        console.print(f"Adapters are exported merged alone: peft would put them elsewhere in {kind}.", soft_wrap=True)
         return
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
     config.save_pretrained(folder)

@@ -6,6 +6,7 @@ from typing import Any
 
 from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.stages import prompt_means
+from rlhf_pl.stages.kl import STAGE
 
 
 def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
@@ -13,7 +14,8 @@ def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
 
     `val/win_rate` is the share of prompts on which its mean reward beats that of the starting policy, ties counting
     half; `val/reward_gain` is the mean difference to it and `val/reward_gain_se` that difference's standard error,
-    over prompts.
+    over prompts. `val/kl_new_old` and `val/kl_new_reference` are KL(new || old) and KL(new || reference), estimated
+    from its responses, and `..._se` their standard errors.
     """
     stored = store.held_out(version)
     answers, rewards = stored.info("responses"), stored.info("rewards")
@@ -29,8 +31,14 @@ def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
         "val/win_rate": sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gains) / max(1, len(gains)),
         "val/response_tokens": answers["tokens_mean"],
         "val/finished_share": answers["finished_share"],
+        **{f"val/kl_{name}": value for name, value in policy_kl(stored).items()},
         "time/evaluate_s": answers["seconds"] + rewards["seconds"],
     }
+
+
+def policy_kl(stored: Round) -> dict[str, float]:
+    """Of the policy that answered in an evaluation: `new_old`, `new_old_se` and the like, as far as they are known."""
+    return {k: v for k, v in stored.manifest["stages"].get(STAGE, {}).items() if k.startswith("new_")}
 
 
 def round_metrics(stored: Round) -> dict[str, float]:

@@ -13,7 +13,9 @@ class PairSelector(ABC):
     """Picks pairs among the answers to one prompt. Subclass it and name your class in `rollout.selector.class_path`.
 
     The chosen answer must have a strictly higher reward than the rejected one; `RoundRefresh` drops prompts for
-    which no pair is returned and counts them.
+    which no pair is returned and counts them. Penalties and normalisation are in the rewards. Where `model.kl_coef`
+    will break ties, it shows the rewards with ties broken by lot, by the least that can be told, so that none is
+    dropped for a tie; but in round 1 of a run whose policy starts as the reference, where the KL term is 0.
     """
 
     @abstractmethod

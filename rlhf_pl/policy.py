@@ -1,13 +1,14 @@
 """The policy: what is known of a model before its weights load, and the module that gives log-probs."""
 
 import os
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +23,12 @@ from rlhf_pl.layout import Layout
 from rlhf_pl.liger import apply_liger
 from rlhf_pl.logprobs import Head, chunked_logps, linear_logps
 from rlhf_pl.quantized import keep_as_quantized, quantization_config
+from rlhf_pl.rotary import steady_rotary, thresholds
 from rlhf_pl.rows import padded
 from rlhf_pl.shared_prompt import hidden_states, is_shared, share_prompts
 from rlhf_pl.working_copy import WorkingCopy
 
+Unit = TypeVar("Unit", bound=nn.Module)
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -98,14 +101,22 @@ class PolicySource:
 
     def copy_generation_config(self, folder: str) -> None:
         """Write the generation config into a folder as it came, or what follows from the config if there was none."""
+        if not self.copy_files(("generation_config.json",), folder):
+            self.generation_config.save_pretrained(folder)
+
+    def copy_files(self, names: Sequence[str], folder: str) -> int:
+        """Copy those of the model's files that are there into a folder; returns their number."""
         from transformers.utils import cached_file
 
-        name = "generation_config.json"
-        file = cached_file(self.path, name, revision=self.revision, _raise_exceptions_for_missing_entries=False)
-        if file is None:
-            self.generation_config.save_pretrained(folder)
-        else:
-            Path(folder, name).write_bytes(Path(file).read_bytes())
+        missing_is_fine = {
+            "_raise_exceptions_for_missing_entries": False,
+            "_raise_exceptions_for_connection_errors": False,
+        }
+        found = {name: cached_file(self.path, name, revision=self.revision, **missing_is_fine) for name in names}
+        there = {name: Path(file) for name, file in found.items() if file is not None}
+        for name, file in there.items():
+            Path(folder, name).write_bytes(file.read_bytes())
+        return len(there)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -125,10 +136,35 @@ class PolicySource:
             )
         return tokenizer
 
+    def check_ids(self, rows: Iterable[Sequence[int]], option: str) -> None:
+        """Refuse rows of token ids that the model has no embeddings of.
+
+        Args:
+            rows: Token ids.
+            option: What gives them, for the error.
+
+        Raises:
+            InputError: Names the first such id.
+        """
+        size = self.config.get_text_config().vocab_size
+        for number, row in enumerate(rows):
+            if (most := max(row, default=0)) >= size:
+                raise InputError(
+                    f"`{option}`: the token {self.tokenizer.decode([most])!r} of row {number + 1} has the id {most}, "
+                    f"but {self.path!r} has {size} embeddings. Its tokenizer knows tokens that were added without "
+                    "resizing the model: take the tokenizer that belongs to it, or a chat template without that token."
+                )
+
     @cached_property
     def eos_token_ids(self) -> tuple[int, ...]:
-        """Every id that ends an answer."""
-        ids = eos_token_ids(self.tokenizer, self.config.get_text_config(), self.generation_config)
+        """Every id that ends an answer and has an embedding."""
+        config = self.config.get_text_config()
+        ids = eos_token_ids(self.tokenizer, config, self.generation_config)
+        if ids and not (ids := tuple(i for i in ids if i < config.vocab_size)):
+            raise InputError(
+                f"`{self.option}`: the EOS token of {self.path!r} has an id beyond the model's {config.vocab_size} "
+                "embeddings, so no response could ever end. Take the tokenizer that belongs to the model."
+            )
         if not ids:
             raise InputError(f"`{self.option}`: {self.path!r} names no EOS token, so no answer could ever end.")
         return ids
@@ -136,7 +172,11 @@ class PolicySource:
     @property
     def max_context_tokens(self) -> int:
         """Positions the model was built for."""
-        return int(getattr(self.config.get_text_config(), "max_position_embeddings", 0) or 2**31)
+        text = self.config.get_text_config()
+        positions = int(getattr(text, "max_position_embeddings", 0) or 2**31)
+        if "dynamic" in thresholds(self.config):  # whose factors stretch what it was trained for
+            positions = int(positions * (getattr(text, "rope_parameters", None) or {}).get("factor", 1.0))
+        return positions
 
 
 class PolicyLM(nn.Module):
@@ -202,6 +242,10 @@ class PolicyLM(nn.Module):
             logps = gpu_logps if available(hidden.device, hidden.dtype) else linear_logps
             return logps(hidden, targets, head, temperature, self.logprob_chunk_tokens)
 
+    def train(self, mode: bool = True) -> "PolicyLM":
+        """See `train_in_eval_mode`."""
+        return train_in_eval_mode(self, mode)
+
     def keep_copies_alone(self) -> None:
         """Of a policy that does not train: its weights in the dtype in which they multiply, and not twice."""
         if self.copy is not None:
@@ -219,6 +263,20 @@ class PolicyLM(nn.Module):
             yield
         finally:
             self.copy, self.compute = copy, compute
+
+
+def train_in_eval_mode(unit: Unit, mode: bool) -> Unit:
+    """`unit.train(mode)`, but what is random or different in train mode stays as it is in eval mode (router noise).
+
+    A policy must give the log-probs that its responses were sampled with. On are only what gradient checkpointing looks
+    at, and the dropout in front of adapters, where that is asked for.
+    """
+    # Lightning asks whether that is meant
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    for name, module in unit.named_modules():
+        wanted = getattr(module, "gradient_checkpointing", False) or (".lora_dropout." in name)
+        module.training = mode and (module is unit or bool(wanted))
+    return unit
 
 
 def working_copy(model: Any, compute: Compute) -> WorkingCopy | None:
@@ -292,6 +350,7 @@ def load_lm(
     compute: Compute = Compute(),  # noqa: B008 - frozen
     use_liger_kernel: bool | None = None,
     read_weights: bool = True,
+    longest: int | None = None,
 ) -> Any:
     """The causal LM of `source`, with dropout off, in eval mode, checked to be one that `PolicyLM` can run.
 
@@ -303,6 +362,7 @@ def load_lm(
         compute: Where and how it will compute, which fast paths are tried for.
         use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None for wherever it can.
         read_weights: Whether to read them; else the model is on the meta device. Those in 4 bits are always read.
+        longest: Tokens of the longest row it will read, whose rotary factors all rows get; None for each row's own.
 
     Raises:
         InputError: The weights can't be read, or the architecture treats its logits in a way unknown here.
@@ -324,6 +384,7 @@ def load_lm(
         lm = meta_lm(config, source.trust_remote_code, **arguments).eval()
     if base_dtype is not None:
         keep_as_quantized(lm)
+    steady_rotary(lm, source.config, longest)
     _check_logits(lm, source, compute)
     available(compute.device, compute.weights_dtype(lm.dtype))  # tried, and said, before anything else
     share_prompts(lm, compute, from_eager=lacks_sdpa)
@@ -358,10 +419,10 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def without_dropout(config: Any) -> Any:
-    """A copy of a model's config with every dropout off."""
+    """A copy of a model's config with every dropout off, of layers too."""
     config = deepcopy(config)
     for key, value in vars(config).items():
-        if ("dropout" in key or key.endswith("_pdrop")) and isinstance(value, float):
+        if ("dropout" in key or "layerdrop" in key or key.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, key, 0.0)
     return config
 

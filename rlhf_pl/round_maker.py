@@ -18,12 +18,14 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.footprint import reward_bytes, trainer_bytes
 from rlhf_pl.modules.rebel import RebelModule
+from rlhf_pl.policy_kl import PolicyKL
 from rlhf_pl.provenance import OF_POLICY, StageSettings, differences, reconcile_round, refuse_upstream_change
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rollout import EngineSpec, SamplingConfig
 from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.rollout.self_check import tolerance
-from rlhf_pl.round_settings import RoundOptions, downstream_settings
+from rlhf_pl.rotary import describe_factors
+from rlhf_pl.round_settings import RoundOptions, downstream_settings, takes_noted_logps
 from rlhf_pl.rounds import ORDER, STAGES, DamagedStoreError, Round
 from rlhf_pl.rows import RowBatch
 from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy, steady
@@ -69,6 +71,7 @@ class RoundMaker:
         self.ranks = ranks_of(trainer)
         self._show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         self._present: tuple[int, PolicySnapshot] | None = None
+        self._kl = PolicyKL(trainer, module, data, options.logps_batch_tokens, self._phase)
         self._fingerprints = {
             held_out: (
                 rows_fingerprint((p.prompt_id, p.token_ids) for p in prompts),
@@ -110,6 +113,7 @@ class RoundMaker:
         self.ranks.first(refuse_change)
         self.reconcile(stored)
         self.fill(stored, self.policy, "pairs")
+        self._kl.keep(index)
         return stored
 
     def check_first_update(self, logratio: float) -> None:
@@ -153,6 +157,9 @@ class RoundMaker:
         stored = self.data.store.held_out(version)
         self.reconcile(stored)
         self.fill(stored, self.policy, "held-out pairs", pairs=False)
+        if self.ranks.share(self._kl.is_missing(stored, version)):
+            self.link.rest()  # nothing more is drawn from this policy
+            self._kl.estimate(stored, version)
         return stored
 
     def pair_held_out(self, version: int) -> None:
@@ -173,12 +180,16 @@ class RoundMaker:
             return
         if self._lacks(stored, "pairs"):
             limit = self.data.max_val_pairs if stored.is_held_out else None
+            selector, shaping, ties = self.options.selector, self.options.shaping, self._keeps_ties(stored)
             with self.ranks.phase("making pairs"):
-                self.ranks.first(
-                    lambda: select(stored, self.options.selector, self.data.seed, limit, self.options.shaping)
-                )
+                self.ranks.first(lambda: select(stored, selector, self.data.seed, limit, shaping, ties))
         if self._lacks(stored, "logps"):
             self._pair_logps(stored, policy(), what)
+
+    def _keeps_ties(self, stored: Round) -> bool:
+        """Whether the KL term will tell answers of equal reward apart: not where the policy is the reference still."""
+        starts_there = self.module.reference_source is self.module.source
+        return self.module.kl_coef > 0 and not (starts_there and int(stored.path.name) == 0)
 
     def _lacks(self, stored: Round, stage: str) -> bool:
         """Whether a stage is to be made, as rank 0 sees it: another may already see what rank 0 does next."""
@@ -208,7 +219,7 @@ class RoundMaker:
             ScoreAhead(scorer, enabled=reward.is_remote and not lost) as ahead,
         ):
             draw = partial(generate, stored, prompts, self.link.sampler, sampling, tokenizer, self.data.seed, shard)
-            logps = self.options.old_logps == "sampler"
+            logps = takes_noted_logps(self.options, sampling)
             draw(report, self.ranks, ahead.add, logps, self.options.stream_shards)
 
         def void_what_was_made_of_others() -> None:
@@ -221,7 +232,7 @@ class RoundMaker:
     def _pair_logps(self, stored: Round, policy: PolicySnapshot, what: str) -> None:
         if not stored.is_held_out:
             self.link.rest()  # nothing more is drawn before training
-        with_reference, own = self.module.kl_coef > 0, self.options.old_logps == "policy"
+        with_reference, own = self.module.kl_coef > 0, not takes_noted_logps(self.options, self._sampling(stored))
         rows = 2 * stored.info("pairs")["pairs"] * (own + with_reference)
         temperature = stored.info("responses")["sampling"]["temperature"]
         policies: dict[str, Callable[[RowBatch, float], Tensor]] = {"old": policy.logps} if own else {}
@@ -271,6 +282,9 @@ class RoundMaker:
             changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
             if scored.get("failures") and changed and not stored.is_complete("training"):
                 stored.reopen("rewards")
+            paired = stored.manifest["stages"].get("pairs", {})
+            if paired and ("kept_ties" in paired) != self._keeps_ties(stored) and not stored.is_complete("training"):
+                stored.clear("pairs")
 
         self.ranks.first(change)
 
@@ -296,6 +310,10 @@ class RoundMaker:
             **downstream_settings(self.module, self.options, self.trainer, self.data),
         }
         settings["rewards"] |= {"columns": columns}
+        if (factors := describe_factors(self.module.source.config, self.data.longest_tokens)) is not None:
+            settings["responses"]["rotary_factors"] = factors
+        if not takes_noted_logps(self.options, self._sampling(stored)):
+            settings["logps"].pop("old", None)
         if stored.is_held_out:
             settings["pairs"]["limit"] = self.data.max_val_pairs
             del settings["training"]
@@ -327,10 +345,8 @@ class RoundMaker:
             options.sampling.num_responses * together(len(data.round_prompts(0))),
             options.val_sampling.num_responses * together(len(data.val_prompts)),
         )
-        longest = max(len(p.token_ids) for p in [*data.train_prompts, *data.val_prompts])
-        tokens = longest + options.sampling.max_response_tokens
         held = trainer_bytes(self.module, self.trainer.strategy.root_device) + reward_bytes(options.reward)
-        return EngineSpec(self.module.source, tokens, most, held)
+        return EngineSpec(self.module.source, data.longest_tokens, most, held)
 
     def check_space(self, index: int) -> None:
         """Refuse a round whose answers, checkpoint or final model would not fit on the disk."""

@@ -1,5 +1,6 @@
 """What rounds are made with, as the options say, and as a manifest notes it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -7,12 +8,14 @@ import lightning as L
 import torch
 
 from rlhf_pl.data.rounds import RoundDataModule
+from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.pairs import PairSelector
 from rlhf_pl.provenance import StageSettings
 from rlhf_pl.rewards import Reward, ScoringConfig
 from rlhf_pl.rollout import SamplingConfig
+from rlhf_pl.rollout.base import NOTED_TEMPERATURE
 from rlhf_pl.shaping import RewardShaping
 
 
@@ -56,6 +59,41 @@ def downstream_settings(
             "gradient_clip_val": trainer.gradient_clip_val,
         },
     }
+
+
+def check_noted_logps(sampling: SamplingConfig, reshapes: Sequence[str] = ()) -> None:
+    """What the sampler notes must be the log-probs that it draws by, if they are to be those of the old policy.
+
+    Args:
+        sampling: How responses are drawn for training.
+        reshapes: `Sampler.reshapes()`.
+
+    Raises:
+        InputError: The temperature is another, or the distribution is truncated or reshaped.
+    """
+    if sampling.temperature != NOTED_TEMPERATURE:
+        raise InputError(
+            f"`rollout.old_logps` is sampler, but `rollout.sampling.temperature` is {sampling.temperature}: what "
+            "samplers note is at temperature 1. Set one of them otherwise."
+        )
+    plain = SamplingConfig()
+    reshaped = [
+        f"`rollout.sampling.{name}` is {getattr(sampling, name)} (off: {getattr(plain, name):g})"
+        for name in ("top_p", "top_k", "min_p")
+        if getattr(sampling, name) != getattr(plain, name)
+    ]
+    reshaped += [f"`rollout.sampler`: {what}" for what in reshapes]
+    if reshaped:
+        raise InputError(
+            f"`rollout.old_logps` is sampler, but {' and '.join(reshaped)}: responses are then drawn from another "
+            "distribution than the one whose log-probs the sampler notes, that of the whole vocabulary at temperature "
+            "1. Turn it off, or set `rollout.old_logps` to policy."
+        )
+
+
+def takes_noted_logps(options: RoundOptions, sampling: SamplingConfig) -> bool:
+    """Whether the sampler's log-probs of responses drawn so count as the old policy's: there is one temperature."""
+    return options.old_logps == "sampler" and sampling.temperature == NOTED_TEMPERATURE
 
 
 def _changed(shaping: RewardShaping) -> dict[str, Any]:

@@ -1,5 +1,7 @@
 """From scores to the rewards that pairs are made of: penalties, then normalisation."""
 
+import math
+import random
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -73,6 +75,25 @@ def shape_rewards(
     elif shaping.normalize == "prompt":
         shaped = [_standardised(row) for row in shaped]
     return shaped, notes
+
+
+def without_ties(rewards: Sequence[float], responses: Sequence[Sequence[int]], seed: int) -> list[float]:
+    """Rewards with ties broken by lot, by the least that float64 can tell, where a KL term will break them later.
+
+    Args:
+        rewards: Of a prompt's responses.
+        responses: Their tokens; equal ones stay equal.
+        seed: This prompt's.
+    """
+    ranks = list(range(len(rewards)))
+    random.Random(seed).shuffle(ranks)
+    rank_of = {tuple(tokens): rank for tokens, rank in zip(responses, ranks, strict=True)}
+    broken: list[float] = []
+    for reward, tokens in zip(rewards, responses, strict=True):
+        for _ in range(rank_of[tuple(tokens)]):
+            reward = math.nextafter(reward, math.inf)
+        broken.append(reward)
+    return broken
 
 
 def _standardised(rewards: list[float]) -> list[float]:

@@ -10,7 +10,8 @@ from torch import Tensor
 
 from rlhf_pl.compute import Compute
 from rlhf_pl.console import console
-from rlhf_pl.kernel_check import FAILURES, NoCopyError, is_as_exact, once, small_copies
+from rlhf_pl.errors import InputError
+from rlhf_pl.kernel_check import FAILURES, Copies, NoCopyError, is_as_exact, once, small_copies
 from rlhf_pl.layout import Layout
 from rlhf_pl.prefix_attention import FAST, PLAIN, register
 
@@ -41,22 +42,24 @@ def share_prompts(lm: Any, compute: Compute | None = None, from_eager: bool = Fa
         Whether it takes them; if not, the model is as it was, and that is said once.
     """
     before = lm.config._attn_implementation
-    if before != "sdpa" and not from_eager:
-        _say_plain(type(lm).__name__, before)
-        return False
     compute = compute or Compute(lm.device)
     register()
     try:
-        for name in (FAST, PLAIN):
+        if not once(lm.config, compute, lm.dtype, "rows", partial(_has_own_rows, lm, compute)):
+            raise InputError(
+                f"What {type(lm).__name__} makes of a row depends on the other rows of a batch, so its numbers would "
+                "be wrong. Choose another architecture, or open an issue."
+            )
+        for name in (FAST, PLAIN) if before == "sdpa" or from_eager else ():
             if once(lm.config, compute, lm.dtype, name, partial(_works, lm, compute, name)):
                 try:
                     lm.set_attn_implementation(name)
                 except ValueError:  # not made for it
                     break
                 return True
-        if not once(lm.config, compute, lm.dtype, before, partial(_works, lm, compute, before)):
+        if before != "eager" and not once(lm.config, compute, lm.dtype, before, partial(_works, lm, compute, before)):
+            _say_eager(type(lm).__name__, before)
             before = "eager"
-            _say_eager(type(lm).__name__)
     except NoCopyError as error:
         _say_unchecked(type(lm).__name__, str(error))
     lm.set_attn_implementation(before)
@@ -64,11 +67,21 @@ def share_prompts(lm: Any, compute: Compute | None = None, from_eager: bool = Fa
     return False
 
 
+def _copies(lm: Any, compute: Compute) -> Copies:
+    return small_copies(lm.config, compute, lm.dtype, not type(lm).__module__.startswith("transformers."))
+
+
+@torch.no_grad()
+def _has_own_rows(lm: Any, compute: Compute) -> bool:
+    """Whether a row gives the same beside others as alone."""
+    copies = _copies(lm, compute)
+    return torch.allclose(copies.hidden(copies.exact), copies.alone(), rtol=1e-2, atol=1e-3)
+
+
 @torch.no_grad()
 def _works(lm: Any, compute: Compute, attention: str) -> bool:
     """Whether an attention gives what the model's eager one gives of rows, in its dtype where the run computes."""
-    remote_code = not type(lm).__module__.startswith("transformers.")
-    copies = small_copies(lm.config, compute, lm.dtype, remote_code)
+    copies = _copies(lm, compute)
     exact, plain = copies.hidden(copies.exact), copies.hidden(copies.plain)
     try:
         copies.plain.set_attn_implementation(attention)
@@ -90,8 +103,12 @@ def _say_plain(name: str, attention: str) -> None:
 
 @cache
 @rank_zero_only
-def _say_eager(name: str) -> None:
-    console.print(f"[yellow]note[/yellow]: sdpa attention leaves out something of {name}; eager attention is used.")
+def _say_eager(name: str, attention: str) -> None:
+    console.print(
+        f"[yellow]note[/yellow]: {attention} attention does not give what eager attention gives of {name}; eager "
+        "attention is used.",
+        soft_wrap=True,
+    )
 
 
 @cache

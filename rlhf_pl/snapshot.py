@@ -46,24 +46,30 @@ def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:
 
 def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
     """The policy of an earlier update, from the model the run started from or from a checkpoint; None if it is gone."""
+    lm = find_past_lm(trainer, module, step, fingerprint)
+    if lm is None:
+        return None
+    weights = model_weights(module, lm, like_of(lm))
+    policy = module.unit(lm.to(module.device)).requires_grad_(False).eval()
+    return _snapshot(trainer, module, policy, weights, fingerprint)
+
+
+def find_past_lm(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> Any | None:
+    """The model of an earlier policy, adapters included, on the CPU where it is not in 4 bits; None if it is gone."""
     lm = module.build_lm()
     like = like_of(lm)
 
-    def found() -> PolicySnapshot | None:
-        weights = model_weights(module, lm, like)
-        if weights_fingerprint(weights.stream()) != fingerprint:
-            return None
-        policy = module.unit(lm.to(module.device)).requires_grad_(False).eval()
-        return _snapshot(trainer, module, policy, weights, fingerprint)
+    def is_wanted() -> bool:
+        return weights_fingerprint(model_weights(module, lm, like).stream()) == fingerprint
 
-    if step == 0 and (start := found()) is not None:
-        return start
+    if step == 0 and is_wanted():
+        return lm
     for file in checkpoint_files(trainer.default_root_dir):
         progress = read_progress(file)
         if progress is not None and progress.global_step == step:
             lm.load_state_dict(read_weights(file, "policy.lm.", lm.state_dict()), strict=module.strict_loading)
-            if (past := found()) is not None:
-                return past
+            if is_wanted():
+                return lm
     return None
 
 

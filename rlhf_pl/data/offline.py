@@ -129,6 +129,11 @@ class OfflineDataModule(PairsDataModule):
         return run_seed() if self._seed is None else self._seed
 
     @property
+    def longest_tokens(self) -> int:
+        """Of the longest prompt with its response."""
+        return max(len(p.prompt_tokens) + max(map(len, p.tokens)) for p in [*self.train_set, *self.val_set])
+
+    @property
     def stored(self) -> Round:
         """The training pairs in the run directory."""
         return RoundStore(self._trainer.default_root_dir).round(0)
@@ -164,6 +169,7 @@ class OfflineDataModule(PairsDataModule):
             return found
 
         pairs = [pair for pair in parse_rows(source, self.split, option, parse) if pair is not None]
+        model.check_ids((ids for pair in pairs for ids in (pair.prompt_tokens, *pair.tokens)), option)
         if not pairs:
             raise InputError(f"`{option}`: no row of {source!r} is left to train on: {self._left_out()}.")
         return pairs
@@ -179,7 +185,8 @@ class OfflineDataModule(PairsDataModule):
             before, *texts = parse_answers(row, columns)
         except EqualAnswersError:
             return "equal answers"
-        if rewards[0] == rewards[1]:
+        module: Any = self._trainer.lightning_module
+        if rewards[0] == rewards[1] and module.kl_coef == 0:
             return "equal rewards"
         has_tokens = self.use_tokens and all(row.get(columns[name]) is not None for name in _TOKENS)
         if has_tokens:
@@ -196,6 +203,8 @@ class OfflineDataModule(PairsDataModule):
         logps = None
         if has_tokens and self.use_logprobs and all(row.get(columns[name]) is not None for name in _LOGPROBS):
             logps = (number_of(row, columns["chosen_logprob"], 0.0), number_of(row, columns["rejected_logprob"], 0.0))
+        if rewards[0] == rewards[1] and logps is None and module.reference_source is module.source:
+            return "equal rewards"  # which the KL term, of the policy from itself, leaves equal
         given = row.get(columns["prompt_id"])
         prompt_id = f"row-{number}" if given is None else str(given)
         return OfflinePair(prompt_id, prompt, (texts[0], texts[1]), (answers[0], answers[1]), rewards, logps)

@@ -122,7 +122,6 @@ class RoundBatches(Sampler):
             alike. The update sees the same pairs.
         sizes: What each pair counts; where given, weights make an update's gradient the mean over these instead of
             over pairs.
-        passes: Times that every pair comes, shuffled anew each time; `plan` counts the pairs of all passes.
     """
 
     def __init__(
@@ -132,9 +131,7 @@ class RoundBatches(Sampler):
         rank: int = 0,
         lengths: Sequence[int] | None = None,
         sizes: Sequence[int] | None = None,
-        passes: int = 1,
     ) -> None:
-        self.passes = passes
         self.plan, self.order_seed, self.rank, self.lengths, self.sizes = plan, order_seed, rank, lengths, sizes
         self.skip = 0
 
@@ -156,7 +153,9 @@ class RoundBatches(Sampler):
     @property
     def accumulate(self) -> int:
         """Micro-batches per update; the last update may have fewer."""
-        return self.plan.accumulate if self.plan.max_tokens is None else max(map(len, self._updates), default=1)
+        if self.plan.max_tokens is None and self.plan.passes == 1:
+            return self.plan.accumulate
+        return max(map(len, self._updates), default=1)
 
     @cached_property
     def _batches(self) -> list[tuple[list[int], float]]:
@@ -170,10 +169,17 @@ class RoundBatches(Sampler):
         return batches or [([], 0.0)]  # Lightning ends a run whose loader is empty; a None batch it passes over
 
     def _order(self) -> list[int]:
+        """Every pass is shuffled anew; the update in which one ends and the next begins has no pair of both."""
         order: list[int] = []
-        for number in range(self.passes):
-            once = list(range(self.plan.total_pairs // self.passes))
+        for number in range(self.plan.passes):
+            once = list(range(self.plan.pairs))
             random.Random(self.order_seed + (f":{number}" if number else "")).shuffle(once)
+            begun = len(order) % self.plan.pairs_per_update
+            if begun:
+                there = set(order[-begun:])
+                fill = [i for i in once if i not in there][: self.plan.pairs_per_update - begun]
+                taken = set(fill)
+                once = fill + [i for i in once if i not in taken]
             order += once
         return order
 

@@ -20,7 +20,8 @@ from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.layout import Layout, to_device
 from rlhf_pl.pair_metrics import longer_text
 from rlhf_pl.rendering import Rendered, Renderer, padded
-from rlhf_pl.rows import common_tokens, share_beginning
+from rlhf_pl.rotary import shared_tokens
+from rlhf_pl.rows import share_beginning
 
 
 class PreferenceBatch:
@@ -54,10 +55,11 @@ class PreferenceDataset(Dataset):
     Args:
         pairs: The comparisons.
         render: The reward model's.
+        config: The reward model's.
     """
 
-    def __init__(self, pairs: Sequence[Preference], render: Renderer) -> None:
-        self.pairs = pairs
+    def __init__(self, pairs: Sequence[Preference], render: Renderer, config: Any) -> None:
+        self.pairs, self.config = pairs, config
         self.rows: list[list[Rendered]] = [
             [render(p.messages, answer) for answer in (p.chosen, p.rejected)] for p in pairs
         ]
@@ -76,7 +78,7 @@ class PreferenceDataset(Dataset):
     @cached_property
     def _common(self) -> list[int]:
         """With how many tokens the two rows of each pair begin alike."""
-        return [common_tokens([row.ids for row in both]) for both in self.rows]
+        return [shared_tokens([row.ids for row in both], self.config) for both in self.rows]
 
     def _inputs(self, indices: Sequence[int]) -> dict[str, Any]:
         if self.shares_prompts:
@@ -171,7 +173,10 @@ class PreferenceDataModule(PairsDataModule):
             keys = [repr(p.messages) for p in pairs]
             train_rows, val_rows = split_groups(keys, self.val_source, self.split_seed, "data.val_preferences")
             train, val = [pairs[i] for i in train_rows], [pairs[i] for i in val_rows]
-        self.train_set, self.val_set = PreferenceDataset(train, render), PreferenceDataset(val, render)
+        config = module.source.config
+        self.train_set, self.val_set = (PreferenceDataset(pairs, render, config) for pairs in (train, val))
+        for dataset in (self.train_set, self.val_set):
+            module.source.check_ids((row.ids for both in dataset.rows for row in both), "data.preferences")
 
     def _load(self, source: str, option: str) -> list[Preference]:
         found = load_preferences(

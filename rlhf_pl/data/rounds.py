@@ -40,7 +40,8 @@ class RoundDataModule(PairsDataModule):
         max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), prompts counted once. An
             update then has the same pairs, divided into as many micro-batches as that takes, of pairs of like length;
             null for batch_size pairs in each.
-        passes: Times that a round's pairs are trained on.
+        passes: Times that a round's pairs are trained on. An update has no pair twice: of a round with fewer pairs
+            than an update should have, every pass is one.
         max_val_pairs: At most this many held-out pairs for `val/loss` and `val/sign_align`; 0 for none. They exist
             where held-out prompts get 2 or more answers.
         num_workers: Loader processes.
@@ -92,6 +93,7 @@ class RoundDataModule(PairsDataModule):
         self.val_prompts: list[Prompt] = []
         self.prompts_too_long = 0
         self.duplicate_prompts = 0
+        self.max_response_tokens: int | None = None  # of those who prepare rounds
         self.prepare_round: Callable[[int], None] | None = None
         self.finish_run: Callable[[int], object] | None = None
 
@@ -104,6 +106,14 @@ class RoundDataModule(PairsDataModule):
     def store(self) -> RoundStore:
         """The round store in the run directory, which is the Trainer's `default_root_dir`."""
         return RoundStore(self._trainer.default_root_dir)
+
+    @property
+    def longest_tokens(self) -> int:
+        """The most that a prompt and its response can have."""
+        most = self.max_response_tokens
+        if most is None:  # rounds that someone else has prepared
+            most = int(self.store.round(0).info("responses")["sampling"]["max_response_tokens"])
+        return most + max(len(p.token_ids) for p in [*self.train_prompts, *self.val_prompts])
 
     @property
     def round_index(self) -> int:
@@ -126,6 +136,7 @@ class RoundDataModule(PairsDataModule):
             train, val = split_held_out(everything, count)
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens)
         self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens)
+        module.source.check_ids((p.token_ids for p in [*self.train_prompts, *self.val_prompts]), "data.prompts")
         self.prompts_too_long = too_long + val_too_long
         self.duplicate_prompts = count_duplicates([*train, *val])
         if not self.train_prompts:

@@ -114,6 +114,12 @@ class SFTDataModule(L.LightningDataModule):
         """The run's seed."""
         return run_seed() if self._seed is None else self._seed
 
+    @property
+    def longest_tokens(self) -> int:
+        """Of the longest conversation."""
+        assert self.val_set is not None
+        return max(map(len, [*self.examples, *self.val_set.examples]))
+
     def setup(self, stage: str) -> None:
         """Read, check, split and tokenize the conversations. Runs before any model loads."""
         if self.examples:
@@ -140,6 +146,7 @@ class SFTDataModule(L.LightningDataModule):
                 f"`data.conversations`: no row of {self.source!r} is left to train on: all are longer than "
                 f"max_tokens={self.max_tokens}."
             )
+        module.source.check_ids((e.ids for e in [*self.examples, *val_examples]), "data.conversations")
         self.val_set = SFTDataset(val_examples, [[i] for i in range(len(val_examples))])
 
     def _load(self, source: str, option: str) -> list[Conversation]:

@@ -40,7 +40,7 @@ def adapt_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     if before is None or epochs["started"] == epochs["processed"]:
         return
     data: Any = getattr(trainer, "datamodule", None)
-    if isinstance(data, PairsDataModule) and data.max_tokens_per_batch is not None:
+    if isinstance(data, PairsDataModule) and (data.max_tokens_per_batch is not None or getattr(data, "passes", 1) > 1):
         data.divide(epochs["processed"])  # an update's micro-batches depend on the epoch
     now = _split_of(trainer)
     if now is None or before == now:

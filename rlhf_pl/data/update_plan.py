@@ -11,12 +11,13 @@ class UpdatePlan:
     """Every pair is used, and every update's gradient is the mean over its pairs, also over those of a short last one.
 
     Args:
-        total_pairs: Pairs in the epoch.
+        total_pairs: Pairs in the epoch, those of all passes.
         batch_size: Pairs per micro-batch and rank.
         accumulate: Micro-batches per update.
         world_size: Ranks.
         max_tokens: Where given, an update's pairs are divided by their tokens instead, into as many micro-batches as it
             takes for each to stay within so many; `batch_size` and `accumulate` then only say how many pairs it has.
+        passes: Times that every pair comes in the epoch; an update has no pair twice.
     """
 
     total_pairs: int
@@ -24,10 +25,18 @@ class UpdatePlan:
     accumulate: int = 1
     world_size: int = 1
     max_tokens: int | None = None
+    passes: int = 1
+
+    @property
+    def pairs(self) -> int:
+        """Different pairs."""
+        return self.total_pairs // self.passes
 
     @property
     def pairs_per_update(self) -> int:
-        return self.batch_size * self.accumulate * self.world_size
+        """Where a pass has fewer pairs than an update should have, it is one."""
+        wanted = self.batch_size * self.accumulate * self.world_size
+        return min(wanted, self.pairs) if self.passes > 1 and self.pairs else wanted
 
     @property
     def updates(self) -> int:

@@ -43,8 +43,8 @@ class PairsDataModule(L.LightningDataModule):
     def _divide(self, order: str, pairs: int, lengths: Sequence[int] | None, passes: int = 1) -> RoundBatches:
         trainer, world_size = self._trainer, self._trainer.world_size
         accumulate = self.pairs_per_update(trainer) // self.batch_size // world_size
-        plan = UpdatePlan(passes * pairs, self.batch_size, accumulate, world_size, self.max_tokens_per_batch)
-        batches = RoundBatches(plan, order, trainer.global_rank, lengths, passes=passes)
+        plan = UpdatePlan(passes * pairs, self.batch_size, accumulate, world_size, self.max_tokens_per_batch, passes)
+        batches = RoundBatches(plan, order, trainer.global_rank, lengths)
         trainer.accumulate_grad_batches = batches.accumulate
         return batches
 

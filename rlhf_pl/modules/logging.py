@@ -47,6 +47,23 @@ class Means:
         return {f"{prefix}/{name}": total / weight if weight else math.nan for name, (total, weight) in sums.items()}
 
 
+def with_variance(metrics: dict[str, float], name: str) -> dict[str, float]:
+    """Mean and variance of all values in place of what they were added up from.
+
+    Args:
+        metrics: With `name`, the mean of values minus 1, and `name_square`, that of its square.
+        name: Of the values.
+
+    Returns:
+        `metrics` with `name_mean` and `name_var` (the population's: divided by the number of values) instead.
+    """
+    if name not in metrics:
+        return metrics
+    shift, square = metrics[name], metrics[f"{name}_square"]
+    rest = {key: value for key, value in metrics.items() if key not in (name, f"{name}_square")}
+    return {**rest, f"{name}_mean": 1 + shift, f"{name}_var": square - shift * shift}
+
+
 def is_update(trainer: L.Trainer, batch_idx: int) -> bool:
     """Whether the optimizer steps after this micro-batch."""
     return batch_idx + 1 == trainer.num_training_batches or (batch_idx + 1) % trainer.accumulate_grad_batches == 0

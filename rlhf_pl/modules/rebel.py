@@ -13,18 +13,21 @@ from rlhf_pl.data.pairs import PairBatch
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
-from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base
+from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.lora import LoRA, adapter_targets, add_lora, base_dtype, check_lora, noted, without_adapters
 from rlhf_pl.losses import PairwiseLoss, RebelLoss
-from rlhf_pl.modules.logging import Means, is_update, log_update
+from rlhf_pl.modules.logging import Means, is_update, log_update, with_variance
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm, train_last_layers
 from rlhf_pl.ranks import ranks_of
+from rlhf_pl.rotary import longest_row
 from rlhf_pl.strategies import callable_policy, check_strategy, clip_gradients, shard, shard_frozen
 from rlhf_pl.weights import Weights, like_of, model_weights
+
+_NO_PAIRS = {"loss": 0.0, "kl": 0.0, "pairs": 0.0}  # of the round in training: sums over its pairs, their number
 
 
 class RebelModule(L.LightningModule):
@@ -109,8 +112,7 @@ class RebelModule(L.LightningModule):
         self.policy: PolicyLM | None = None
         self.train_means = Means()
         self.val_means = Means()
-        self._round = {"loss": 0.0, "pairs": 0.0}  # of the round in training: summed loss, number of pairs
-        self.last_kl: float | None = None
+        self._round = dict(_NO_PAIRS)
         # mean absolute log-ratio a token in a round's first update, right after it; None after the others
         self.first_logratio: float | None = None
         self._like: dict[str, Tensor] = {}
@@ -147,7 +149,9 @@ class RebelModule(L.LightningModule):
     def load(self, source: PolicySource, base_dtype: str | None = None, read_weights: bool = True) -> Any:
         """A causal LM with this run's dtype and kernels."""
         compute, liger = compute_of(self._trainer), self.use_liger_kernel
-        return load_lm(source, self.dtype_name, self.attn_implementation, base_dtype, compute, liger, read_weights)
+        longest = longest_row(self._trainer, source.config)
+        attention = self.attn_implementation
+        return load_lm(source, self.dtype_name, attention, base_dtype, compute, liger, read_weights, longest)
 
     def unit(self, lm: Any) -> PolicyLM:
         """A causal LM as what gives log-probs in this run's precision."""
@@ -188,13 +192,13 @@ class RebelModule(L.LightningModule):
                 tokens = batch.rows.counts.view(-1, 2).T
                 self.train_means.add(tokens, first_logratio=logratios.abs() / tokens)
         if is_update(self.trainer, batch_idx):  # log over all its pairs
-            metrics = self.train_means.take("train", ranks_of(self.trainer))
+            metrics = with_variance(self.train_means.take("train", ranks_of(self.trainer)), "train/ratio")
             pairs = self.train_means.taken["loss"]
             self._round = {
                 "loss": self._round["loss"] + pairs * metrics["train/loss"],
+                "kl": self._round["kl"] + pairs * metrics["train/kl"],
                 "pairs": self._round["pairs"] + pairs,
             }
-            self.last_kl = metrics["train/kl"]
             if batch_idx < accumulate:
                 self.first_logratio = metrics["train/first_logratio"]
             else:
@@ -222,13 +226,13 @@ class RebelModule(L.LightningModule):
         margins = rewards[0] - rewards[1]
         losses = self.loss(logratios[0], logratios[1], margins)
         detached = logratios.detach()
-        ratios = detached.exp()
+        ratios = detached.expm1()  # about 1, so that variances as small as rounding's are not lost in it
         parts = {
             "kl": -detached.mean(0),
             "kl_chosen": -detached[0],
             "kl_rejected": -detached[1],
-            "ratio_mean": ratios.mean(0),
-            "ratio_var": ratios.var(0, unbiased=False),
+            "ratio": ratios.mean(0),
+            "ratio_square": ratios.square().mean(0),
             "logratio_margin": detached[0] - detached[1],
             "reward_margin": margins,
             "sign_align": ((detached[0] - detached[1]).sign() == margins.sign()).float(),
@@ -236,22 +240,22 @@ class RebelModule(L.LightningModule):
         return losses, parts, detached
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self.val_means.take("val", ranks_of(self.trainer)))
+        self.log_dict(with_variance(self.val_means.take("val", ranks_of(self.trainer)), "val/ratio"))
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
         """The held-out metrics of an epoch over offline pairs in a line."""
         return (
-            f"held-out loss {metrics['val/loss']:.3f}, sign agreement {metrics['val/sign_align']:.3f}, KL "
-            f"{metrics['val/kl']:.3f} nats ({held_out} pairs)"
+            f"held-out loss {metrics['val/loss']:.3f}, sign agreement {metrics['val/sign_align']:.3f}, "
+            f"KL(old||new) {metrics['val/kl']:.3f} nats (k1, {held_out} pairs)"
         )
 
     def round_summary(self) -> dict[str, float | None]:
-        """Mean loss over the round's pairs and the KL of its last update; None for a round without updates."""
+        """Mean loss and KL over all pairs that the round has trained on; None for a round without updates."""
         pairs = self._round["pairs"]
-        return {"loss": self._round["loss"] / pairs, "kl": self.last_kl} if pairs else {"loss": None, "kl": None}
+        return {name: self._round[name] / pairs if pairs else None for name in ("loss", "kl")}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["rlhf_pl"] = {"round": dict(self._round), "last_kl": self.last_kl}
+        checkpoint["rlhf_pl"] = {"round": dict(self._round)}
         note_split(self.trainer, checkpoint)
         leave_out_base(self, checkpoint)
 
@@ -261,7 +265,9 @@ class RebelModule(L.LightningModule):
         adapt_split(self.trainer, checkpoint)
         kept = checkpoint.get("rlhf_pl")
         if kept is not None:
-            self._round, self.last_kl = dict(kept["round"]), kept["last_kl"]
+            self._round = _NO_PAIRS | kept["round"]
+            if "kl" not in kept["round"]:  # of an earlier version, which kept the last update's alone
+                self._round["kl"] = self._round["pairs"] * (kept["last_kl"] or 0.0)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.optimization.configure(self)
@@ -281,7 +287,7 @@ class RebelModule(L.LightningModule):
         self.optimization.on_train_start(self.trainer)
 
     def on_train_epoch_start(self) -> None:
-        self._round = {"loss": 0.0, "pairs": 0.0}
+        self._round = dict(_NO_PAIRS)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
@@ -291,6 +297,13 @@ class RebelModule(L.LightningModule):
     def on_train_batch_start(self, batch: PairBatch, batch_idx: int) -> None:
         self.optimization.on_train_batch_start(self.trainer, batch_idx)
 
+    def try_export(self, dtype: str | None = None) -> None:
+        """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
+        model = empty_lm(self.source) if self.policy is None else self.policy.lm
+        try_export(model, self.source, self.source.tokenizer, dtype)
+        if self.lora is not None and self.policy is None:
+            try_adapter(model, self.lora, self.source)
+
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the policy as a Hugging Face folder: safetensors, tokenizer, chat template, generation config.
 
@@ -298,9 +311,10 @@ class RebelModule(L.LightningModule):
 
         Args:
             folder: Where to; made if missing.
-            dtype: Dtype of the weights; None for that of the model the run started from.
+            dtype: Dtype of the weights; None for that of the checkpoint that the run started from.
         """
         assert self.policy is not None
-        export_folder(self.policy.lm, self.source, self.weights(), folder, dtype, self.global_rank == 0)
+        tokenizer, write = self.source.tokenizer, self.global_rank == 0
+        export_folder(self.policy.lm, self.source, tokenizer, self.weights(), folder, dtype, write)
         if self.lora is not None:
             export_adapter(self, self.lora, self.policy.lm, self.source, folder)

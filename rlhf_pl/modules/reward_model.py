@@ -17,7 +17,7 @@ from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
-from rlhf_pl.export import check_weights, export_folder
+from rlhf_pl.export import check_weights, export_folder, try_export
 from rlhf_pl.liger import apply_liger
 from rlhf_pl.lora import LoRA, adapter_targets, add_lora, check_lora
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
@@ -225,12 +225,17 @@ class RewardModelModule(L.LightningModule):
         assert self.classifier is not None
         return model_weights(self, self.classifier.model, self._like)
 
+    def try_export(self, dtype: str | None = None) -> None:
+        """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
+        model = empty_classifier(self.source) if self.classifier is None else self.classifier.model
+        try_export(model, self.source, self.padding.tokenizer, dtype)
+
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the reward model as a Hugging Face folder that `ClassifierReward` and plain transformers load.
 
         Args:
             folder: Where to; made if missing.
-            dtype: Dtype of the weights; None for that of the model the run started from.
+            dtype: Dtype of the weights; None for that of the checkpoint that the run started from.
         """
         assert self.classifier is not None
         model, padding = self.classifier.model, self.padding
@@ -238,7 +243,7 @@ class RewardModelModule(L.LightningModule):
         weights = with_new_rows(self.weights(), model, padding.new_rows)
         with padding_in_config(model.config, padding):
             write = self.global_rank == 0
-            export_folder(model, self.source, weights, folder, dtype, write, tokenizer=padding.tokenizer)
+            export_folder(model, self.source, padding.tokenizer, weights, folder, dtype, write)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         note_split(self.trainer, checkpoint)

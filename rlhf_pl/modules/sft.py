@@ -14,7 +14,7 @@ from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.sft_module import SFTBatch
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.errors import InputError
-from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base
+from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
 from rlhf_pl.lora import LoRA, adapter_targets, add_lora, base_dtype, check_lora
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
@@ -22,6 +22,7 @@ from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
 from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm
 from rlhf_pl.ranks import ranks_of
+from rlhf_pl.rotary import longest_row
 from rlhf_pl.strategies import check_strategy, clip_gradients, shard
 from rlhf_pl.weights import Weights, like_of, model_weights
 
@@ -91,7 +92,8 @@ class SFTModule(L.LightningModule):
         compute = compute_of(self._trainer)
         base = base_dtype(self.lora)
         liger, reads = self.use_liger_kernel, reads_weights(self._trainer)
-        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base, compute, liger, reads)
+        longest = longest_row(self._trainer, self.source.config)
+        lm = load_lm(self.source, self.dtype_name, self.attn_implementation, base, compute, liger, reads, longest)
         if self.lora is not None:
             add_lora(lm, self.lora, run_seed(), train_head=False)
         if self.gradient_checkpointing:
@@ -140,15 +142,23 @@ class SFTModule(L.LightningModule):
         assert self.policy is not None
         return model_weights(self, self.policy.lm, self._like)
 
+    def try_export(self, dtype: str | None = None) -> None:
+        """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
+        model = empty_lm(self.source) if self.policy is None else self.policy.lm
+        try_export(model, self.source, self.source.tokenizer, dtype)
+        if self.lora is not None and self.policy is None:
+            try_adapter(model, self.lora, self.source)
+
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the policy as a Hugging Face folder: safetensors, tokenizer, chat template, generation config.
 
         Args:
             folder: Where to; made if missing.
-            dtype: Dtype of the weights; None for that of the model the run started from.
+            dtype: Dtype of the weights; None for that of the checkpoint that the run started from.
         """
         assert self.policy is not None
-        export_folder(self.policy.lm, self.source, self.weights(), folder, dtype, self.global_rank == 0)
+        tokenizer, write = self.source.tokenizer, self.global_rank == 0
+        export_folder(self.policy.lm, self.source, tokenizer, self.weights(), folder, dtype, write)
         if self.lora is not None:
             export_adapter(self, self.lora, self.policy.lm, self.source, folder)
 

@@ -20,6 +20,7 @@ from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_t
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.families import Family, families
 from rlhf_pl.rewards.local_model import LocalModel, ModelDType
+from rlhf_pl.rotary import row_positions, steady_rotary, thresholds
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import hidden_states, share_prompts
 
@@ -95,7 +96,10 @@ class ArmoRM(nn.Module):
             attention_mask: 1 at tokens, shape (R, T).
             gating_positions: Where g is read, shape (R,), int64.
         """
-        states = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False).last_hidden_state
+        positions = {"position_ids": row_positions(attention_mask)} if thresholds(self.backbone.config) else {}
+        states = self.backbone(
+            input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **positions
+        ).last_hidden_state
         rows = torch.arange(len(states), device=states.device)
         return self.judge(states[rows, attention_mask.sum(-1) - 1], states[rows, gating_positions])
 
@@ -225,13 +229,14 @@ class ArmoRMReward(Reward):
             )
         if row.turn >= len(row):
             raise InputError(f"`rollout.reward.max_tokens` of {self.max_tokens} leaves no room for an answer.")
+        self.source.check_ids([row.ids], self.source.option)
         return row
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
         rows = [self._row(s) for s in batch]
         if not rows:
             return []
-        score, rewards, coefficients = torch.cat(self._local(families(batch, rows))).split(
+        score, rewards, coefficients = torch.cat(self._local(families(batch, rows, self.source.config))).split(
             [1, len(OBJECTIVES), len(OBJECTIVES)], dim=-1
         )
         chosen = score[:, 0]
@@ -321,6 +326,7 @@ def load_armorm(
     model.load_state_dict(heads, strict=False)
     model.eval()
     compute = Compute(device)
+    steady_rotary(model.backbone, source.config)
     model.shares_prompts = share_prompts(model.backbone, compute)
     apply_liger(model.backbone, compute, use_liger_kernel, source.option)
     return model

@@ -15,7 +15,7 @@ from rlhf_pl.fingerprints import describe
 from rlhf_pl.layout import Layout
 from rlhf_pl.liger import apply_liger
 from rlhf_pl.policy import PolicySource
-from rlhf_pl.rendering import Renderer, SystemPrompt, padded, reward_renderer
+from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_renderer
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.families import Family, families
 from rlhf_pl.rewards.local_model import LocalModel, ModelDType
@@ -118,12 +118,18 @@ class ClassifierReward(Reward):
         _ = self._mean
         if self._score_at is None:
             warn_of_other_reading(self.renderer(), self.source)
-        for sample in samples:
-            self.renderer()(sample.messages, sample.response)
+        self._rows(samples)
+
+    def _rows(self, samples: Sequence[Sample]) -> list[Rendered]:
+        rows = [self.renderer()(s.messages, s.response) for s in samples]
+        self.source.check_ids((row.ids for row in rows), self.source.option)
+        return rows
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
-        rows = [self.renderer()(s.messages, s.response) for s in batch]
-        scores = [score for scores in self._local(families(batch, rows)) for score in scores.tolist()]
+        rows = self._rows(batch)
+        scores = [
+            score for scores in self._local(families(batch, rows, self.source.config)) for score in scores.tolist()
+        ]
         return [
             RewardResult(score, truncated_tokens=row.truncated_tokens) for score, row in zip(scores, rows, strict=True)
         ]

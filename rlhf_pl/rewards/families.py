@@ -2,9 +2,11 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from rlhf_pl.rendering import Rendered
 from rlhf_pl.rewards.base import Sample
+from rlhf_pl.rotary import shared_tokens
 from rlhf_pl.rows import Tree, share_beginning
 
 
@@ -19,8 +21,8 @@ class Family:
         return len(self.tree)
 
 
-def families(samples: Sequence[Sample], rows: Sequence[Rendered]) -> list[Family]:
-    """Neighbours that answer the same prompt."""
+def families(samples: Sequence[Sample], rows: Sequence[Rendered], config: Any) -> list[Family]:
+    """Neighbours that answer the same prompt, of the model that `config` describes."""
     groups: list[list[Rendered]] = []
     before: Sample | None = None
     for sample, row in zip(samples, rows, strict=True):
@@ -28,4 +30,8 @@ def families(samples: Sequence[Sample], rows: Sequence[Rendered]) -> list[Family
             groups.append([])
         groups[-1].append(row)
         before = sample
-    return [Family(group, share_beginning([row.ids for row in group])) for group in groups]
+    return [Family(group, _tree([row.ids for row in group], config)) for group in groups]
+
+
+def _tree(rows: list[list[int]], config: Any) -> Tree:
+    return share_beginning(rows, shared_tokens(rows, config))

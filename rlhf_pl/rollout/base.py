@@ -3,12 +3,14 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.policy import PolicySource
 
+NOTED_TEMPERATURE = 1.0  # of the log-probs that samplers note, which are over the whole vocabulary
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
@@ -141,6 +143,21 @@ class Sampler(ABC):
 
     def check(self) -> None:  # noqa: B027 - nothing to check is a fine default
         """Raise InputError for what can be known to fail before anything loads."""
+
+    def check_rotary(self, config: Any, longest: int) -> None:  # noqa: B027
+        """Raise InputError where the engine's rotary factors would be others than those of a run's longest row.
+
+        Args:
+            config: The policy's.
+            longest: Tokens of the longest prompt with its response.
+        """
+
+    def reshapes(self) -> list[str]:
+        """Options of its own, with their values, by which it draws from another distribution than it notes.
+
+        What a `SamplingConfig` says is not among them. Asked after `check`, before anything loads.
+        """
+        return []
 
     def sleep(self) -> None:  # noqa: B027 - engines without memory to give back need not act
         """Give memory back until `wake`; the weights may be lost."""

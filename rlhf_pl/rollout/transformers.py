@@ -2,12 +2,14 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from copy import deepcopy
+from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rotary import steady_rotary, thresholds
 
 
 class TransformersSampler(Sampler):
@@ -31,6 +33,13 @@ class TransformersSampler(Sampler):
         with torch.random.fork_rng():  # the random start weights are replaced by `load_weights`
             model = AutoModelForCausalLM.from_config(deepcopy(spec.source.config), dtype=getattr(torch, self.dtype))
         self._model = model.to(device).eval()
+        steady_rotary(self._model, spec.source.config, spec.max_model_tokens)
+        if thresholds(spec.source.config):
+            from transformers import GenerationMixin
+
+            # Phi-3's own drops the cache where factors would switch, which they do not here
+            plain = GenerationMixin.prepare_inputs_for_generation
+            self._model.prepare_inputs_for_generation = MethodType(plain, self._model)
 
     def load_weights(self, tensors: NamedTensors) -> None:
         # a tensor that is missing stays NaN, which the check after a hand-over reports in its own words

@@ -22,6 +22,7 @@ from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Respons
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.self_check import StaleSamplerError
 from rlhf_pl.rollout.vllm_experts import check_kernels, take_kernels
+from rlhf_pl.rotary import factors_of, thresholds
 
 _PREFIX = "rlhf_pl-vllm-"
 MARGIN_BYTES = 4 * 2**30  # of a GPU that neither is to take: contexts, graphs, what allocators keep
@@ -73,6 +74,13 @@ class VLLMSampler(Sampler):
                 "`rollout.sampler`: vLLM is not installed. Install it (pip install 'rlhf-pl[vllm]' on GPU machines, "
                 "'rlhf-pl[cpu]' on others), or use --rollout.sampler TransformersSampler."
             )
+
+    def check_rotary(self, config: Any, longest: int) -> None:
+        engine = int(self.engine_args.get("max_model_len") or longest)
+        check_engine_rotary(config, longest, engine, "`rollout.sampler.engine_args`: max_model_len")
+
+    def reshapes(self) -> list[str]:
+        return [f"engine_args.{name} is {self.engine_args[name]!r}" for name in reshaping(self.engine_args)]
 
     def start(self, spec: EngineSpec) -> None:
         self.check()
@@ -275,6 +283,16 @@ class VLLMSampler(Sampler):
         gc.collect()
 
 
+def reshaping(arguments: Mapping[str, Any]) -> list[str]:
+    """Which of an engine's arguments change the distribution that it draws from, or the log-probs that it notes."""
+    changed = [n for n in ("logits_processors", "override_generation_config") if arguments.get(n)]
+    if (arguments.get("logprobs_mode") or "raw_logprobs") != "raw_logprobs":
+        changed.append("logprobs_mode")
+    if (arguments.get("speculative_config") or {}).get("rejection_sample_method") == "synthetic":
+        changed.append("speculative_config")
+    return changed
+
+
 def _set_environment() -> None:
     """What vLLM reads when it is imported. Values the user has set stay."""
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must live in this process to take tensors
@@ -283,6 +301,33 @@ def _set_environment() -> None:
         logging.getLogger("vllm").setLevel(logging.ERROR)  # for what is said before vLLM sets up its own logging
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
+
+
+def check_engine_rotary(config: Any, longest: int, engine: int, where: str) -> None:
+    """vLLM takes `longrope` factors by an engine's longest sequence, and stretches no `dynamic` ones.
+
+    Args:
+        config: The policy's.
+        longest: Tokens of the longest row of the run.
+        engine: Of the engine's.
+        where: What sets that, for the error.
+
+    Raises:
+        InputError: Its factors are not those of the run.
+    """
+    limits = thresholds(config)
+    if longest > (limit := limits.get("dynamic", longest)):
+        raise InputError(
+            "`rollout.sampler`: vLLM does not stretch dynamic rotary factors, which this policy's rows need: they have "
+            f"{longest} tokens at most, over its {limit}. Lower data.max_prompt_tokens or "
+            "rollout.sampling.max_response_tokens, or use --rollout.sampler TransformersSampler."
+        )
+    if factors_of(limits, longest) != factors_of(limits, engine):
+        limit = limits["longrope"]
+        raise InputError(
+            f"{where} is {engine}, and this run's longest prompt with its response has {longest} tokens: the policy's "
+            f"rotary factors change at {limit}, so responses would be sampled with other ones. Set it to {longest}."
+        )
 
 
 def engine_share(total: int, trainer: int) -> float:

@@ -20,6 +20,8 @@ from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Respons
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.push import NCCLPush, Push, TCPPush
 from rlhf_pl.rollout.self_check import StaleSamplerError
+from rlhf_pl.rollout.vllm import check_engine_rotary, reshaping
+from rlhf_pl.rotary import thresholds
 
 BUCKET_BYTES = 256 * 2**20  # of weights under way at a time
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -102,6 +104,20 @@ class VLLMServerSampler(Sampler):
                     f"`rollout.sampler.urls`: the server at {url} runs on a CPU with chunked prefill, where vLLM can't "
                     "draw with a seed. Start it with --no-enable-chunked-prefill."
                 )
+
+    def check_rotary(self, config: Any, longest: int) -> None:
+        for url in self.urls if thresholds(config) else ():
+            served = self._call(url, "/v1/models", get=True)["data"][0].get("max_model_len") or longest
+            check_engine_rotary(config, longest, served, f"`rollout.sampler.urls`: --max-model-len of {url}")
+
+    def reshapes(self) -> list[str]:
+        """A server's own defaults don't count: a request names every option of sampling."""
+        found = []
+        for url in self.urls:
+            engine = self._server_config(url).get("model_config", {})
+            names = [name for name in reshaping(engine) if name != "override_generation_config"]
+            found += [f"the server at {url} runs with {name} {engine[name]!r}" for name in names]
+        return found
 
     def start(self, spec: EngineSpec) -> None:
         self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0

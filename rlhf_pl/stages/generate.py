@@ -10,10 +10,12 @@ import pyarrow as pa
 
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.ranks import Ranks
-from rlhf_pl.rollout.base import PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rollout.base import NOTED_TEMPERATURE, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rounds import Round
 
 TOKENS = pa.list_(pa.int32())
+# what `sampler_logp` is, in the files and in the manifest: the sum over a response's tokens of log softmax(logits)
+SAMPLER_LOGP = {"temperature": NOTED_TEMPERATURE, "truncation": "none", "unit": "nats"}
 RESPONSES = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -24,7 +26,7 @@ RESPONSES = pa.schema(
         ("seed", pa.int64()),
         ("prompt_tokens", TOKENS),
         ("response_tokens", TOKENS),
-        ("sampler_logp", pa.float64()),
+        pa.field("sampler_logp", pa.float64(), metadata={k: str(v) for k, v in SAMPLER_LOGP.items()}),
         ("columns", pa.string()),
     ]
 )
@@ -125,6 +127,7 @@ def _complete(stored: Round, shards: int, prompts: int, seconds: float, drawn: i
         seconds=seconds,
         tokens_per_s=drawn / seconds,
         sampling=vars(sampling),
+        **({} if table["sampler_logp"].null_count == len(table) else {"sampler_logp": SAMPLER_LOGP}),
     )
 
 

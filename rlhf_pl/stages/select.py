@@ -6,7 +6,7 @@ import pyarrow as pa
 
 from rlhf_pl.pairs import PairSelector
 from rlhf_pl.rounds import Round
-from rlhf_pl.shaping import RewardShaping, shape_rewards
+from rlhf_pl.shaping import RewardShaping, shape_rewards, without_ties
 from rlhf_pl.stages.generate import TOKENS, prompt_seed
 
 PAIRS = pa.schema(
@@ -31,8 +31,19 @@ def select(
     run_seed: int,
     limit: int | None = None,
     shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
+    keep_ties: bool = False,
 ) -> None:
-    """Make pairs of the scored answers, at most `limit`, and count the prompts that give none, by reason."""
+    """Make pairs of the scored answers, at most `limit`, and count the prompts that give none, by reason.
+
+    Args:
+        stored: The round; its answers and rewards are read, its pairs written.
+        selector: Picks them.
+        run_seed: The run's.
+        limit: At most so many pairs.
+        shaping: What is done to scores first.
+        keep_ties: Equal rewards are no reason to drop a pair, for a KL term will break the tie. The selector sees them
+            in an order drawn by lot.
+    """
     groups: dict[str, list[dict[str, Any]]] = {}
     rewards = stored.read("rewards")["reward"].to_pylist()
     for row, reward in zip(stored.read("responses").to_pylist(), rewards, strict=True):
@@ -51,7 +62,10 @@ def select(
             continue
         for answer, reward in zip(answers, shaped[i], strict=True):
             answer["reward"] = reward
-        picked = selector(shaped[i], lengths[i], finished[i], prompt_seed(run_seed, "select", prompt_id))
+        rewards, seed = shaped[i], prompt_seed(run_seed, "select", prompt_id)
+        if keep_ties:
+            rewards = without_ties(rewards, [answer["response_tokens"] for answer in answers], seed)
+        picked = selector(rewards, lengths[i], finished[i], seed)
         different = [(c, r) for c, r in picked if answers[c]["response_tokens"] != answers[r]["response_tokens"]]
         if not picked:
             dropped["no_reward_difference"] += 1
@@ -65,6 +79,7 @@ def select(
         prompts=len(groups),
         pairs=len(pairs),
         dropped=dropped,
+        **({"kept_ties": sum(p["chosen_reward"] == p["rejected_reward"] for p in pairs)} if keep_ties else {}),
         selector=type(selector).__name__,
         penalties=notes,
     )

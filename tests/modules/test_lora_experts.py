@@ -104,7 +104,9 @@ def test_the_merged_model_is_the_adapted_one(tmp_path: Path, kind: str) -> None:
     base.load_state_dict(whole)
     torch.testing.assert_close(logits(base), expected, atol=1e-4, rtol=1e-3)
     adapters = {n: t for n, t in lm.state_dict().items() if ".lora_" in n}
-    save_adapter(settings, lm, adapters, str(folder), str(tmp_path / "adapter"))
+    save_adapter(
+        settings, adapter_targets(plain(folder), settings), lm, adapters, str(folder), str(tmp_path / "adapter")
+    )
     readable = kind != "Qwen3Moe"  # whose dense layers have names that peft takes for experts'
     assert (tmp_path / "adapter").exists() == readable
     if readable:
