@@ -24,6 +24,31 @@ _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  
 _PIECES, _PIECE_BYTES = 64, 65536
 
 
+def stored_config(source: PolicySource) -> dict[str, Any]:
+    """What a model's config.json says, as it is written; empty without one."""
+    file = _cached(source, "config.json", quiet=True)
+    try:
+        content = json.loads(Path(file).read_text()) if file else {}
+    except ValueError as error:
+        raise InputError(f"`{source.option}`: the config.json of {source.path!r} is no JSON: {error}") from error
+    return content if isinstance(content, dict) else {}
+
+
+def _cached(source: PolicySource, name: str, quiet: bool = False) -> str:
+    """Path of a model's file; empty if there is none."""
+    from transformers.utils import cached_file
+
+    found = cached_file(
+        source.path,
+        name,
+        revision=source.revision,
+        _raise_exceptions_for_missing_entries=not quiet,
+        _raise_exceptions_for_gated_repo=not quiet,
+        _raise_exceptions_for_connection_errors=not quiet,
+    )
+    return found or ""
+
+
 class WeightFiles:
     """The weight files of a model folder or Hub id: safetensors, or `.bin` read with `weights_only`.
 
@@ -51,17 +76,7 @@ class WeightFiles:
             self._names = [name]
 
     def _file(self, name: str, quiet: bool = False) -> str:
-        from transformers.utils import cached_file
-
-        found = cached_file(
-            self.source.path,
-            name,
-            revision=self.source.revision,
-            _raise_exceptions_for_missing_entries=not quiet,
-            _raise_exceptions_for_gated_repo=not quiet,
-            _raise_exceptions_for_connection_errors=not quiet,
-        )
-        return found or ""
+        return _cached(self.source, name, quiet)
 
     @property
     def files(self) -> list[Path]:

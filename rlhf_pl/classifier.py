@@ -8,13 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_pl.checkpoint_files import WeightFiles
+from rlhf_pl.checkpoint_files import WeightFiles, stored_config
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
 from rlhf_pl.layout import Layout
 from rlhf_pl.policy import PolicySource, train_in_eval_mode, without_autocast, without_dropout, working_copy
 from rlhf_pl.rotary import row_positions, steady_rotary, thresholds
 from rlhf_pl.rows import Tree, lay_out
+from rlhf_pl.score_place import forget_mean, mean_score
 from rlhf_pl.shared_prompt import hidden_states, share_prompts
 
 # what reward models call their head: transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
@@ -57,7 +58,8 @@ def find_head(source: PolicySource, files: WeightFiles) -> HeadPlan:
     prefix, own, given = empty.base_model_prefix + ".", empty.state_dict(), files.shapes
     head = [name for name in own if not name.startswith(prefix)]
     output = [name for name in head if name.endswith("weight")][-1]
-    if all(name in given for name in head):
+    extra = output.removesuffix("weight") + "bias"  # transformers' own linear head has none
+    if all(name in given for name in head) and (extra in own or extra not in given):
         _check_outputs(files, given[output])
         return HeadPlan()
     backbone = [name.removeprefix(prefix) for name in own if name.startswith(prefix)]
@@ -140,6 +142,8 @@ def load_classifier(
         rename = {name: name for name in files.shapes}
     config = without_dropout(source.config)
     config.num_labels = 1
+    if mean := mean_score(stored_config(weights), weights.path):
+        config.bias = mean
     arguments = {"config": config, "attn_implementation": attn_implementation, "output_loading_info": True}
     if rename is None:
         model, info = weights.read("weights", AutoModelForSequenceClassification, **arguments, dtype=dtype or "auto")
@@ -159,6 +163,15 @@ def load_classifier(
     return model.eval()
 
 
+def has_head(source: PolicySource) -> bool:
+    """Whether a checkpoint brings the head of a reward model."""
+    try:
+        find_head(source, WeightFiles(source))
+    except InputError:
+        return False
+    return True
+
+
 def check_new_classifier(source: PolicySource) -> None:
     """Raise InputError if transformers has no classifier of this architecture, or there are no weights."""
     empty_classifier(source)
@@ -170,6 +183,8 @@ def new_classifier(
 ) -> Any:
     """A classifier with one output on the backbone of `source`; a head that is there is kept, else it is drawn.
 
+    A mean in the config is left out: it is not that of the scores that training will give.
+
     Args:
         source: A causal LM or a reward model.
         seed: Of the head.
@@ -179,11 +194,14 @@ def new_classifier(
     from transformers import AutoModelForSequenceClassification
 
     try:
-        return load_classifier(source, None, dtype, attn_implementation)
+        model = load_classifier(source, None, dtype, attn_implementation)
+        forget_mean(model.config)
+        return model
     except InputError:
         files = WeightFiles(source)  # whose own error is clearer
     config = without_dropout(source.config)
     config.num_labels = 1
+    forget_mean(config)
     model, info = source.read(
         "weights",
         AutoModelForSequenceClassification,
@@ -211,9 +229,10 @@ def new_classifier(
 class ClassifierLM(nn.Module):
     """A classifier as one unit: token ids in, one score a row out.
 
-    The score is read where transformers reads it: at the last token that is not the padding token. Where that is one
-    linear layer on the last hidden state, the layer is computed in the dtype of its weights, autocast aside: bf16
-    scores near 10 would be steps of 0.06.
+    Where the head is one linear layer on the last token's hidden state, the score is read at the last token of a row,
+    found by the row's length, whatever that token is, and the layer is computed in the dtype of its weights, autocast
+    aside: bf16 scores near 10 would be steps of 0.06. Other heads, such as those of encoders, are the model's own. The
+    mean that a config names as `bias` is subtracted.
 
     Args:
         model: A Hugging Face sequence classifier with one output.
@@ -227,20 +246,16 @@ class ClassifierLM(nn.Module):
         self.copy = working_copy(model, compute)
         self.by_row = bool(thresholds(model.config))
         steady_rotary(model, model.config)
-        self.pad_token_id = model.config.get_text_config().pad_token_id
-        self.linear = _is_linear_on_last(model)
+        self.head_name = _linear_head(model)
+        self.mean = mean_score(model.config)
+        self.linear = self.head_name is not None
+        # what is padding is told by the mask; heads of the model's own may look for its token
+        self.pad_id = 0 if self.linear else _padding_taken(model)
         self.shares_prompts = self.linear and share_prompts(model, compute)
 
     def train(self, mode: bool = True) -> "ClassifierLM":
         """See `train_in_eval_mode`."""
         return train_in_eval_mode(self, mode)
-
-    def pad_id(self, rows: list[list[int]]) -> int:
-        """An id to pad these rows with: the model's, or, where it has none, one that is in no row."""
-        if self.pad_token_id is not None:
-            return self.pad_token_id
-        used = {token for row in rows for token in row}
-        return next(i for i in range(len(used) + 1) if i not in used)
 
     def forward(
         self,
@@ -252,7 +267,7 @@ class ClassifierLM(nn.Module):
         layout: Layout | None = None,
         **inputs: Tensor,
     ) -> Tensor:
-        """Scores of rows that are padded on the right with `pad_id`, or of what `tree_inputs` gives.
+        """Scores of rows that are padded with `pad_id` on either side, or of what `tree_inputs` gives.
 
         Args:
             input_ids: Shape (R, T), int64; of trees (1, N).
@@ -270,55 +285,55 @@ class ClassifierLM(nn.Module):
             if layout is not None:
                 assert position_ids is not None
                 assert last is not None
-                return self._head(hidden_states(model, input_ids, position_ids, layout).index_select(0, last))
-            if self.by_row and attention_mask is not None:
-                inputs["position_ids"] = row_positions(attention_mask)
-            return self._of_rows(model, input_ids, attention_mask, **inputs)
+                hidden = hidden_states(model, input_ids, position_ids, layout).index_select(0, last)
+                return self._head(hidden) - self.mean
+            assert attention_mask is not None
+            order = (attention_mask == 0).long().argsort(dim=-1, stable=True)  # so that positions count tokens alone
+            rows = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
+            rows = {name: tensor.gather(1, order) for name, tensor in rows.items()}
+            if self.by_row:
+                rows["position_ids"] = row_positions(rows["attention_mask"])
+            return (self._of_rows(model, **rows) if self.linear else self._own(model, **rows)) - self.mean
 
-    def _of_rows(self, model: Any, input_ids: Tensor, attention_mask: Tensor | None, **inputs: Tensor) -> Tensor:
-        assert attention_mask is not None
-        if not self.linear:
-            if self.pad_token_id is None and len(input_ids) > 1:
-                rows = [
-                    self._of_rows(model, ids[m.bool()][None], m[m.bool()][None])
-                    for ids, m in zip(input_ids, attention_mask, strict=True)
-                ]
-                return torch.cat(rows)
-            return model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits[:, 0].float()
+    def _of_rows(self, model: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Scores at the last tokens of rows that are padded on the right."""
         hidden = model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
         ).last_hidden_state
-        counts = attention_mask.bool()
-        if self.pad_token_id is not None:
-            counts = counts & (input_ids != self.pad_token_id)
-        positions = torch.arange(input_ids.shape[1], device=input_ids.device)
-        last = (positions * counts).argmax(-1)
-        return self._head(hidden[torch.arange(len(last)), last])
+        rows = torch.arange(len(hidden), device=hidden.device)
+        return self._head(hidden[rows, attention_mask.sum(-1) - 1])
+
+    def _own(self, model: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Scores by the head of the model's own, row by row if it minds padding; padded on the right."""
+        if self.pad_id is None and len(input_ids) > 1:
+            rows = []
+            for row, mask in enumerate(attention_mask.bool()):
+                alone = {name: tensor[row][mask][None] for name, tensor in inputs.items()}
+                ids = input_ids[row][mask][None]
+                rows.append(self._own(model, ids, torch.ones_like(ids), **alone))
+            return torch.cat(rows)
+        return model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits[:, 0].float()
 
     def _head(self, hidden: Tensor) -> Tensor:
         """Shape (R, H) to (R,), float32."""
-        head = self.model.score
+        head = getattr(self.model, self.head_name or "")
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.to(head.weight.dtype))[:, 0].float()
 
 
-def tree_inputs(trees: Sequence[Tree], padding: int | None) -> dict[str, Any]:
+def tree_inputs(trees: Sequence[Tree]) -> dict[str, Any]:
     """What `ClassifierLM.forward` takes of conversations that share their beginnings, where it `shares_prompts`.
 
     Args:
-        trees: What conversations have in common, with the rest of each.
-        padding: Token that no score is read at.
+        trees: What conversations have in common, with the rest of each, one token at least.
     """
     last: list[int] = []
-    start = 0
+    end = 0
     for tree in trees:
-        end = start + len(tree.prompt)
+        end += len(tree.prompt)
         for answer in tree.answers:
-            parts = ((end, answer), (start, tree.prompt))
-            places = (first + i for first, ids in parts for i in reversed(range(len(ids))) if ids[i] != padding)
-            last.append(next(places, start))
             end += len(answer)
-        start = end
+            last.append(end - 1)
     rows = lay_out(trees)
     return {
         "input_ids": rows.input_ids,
@@ -329,15 +344,38 @@ def tree_inputs(trees: Sequence[Tree], padding: int | None) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _is_linear_on_last(model: Any) -> bool:
-    """Whether the model's own score is `score(last hidden state at the last token)`, tried on a few ids."""
-    if not isinstance(getattr(model, "score", None), nn.Linear):
-        return False
-    config = model.config.get_text_config()
-    ids = torch.tensor([[i for i in range(1, 12) if i != config.pad_token_id][:6]], device=model.device)
-    ids = ids % config.vocab_size
+def _linear_head(model: Any) -> str | None:
+    """The name of the linear layer that makes the model's score of the last token's hidden state, tried on a few ids.
+
+    None where the score is made otherwise.
+    """
+    ids = _ids_to_try(model)
     expected = model(input_ids=ids).logits[0, 0].float()
     hidden = getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
-    if hidden is None:
-        return False
-    return bool(torch.allclose(model.score(hidden[0, -1])[0].float(), expected, rtol=1e-3, atol=1e-3))
+    for name in ("score", "classifier"):
+        head = getattr(model, name, None)
+        if hidden is None or not isinstance(head, nn.Linear) or head.in_features != hidden.shape[-1]:
+            continue
+        if torch.allclose(head(hidden[0, -1])[0].float(), expected, rtol=1e-3, atol=1e-3):
+            return name
+    return None
+
+
+@torch.no_grad()
+def _padding_taken(model: Any) -> int | None:
+    """The padding token of a model whose scores do not change with padding on the right; None if it has none such."""
+    pad_id = model.config.get_text_config().pad_token_id
+    if pad_id is None or not 0 <= pad_id < model.get_input_embeddings().weight.shape[0]:
+        return None
+    ids = _ids_to_try(model)
+    longer = torch.cat([ids, torch.full_like(ids[:, :3], pad_id)], dim=1)
+    alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    beside = model(input_ids=longer, attention_mask=(torch.arange(longer.shape[1]) < ids.shape[1]).long()[None])
+    same = torch.allclose(alone.float(), beside.logits.float(), rtol=1e-3, atol=1e-3)
+    return pad_id if same else None
+
+
+def _ids_to_try(model: Any) -> Tensor:
+    config = model.config.get_text_config()
+    ids = torch.tensor([[i for i in range(1, 12) if i != config.pad_token_id][:6]], device=model.device)
+    return ids % config.vocab_size

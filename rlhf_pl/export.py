@@ -12,7 +12,7 @@ import torch
 from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.disk import DiskFullError
 from rlhf_pl.errors import InputError
-from rlhf_pl.lora import LoRA, adaptable_layers, adapted_layers, save_adapter
+from rlhf_pl.lora import LoRA, adapted_targets, adapter_targets, save_adapter
 from rlhf_pl.policy import PolicySource
 from rlhf_pl.quantized import without_base
 from rlhf_pl.strategies import is_sharded
@@ -165,13 +165,13 @@ def export_adapter(module: L.LightningModule, settings: LoRA, model: Any, source
     """Write a model's adapters to `folder/adapter`, for peft; all ranks must call it, and rank 0 writes."""
     tensors = {n: t.detach().cpu().clone() for n, t in full_tensors(module, model, lambda name: ".lora_" in name)}
     if module.global_rank == 0:
-        save_adapter(settings, sorted(adapted_layers(model)), tensors, source.path, f"{folder}/adapter")
+        save_adapter(settings, adapted_targets(model), model, tensors, source.path, f"{folder}/adapter")
 
 
 def try_adapter(model: Any, settings: LoRA, source: PolicySource) -> None:
     """See whether `export_adapter` will be able to write; `model` is without memory and without adapters."""
     with tempfile.TemporaryDirectory() as folder:
-        save_adapter(settings, adaptable_layers(model, settings), {}, source.path, folder)
+        save_adapter(settings, adapter_targets(model, settings), model, {}, source.path, folder)
 
 
 def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], source: PolicySource) -> None:
@@ -188,10 +188,16 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], sour
         own = without_base(module, own)
     wrong = [n for n in [*own, *given] if n not in own or n not in given or own[n].shape != given[n].shape]
     if wrong:
+        hint = ""
+        if ".lora_" in wrong[0]:
+            hint = (
+                " Or adapt what the checkpoint did (--model.lora.target_modules; --model.lora.target_parameters, [] for"
+                " none of the experts' weights)."
+            )
         raise InputError(
             f"The checkpoint is of another model than `{source.option}` ({source.path!r}): {wrong[0]!r} and "
             f"{len(set(wrong)) - 1} more tensors do not fit. Give the run a directory of its own "
-            "(--trainer.default_root_dir DIR)."
+            f"(--trainer.default_root_dir DIR).{hint}"
         )
 
 

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_pl.compute import Compute
 from rlhf_pl.logprobs import VOCABULARY_BLOCK
-from rlhf_pl.lora import adaptable_layers
+from rlhf_pl.lora import adapter_size
 from rlhf_pl.policy import PolicySource, decoder_layers, meta_lm
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -47,9 +47,7 @@ def model_size(config: Any, trainable_layers: int | None = None, lora: Any = Non
     rest = total - layer * len(layers)
     adapters = 0
     if lora is not None:
-        modules = dict(model.named_modules())
-        for name in adaptable_layers(model, lora):
-            adapters += lora.rank * sum(modules[name].weight.shape)
+        adapters = adapter_size(model, lora)
     trainable = total
     if lora is not None:
         trainable = adapters

@@ -15,6 +15,7 @@ class PairMetrics:
     Args:
         pairs: Their number.
         accuracy: Share in which the chosen answer scores higher; equal scores count half.
+        equal: Pairs with equal scores.
         low: Lower end of the accuracy's 95% interval.
         high: Upper end.
         margin: Mean score of the chosen minus the rejected answer, reward units.
@@ -24,6 +25,7 @@ class PairMetrics:
     """
 
     pairs: int
+    equal: int
     accuracy: float
     low: float
     high: float
@@ -45,6 +47,7 @@ def pair_metrics(margins: Sequence[float], longer: Sequence[float]) -> PairMetri
     low, high = wilson_interval(accuracy, len(values))
     return PairMetrics(
         pairs=len(values),
+        equal=int((values == 0).sum()),
         accuracy=accuracy,
         low=low,
         high=high,

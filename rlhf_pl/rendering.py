@@ -11,9 +11,11 @@ from torch import Tensor
 from rlhf_pl.chat import Message, Tools, spoken
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
+from rlhf_pl.score_place import ScoreAt, score_place, tokens_left_off
 from rlhf_pl.template import ChatTemplate
 
 SystemPrompt = Literal["keep", "drop"]
+_QUESTION, _ANSWER = "Xqzjw", "Wjzqx"
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,8 @@ class Renderer:
         system_prompt: Whether system messages are rendered.
         pair_encoding: Give the prompt's and the answer's text as a pair instead, for encoders without a chat template.
         option: The option that names the model, for errors.
+        score_at: Where the score is read. Rows end there: what the template writes behind it is left off.
+        eos: Ids that end an answer, to find that place.
     """
 
     def __init__(
@@ -58,10 +62,16 @@ class Renderer:
         system_prompt: SystemPrompt = "keep",
         pair_encoding: bool = False,
         option: str = "rollout.reward.model",
+        score_at: ScoreAt = "last",
+        eos: Sequence[int] = (),
     ) -> None:
         self.tokenizer, self.max_tokens, self.system_prompt = tokenizer, max_tokens, system_prompt
         self.pair_encoding, self.option = pair_encoding, option
         self._told = False
+        self.score_at: ScoreAt = score_at
+        if pair_encoding and score_at != "last":
+            raise InputError(f"`score_at` is {score_at}, but `pair_encoding` writes no conversation. Set it to `last`.")
+        self.left_off = 0 if pair_encoding else tokens_left_off(score_at, self.ending, eos, option)
 
     def __call__(
         self,
@@ -93,6 +103,7 @@ class Renderer:
         text = self._render([*messages, last], tools, chat_template_kwargs, need_tools)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
         ids = list(encoded["input_ids"])
+        ids = ids[: len(ids) - self.left_off]
         turn = self._turn_position(text, ids, encoded)
         return self._cut(ids, turn)
 
@@ -130,10 +141,23 @@ class Renderer:
 
         Found by rendering a conversation whose texts are known.
         """
-        question, answer = "Xqzjw", "Wjzqx"
-        text = self._render([{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
-        start, end = text.find(question), text.find(answer)
-        return text[start + len(question) : end] if 0 <= start < end else ""
+        text, start, end = self._known
+        return text[start + len(_QUESTION) : end] if 0 <= start < end else ""
+
+    @cached_property
+    def ending(self) -> list[int]:
+        """Ids of what the template writes after the answer; empty if that can't be told."""
+        if self.pair_encoding:
+            return []
+        text, _, end = self._known
+        rest = text[end + len(_ANSWER) :] if end >= 0 else ""
+        return list(self.tokenizer(rest, add_special_tokens=False)["input_ids"]) if rest else []
+
+    @cached_property
+    def _known(self) -> tuple[str, int, int]:
+        """A conversation whose texts are known, and where they begin in it."""
+        text = self._render([{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
+        return text, text.find(_QUESTION), text.rfind(_ANSWER)
 
     def _turn_position(self, text: str, ids: list[int], encoded: Any) -> int | None:
         """The token at which the last `turn_text` begins."""
@@ -172,6 +196,32 @@ def reward_tokenizer(source: Any, pair_encoding: bool) -> Any:
     from transformers import AutoTokenizer
 
     return source.read("tokenizer", AutoTokenizer)
+
+
+def reward_renderer(
+    source: Any,
+    max_tokens: int,
+    system_prompt: SystemPrompt,
+    pair_encoding: bool = False,
+    score_at: ScoreAt | None = None,
+    option: str | None = None,
+    tokenizer: Any = None,
+) -> Renderer:
+    """Renders conversations as the reward model of `source` reads them.
+
+    Args:
+        source: Its config and tokenizer.
+        max_tokens: See `Renderer`.
+        system_prompt: See `Renderer`.
+        pair_encoding: See `Renderer`.
+        score_at: Where the score is read; None for where its config says, else the last token.
+        option: The option that names the model, for errors; None for that of `source`.
+        tokenizer: If not that of `source`.
+    """
+    tokenizer = tokenizer or reward_tokenizer(source, pair_encoding)
+    place = score_place(score_at, source)
+    eos = () if place == "last" else source.eos_token_ids
+    return Renderer(tokenizer, max_tokens, system_prompt, pair_encoding, option or source.option, place, eos)
 
 
 def padded(rows: Sequence[Rendered], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:

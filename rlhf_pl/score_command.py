@@ -199,7 +199,10 @@ def _score_pairs(config: Any, reward: Reward, scoring: ScoringConfig) -> list[di
         longer.append(longer_text(pair.chosen, pair.rejected))
     if not margins:
         raise InputError(f"`data`: {config.data!r} has no scored pair with a preference ({ties} ties).")
-    _print_pairs(reward.name, pair_metrics(margins, longer))
+    metrics = pair_metrics(margins, longer)
+    _print_pairs(reward.name, metrics)
+    if metrics.equal:
+        console.print(f"{metrics.equal} pairs with equal scores count as half right.")
     if ties:
         console.print(f"{ties} ties are scored, but not counted.")
     if wrong := loaded.dropped["equal_or_empty"]:

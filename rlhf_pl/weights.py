@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
-from rlhf_pl.lora import merged_tensors, unwrapped_name
+from rlhf_pl.lora import merged_tensors, plain_name, unwrapped_name
 from rlhf_pl.quantized import is_quantized, shapes, whole_tensors
 
 
@@ -48,7 +48,7 @@ def model_weights(module: L.LightningModule, model: Any, like: Mapping[str, Tens
 def like_of(model: Any) -> dict[str, Tensor]:
     """Names, shapes and dtypes of a model's weights, adapters aside."""
     state = shapes(model) if is_quantized(model) else model.state_dict()
-    return _like({name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name})
+    return _like({plain_name(name): t for name, t in state.items() if ".lora_" not in name})
 
 
 def _like(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -42,6 +42,7 @@ def test_pairs_give_accuracy_margin_and_calibration(
     assert "words on 3 pairs" in text
     assert "0.5000 (95%: " in text
     assert "0.3333" in text
+    assert "1 pairs with equal scores count as half right." in text
     assert "1 ties are scored, but not counted." in text
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(r["chosen_reward"], r["rejected_reward"]) for r in rows] == [(3, 1), (1, 2), (2, 2), (2, 2)]

@@ -100,7 +100,7 @@ class PreferenceDataset(Dataset):
     def _inputs(self, indices: Sequence[int]) -> dict[str, Any]:
         if self.shares_prompts:
             trees = [share_beginning([row.ids for row in self.rows[i]], self._common[i]) for i in indices]
-            return tree_inputs(trees, self.pad_id)
+            return tree_inputs(trees)
         return padded([row for i in indices for row in self.rows[i]], self.pad_id)
 
     def __getitems__(self, request: tuple[list[int], float]) -> PreferenceBatch:

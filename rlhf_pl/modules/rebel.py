@@ -12,7 +12,7 @@ from rlhf_pl.data.progress import run_seed
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
 from rlhf_pl.fingerprints import describe
-from rlhf_pl.lora import LoRA, adaptable_layers, add_lora, base_dtype, check_lora, without_adapters
+from rlhf_pl.lora import LoRA, adapter_targets, add_lora, base_dtype, check_lora, noted, without_adapters
 from rlhf_pl.losses import PairwiseLoss, RebelLoss
 from rlhf_pl.modules.logging import Means, is_update, log_update, with_variance
 from rlhf_pl.modules.optimization import Optimization, check_precision
@@ -134,7 +134,7 @@ class RebelModule(TrainedModule):
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
         if self.lora is not None:
-            adaptable_layers(empty_lm(self.source), self.lora)
+            adapter_targets(empty_lm(self.source), self.lora)
         check_ready = getattr(getattr(self.trainer, "datamodule", None), "check_ready", None)
         if check_ready is not None:
             check_ready()
@@ -290,7 +290,7 @@ class RebelModule(TrainedModule):
             "kl_coef": self.kl_coef,
             "dtype": self.dtype_name,
             **({} if self.trainable_layers is None else {"trainable_layers": self.trainable_layers}),
-            **({} if self.lora is None else {"lora": vars(self.lora)}),
+            **({} if self.lora is None else {"lora": noted(self.lora)}),
         }
 
     def on_train_epoch_start(self) -> None:

@@ -1,6 +1,7 @@
 """Training a reward model from comparisons."""
 
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -8,23 +9,25 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_pl.classifier import ClassifierLM, check_new_classifier, empty_classifier, new_classifier
+from rlhf_pl.classifier import ClassifierLM, check_new_classifier, empty_classifier, has_head, new_classifier
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_folder, try_export
 from rlhf_pl.liger import apply_liger
-from rlhf_pl.lora import LoRA, add_lora, check_lora
+from rlhf_pl.lora import LoRA, adapter_targets, add_lora, check_lora
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.padding import Padding, own_padding, padding_in_config, with_new_rows
 from rlhf_pl.pair_metrics import wilson_interval
 from rlhf_pl.policy import DType, PolicySource
 from rlhf_pl.ranks import ranks_of
-from rlhf_pl.rendering import Renderer, SystemPrompt, reward_tokenizer
+from rlhf_pl.rendering import Renderer, SystemPrompt, reward_renderer
+from rlhf_pl.score_place import ScoreAt, note_place, warn_of_other_reading, warn_once
 from rlhf_pl.strategies import check_strategy, shard
 from rlhf_pl.weights import Weights, like_of, model_weights
 
@@ -51,6 +54,10 @@ class RewardModelModule(TrainedModule):
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
+        score_at: Where the score is read: `last`, the conversation's last token, whatever it is, where every other tool
+            reads the exported model too; `eos`, the EOS that the template writes after the answer; `before_eos`, the
+            token before that. The exported config says it if it is not `last`. null for what the backbone's config
+            says, else `last`.
     """
 
     train_metrics = tuple(f"train/{name}" for name in ("lr", *PARTS))
@@ -72,6 +79,7 @@ class RewardModelModule(TrainedModule):
         chat_template: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        score_at: ScoreAt | None = None,
     ) -> None:
         super().__init__()
         if centering < 0:
@@ -88,22 +96,32 @@ class RewardModelModule(TrainedModule):
         self.gradient_checkpointing = gradient_checkpointing
         self.system_prompt: SystemPrompt = system_prompt
         self.pair_encoding = pair_encoding
+        self._score_at = score_at
         self.classifier: ClassifierLM | None = None
         self.train_means, self.val_means = Means(), Means()
         self._like: dict[str, Tensor] = {}
         self._margins: list[Tensor] = []  # of held-out pairs with a clear label
+        self._compared = 0  # the number of these in the last validation
 
     def renderer(self, max_tokens: int) -> Renderer:
         """Renders conversations for this model, as `ClassifierReward` will."""
         limit = min(max_tokens, self.source.max_context_tokens)
-        tokenizer = reward_tokenizer(self.source, self.pair_encoding)
-        return Renderer(tokenizer, limit, self.system_prompt, self.pair_encoding, "model.backbone")
+        tokenizer = self.padding.tokenizer
+        return reward_renderer(
+            self.source, limit, self.system_prompt, self.pair_encoding, self._score_at, tokenizer=tokenizer
+        )
+
+    @cached_property
+    def padding(self) -> Padding:
+        """The padding token that the model is exported with, and its tokenizer."""
+        render = reward_renderer(self.source, 2**31, self.system_prompt, self.pair_encoding, self._score_at)
+        return own_padding(render, self.source.config)
 
     @property
     def pad_id(self) -> int:
         """What rows are padded with."""
         assert self.classifier is not None
-        return self.classifier.model.config.get_text_config().pad_token_id
+        return self.classifier.pad_id or 0
 
     @property
     def shares_prompts(self) -> bool:
@@ -114,6 +132,20 @@ class RewardModelModule(TrainedModule):
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name)
         check_new_classifier(self.source)
+        if self.lora is not None:
+            adapter_targets(empty_classifier(self.source), self.lora)
+        self._say_where_scores_are_read()
+
+    def _say_where_scores_are_read(self) -> None:
+        render = self.renderer(2**31)
+        if render.left_off:
+            warn_once(
+                f"`model.score_at` is {render.score_at}: the exported model's config says so to ClassifierReward and "
+                "VLLMServerReward; transformers, vLLM and TRL by themselves read the score at a conversation's last "
+                "token, as with `last`."
+            )
+        elif self._score_at is None and has_head(self.source):
+            warn_of_other_reading(render, self.source)
 
     def configure_model(self) -> None:
         """Load the backbone. Lightning calls it after all inputs have been checked."""
@@ -121,10 +153,6 @@ class RewardModelModule(TrainedModule):
             return
         seed = run_seed()
         model = new_classifier(self.source, seed, getattr(torch, self.dtype_name), self.attn_implementation)
-        tokenizer = reward_tokenizer(self.source, self.pair_encoding)
-        text_config = model.config.get_text_config()
-        if text_config.pad_token_id is None:  # plain transformers needs one to score batches
-            text_config.pad_token_id = _padding_token(tokenizer, self.source)
         if self.lora is not None:
             add_lora(model, self.lora, seed, train_head=True)
         if self.gradient_checkpointing:
@@ -151,8 +179,9 @@ class RewardModelModule(TrainedModule):
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         _, parts = self._losses(batch)
         if batch.weight > 0:
-            self.val_means.add(**parts, longer_accuracy=batch.longer)
-            self._margins.append(parts["margin"][batch.labels != 0.5].cpu())
+            clear = batch.labels != 0.5
+            self.val_means.add(**parts, longer_accuracy=batch.longer[clear])
+            self._margins.append(parts["margin"][clear].cpu())
 
     def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
         """Loss per pair, and what is logged about it, each of shape (B,)."""
@@ -164,7 +193,7 @@ class RewardModelModule(TrainedModule):
         margins = margins.detach()
         parts = {
             "loss": losses.detach(),
-            "accuracy": 0.5 * (1 + margins.sign())[batch.labels != 0.5],
+            "accuracy": 0.5 * (1 + margins.sign())[batch.labels != 0.5],  # equal scores are half right
             "margin": margins,
             "score_chosen": chosen.detach(),
             "score_rejected": rejected.detach(),
@@ -174,7 +203,7 @@ class RewardModelModule(TrainedModule):
     def on_validation_epoch_end(self) -> None:
         metrics = self.val_means.take("val", ranks_of(self.trainer))
         margins = torch.cat(ranks_of(self.trainer).gather(torch.cat([torch.zeros(0), *self._margins])))
-        self._margins = []
+        self._margins, self._compared = [], len(margins)
         calibration = BinaryCalibrationError(n_bins=10)
         if len(margins):
             calibration.update(margins.abs().sigmoid(), (margins > 0).int())
@@ -182,13 +211,16 @@ class RewardModelModule(TrainedModule):
         self.log_dict(metrics)
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
-        """The held-out metrics of an epoch in a line."""
+        """The held-out metrics of an epoch in a line. Accuracy and its interval are of the pairs that are no ties."""
+        parts = f"margin {metrics['val/margin']:.3f}, loss {metrics['val/loss']:.3f}"
+        if not self._compared:
+            return f"held-out {parts} ({held_out} pairs, all of them ties)"
         accuracy, longer = metrics["val/accuracy"], metrics["val/longer_accuracy"]
-        low, high = wilson_interval(accuracy, held_out)
+        low, high = wilson_interval(accuracy, self._compared)
+        ties = f" and {held_out - self._compared} ties" if held_out > self._compared else ""
         return (
-            f"held-out accuracy {accuracy:.3f} (95%: {low:.3f} to {high:.3f}, {held_out} pairs), margin "
-            f"{metrics['val/margin']:.3f}, loss {metrics['val/loss']:.3f}, calibration error "
-            f"{metrics['val/calibration_error']:.3f}; length alone gets {max(longer, 1 - longer):.3f}"
+            f"held-out accuracy {accuracy:.3f} (95%: {low:.3f} to {high:.3f}, {self._compared} pairs{ties}), {parts}, "
+            f"calibration error {metrics['val/calibration_error']:.3f}; length alone gets {max(longer, 1 - longer):.3f}"
         )
 
     def weights(self) -> Weights:
@@ -199,7 +231,7 @@ class RewardModelModule(TrainedModule):
     def try_export(self, dtype: str | None = None) -> None:
         """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
         model = empty_classifier(self.source) if self.classifier is None else self.classifier.model
-        try_export(model, self.source, reward_tokenizer(self.source, self.pair_encoding), dtype)
+        try_export(model, self.source, self.padding.tokenizer, dtype)
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the reward model as a Hugging Face folder that `ClassifierReward` and plain transformers load.
@@ -209,9 +241,12 @@ class RewardModelModule(TrainedModule):
             dtype: Dtype of the weights; None for that of the checkpoint that the run started from.
         """
         assert self.classifier is not None
-        tokenizer = reward_tokenizer(self.source, self.pair_encoding)
-        write = self.global_rank == 0
-        export_folder(self.classifier.model, self.source, tokenizer, self.weights(), folder, dtype, write)
+        model, padding = self.classifier.model, self.padding
+        note_place(model.config, self.renderer(2**31).score_at)
+        weights = with_new_rows(self.weights(), model, padding.new_rows)
+        with padding_in_config(model.config, padding):
+            write = self.global_rank == 0
+            export_folder(model, self.source, padding.tokenizer, weights, folder, dtype, write)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_save_checkpoint(checkpoint)
@@ -220,15 +255,3 @@ class RewardModelModule(TrainedModule):
         if self.classifier is not None:
             check_weights(self, checkpoint, self.source)
         super().on_load_checkpoint(checkpoint)
-
-
-def _padding_token(tokenizer: Any, source: PolicySource) -> int:
-    """A padding token that ends no answer, if the tokenizer has one: transformers takes trailing ones for padding."""
-    ends = {tokenizer.eos_token_id}
-    for token in (tokenizer.pad_token_id, tokenizer.unk_token_id):
-        if token is not None and token not in ends:
-            return token
-    for token in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token is not None:
-            return token
-    raise InputError(f"`model.backbone`: the tokenizer of {source.path!r} has no padding, unknown or EOS token.")

@@ -12,7 +12,7 @@ from rlhf_pl.data.progress import run_seed
 from rlhf_pl.data.sft_module import SFTBatch
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
-from rlhf_pl.lora import LoRA, adaptable_layers, add_lora, base_dtype, check_lora
+from rlhf_pl.lora import LoRA, adapter_targets, add_lora, base_dtype, check_lora
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.modules.trained import TrainedModule
@@ -84,7 +84,7 @@ class SFTModule(TrainedModule):
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
         if self.lora is not None:
-            adaptable_layers(empty_lm(self.source), self.lora)
+            adapter_targets(empty_lm(self.source), self.lora)
 
     def configure_model(self) -> None:
         """Load the policy. Lightning calls it after all inputs have been checked."""

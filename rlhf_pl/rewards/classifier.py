@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_pl.checkpoint_files import WeightFiles
+from rlhf_pl.checkpoint_files import WeightFiles, stored_config
 from rlhf_pl.classifier import ClassifierLM, find_head, load_classifier, tree_inputs
 from rlhf_pl.compute import Compute
 from rlhf_pl.devices import fast_dtype
@@ -15,10 +15,11 @@ from rlhf_pl.fingerprints import describe
 from rlhf_pl.layout import Layout
 from rlhf_pl.liger import apply_liger
 from rlhf_pl.policy import PolicySource
-from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
+from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_renderer
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.families import Family, families
 from rlhf_pl.rewards.local_model import LocalModel, ModelDType
+from rlhf_pl.score_place import ScoreAt, mean_score, reads_elsewhere, warn_of_other_reading
 
 
 class ClassifierReward(Reward):
@@ -45,6 +46,10 @@ class ClassifierReward(Reward):
             true to require it (an error without a GPU).
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
+        score_at: Where the score is read: `last`, the conversation's last token, whatever it is; `eos`, the EOS that
+            the template writes after the answer; `before_eos`, the token before that. null for what the model's config
+            says (`score_at`, in models trained here), else `last`, with a warning where transformers' own classifier
+            reads elsewhere.
     """
 
     def __init__(
@@ -63,6 +68,7 @@ class ClassifierReward(Reward):
         use_liger_kernel: bool | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        score_at: ScoreAt | None = None,
     ) -> None:
         self.weights = PolicySource(model, revision, chat_template, trust_remote_code, "rollout.reward.model")
         self.source = self.weights
@@ -72,6 +78,7 @@ class ClassifierReward(Reward):
         self.max_tokens, self.system_prompt, self.pair_encoding = max_tokens, system_prompt, pair_encoding
         self.chat_template, self.attn_implementation, self.revision = chat_template, attn_implementation, revision
         self.use_liger_kernel = use_liger_kernel
+        self._score_at = score_at
         self._renderer: Renderer | None = None
         self._local = LocalModel(self._load, _run, device, tokens_per_batch, offload)
 
@@ -80,7 +87,18 @@ class ClassifierReward(Reward):
         return f"ClassifierReward({self.model})"
 
     def fingerprint(self) -> str:
-        return f"{describe(self)}:{self._weights_hash}"
+        return f"{describe(self)}:{self._weights_hash}{self._reading}"
+
+    @cached_property
+    def _reading(self) -> str:
+        """What is not as it always was for every model."""
+        place, mean = self.renderer().score_at, self._mean
+        plain = place == "last" and mean == 0 and not reads_elsewhere(self.renderer().ending, self.source)
+        return "" if plain else f":{place}:{mean}"
+
+    @cached_property
+    def _mean(self) -> float:
+        return mean_score(stored_config(self.weights), self.model) or mean_score(self.source.config, self.base or "")
 
     @cached_property
     def _weights_hash(self) -> str:
@@ -89,13 +107,17 @@ class ClassifierReward(Reward):
     def renderer(self) -> Renderer:
         """Renders conversations as the model reads them."""
         if self._renderer is None:
-            tokenizer = reward_tokenizer(self.source, self.pair_encoding)
             limit = min(self.max_tokens, self.source.max_context_tokens)
-            self._renderer = Renderer(tokenizer, limit, self.system_prompt, self.pair_encoding)
+            self._renderer = reward_renderer(
+                self.source, limit, self.system_prompt, self.pair_encoding, self._score_at, "rollout.reward.model"
+            )
         return self._renderer
 
     def check(self, samples: Sequence[Sample]) -> None:
         find_head(self.source, WeightFiles(self.weights))
+        _ = self._mean
+        if self._score_at is None:
+            warn_of_other_reading(self.renderer(), self.source)
         self._rows(samples)
 
     def _rows(self, samples: Sequence[Sample]) -> list[Rendered]:
@@ -134,8 +156,8 @@ def _run(module: Any, found: list[Family], device: torch.device) -> list[Tensor]
     """The scores of each family."""
     rows = [row for family in found for row in family.rows]
     if module.shares_prompts and not any(row.token_type_ids for row in rows):
-        inputs = tree_inputs([family.tree for family in found], module.pad_token_id)
+        inputs = tree_inputs([family.tree for family in found])
         scores = module(**{n: v.to(device) if isinstance(v, Tensor | Layout) else v for n, v in inputs.items()})
     else:
-        scores = module(**padded(rows, module.pad_id([row.ids for row in rows]), device))
+        scores = module(**padded(rows, module.pad_id or 0, device))
     return list(scores.split([len(family.rows) for family in found]))

@@ -1,13 +1,13 @@
 """Plain Python functions as rewards, by import path."""
 
 import importlib
-import importlib.util
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from rlhf_pl.by_path import import_path
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import code_fingerprint
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
@@ -109,7 +109,7 @@ class FunctionReward(Reward):
 def import_function(path: str) -> Callable[..., Any]:
     """The function at `package.module.function` or `path/to/file.py:function`.
 
-    Modules are also looked for in the current directory.
+    Modules are also looked for in the current directory, and by a file beside it, as in `python file.py`.
 
     Raises:
         InputError: Says which part of the path was not found.
@@ -148,7 +148,7 @@ def _import_module(path: str, dotted: str) -> Any:
                 "the installed packages."
             ) from error
         raise InputError(f"`rollout.reward`: importing {dotted!r} failed: {error}.") from error
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise InputError(f"`rollout.reward`: importing {dotted!r} failed: {type(error).__name__}: {error}.") from error
 
 
@@ -156,12 +156,9 @@ def _import_file(path: str, file: str) -> Any:
     location = Path(file)
     if not location.is_file():
         raise InputError(f"`rollout.reward`: {path!r} not found: there is no file {file!r}.")
-    spec = importlib.util.spec_from_file_location(location.stem, location)
-    if spec is None or spec.loader is None:
+    if location.suffix != ".py":
         raise InputError(f"`rollout.reward`: {file!r} is no Python file.")
-    module = importlib.util.module_from_spec(spec)
     try:
-        spec.loader.exec_module(module)
-    except Exception as error:
+        return import_path(file)
+    except (Exception, SystemExit) as error:
         raise InputError(f"`rollout.reward`: running {file!r} failed: {type(error).__name__}: {error}.") from error
-    return module

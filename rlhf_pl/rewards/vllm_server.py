@@ -1,13 +1,17 @@
 """A reward model that `vllm serve` runs, elsewhere or on another GPU."""
 
 from collections.abc import Mapping, Sequence
+from functools import cached_property
 from typing import Any, Literal
 
+from rlhf_pl.checkpoint_files import stored_config
 from rlhf_pl.errors import InputError
+from rlhf_pl.fingerprints import describe
 from rlhf_pl.policy import PolicySource
-from rlhf_pl.rendering import Renderer, SystemPrompt, reward_tokenizer
+from rlhf_pl.rendering import Renderer, SystemPrompt, reward_renderer
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError, number
+from rlhf_pl.score_place import ScoreAt, mean_score, warn_of_other_reading
 
 
 class VLLMServerReward(Reward):
@@ -31,6 +35,10 @@ class VLLMServerReward(Reward):
         backoff_s: Pause before the second attempt, seconds; doubled before every further one.
         api_key_env: Environment variable with a key that is sent as a bearer token; null for none.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
+        score_at: Where the score is read: `last`, the conversation's last token, whatever it is; `eos`, the EOS that
+            the template writes after the answer; `before_eos`, the token before that. vLLM reads the last token it is
+            sent, so what lies behind that place is not sent. null for what the config beside the tokenizer says
+            (`score_at`, in models trained here), else `last`, with a warning where transformers reads elsewhere.
     """
 
     def __init__(
@@ -47,6 +55,7 @@ class VLLMServerReward(Reward):
         backoff_s: float = 1.0,
         api_key_env: str | None = None,
         chat_template: str | None = None,
+        score_at: ScoreAt | None = None,
     ) -> None:
         if max_tokens < 2:
             raise InputError(f"`rollout.reward.max_tokens` must be 2 or more, got {max_tokens}.")
@@ -55,6 +64,7 @@ class VLLMServerReward(Reward):
         self._source = PolicySource(tokenizer, None, chat_template, False, "rollout.reward.tokenizer")
         address = f"{url.rstrip('/')}/{endpoint}"
         self._service = Service(address, timeout_s, retries, backoff_s, concurrency, api_key_env)
+        self._score_at = score_at
         self._renderer: Renderer | None = None
 
     @property
@@ -72,12 +82,23 @@ class VLLMServerReward(Reward):
     def renderer(self) -> Renderer:
         """Renders conversations as the model reads them."""
         if self._renderer is None:
-            tokenizer = reward_tokenizer(self._source, False)
-            self._renderer = Renderer(tokenizer, self.max_tokens, self.system_prompt, option="rollout.reward.tokenizer")
+            self._renderer = reward_renderer(self._source, self.max_tokens, self.system_prompt, score_at=self._score_at)
         return self._renderer
+
+    def fingerprint(self) -> str:
+        place, mean = self.renderer().score_at, self._mean
+        return describe(self) + ("" if place == "last" and mean == 0 else f":{place}:{mean}")
+
+    @cached_property
+    def _mean(self) -> float:
+        """What the model's config says is to be subtracted, which the server does not know of."""
+        return mean_score(stored_config(self._source), self._source.path)
 
     def check(self, samples: Sequence[Sample]) -> None:
         self._service.check()
+        _ = self._mean
+        if self._score_at is None:
+            warn_of_other_reading(self.renderer(), self._source)
         for sample in samples:
             sample.rendered(self.renderer())
 
@@ -87,7 +108,7 @@ class VLLMServerReward(Reward):
         payloads = [{"model": self.model, "input": [row.ids], "use_activation": False, **task} for row in rows]
         scores = self._service.map(payloads, lambda i, body: _score(body))
         return [
-            s if isinstance(s, Failure) else RewardResult(s, truncated_tokens=row.truncated_tokens)
+            s if isinstance(s, Failure) else RewardResult(s - self._mean, truncated_tokens=row.truncated_tokens)
             for s, row in zip(scores, rows, strict=True)
         ]
 

@@ -19,7 +19,9 @@ from torch import Tensor
 from rlhf_pl.devices import fast_dtype
 from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.self_check import StaleSamplerError
+from rlhf_pl.rollout.vllm_experts import check_kernels, take_kernels
 from rlhf_pl.rotary import factors_of, thresholds
 
 _PREFIX = "rlhf_pl-vllm-"
@@ -86,6 +88,7 @@ class VLLMSampler(Sampler):
         from vllm import LLM
 
         self._eos = list(spec.source.eos_token_ids)
+        self._as_stored = checkpoint_format(spec.source)
         self._on_gpu = torch.cuda.is_available()
         if not self._on_gpu:
             _check_heads(spec.source.config.get_text_config())
@@ -158,11 +161,14 @@ class VLLMSampler(Sampler):
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
         """The engine's own."""
+        model = self._model()
+        return iter([] if model is None else [(n, p) for n, p in model.named_parameters() if p.numel()])
+
+    def _model(self) -> Any:
         core = self._llm.llm_engine.engine_core.engine_core
         worker = getattr(core.model_executor, "driver_worker", None)
         runner = getattr(getattr(worker, "worker", worker), "model_runner", None)
-        model = getattr(runner, "model", None)
-        return iter([] if model is None else [(n, p) for n, p in model.named_parameters() if p.numel()])
+        return getattr(runner, "model", None)
 
     def reset(self) -> None:
         self._llm.reset_prefix_cache()
@@ -177,8 +183,14 @@ class VLLMSampler(Sampler):
                 names.add(name)
                 yield name, tensor.detach().to(dtype)
 
+        model = None if self._on_gpu else self._model()
+        kernels = [] if model is None else take_kernels(model)
         with torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": stream()})
+            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_stored(stream())})
+        try:
+            check_kernels(kernels, model)
+        except RuntimeError as error:
+            raise InputError(f"`rollout.sampler`: {error}") from error
         return names
 
     def load_weights(self, tensors: NamedTensors) -> None:

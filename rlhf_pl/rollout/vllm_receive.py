@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from vllm.distributed.weight_transfer import base
 
+from rlhf_pl.rollout.vllm_experts import Kernels, check_kernels, take_kernels
 from rlhf_pl.rollout.vllm_plugin import read_exactly
 
 
@@ -34,6 +35,7 @@ class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     _connection: socket.socket | None = None
+    _kernels: Kernels = []  # noqa: RUF012 - replaced, never changed
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
@@ -44,12 +46,15 @@ class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
+        if torch.device(self.device).type == "cpu":
+            self._kernels = take_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import finalize_layerwise_reload
 
         finalize_layerwise_reload(self.model, self.model_config)
+        check_kernels(self._kernels, self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
         self.receive_weights(self.parse_update_info(update_info))  # the base class waits for an accelerator

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.push import NCCLPush, Push, TCPPush
 from rlhf_pl.rollout.self_check import StaleSamplerError
 from rlhf_pl.rollout.vllm import check_engine_rotary, reshaping
@@ -121,6 +122,7 @@ class VLLMServerSampler(Sampler):
     def start(self, spec: EngineSpec) -> None:
         self._rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         self._eos = list(spec.source.eos_token_ids)
+        self._as_stored = checkpoint_format(spec.source)
         self._models = {url: self._served_model(url, spec.max_model_tokens) for url in self.urls}
         if self._rank == 0:
             self._connect()
@@ -134,11 +136,15 @@ class VLLMServerSampler(Sampler):
         bucket: list[tuple[str, Tensor]] = []
         if self._rank == 0:
             self._open_update()
-        for name, tensor in tensors:
-            names.add(name)
-            if self._rank:
-                continue  # the stream is put together by all ranks, rank 0 sends it
-            bucket.append((name, tensor.detach().to(getattr(torch, self.dtype))))
+
+        def cast() -> NamedTensors:
+            for name, tensor in tensors:  # the stream is put together by all ranks, rank 0 sends it
+                names.add(name)
+                if self._rank == 0:
+                    yield name, tensor.detach().to(getattr(torch, self.dtype))
+
+        for name, tensor in self._as_stored(cast()):
+            bucket.append((name, tensor))
             if sum(t.numel() * t.element_size() for _, t in bucket) >= BUCKET_BYTES:
                 self._send(bucket)
                 bucket = []

@@ -16,6 +16,7 @@ from rlhf_pl.rewards import (
     VLLMServerReward,
 )
 from rlhf_pl.rollout import VLLMServerSampler
+from tests.conftest import save_reward_model
 from tests.rewards.test_classifier import SAMPLES
 from tests.vllm_serving import serving
 
@@ -27,19 +28,27 @@ pytestmark = [
 MODEL = Path(__file__).parents[2] / "models" / "SmolLM2-135M-Instruct"
 
 
-def test_served_reward_model_scores_as_here(reward_model: Path, tmp_path: Path) -> None:
+def test_served_reward_model_scores_as_here(tmp_path: Path) -> None:
+    """Also one whose padding token ends its conversations, and whose config names a mean."""
+    reward_model = save_reward_model(tmp_path / "model", pad_token_id=2, bias=0.5)
     expected = [r.reward for r in ClassifierReward(str(reward_model)).score(SAMPLES)]
-    with serving(reward_model, tmp_path / "log", "--runner", "pooling", "--dtype", "float32") as url:
+    before_eos = [r.reward for r in ClassifierReward(str(reward_model), score_at="before_eos").score(SAMPLES)]
+    options = ("--runner", "pooling", "--dtype", "float32", "--hf-overrides", '{"bias": false}')
+    with serving(reward_model, tmp_path / "log", *options) as url:
         served = {
             endpoint: VLLMServerReward(url, str(reward_model), endpoint=endpoint).score(SAMPLES)  # type: ignore[arg-type]
             for endpoint in ("classify", "pooling")
         }
+        sent_less = VLLMServerReward(url, str(reward_model), score_at="before_eos").score(SAMPLES)
         (lost,) = VLLMServerReward(url, str(reward_model), model="other", retries=0).score(SAMPLES[:1])
         with pytest.raises(InputError, match="does not take weights"):  # it was started for scoring alone
             VLLMServerSampler([url], dtype="float32").check()
     for results in served.values():
         found = [r.reward for r in results if isinstance(r, RewardResult)]
         assert found == pytest.approx(expected, abs=1e-3)
+    found = [r.reward for r in sent_less if isinstance(r, RewardResult)]
+    assert found == pytest.approx(before_eos, abs=1e-3)
+    assert before_eos != pytest.approx(expected, abs=1e-2)
     assert isinstance(lost, Failure)
     assert "404" in lost.detail
 

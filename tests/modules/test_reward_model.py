@@ -16,11 +16,11 @@ from rlhf_pl.classifier import ClassifierLM, new_classifier
 from rlhf_pl.errors import InputError
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.optim import AdamW
-from rlhf_pl.pair_metrics import pair_metrics
+from rlhf_pl.pair_metrics import pair_metrics, wilson_interval
 from rlhf_pl.policy import PolicySource
 from rlhf_pl.rewards import ClassifierReward, Sample
 from tests.conftest import save_llama
-from tests.rewards.test_classifier import plain_scores
+from tests.rewards.test_classifier import SAMPLES, plain_scores
 
 Write = Callable[..., str]
 # the preferred answer says "good": something that a small model can learn
@@ -50,6 +50,7 @@ def test_gradient_raises_the_margin_and_vanishes_at_a_tie() -> None:
 def test_metrics_worked_by_hand() -> None:
     """Two of four right, one equal: 2.5 / 4. Sigmoid(|3|) is sure and right, so is hardly off."""
     metrics = pair_metrics([3.0, 3.0, -1.0, 0.0], [1.0, 0.0, 1.0, 0.5])
+    assert metrics.equal == 1
     assert (metrics.pairs, metrics.accuracy, metrics.margin, metrics.longer) == (4, 0.625, 1.25, 0.625)
     assert pair_metrics([3.0] * 10, [1.0] * 10).calibration_error == pytest.approx(1 - 1 / (1 + math.exp(-3)), abs=1e-4)
 
@@ -88,8 +89,6 @@ def test_learns_and_its_folder_scores_alike_everywhere(
     assert good > bad + 0.5
     config = json.loads((folder / "config.json").read_text())
     assert config["architectures"] == ["LlamaForSequenceClassification"]
-    from tests.rewards.test_classifier import SAMPLES
-
     ours = [r.reward for r in reward.score(SAMPLES)]
     assert ours == pytest.approx(plain_scores(folder), abs=1e-4)
 
@@ -207,3 +206,72 @@ def test_wrong_inputs(tmp_path: Path, write_jsonl: Write, llama: Path) -> None:
     (save_llama(tmp_path / "bare") / "model.safetensors").unlink()
     with pytest.raises(InputError, match="has no weights"):
         fit(tmp_path / "run", tmp_path / "bare", write_jsonl(ROWS))
+
+
+def plain_batch(folder: Path, side: str) -> list[float]:
+    """transformers' own classifier and padding."""
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    chats = [[*s.messages, {"role": "assistant", "content": s.response}] for s in SAMPLES]
+    texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+    batch = tokenizer(texts, add_special_tokens=False, return_tensors="pt", padding=True, padding_side=side)
+    with torch.no_grad():
+        return model.eval()(**batch).logits[:, 0].tolist()
+
+
+@pytest.mark.parametrize("pad_token", ["<|end|>", None])
+def test_exports_have_a_padding_token_of_their_own(
+    tmp_path: Path, write_jsonl: Write, pad_token: str | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A backbone whose padding token is its EOS, or is missing: the embeddings get one more row."""
+    from transformers import AutoTokenizer
+
+    backbone = save_llama(tmp_path / "backbone", pad_token_id=None if pad_token is None else 2)
+    tokenizer = AutoTokenizer.from_pretrained(backbone)
+    tokenizer.pad_token = pad_token
+    tokenizer.save_pretrained(backbone)
+    fit(tmp_path / "run", backbone, write_jsonl(ROWS), max_epochs=1)
+    folder = tmp_path / "run" / "model"
+    config = json.loads((folder / "config.json").read_text())
+    assert config["pad_token_id"] == AutoTokenizer.from_pretrained(folder).pad_token_id == len(tokenizer)
+    assert config["vocab_size"] == len(tokenizer) + 1
+    assert "warning" not in capsys.readouterr().out
+    ours = [r.reward for r in ClassifierReward(str(folder)).score(SAMPLES)]
+    for found in (plain_scores(folder), plain_batch(folder, "right"), plain_batch(folder, "left")):
+        assert found == pytest.approx(ours, abs=1e-4)
+    fit(tmp_path / "again", folder, write_jsonl(ROWS), max_epochs=1)  # the next stage keeps it
+    assert json.loads((tmp_path / "again/model/config.json").read_text())["pad_token_id"] == len(tokenizer)
+
+
+def test_a_model_read_before_the_eos_says_so(
+    llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("rlhf_pl.score_place._warned", set())
+    fit(tmp_path, llama, write_jsonl(ROWS), {"score_at": "before_eos"}, max_epochs=1)
+    assert "`model.score_at` is before_eos" in capsys.readouterr().out
+    folder = tmp_path / "model"
+    reward = ClassifierReward(str(folder))
+    ours = [r.reward for r in reward.score(SAMPLES)]
+    rows = [reward.renderer()(s.messages, s.response).ids for s in SAMPLES]
+    assert all(row[-1] != 2 for row in rows)
+    from transformers import AutoModelForSequenceClassification
+
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.no_grad():
+        expected = [model(input_ids=torch.tensor([row])).logits.item() for row in rows]
+    assert ours == pytest.approx(expected, abs=1e-4)
+
+
+def test_accuracy_and_its_interval_are_of_pairs_that_are_no_ties(
+    llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Held out: 4 pairs and 6 ties. An interval over 10 would be narrower."""
+    clear = [{"prompt": f"Held out {i}?", "chosen": f"A good {i}", "rejected": f"A bad one {i}"} for i in range(4)]
+    ties = [{"prompt": f"Tie {i}?", "chosen": f"Longer {i}", "rejected": f"So {i}", "label": 0.5} for i in range(6)]
+    data = {"ties": "half", "val_preferences": write_jsonl([*clear, *ties], "val.jsonl")}
+    metrics = fit(tmp_path, llama, write_jsonl(ROWS), data=data, max_epochs=1)
+    low, high = wilson_interval(metrics["val/accuracy"], 4)
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"(95%: {low:.3f} to {high:.3f}, 4 pairs and 6 ties)" in said
+    assert metrics["val/longer_accuracy"] == 0.25 * sum(len(r["chosen"]) > len(r["rejected"]) for r in clear)

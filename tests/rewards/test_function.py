@@ -126,3 +126,75 @@ def test_fingerprint_changes_with_the_source(tmp_path: Path) -> None:
         file.write_text(f"def score(response):\n    {body}\n")
         prints.add(FunctionReward(f"{file}:score").fingerprint().split(":")[-1])
     assert len(prints) == 2
+
+
+WITH_HELPER = """from __future__ import annotations
+import multiprocessing, os, sys
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+import the_helper
+
+@dataclass
+class Box:
+    value: int
+    other: Box | None = None
+
+def scaled(box: Box) -> Box:
+    return Box(box.value * the_helper.FACTOR, box)
+
+def scores(responses: list[str]) -> list[int]:
+    found = []
+    for method in ("fork", "spawn", "forkserver"):
+        with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context(method)) as pool:
+            found.append([box.value for box in pool.map(scaled, [Box(len(r)) for r in responses])])
+    assert found[0] == found[1] == found[2], found
+    return found[0]
+
+def place(response: str) -> float:
+    return float(os.path.isabs(__file__) and os.path.isfile(__file__))
+
+if __name__ == "__main__":
+    sys.exit("as a script")
+"""
+
+
+def test_files_work_as_scripts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Postponed annotations, a module beside the file, and pools of processes; with two files of one name in two
+    folders, whose helpers have one name too, and one that is called like a module of the standard library."""
+    monkeypatch.chdir(tmp_path)
+    files = {"a/reward.py": 2, "b/reward.py": 3, "b/random.py": 3}
+    for file, factor in files.items():
+        Path(file).parent.mkdir(exist_ok=True)
+        Path(file).write_text(WITH_HELPER)
+        Path(file).with_name("the_helper.py").write_text(f"FACTOR = {factor}\n")
+    rewards = {file: FunctionReward(f"{file}:scores") for file in files}
+    for file, factor in files.items():
+        assert [r.reward for r in rewards[file].score([sample("ab"), sample("c")])] == [2.0 * factor, 1.0 * factor]
+    assert import_function("a/reward.py:place")("") == 1.0
+    import random
+
+    assert random.random() < 1
+
+
+def test_a_file_called_like_an_installed_module_can_import_that(tmp_path: Path) -> None:
+    file = tmp_path / "yaml.py"
+    file.write_text("import yaml\ndef score(response):\n    return float(yaml.safe_load(response))\n")
+    assert import_function(f"{file}:score")("1.5") == 1.5
+
+
+def test_a_file_is_run_once_until_it_changes(tmp_path: Path) -> None:
+    file = tmp_path / "counted.py"
+    file.write_text("def one(response): return 1.0\ndef two(response): return 2.0\n")
+    one, two = (import_function(f"{file}:{name}") for name in ("one", "two"))
+    assert one.__globals__ is two.__globals__
+    file.write_text("def one(response): return 5.0\ndef two(response): return 2.0\n")
+    assert import_function(f"{file}:one")("") == 5.0
+
+
+@pytest.mark.parametrize("line", ["import sys; sys.exit(0)", "1 / 0", "def f(:"])
+def test_a_file_that_fails_is_named(tmp_path: Path, line: str) -> None:
+    file = tmp_path / "broken.py"
+    file.write_text(line + "\ndef score(response): return 1.0\n")
+    for _ in range(2):
+        with pytest.raises(InputError, match=r"running '.*broken\.py' failed: (SystemExit|ZeroDivision|SyntaxError)"):
+            import_function(f"{file}:score")
