@@ -23,7 +23,7 @@ from rlhf_pl.quiet import quiet_libraries
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import is_shared
 
-SECONDS, GIB = 180, 14
+SECONDS, GIB = 600, 14
 LONGEST = 30
 NATS = 5e-3  # between ours and transformers' own numbers, float32; recurrent models make 0.001 of rounding
 HEADER = """# Models
