@@ -9,7 +9,8 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_pl.classifier import ClassifierLM, check_new_classifier, empty_classifier, has_head, new_classifier
+from rlhf_pl.classifier import ClassifierLM, new_classifier
+from rlhf_pl.classifier_head import check_new_classifier, empty_classifier, has_head
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pl.checkpoint_files import WeightFiles, stored_config
-from rlhf_pl.classifier import ClassifierLM, find_head, load_classifier, tree_inputs
+from rlhf_pl.classifier import ClassifierLM, load_classifier, tree_inputs
+from rlhf_pl.classifier_head import find_head
 from rlhf_pl.compute import Compute
 from rlhf_pl.devices import fast_dtype
 from rlhf_pl.fingerprints import describe
