@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from rlhf_pl.chat import Message
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.ranks import Ranks
 from rlhf_pl.rollout.base import NOTED_TEMPERATURE, PromptTokens, Response, Sampler, SamplingConfig
@@ -136,7 +137,7 @@ def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokeniz
         yield {
             "prompt_id": prompt.prompt_id,
             "response_index": index,
-            "prompt": json.dumps(prompt.messages, ensure_ascii=False, default=str),
+            "prompt": _as_text(prompt.messages),
             "response": tokenizer.decode(response.token_ids, skip_special_tokens=True),
             "finished": response.finished,
             "seed": seed + index,
@@ -145,3 +146,8 @@ def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokeniz
             "sampler_logp": sum(response.logps) if response.logps else None,
             "columns": json.dumps(dict(prompt.columns), ensure_ascii=False, default=str),
         }
+
+
+def _as_text(messages: Sequence[Message]) -> str:
+    """Messages as JSON, their keys in one order: equal conversations are equal texts."""
+    return json.dumps([dict(sorted(m.items())) for m in messages], ensure_ascii=False, default=str)
