@@ -7,7 +7,7 @@ python -m scripts.causal_lms llama phi3 # some, to the terminal
 import multiprocessing
 import resource
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -175,6 +175,15 @@ def try_apart(model_type: str) -> Outcome:
     return queue.get(timeout=5) if process.exitcode == 0 else Outcome("not tried", "takes too much memory")
 
 
+def write_page(found: Mapping[str, Outcome]) -> None:
+    """The table of all outcomes, by model type."""
+    rows = []
+    for model_type, outcome in sorted(found.items()):
+        why = f": {outcome.why}".replace("|", r"\|")[:240] if outcome.why else ""
+        rows.append(f"| `{model_type}` | {outcome.name} | {outcome.kind}{why} |\n")
+    Path("docs/models.md").write_text(HEADER.format(version=transformers.__version__) + "".join(rows))
+
+
 def main(wanted: list[str]) -> int:
     """Write the page, or print the outcomes of what is `wanted`; the exit code is 1 where numbers are wrong."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
@@ -184,11 +193,7 @@ def main(wanted: list[str]) -> int:
         found[model_type] = try_apart(model_type)
         print(model_type, found[model_type], flush=True)
     if not wanted:
-        rows = []
-        for model_type, outcome in found.items():
-            why = f": {outcome.why}".replace("|", r"\|")[:240] if outcome.why else ""
-            rows.append(f"| `{model_type}` | {outcome.name} | {outcome.kind}{why} |\n")
-        Path("docs/models.md").write_text(HEADER.format(version=transformers.__version__) + "".join(rows))
+        write_page(found)
     return int(any(outcome.kind == "WRONG" for outcome in found.values()))
 
 

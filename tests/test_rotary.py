@@ -212,7 +212,8 @@ def test_comparisons_train_on_what_each_row_gives_alone(tmp_path: Path, kind: st
     render = Renderer(source.tokenizer, 400)
     question = [{"role": "user", "content": "Go"}]
     texts = [("Yes", "Red, green, blue. " * 3), ("No", "Yes"), ("What is it? " * 9, "Red, green, blue. " * 5)]
-    pairs = [Preference(question, chosen, rejected, 1.0, 0.0) for chosen, rejected in texts]
+    said = [[{"role": "assistant", "content": text} for text in both] for both in texts]
+    pairs = [Preference(question, (chosen, rejected)) for chosen, rejected in said]
     unit = ClassifierLM(load_classifier(source, attn_implementation=attention)).train()
     dataset = PreferenceDataset(pairs, render, source.config)
     dataset.pad_id, dataset.shares_prompts = 1, unit.shares_prompts
