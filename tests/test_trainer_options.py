@@ -7,13 +7,14 @@ import lightning as L
 import pytest
 from lightning.pytorch import callbacks
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.plugins.precision import DoublePrecision
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.metrics import HELD_OUT, ROLLOUT
 from rlhf_pl.mistakes import mistake_behind
 from rlhf_pl.modules import RebelModule, SFTModule
 from rlhf_pl.monitors import check_monitors
-from rlhf_pl.trainer_options import check_trainer
+from rlhf_pl.trainer_options import check_trainer, refuse_options
 
 
 def trainer(**options: Any) -> L.Trainer:
@@ -51,6 +52,20 @@ def test_what_would_not_mean_what_it_says_is_refused_by_name(name: str) -> None:
 )
 def test_other_options_pass(options: dict[str, Any]) -> None:
     check_trainer(trainer(**options), in_rounds=True)
+
+
+def test_every_rank_has_its_own_part_without_lightnings_sampler() -> None:
+    run: Any = trainer(devices=1)
+    assert run._accelerator_connector.use_distributed_sampler
+    check_trainer(run, in_rounds=False)
+    assert not run._accelerator_connector.use_distributed_sampler
+
+
+@pytest.mark.parametrize("plugins", [DoublePrecision(), [DoublePrecision()]])
+def test_precision_is_set_by_its_option(plugins: Any) -> None:
+    given = {"fast_dev_run": False, "barebones": False, "num_sanity_val_steps": 0, "plugins": plugins}
+    with pytest.raises(InputError, match=r"`trainer.plugins`: DoublePrecision .* --trainer.precision"):
+        refuse_options(given, in_rounds=True)
 
 
 def stopping(metric: str) -> L.Trainer:
