@@ -150,6 +150,13 @@ def test_calls_are_learned_with_their_eos_and_weights_count() -> None:
     assert learned("QWEN", [*messages[:3], messages[3] | {"weight": 1.0}], tools=TOOLS) == ["22 degrees.<|end|>"]
 
 
+def test_a_response_to_nothing_is_not_learned() -> None:
+    said = {"role": "assistant", "content": "Hello."}
+    with pytest.raises(InputError, match="message 0 is a response to nothing; give it `weight: 0`"):
+        learned("QWEN", [said, ASK, said])
+    assert learned("QWEN", [said | {"weight": 0}, ASK, said]) == ["Hello.<|end|>"]
+
+
 def test_thoughts_are_learned_as_the_template_writes_them() -> None:
     said = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
     assert learned("THINKING", [ASK, said]) == ["<think>\nTwo and two.\n</think>\n\nFour.<|end|>"]
