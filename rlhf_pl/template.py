@@ -33,7 +33,12 @@ _MARK = "Xqzjw"
 
 def check_template_kwargs(tokenizer: Any, given: Mapping[str, Any] | None, option: str) -> None:
     """Raise InputError for variables that no chat template is given, or that this one never reads."""
-    known = variables_read(tokenizer.chat_template) if given else set()
+    check_variables(tokenizer.chat_template, given, option)
+
+
+def check_variables(chat_template: str | Mapping[str, str], given: Mapping[str, Any] | None, option: str) -> None:
+    """Raise InputError for variables that no chat template is given, or that this one, or these, never read."""
+    known = variables_read(chat_template) if given else set()
     for name in given or ():
         if name in _RESERVED:
             raise InputError(f"`{option}` gives {name!r}, which is set by the trainer. Leave it out.")
