@@ -201,6 +201,10 @@ def encode_conversation(
         mask.extend(i < end for i in range(len(tokens)))
 
     for i in learned:
+        if i == 0:
+            raise InputError(
+                "message 0 is a response to nothing; give it `weight: 0`, or take the last answer alone (loss_on: last)"
+            )
         before, through = template.render(prepared[:i], tools, True), template.render(prepared[: i + 1], tools)
         if not text.startswith(through):
             hint = "take the last answer alone (loss_on: last)" if every_answer and len(learned) > 1 else "change it"

@@ -67,7 +67,7 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.max_tokens, self.system_prompt = tokenizer, max_tokens, system_prompt
         self.pair_encoding, self.option = pair_encoding, option
-        self._told = False
+        self._told: set[str] = set()
         self.score_at: ScoreAt = score_at
         if pair_encoding and score_at != "last":
             raise InputError(f"`score_at` is {score_at}, but `pair_encoding` writes no conversation. Set it to `last`.")
@@ -88,7 +88,8 @@ class Renderer:
             response: Its text, or the assistant's message.
             tools: What the chat template is given as `tools`.
             chat_template_kwargs: Further variables of the chat template.
-            need_tools: Whether a template that does not write the tools is an error; else that is said once.
+            need_tools: Whether a template that leaves the tools or whole messages out is an error; else that is said
+                once.
 
         Raises:
             InputError: The template refuses it, or would leave tool calls out.
@@ -124,16 +125,21 @@ class Renderer:
             raise InputError(f"`{self.option}`: {error}.{hint}") from error
         if tools and not need_tools and not template.writes_tools(prepared, tools, text):
             self._lacks_tools()
+        if not need_tools and (lost := template.lost(prepared, text, tools)):
+            role = prepared[lost[0]]["role"]
+            self._say_once(f"messages of the role {role!r} are not written for this model: it scores without them.")
         return text
 
     def _lacks_tools(self, is_error: bool = False) -> None:
         """Say once that the model does not get to see the tools."""
         if is_error:
             raise InputError(f"`{self.option}`: a pair of texts has no place for the `tools` of this row.")
-        if not self._told:
-            self._told = True
-            line = f"`{self.option}`: the data's tools are not written for this model: it scores without seeing them."
-            console.print(line, soft_wrap=True, markup=False)
+        self._say_once("the data's tools are not written for this model: it scores without seeing them.")
+
+    def _say_once(self, line: str) -> None:
+        if line not in self._told:
+            self._told.add(line)
+            console.print(f"`{self.option}`: {line}", soft_wrap=True, markup=False)
 
     @cached_property
     def turn_text(self) -> str:

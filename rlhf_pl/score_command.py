@@ -23,6 +23,7 @@ from rlhf_pl.rewards import Reward, RewardResult, Sample, ScoringConfig, as_rewa
 from rlhf_pl.rewards.guard import guarded_scores, try_reward
 from rlhf_pl.rewards.withhold import without_thinking
 from rlhf_pl.run_date import take_run_date
+from rlhf_pl.template import check_variables
 
 HELP = """Score conversations with a reward.
 
@@ -85,6 +86,7 @@ def run(argv: Sequence[str]) -> int:
         raise InputError(f"`limit` must be 1 or more, got {config.limit}.")
     if config.output is not None and not Path(config.output).resolve().parent.is_dir():
         raise InputError(f"`output`: no folder {str(Path(config.output).parent)!r}.")
+    _check_variables(reward, config.chat_template_kwargs)
     take_run_date()
     if _has_pairs(config):
         rows = _score_pairs(config, reward, scoring)
@@ -95,6 +97,17 @@ def run(argv: Sequence[str]) -> int:
         write_atomically(Path(config.output), lambda file: file.write(text.encode()))
         console.print(f"The rows with their rewards are in {config.output}.", soft_wrap=True)
     return 0
+
+
+def _check_variables(reward: Reward, given: Mapping[str, Any] | None) -> None:
+    """Refuse variables that the chat template of no reward model reads."""
+    if not given:
+        return
+    models = [part.renderer() for part in getattr(reward, "parts", [reward]) if hasattr(part, "renderer")]
+    templates = {str(i): model.tokenizer.chat_template for i, model in enumerate(models) if not model.pair_encoding}
+    if not templates:
+        raise InputError(f"`chat_template_kwargs`: {reward.name} has no chat template. Leave it out.")
+    check_variables(templates, given, "chat_template_kwargs")
 
 
 def _has_pairs(config: Any) -> bool:

@@ -1,7 +1,6 @@
 """Chat templates: what a row holds goes to the template as it is, unless the template would write it wrongly."""
 
 import json
-import re
 from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import Any
@@ -34,13 +33,37 @@ _MARK = "Xqzjw"
 
 def check_template_kwargs(tokenizer: Any, given: Mapping[str, Any] | None, option: str) -> None:
     """Raise InputError for variables that no chat template is given, or that this one never reads."""
+    check_variables(tokenizer.chat_template, given, option)
+
+
+def check_variables(chat_template: str | Mapping[str, str], given: Mapping[str, Any] | None, option: str) -> None:
+    """Raise InputError for variables that no chat template is given, or that this one, or these, never read."""
+    known = variables_read(chat_template) if given else set()
     for name in given or ():
         if name in _RESERVED:
             raise InputError(f"`{option}` gives {name!r}, which is set by the trainer. Leave it out.")
-        if not re.search(rf"\b{re.escape(name)}\b", str(tokenizer.chat_template)):
+        if name not in known:
             raise InputError(
                 f"`{option}` gives {name!r}, which the chat template never reads. Leave it out, or correct the name."
             )
+
+
+def variables_read(chat_template: str | Mapping[str, str]) -> set[str]:
+    """The variables that a chat template, or any of several by name, reads without setting them itself.
+
+    Raises:
+        InputError: It is no Jinja template.
+    """
+    from jinja2 import TemplateError
+    from jinja2.meta import find_undeclared_variables
+    from transformers.utils.chat_template_utils import _compile_jinja_template
+
+    sources = [chat_template] if isinstance(chat_template, str) else chat_template.values()
+    try:
+        parsed = [_compile_jinja_template(source).environment.parse(source) for source in sources]
+    except TemplateError as error:
+        raise InputError(f"the chat template is no Jinja template: {error}") from error
+    return set().union(*map(find_undeclared_variables, parsed))
 
 
 class ChatTemplate:
@@ -78,20 +101,19 @@ class ChatTemplate:
     def prepare(self, messages: Sequence[Any], tools: Any = None, need_tools: bool = True) -> Messages:
         """The messages in the form in which this template writes all of what they say.
 
-        They stay as they are wherever the template can write them. Else content parts become text, arguments of tool
-        calls that are JSON text become objects, and null contents become empty.
+        They stay as they are wherever the template can write them. Else content parts become text or text becomes
+        parts, arguments of tool calls that are JSON text become objects or objects JSON text, null contents become
+        empty, and empty ones beside tool calls null.
 
         Args:
             messages: A conversation.
             tools: The tools that go with it.
-            need_tools: Whether a template that does not write the tools is an error.
+            need_tools: Whether a template that leaves the tools or whole messages out is an error.
 
         Raises:
-            InputError: The template refuses the messages, or leaves tools or tool calls out.
+            InputError: The template refuses the messages, or leaves messages, tools or tool calls out.
         """
         given = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
-        if not tools and all(isinstance(m.get("content"), str) and not any(m.get(key) for key in CALLS) for m in given):
-            return given
         prepared, text = self._written(given, tools)
         if any(_of_tool(m) and str(m["content"]) in text for m in prepared):
             raise InputError("the chat template writes a tool's result as Python; give it as text (JSON)")
@@ -100,9 +122,12 @@ class ChatTemplate:
                 "the chat template does not write the `tools` of this row, so the model would never see them. Give a "
                 "template that does (`chat_template`), or name another column with `columns.tools`"
             )
-        bare = [_without_calls(m) for m in prepared]
-        if bare != prepared and self._try(bare, tools) == text:
-            raise InputError("the chat template does not write tool calls. Give one that does (`chat_template`)")
+        lost = self.lost(prepared, text, tools) if need_tools else []
+        if lost:
+            raise InputError(
+                f"the chat template writes nothing of message {lost[0]} ({prepared[lost[0]]['role']}), so the model "
+                "would never see it. Give a template that does (`chat_template`), or leave such messages out"
+            )
         return prepared
 
     def writes_tools(self, messages: Messages, tools: Any, text: str | None = None) -> bool:
@@ -115,9 +140,12 @@ class ChatTemplate:
             _flat: self._mistakes_parts,
             _parsed: self._mistakes_arguments,
             _filled: self._mistakes_null,
+            _listed: self._mistakes_text,
+            _dumped: _never,
+            _nulled: _never,
         }
         changes = [change for change in needed if [change(m) for m in given] != given]
-        refusal: InputError | None = None
+        refusal = unwritten = None
         for count in range(len(changes) + 1):
             for chosen in combinations(changes, count):
                 form = given
@@ -128,8 +156,12 @@ class ChatTemplate:
                 except InputError as error:
                     refusal = refusal or error
                     continue
-                if not any(needed[change](form, text, tools) for change in changes if change not in chosen):
+                if self._loses_calls(form, text, tools):
+                    unwritten = "the chat template does not write tool calls. Give one that does (`chat_template`)"
+                elif not any(needed[change](form, text, tools) for change in changes if change not in chosen):
                     return form, text
+        if unwritten is not None:
+            raise InputError(unwritten)
         raise refusal or InputError("the chat template does not write these messages")
 
     def _try(self, messages: Messages, tools: Any) -> str | None:
@@ -139,12 +171,40 @@ class ChatTemplate:
             return None
 
     def _mistakes_parts(self, form: Messages, text: str, tools: Any) -> bool:
-        """Whether one part of text is not written as that text is."""
+        """Whether one part of text is not written as that text is, by a template that takes text."""
         plain = [_flat(m) for m in form]
         single = [m | {"content": [{"type": "text", "text": f["content"]}]} if m != f else m
                   for m, f in zip(form, plain, strict=True)]  # fmt: skip
         as_text = self._try(plain, tools)
-        return as_text is not None and self._try(single, tools) != as_text
+        if as_text is None or (self.lost(plain, as_text, tools) and not self.lost(form, text, tools)):
+            return False
+        return self._try(single, tools) != as_text
+
+    def _mistakes_text(self, form: Messages, text: str, tools: Any) -> bool:
+        """Whether text that is not written would be as a part."""
+        if not self.lost(form, text, tools):
+            return False
+        parts = [_listed(m) for m in form]
+        as_parts = self._try(parts, tools)
+        return as_parts is not None and not self.lost(parts, as_parts, tools)
+
+    def lost(self, form: Messages, text: str, tools: Any) -> list[int]:
+        """The messages of whose content nothing is written; text beside a tool call may be left out."""
+        said = [i for i, m in enumerate(form) if not any(m.get(key) for key in CALLS)]
+        said = [i for i in said if any(piece.strip() not in text for piece in _pieces(form[i]))]
+        if not said:
+            return []
+        marks = {i: f"{_MARK}{i}x" for i in said}
+        marked = self._try([_saying(m, marks[i]) if i in marks else m for i, m in enumerate(form)], tools)
+        return [] if marked is None else [i for i in said if marks[i].casefold() not in marked.casefold()]
+
+    def _loses_calls(self, form: Messages, text: str, tools: Any) -> bool:
+        """Whether the tool calls of some message are not written."""
+        for i, message in enumerate(form):
+            bare = _without_calls(message)
+            if any(message.get(key) for key in CALLS) and self._try([*form[:i], bare, *form[i + 1 :]], tools) == text:
+                return True
+        return False
 
     def _mistakes_arguments(self, form: Messages, text: str, tools: Any) -> bool:
         """Whether JSON text is put into JSON once more."""
@@ -174,6 +234,36 @@ def _flat(message: dict[str, Any]) -> dict[str, Any]:
     return message | {"content": "\n".join(part["text"] for part in content)} if _is_parts(content) else message
 
 
+def _listed(message: dict[str, Any]) -> dict[str, Any]:
+    """A text as the one part of a content."""
+    content = message.get("content")
+    return _saying(message | {"content": [content]}, content) if isinstance(content, str) else message
+
+
+def _saying(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """The message with another text in place of its own, or of its parts."""
+    as_parts = isinstance(message.get("content"), list)
+    return message | {"content": [{"type": "text", "text": text}] if as_parts else text}
+
+
+def _pieces(message: Mapping[str, Any]) -> list[str]:
+    """The texts in a content."""
+    content: Any = message.get("content")
+    if isinstance(content, str):
+        return [content]
+    return [part["text"] for part in content] if _is_parts(content) else []
+
+
+def _nulled(message: dict[str, Any]) -> dict[str, Any]:
+    """No content beside tool calls in place of an empty one."""
+    return message | {"content": None} if message.get("content") == "" and message.get("tool_calls") else message
+
+
+def _never(form: Messages, text: str, tools: Any) -> bool:
+    """No mistake: for changes that are only made where the template refuses, or leaves tool calls out."""
+    return False
+
+
 def _filled(message: dict[str, Any]) -> dict[str, Any]:
     """An empty content in place of none."""
     return message if message.get("content") is not None else message | {"content": ""}
@@ -181,18 +271,25 @@ def _filled(message: dict[str, Any]) -> dict[str, Any]:
 
 def _parsed(message: dict[str, Any]) -> dict[str, Any]:
     """Arguments of tool calls as objects where they are JSON text."""
+    return _with_arguments(message, _as_object)
+
+
+def _dumped(message: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of tool calls as JSON text where they are objects."""
+    return _with_arguments(message, lambda a: json.dumps(a, ensure_ascii=False) if isinstance(a, Mapping) else None)
+
+
+def _with_arguments(message: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     calls = message.get("tool_calls")
-    if not isinstance(calls, list) or not _texts([message]):
-        return message
-    return message | {"tool_calls": [_parsed_call(call) for call in calls]}
+    return message | {"tool_calls": [_changed_call(c, change) for c in calls]} if isinstance(calls, list) else message
 
 
-def _parsed_call(call: Any) -> Any:
+def _changed_call(call: Any, change: Callable[[Any], Any]) -> Any:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _parsed_call(call["function"])}
-    value = _as_object(call.get("arguments"))
+        return {**call, "function": _changed_call(call["function"], change)}
+    value = change(call.get("arguments"))
     return call if value is None else {**call, "arguments": value}
 
 

@@ -19,21 +19,15 @@ def answer_text(response: str, marks: Marks, opened: bool = False) -> str | None
         marks: What opens and what closes a thought.
         opened: Whether the prompt has opened one.
     """
-    kept: list[str] = []
-    opened, rest = _begins_inside(response, marks, opened), response
-    while True:
-        before, found, after = rest.partition(marks[opened])
-        if not found:
-            break
-        kept += [] if opened else [before]
-        opened, rest = not opened, after
-    if opened:
+    spans = _answer_spans(response, marks, opened)
+    if spans is None:
         return None
-    return "".join([*kept, rest]).lstrip() if rest is not response else response
+    text = "".join(response[start:end] for start, end in spans)
+    return text if text == response else text.lstrip()
 
 
 def answer_tokens(ids: Sequence[int], decode: Decode, marks: Marks, opened: bool = False) -> list[int] | None:
-    """The same for token ids: those that stand outside of thoughts; None if they end inside of one.
+    """The same for token ids: those that lie outside of thoughts and marks; None if they end inside of a thought.
 
     Args:
         ids: The response.
@@ -41,22 +35,34 @@ def answer_tokens(ids: Sequence[int], decode: Decode, marks: Marks, opened: bool
         marks: What opens and what closes a thought.
         opened: Whether the prompt has opened one.
     """
-    kept: list[int] = []
-    rest = list(ids)
-    opened = _begins_inside(decode(rest), marks, opened)
-    while (found := _place(rest, decode, marks[opened])) is not None:
-        start, end = found
-        kept += [] if opened else rest[:start]
-        opened, rest = not opened, rest[end:]
-    return None if opened else kept + rest
-
-
-def _place(ids: list[int], decode: Decode, mark: str) -> tuple[int, int] | None:
-    """The tokens that hold the first `mark`: from where, and up to where."""
-    end = _first(len(ids), lambda n: mark in decode(ids[:n]))
-    if end is None:
+    text = decode(ids)
+    spans = _answer_spans(text, marks, opened)
+    if spans is None:
         return None
-    return end - (_first(end, lambda n: mark in decode(ids[end - n : end])) or 0), end
+
+    def tokens_up_to(end: int) -> int:
+        """How many tokens it takes for the first `end` characters."""
+        return _first(len(ids), lambda n: decode(ids[:n])[:end] == text[:end])
+
+    kept: list[int] = []
+    for start, end in spans:
+        last = len(ids) if end == len(text) else tokens_up_to(end + 1) - 1
+        kept += ids[tokens_up_to(start) : last]
+    return kept
+
+
+def _answer_spans(text: str, marks: Marks, opened: bool) -> list[tuple[int, int]] | None:
+    """Where the parts of a text that are no thought begin and end; None if it ends inside of a thought."""
+    opened = _begins_inside(text, marks, opened)
+    spans: list[tuple[int, int]] = []
+    start = 0
+    while (found := text.find(marks[opened], start)) >= 0:
+        if not opened:
+            spans.append((start, found))
+        start = found + len(marks[opened])
+        # after thoughts inside of a thought its own closing mark comes without an opening one
+        opened = not opened or _begins_inside(text[start:], marks, False)
+    return None if opened else [*spans, (start, len(text))]
 
 
 def _begins_inside(text: str, marks: Marks, opened: bool) -> bool:
@@ -66,10 +72,8 @@ def _begins_inside(text: str, marks: Marks, opened: bool) -> bool:
     return unopened or (opened and not text.lstrip().startswith(marks[0]))
 
 
-def _first(count: int, holds: Callable[[int], bool]) -> int | None:
-    """The least n up to `count` for which something holds that then holds for all larger ones."""
-    if not holds(count):
-        return None
+def _first(count: int, holds: Callable[[int], bool]) -> int:
+    """The least n for which something holds that then holds for all larger ones up to `count`."""
     low, high = 0, count
     while low < high:
         middle = (low + high) // 2

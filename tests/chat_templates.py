@@ -131,3 +131,12 @@ PARTS = """{%- for message in messages %}
     {{- '<|end|>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
+
+
+# models that only take parts
+PARTS_ALONE = """{%- for message in messages %}
+    {{- '<|' + message['role'] + '|>' }}
+    {%- for part in message['content'] %}{%- if part.type == 'text' %}{{- part.text }}{%- endif %}{%- endfor %}
+    {{- '<|end|>' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""

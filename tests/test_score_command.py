@@ -81,6 +81,13 @@ def test_a_reward_model_by_name(reward_model: Path, write_jsonl: Write, capsys: 
     data = write_jsonl(PAIRS)
     assert run("--reward", "ClassifierReward", "--reward.model", str(reward_model), "--data", data) == 0
     assert "calibration error" in capsys.readouterr().out
+    for model, message in (
+        (["ClassifierReward", "--reward.model", str(reward_model)], "gives 'enable_thinking', which the chat template"),
+        (["tests.test_score_command.words"], "words has no chat template"),
+    ):
+        arguments = ["--reward", *model, "--data", data, "--chat_template_kwargs.enable_thinking", "false"]
+        assert run(*arguments) == 1
+        assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -85,6 +85,23 @@ def test_content_parts_go_to_templates_that_take_them_and_become_text_for_others
         assert prompt_text(name, parts) == plain(name, [{"role": "user", "content": "One\nTwo"}])
 
 
+def test_texts_go_as_parts_to_templates_that_take_nothing_else() -> None:
+    """Where text would vanish without a word."""
+    talk = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, ASK]
+    expected = "<|system|>Be kind.<|end|><|user|>Weather in Paris?<|end|><|assistant|>"
+    assert "Weather" not in plain("PARTS_ALONE", talk)
+    assert prompt_text("PARTS_ALONE", talk) == expected
+    assert prompt_text("PARTS_ALONE", [{"role": "system", "content": "Be kind."}, ASK]) == expected
+
+
+def test_empty_contents_and_objects_become_what_a_template_of_calls_takes() -> None:
+    """DeepSeek's tells calls by a null content, and puts arguments into text."""
+    expected = plain("DEEPSEEK", [ASK, call('{"city": "Köln"}'), RESULT])
+    for said in (None, ""):
+        for arguments in ('{"city": "Köln"}', {"city": "Köln"}):
+            assert prompt_text("DEEPSEEK", [ASK, call(arguments, said), RESULT]) == expected
+
+
 @pytest.mark.parametrize(
     ("name", "messages", "tools", "message"),
     [
@@ -92,6 +109,9 @@ def test_content_parts_go_to_templates_that_take_them_and_become_text_for_others
         ("PRINTING", [ASK, call({}), RESULT], None, "does not write tool calls"),
         ("PRINTING", [ASK, call({}, "I look."), RESULT], None, "does not write tool calls"),
         ("PLAIN", [ASK, call({}), RESULT], None, "does not write tool calls"),
+        ("DEEPSEEK", [ASK, call("{}"), RESULT, call("{}", "I look."), RESULT], None, "does not write tool calls"),
+        ("QWEN", [{"role": "developer", "content": "Be kind."}, ASK], None, r"nothing of message 0 \(developer\)"),
+        ("DEEPSEEK", [{"role": "system", "content": "Be kind."}, ASK], None, r"nothing of message 0 \(system\)"),
         ("PRINTING", [ASK, RESULT | {"content": {"temp": 22}}], None, "writes a tool's result as Python"),
         ("LLAMA", [ASK, call({}) | {"tool_calls": call({})["tool_calls"] * 2}], None, "only supports single tool"),
         ("GEMMA", [{"role": "system", "content": "Be kind."}, ASK], None, "System role not supported"),
@@ -112,7 +132,8 @@ def test_template_variables_reach_it_and_wrong_ones_are_refused() -> None:
     assert prompt_text("THINKING", [ASK], enable_thinking=False) == plain("THINKING", [ASK], enable_thinking=False)
     assert prompt_text("THINKING", [ASK], enable_thinking=False).endswith("<think>\n\n</think>\n\n")
     check_template_kwargs(tokenizer("THINKING"), {"enable_thinking": False}, "data.chat_template_kwargs")
-    for name, message in (("enable_thinkin", "never reads"), ("tools", "is set by the trainer")):
+    wrong = [(name, "never reads") for name in ("enable_thinkin", "think", "role", "m")]
+    for name, message in (*wrong, ("tools", "is set by the trainer")):
         with pytest.raises(InputError, match=f"`data.chat_template_kwargs` gives '{name}', which .*{message}"):
             check_template_kwargs(tokenizer("THINKING"), {name: 1}, "data.chat_template_kwargs")
 
@@ -127,6 +148,13 @@ def test_calls_are_learned_with_their_eos_and_weights_count() -> None:
     messages[3]["weight"] = 0
     assert learned("QWEN", messages, tools=TOOLS) == []
     assert learned("QWEN", [*messages[:3], messages[3] | {"weight": 1.0}], tools=TOOLS) == ["22 degrees.<|end|>"]
+
+
+def test_a_response_to_nothing_is_not_learned() -> None:
+    said = {"role": "assistant", "content": "Hello."}
+    with pytest.raises(InputError, match="message 0 is a response to nothing; give it `weight: 0`"):
+        learned("QWEN", [said, ASK, said])
+    assert learned("QWEN", [said | {"weight": 0}, ASK, said]) == ["Hello.<|end|>"]
 
 
 def test_thoughts_are_learned_as_the_template_writes_them() -> None:

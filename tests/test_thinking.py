@@ -30,6 +30,10 @@ TOKENIZER = make_tokenizer()
         ("  Four.", False, "  Four."),
         ("Wait. <think>Hm.</think>Four.<think>a</think> Five.", False, "Wait. Four. Five."),
         ("Four.<think>Hm", False, None),
+        ("<think></think>Four.", False, "Four."),
+        ("<think>Hm, <think>Hm.</think> so.</think>Four.", False, "Four."),
+        ("Hm, <think>Hm.</think> so.</think>Four.", True, "Four."),
+        ("<think>Hm, <think> it is.</think>Four.", False, "Four."),
         ("", True, None),
         ("", False, ""),
     ],
@@ -39,6 +43,16 @@ def test_what_stands_outside_of_thoughts_is_the_answer(response: str, opened: bo
     ids = TOKENIZER(response, add_special_tokens=False)["input_ids"]
     kept = answer_tokens(ids, TOKENIZER.decode, MARKS, opened)
     assert (None if kept is None else TOKENIZER.decode(kept).lstrip()) == (expected and expected.lstrip())
+
+
+def test_tokens_that_hold_the_end_of_one_mark_and_the_beginning_of_the_next() -> None:
+    pieces = ["Wait.", "<", "think", "></", "think", ">\n", "\n", "Four", ".<", "think", ">", "Hm", "</", "think", ">!"]
+
+    def decode(ids: Any) -> str:
+        return "".join(pieces[i] for i in ids)
+
+    assert answer_text(decode(range(15)), MARKS) == "Wait.\n\nFour.!"
+    assert answer_tokens(list(range(15)), decode, MARKS) == [0, 6, 7]
 
 
 def test_a_template_opens_the_thought() -> None:

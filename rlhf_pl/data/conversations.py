@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_pl.chat import Message, Tools, is_empty, message_problem, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
-from rlhf_pl.data.reader import MessageReader
+from rlhf_pl.data.reader import MessageReader, joined
 from rlhf_pl.errors import InputError
 
 COLUMNS = ("messages", "prompt", "response", "tools")
@@ -72,7 +72,8 @@ def load_conversations(
 def _messages(row: Row, names: Mapping[str, str], reader: MessageReader) -> tuple[list[Message], tuple[str, ...]]:
     """(the conversation, the columns it came from)."""
     column = names.get("messages", "messages")
-    if column in row and ("prompt" not in names or row.get(names["prompt"]) is None):
+    is_there = row.get(column) is not None or (column in row and row.get(names.get("prompt", "prompt")) is None)
+    if is_there and ("prompt" not in names or row.get(names["prompt"]) is None):
         messages = reader.conversation(row, column)
         if messages is None:
             raise InputError(f"`{column}` is text; expected a list of messages, or its JSON text")
@@ -93,9 +94,9 @@ def _messages(row: Row, names: Mapping[str, str], reader: MessageReader) -> tupl
         )
     before, answer = reader.prompt(row, prompt), reader.response(row, response)
     if isinstance(row[response], str) and (whole := reader.dialogue(row, response)):
-        before, answer = [], whole  # the whole conversation, beside its prompt
+        answer = whole
     elif problem := message_problem(before):
         raise InputError(f"`{prompt}`: {problem}")
     if is_empty(answer[-1]):
         raise InputError(f"`{response}`: the answer is empty")
-    return [*before, *answer], (prompt, response)
+    return joined(before, answer), (prompt, response)

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from rlhf_pl.chat import Message, Tools, is_empty, message_problem, message_text, same_response, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
-from rlhf_pl.data.reader import MessageReader
+from rlhf_pl.data.reader import MessageReader, joined
 from rlhf_pl.errors import InputError
 
 COLUMNS = ("prompt", "chosen", "rejected", "label", "margin", "tools")
@@ -204,10 +204,16 @@ def _take_apart(row: Row, columns: Mapping[str, str], reader: MessageReader) -> 
         dialogues = [reader.dialogue(row, name) for name in names]
         if dialogues[0] and dialogues[1]:
             return _shared_beginning(dialogues[0], dialogues[1], columns)
+        if dialogues[0] or dialogues[1]:
+            this, other = names if dialogues[0] else names[::-1]
+            raise InputError(f"`{this}` is a dialogue that ends with a turn of Assistant, and `{other}` is not")
     both = [_response(row, name, reader) for name in names]
     if has_prompt and all(len(answer) == 1 for answer in both):
         return reader.prompt(row, prompt), both[0][0], both[1][0]
-    if all(isinstance(row[name], str) and both[i][0]["content"] == row[name] for i, name in enumerate(names)):
+    if has_prompt and not (isinstance(row[prompt], str) and not row[prompt].strip()):
+        before = reader.prompt(row, prompt)
+        both = [joined(before, answer) for answer in both]
+    elif all(isinstance(row[name], str) and both[i][0]["content"] == row[name] for i, name in enumerate(names)):
         return _shared_text(texts[0], texts[1], columns)
     return _shared_beginning(both[0], both[1], columns)
 

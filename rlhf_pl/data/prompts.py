@@ -93,7 +93,9 @@ def count_duplicates(prompts: Sequence[Prompt]) -> int:
 def _parse_row(
     row: Row, number: int, columns: Mapping[str, str], system_prompt: str | None, reader: MessageReader
 ) -> Prompt:
-    key = next((k for k in ("prompt", "messages") if columns.get(k, k) in row), None)
+    there = [k for k in ("prompt", "messages") if columns.get(k, k) in row]
+    # tables of several sources have both columns, and None in one
+    key = next((k for k in there if row[columns.get(k, k)] is not None), there[0] if there else None)
     if key is None:
         wanted = " or ".join(f"`{columns.get(k, k)}`" for k in ("prompt", "messages"))
         raise InputError(

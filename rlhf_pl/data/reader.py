@@ -27,7 +27,7 @@ class MessageReader:
 
     def __init__(self, parse_dialogues: bool = True) -> None:
         self.parse_dialogues = parse_dialogues
-        self._dialogues = self._responses = 0
+        self._dialogues = self._responses = self._answered = 0
         self._counted: Row | None = None
 
     def messages(self, row: Row, column: str) -> list[Message] | None:
@@ -37,7 +37,8 @@ class MessageReader:
             InputError: They are no messages, or wrong ones.
         """
         value = row[column]
-        if isinstance(value, str):
+        is_text = isinstance(value, str)
+        if is_text:
             value = _from_json(value, column)
             if value is None:
                 return None
@@ -45,7 +46,7 @@ class MessageReader:
             value = [value]
         if not isinstance(value, Sequence) or isinstance(value, bytes):
             raise InputError(f"`{column}`: expected text or a list of messages, found {type(value).__name__}")
-        found = _cleaned(value, isinstance(row, ArrowRow))
+        found = _cleaned(value, isinstance(row, ArrowRow) and not is_text)
         checked = found[:-1] if len(found) > 1 and _is_empty_response(found[-1]) else found
         if problem := conversation_problem(checked):
             raise InputError(f"`{column}`: {problem}")
@@ -64,6 +65,7 @@ class MessageReader:
         turns = [(who, said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
         who, last = turns[-1]
         if who != "Assistant" or (is_prompt and last):
+            self._answered += who == "Assistant"
             return None
         roles = {"Human": "user", "Assistant": "assistant"}
         messages = [{"role": roles[who], "content": said} for who, said in turns]
@@ -120,6 +122,7 @@ class MessageReader:
         """The tools that a row offers; None for none."""
         value = row.get(column)
         given = value
+        filled = isinstance(row, ArrowRow) and not isinstance(value, str)
         if isinstance(value, str) and value.strip():
             try:
                 value = json.loads(value)
@@ -132,7 +135,7 @@ class MessageReader:
                 f"`{column}` is {str(given)[:60]!r}; expected a list of tools (JSON Schemas), or its JSON text. If it "
                 "means something else in your data, give another name to `columns.tools`"
             )
-        return [_pruned(tool, True) if isinstance(row, ArrowRow) else dict(tool) for tool in value]
+        return [_pruned(tool, True) if filled or _has_gaps(tool) else dict(tool) for tool in value]
 
     def report(self, option: str) -> None:
         """Say once what was taken for what."""
@@ -146,6 +149,12 @@ class MessageReader:
                 "one conversation ends with a response" if count == 1 else f"{count} conversations end with a response"
             )
             _say(f"{option}: {what}, which is left out.")
+        if count := self._answered:
+            what = "one prompt looks like a dialogue that ends" if count == 1 else (
+                f"{count} prompts look like dialogues that end"
+            )  # fmt: skip
+            _say(f"{option}: {what} with a response: taken as text. Name the column with `columns.messages` to have it "
+                 "read as a conversation whose response is left out.")  # fmt: skip
 
 
 def _say(line: str) -> None:
@@ -154,18 +163,27 @@ def _say(line: str) -> None:
 
 def _from_json(text: str, column: str) -> Any:
     """Messages in JSON text; None for other text."""
-    if not text.lstrip().startswith(("[", "{")):
+    if not text.lstrip().startswith(("[", "{", '"')):
         return None
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if _LIKE_MESSAGES.match(text):
+        if _LIKE_MESSAGES.match(text) and not _goes_on(text, error):
             raise InputError(
                 f"`{column}` looks like messages, but is no JSON ({error}); write the list with json.dumps"
             ) from error
         return None
+    if isinstance(value, str):  # written as JSON twice
+        return _from_json(value, column)
     entries = value if isinstance(value, list) else [value]
     return entries if entries and all(map(_is_message, entries)) else None
+
+
+def _goes_on(text: str, error: Exception) -> bool:
+    """Whether text that begins with a JSON value goes on in words."""
+    if not isinstance(error, json.JSONDecodeError) or error.msg != "Extra data":
+        return False
+    return not text[error.pos :].startswith(("[", "{", ","))
 
 
 def _is_empty_response(message: Any) -> bool:
@@ -175,6 +193,27 @@ def _is_empty_response(message: Any) -> bool:
 
 def _is_message(value: Any) -> bool:
     return isinstance(value, Mapping) and isinstance(value.get("role"), str) and bool({"content", *CALLS} & set(value))
+
+
+def joined(before: list[Message], answer: list[Message]) -> list[Message]:
+    """A prompt with its answer, which may be the whole conversation once more.
+
+    Then the prompt counts for nothing but a system message that the conversation lacks.
+    """
+    if answer[0]["role"] not in ("system", "developer", "user"):
+        return [*before, *answer]
+    system = before[:1] if before and before[0]["role"] == "system" != answer[0]["role"] else []
+    return [*system, *answer]
+
+
+def _has_gaps(tool: Any) -> bool:
+    """Whether a tool has properties without a schema, because other tools have such: a table made it."""
+    if isinstance(tool, list | tuple):
+        return any(map(_has_gaps, tool))
+    if not isinstance(tool, Mapping):
+        return False
+    properties = tool.get("properties")
+    return (isinstance(properties, Mapping) and None in properties.values()) or any(map(_has_gaps, tool.values()))
 
 
 def _cleaned(messages: Sequence[Any], filled: bool) -> list[Any]:

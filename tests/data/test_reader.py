@@ -107,6 +107,69 @@ def test_whole_dialogues_beside_a_prompt(write_jsonl: Write) -> None:
     assert load_conversations(write_jsonl([row]))[0].messages == [ASK, SAID]
 
 
+def test_a_dialogue_beside_text_that_is_none_is_refused(write_jsonl: Write) -> None:
+    row = {"chosen": HH + " Because.", "rejected": HH + " No.\n\nHuman: Thanks."}
+    with pytest.raises(
+        InputError, match="`chosen` is a dialogue that ends with a turn of Assistant, and `rejected` is"
+    ):
+        load_preferences(write_jsonl([row]))
+
+
+def test_answers_of_several_messages_follow_their_prompt(write_jsonl: Write) -> None:
+    start = [call({"city": "Paris"}), RESULT]
+    row = {"prompt": "Why?", "response": [*start, SAID], "chosen": [*start, SAID], "rejected": [*start, OTHER]}
+    (pair,) = load_preferences(write_jsonl([row])).pairs
+    assert (pair.messages, *pair.responses) == ([ASK, *start], SAID, OTHER)
+    assert load_conversations(write_jsonl([row]))[0].messages == [ASK, *start, SAID]
+
+
+@pytest.mark.parametrize("prompt", ["Why?", [ASK], [SYSTEM, ASK]])
+def test_whole_conversations_beside_a_prompt_have_it_once(write_jsonl: Write, prompt: Any) -> None:
+    row = {"prompt": prompt, "response": [ASK, SAID], "chosen": [ASK, SAID], "rejected": [ASK, OTHER]}
+    before = prompt if isinstance(prompt, list) else [ASK]
+    (pair,) = load_preferences(write_jsonl([row])).pairs
+    assert (pair.messages, *pair.responses) == (before, SAID, OTHER)
+    assert load_conversations(write_jsonl([row]))[0].messages == [*before, SAID]
+
+
+def test_columns_that_are_null_give_way_to_others(write_jsonl: Write) -> None:
+    rows = [{"prompt": None, "response": None, "messages": [ASK, SAID]}, {"prompt": "Why?", "response": "Because."}]
+    rows[1]["messages"] = None
+    file = write_jsonl(rows)
+    assert [p.messages for p in load_prompts(file)] == [[ASK], [ASK]]
+    assert [c.messages for c in load_conversations(file)] == [[ASK, SAID], [ASK, SAID]]
+
+
+def test_json_text_in_a_table_keeps_its_nulls(tmp_path: Path) -> None:
+    """They are what was written, and no missing keys."""
+    schema = {"type": "object", "properties": {"city": {"type": "string", "default": None}}}
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
+    messages = [ASK, call({"city": None}), RESULT]
+    (prompt,) = load_prompts(write(tmp_path, "parquet", [{"messages": messages, "tools": tools}], True))
+    assert (prompt.messages, prompt.tools) == (messages, tools)
+
+
+def test_tools_of_a_table_that_was_written_as_json_lose_their_gaps(write_jsonl: Write) -> None:
+    filled = json.loads(json.dumps(TOOLS))
+    filled[0]["function"]["parameters"]["properties"]["zone"] = None
+    filled[1]["function"]["parameters"]["properties"]["city"] = None
+    assert load_prompts(write_jsonl([{"prompt": "Why?", "tools": filled}]))[0].tools == TOOLS
+
+
+def test_messages_that_are_json_text_twice(write_jsonl: Write) -> None:
+    assert load_prompts(write_jsonl([{"prompt": json.dumps(json.dumps([ASK]))}]))[0].messages == [ASK]
+    for text in ('"Why?" she said.', '"Why?"', json.dumps(ASK) + " Explain this."):
+        assert load_prompts(write_jsonl([{"prompt": text}]))[0].messages == [{"role": "user", "content": text}]
+
+
+def test_prompts_that_end_with_a_response_are_told_of(write_jsonl: Write, capsys: pytest.CaptureFixture[str]) -> None:
+    file = write_jsonl([{"chosen": HH + " Because."}])
+    assert load_prompts(file, columns={"prompt": "chosen"})[0].messages[0]["content"] == HH + " Because."
+    said = "data.prompts: one prompt looks like a dialogue that ends with a response: taken as text. Name the column"
+    assert said in capsys.readouterr().out
+    assert load_prompts(file, columns={"messages": "chosen"})[0].messages == [ASK]
+
+
 @pytest.mark.parametrize(
     "text",
     ["\n\nHuman: is how dialogues begin.", "Say it:" + HH, HH + " Because.\n\nWhat is wrong here?", "Human: Hi"],
