@@ -18,7 +18,7 @@ import transformers
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
 from rlhf_pl.kernel_check import NoCopyError, small_copies
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import PolicyLM, PolicySource, load_lm, meta_lm
 from rlhf_pl.quiet import quiet_libraries
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import is_shared
@@ -70,7 +70,7 @@ def try_architecture(model_type: str, **changes: Any) -> Outcome:
     try:
         lm = _tiny(model_type, changes)
     except NoCopyError as error:
-        return Outcome("not tried", str(error))
+        return _without_copy(model_type, changes, str(error))
     name = type(lm).__name__
     trees = _trees(lm.config.get_text_config().vocab_size)
     try:
@@ -88,6 +88,14 @@ def try_architecture(model_type: str, **changes: Any) -> Outcome:
     if off > NATS or not gradients or not all(g.isfinite().all() for g in gradients):
         return Outcome("WRONG", f"{off:.3g} nats from plain transformers", name)
     return Outcome("shared prompts" if is_shared(loaded) else "works", "", name)
+
+
+def _without_copy(model_type: str, changes: dict[str, Any], why: str) -> Outcome:
+    """Of a model that nothing can be tried on: what loading says of its class, if it refuses that."""
+    lm = meta_lm(_config(model_type, changes, 0.0))
+    if lm.base_model is lm:
+        return Outcome("refused", "no backbone apart from its output head, which log-probs need", type(lm).__name__)
+    return Outcome("not tried", why, type(lm).__name__)
 
 
 class _Source(PolicySource):
