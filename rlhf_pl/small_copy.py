@@ -86,6 +86,8 @@ def _fewer_heads(text: Any) -> None:
     if getattr(text, "num_key_value_heads", None) is not None:
         text.num_key_value_heads = few
     text.hidden_size = min(text.hidden_size, size * text.num_attention_heads)
+    if isinstance(getattr(text, "mamba_d_head", None), int):  # hybrids, whose heads fill the expanded width
+        text.mamba_n_heads = int(text.mamba_expand * text.hidden_size) // text.mamba_d_head
 
 
 def _keep_layers(text: Any, config: Any, kinds: Callable[[nn.Module], list[Any]]) -> None:
