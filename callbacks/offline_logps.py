@@ -14,6 +14,7 @@ from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.provenance import ChangedSettingsError, differences
 from rlhf_pl.ranks import ranks_of
+from rlhf_pl.rotary import describe_factors
 from rlhf_pl.rounds import Round
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.snapshot import logps_function, steady
@@ -123,8 +124,15 @@ class OfflineLogps(L.Callback):
 
 def _settings(module: RebelModule, data: OfflineDataModule, pairs: list[OfflinePair]) -> dict[str, dict[str, Any]]:
     rows = rows_fingerprint((list(p.prompt_tokens), *map(list, p.tokens), p.rewards, p.logps) for p in pairs)
+    factors = describe_factors(module.source.config, data.longest_tokens)
     return {
-        "pairs": {"policy": module.source.path, "temperature": data.temperature, "pairs": len(pairs), "rows": rows},
+        "pairs": {
+            "policy": module.source.path,
+            "temperature": data.temperature,
+            "pairs": len(pairs),
+            "rows": rows,
+            **({} if factors is None else {"rotary_factors": factors}),
+        },
         "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
     }
 

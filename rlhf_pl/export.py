@@ -13,7 +13,7 @@ from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.disk import DiskFullError
 from rlhf_pl.errors import InputError
 from rlhf_pl.lora import LoRA, adapted_targets, adapter_targets, save_adapter
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy import RESCALING, PolicySource
 from rlhf_pl.quantized import without_base
 from rlhf_pl.strategies import is_sharded
 from rlhf_pl.weights import Weights, full_tensors
@@ -121,7 +121,7 @@ def _twin(model: Any, source: PolicySource, dtype: torch.dtype) -> Any:
 def _restore_dropout(config: Any, source: Any) -> None:
     """Ours is off."""
     for key, value in vars(source).items():
-        if "drop" in key and hasattr(config, key):
+        if ("drop" in key or key == RESCALING) and hasattr(config, key):
             setattr(config, key, value)
     for key in getattr(source, "sub_configs", {}):
         if getattr(source, key, None) is not None and getattr(config, key, None) is not None:

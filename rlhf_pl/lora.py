@@ -19,7 +19,7 @@ from rlhf_pl.lora_experts import (
     names_as_given,
     peft_reads_back,
 )
-from rlhf_pl.lora_reach import bypassed_layers
+from rlhf_pl.lora_reach import bypassed_layers, refused_by_peft
 from rlhf_pl.quantized import check_bitsandbytes
 
 TensorsOf = Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]
@@ -30,8 +30,8 @@ class LoRA:
     """Low-rank adapters on every linear layer but the output head, and on the fused weights of experts.
 
     A mixture of experts keeps the weights of all its experts in a few parameters, each of shape (experts, rows,
-    columns); every expert's matrix gets an adapter of the same rank. Routers that are no linear layers stay as they
-    are.
+    columns); every expert's matrix gets an adapter of the same rank. Routers stay as they are, unless they are linear
+    layers that give plain scores. So do layers that a model reads the weights of, such as some of Mamba's.
 
     Args:
         rank: Rank of the update.
@@ -96,8 +96,9 @@ def adapter_targets(model: Any, settings: LoRA) -> Targets:
         InputError: A name that was asked for is not there, there is nothing, or dropout is asked for on experts.
     """
     linear, fused = _linear_layers(model), fused_experts(model)
-    bypassed = bypassed_layers(model.config)
-    linear = [name for name in linear if name.split(".")[-1] not in bypassed]
+    leaves = {name.split(".")[-1] for name in linear}
+    left_out = bypassed_layers(model.config) | {leaf for leaf in leaves if refused_by_peft(model, leaf)}
+    linear = [name for name in linear if name.split(".")[-1] not in left_out]
     wanted, wanted_fused = settings.target_modules, settings.target_parameters
     if wanted_fused is None and wanted is not None:
         wanted_fused = []

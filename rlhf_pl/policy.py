@@ -29,6 +29,7 @@ from rlhf_pl.shared_prompt import hidden_states, is_shared, share_prompts
 from rlhf_pl.working_copy import WorkingCopy
 
 Unit = TypeVar("Unit", bound=nn.Module)
+RESCALING = "rescale_every"  # of RWKV's config: the number of layers between divisions by 2; 0 for none
 DType = Literal["float32", "bfloat16", "float16"]
 
 
@@ -88,7 +89,15 @@ class PolicySource:
     def config(self) -> Any:
         from transformers import AutoConfig
 
-        return self.read("config", AutoConfig)
+        config = self.read("config", AutoConfig)
+        text = config.get_text_config()
+        padding, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+        if isinstance(padding, int) and isinstance(size, int) and padding >= size:
+            raise InputError(
+                f"`{self.option}`: the config of {self.path!r} has `pad_token_id` {padding}, but the model has {size} "
+                "embeddings, so transformers can't build it. Set it to null, or to a token below, in its config.json."
+            )
+        return config
 
     @cached_property
     def generation_config(self) -> Any:
@@ -419,11 +428,16 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def without_dropout(config: Any) -> Any:
-    """A copy of a model's config with every dropout off, of layers too."""
+    """A copy of a model's config with every dropout off, of layers too, and weights that stay as they are.
+
+    RWKV divides its weights in eval mode, which would be trained and exported so.
+    """
     config = deepcopy(config)
     for key, value in vars(config).items():
         if ("dropout" in key or "layerdrop" in key or key.endswith("_pdrop")) and isinstance(value, float):
             setattr(config, key, 0.0)
+    if hasattr(config, RESCALING):
+        setattr(config, RESCALING, 0)
     return config
 
 

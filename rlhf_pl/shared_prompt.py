@@ -67,6 +67,16 @@ def share_prompts(lm: Any, compute: Compute | None = None, from_eager: bool = Fa
     return False
 
 
+def take_exact_attention(lm: Any) -> None:
+    """Give a model that only reads rows its eager attention where sdpa leaves something out, such as soft-capping."""
+    compute, before = Compute(lm.device), lm.config._attn_implementation
+    try:
+        if before != "eager" and not once(lm.config, compute, lm.dtype, before, partial(_works, lm, compute, before)):
+            lm.set_attn_implementation("eager")
+    except NoCopyError:
+        return  # which is said where the policy loads
+
+
 def _copies(lm: Any, compute: Compute) -> Copies:
     return small_copies(lm.config, compute, lm.dtype, not type(lm).__module__.startswith("transformers."))
 

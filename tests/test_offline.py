@@ -15,7 +15,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.optim import AdamW
 from rlhf_pl.provenance import ChangedSettingsError
 from rlhf_pl.rounds import RoundStore
-from tests.conftest import make_tokenizer
+from tests.conftest import make_tokenizer, save_llama
 
 Write = Callable[..., str]
 PLAIN = [
@@ -198,3 +198,18 @@ def test_manifest_notes_what_the_round_was_made_of(llama: Path, tmp_path: Path, 
     manifest = json.loads((tmp_path / "rounds" / "0000" / "manifest.json").read_text())
     assert manifest["settings"]["pairs"]["temperature"] == 1.0
     assert manifest["stages"]["logps"]["policies"] == ["old"]
+
+
+def test_rotary_factors_are_those_of_one_run(tmp_path: Path, write_jsonl: Write) -> None:
+    """Longer held-out pairs would give the stored log-probs, and training, other factors."""
+    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
+    folder = save_llama(
+        tmp_path / "llama", rope_parameters=longrope | {"original_max_position_embeddings": 40, "factor": 8.0}
+    )
+    run, file = tmp_path / "run", write_jsonl(PLAIN)
+    fit(run, folder, file, {"val_pairs": 0}, max_epochs=1)
+    manifest = RoundStore(run).round(0).manifest
+    assert manifest["settings"]["pairs"]["rotary_factors"] == "longrope, up to 40 positions"
+    longer = write_jsonl([row | {"chosen": "Red, green and blue. " * 20} for row in PLAIN], "val.jsonl")
+    with pytest.raises(ChangedSettingsError, match=r"rotary_factors: longrope, up to 40 .* -> longrope, over 40"):
+        fit(run, folder, file, {"val_pairs": longer})

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +214,14 @@ def test_wrong_folders_are_refused(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(InputError, match=r"config\.json"):
         _ = PolicySource(str(tmp_path / "empty")).config
+
+
+def test_a_padding_token_without_an_embedding_is_refused(tmp_path: Path) -> None:
+    folder = save_llama(tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": config["vocab_size"]}))
+    with pytest.raises(InputError, match=r"`pad_token_id` \d+, but the model has \d+ embeddings.* in its config.json"):
+        _ = PolicySource(str(folder)).config
 
 
 def test_missing_chat_template_is_refused_and_can_be_given(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.modules import rebel
 from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
 from rlhf_pl.rendering import Renderer
-from rlhf_pl.rewards import ClassifierReward, Sample
+from rlhf_pl.rewards import ClassifierReward, Sample, VLLMServerReward
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler
 from rlhf_pl.rotary import describe_factors
 from rlhf_pl.rounds import RoundStore
@@ -193,6 +193,25 @@ def test_what_an_engine_would_do_otherwise_is_refused(tmp_path: Path) -> None:
     assert describe_factors(config, 99) == "longrope, over 20 positions"
     assert describe_factors(dynamic, 99) == "dynamic, at 99 positions"
     assert describe_factors(LlamaConfig(), 99) is None
+
+
+def served(folder: Path, length: int, **options: Any) -> VLLMServerReward:
+    reward = VLLMServerReward("http://x", str(folder), **options)
+    models = {"data": [{"id": "rm", "max_model_len": length}]}
+    reward._service.get = {"http://x/v1/models": models}.get  # type: ignore[method-assign, assignment]
+    return reward
+
+
+def test_a_server_whose_scores_would_have_other_factors_is_refused(tmp_path: Path, reward_model: Path) -> None:
+    samples = [Sample("a", [{"role": "user", "content": "Go"}], "Yes")]
+    longropes, dynamic = (save_reward_model(tmp_path / kind, **changes) for kind, changes in KINDS.items())
+    served(longropes, LIMIT).check(samples)
+    with pytest.raises(InputError, match=rf"`rollout.reward.url`: .* {LIMIT + 1}, over {LIMIT}, .*ClassifierReward"):
+        served(longropes, LIMIT + 1).check(samples)
+    served(dynamic, 400, max_tokens=LIMIT).check(samples)
+    with pytest.raises(InputError, match=rf"`rollout.reward.max_tokens` is {LIMIT + 1}: .* Set it to {LIMIT} at most"):
+        served(dynamic, 400, max_tokens=LIMIT + 1).check(samples)
+    served(reward_model, 4096).check(samples)
 
 
 def test_copies_in_half_precision_have_them_too(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from transformers import modeling_utils
 from rlhf_pl import LoRA
 from rlhf_pl.classifier import ClassifierLM
 from rlhf_pl.errors import InputError
+from rlhf_pl.export import _twin
 from rlhf_pl.lora import add_lora
 from rlhf_pl.modules import rebel
 from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
@@ -81,6 +82,23 @@ def test_a_run_on_a_noisy_model_stays_at_its_policy(tmp_path: Path, write_jsonl:
     layers = [m for m in module.policy.modules() if getattr(m, "gradient_checkpointing", False)]
     assert layers
     assert all(m.training for m in layers)  # after evaluation, too
+
+
+def test_weights_that_eval_mode_would_rescale_stay_as_they_are(tmp_path: Path) -> None:
+    """RWKV halves the output weights of every second layer here, once it computes in eval mode."""
+    from transformers import AutoModelForCausalLM, RwkvConfig
+
+    sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4, "context_length": 128}
+    plain = AutoModelForCausalLM.from_config(RwkvConfig(**sizes, rescale_every=2))
+    plain.save_pretrained(tmp_path)
+    before = {name: tensor.clone() for name, tensor in plain.state_dict().items()}
+    source = PolicySource(str(tmp_path))
+    policy = PolicyLM(load_lm(source)).train()
+    found = policy(**ROWS.inputs())
+    assert all(torch.equal(tensor, before[name]) for name, tensor in policy.lm.state_dict().items())
+    logps = plain.eval()(torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0].log_softmax(-1)
+    torch.testing.assert_close(found[:3], logps[[2, 3, 4], [8, 9, 10]], atol=1e-5, rtol=1e-4)
+    assert _twin(policy.lm, source, torch.float32).config.rescale_every == 2
 
 
 def test_reward_models_do_without_it_too(tmp_path: Path) -> None:

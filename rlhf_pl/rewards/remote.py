@@ -67,15 +67,27 @@ class Service:
             return []
         return _run(self._map(payloads, parse))
 
+    def get(self, url: str) -> Any:
+        """The JSON that the service has at `url`; None if it gives none."""
+        import httpx
+
+        try:
+            return httpx.get(url, headers=self._headers(), timeout=self.timeout_s).raise_for_status().json()
+        except (httpx.HTTPError, httpx.InvalidURL, ValueError):
+            return None
+
+    def _headers(self) -> dict[str, str]:
+        headers = {"content-type": "application/json"}
+        if self.api_key_env is not None and os.environ.get(self.api_key_env):
+            headers["authorization"] = f"Bearer {os.environ[self.api_key_env]}"
+        return headers
+
     async def _map(self, payloads: Sequence[Mapping[str, Any]], parse: Callable[[int, Any], T]) -> list[T | Failure]:
         import httpx
 
         gate = asyncio.Semaphore(self.concurrency)
-        headers = {"content-type": "application/json"}
-        if self.api_key_env is not None and os.environ.get(self.api_key_env):
-            headers["authorization"] = f"Bearer {os.environ[self.api_key_env]}"
         limits = httpx.Limits(max_connections=self.concurrency)
-        async with httpx.AsyncClient(timeout=None, limits=limits, headers=headers) as client:
+        async with httpx.AsyncClient(timeout=None, limits=limits, headers=self._headers()) as client:
 
             async def one(number: int) -> T | Failure:
                 async with gate:

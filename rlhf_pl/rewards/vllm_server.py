@@ -11,6 +11,7 @@ from rlhf_pl.policy import PolicySource
 from rlhf_pl.rendering import Renderer, SystemPrompt, reward_renderer
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError, number
+from rlhf_pl.rotary import thresholds
 from rlhf_pl.score_place import ScoreAt, mean_score, warn_of_other_reading
 
 
@@ -99,8 +100,32 @@ class VLLMServerReward(Reward):
         _ = self._mean
         if self._score_at is None:
             warn_of_other_reading(self.renderer(), self._source)
+        self._check_rotary()
         for sample in samples:
             sample.rendered(self.renderer())
+
+    def _check_rotary(self) -> None:
+        """vLLM has one set of rotary factors for all rows; here each row has those of its own length.
+
+        Raises:
+            InputError: Some rows could get others.
+        """
+        limits = thresholds(self._source.config)
+        found = self._service.get(f"{self.url.rstrip('/')}/v1/models") if limits else None
+        models = found.get("data") if isinstance(found, Mapping) else None
+        served = models[0].get("max_model_len") if isinstance(models, list) and models else None
+        if "longrope" in limits and (served or 0) > (limit := limits["longrope"]):
+            raise InputError(
+                f"`rollout.reward.url`: the server runs with --max-model-len {served}, over {limit}, so vLLM gives "
+                f"every row the long rotary factors of {self.model!r}, also those of up to {limit} tokens. Start it "
+                f"with --max-model-len {limit}, or score in this process (ClassifierReward)."
+            )
+        if "dynamic" in limits and self.max_tokens > (limit := limits["dynamic"]):
+            raise InputError(
+                f"`rollout.reward.max_tokens` is {self.max_tokens}: vLLM does not stretch the dynamic rotary factors "
+                f"of {self.model!r}, which rows of over {limit} tokens need. Set it to {limit} at most, or score in "
+                "this process (ClassifierReward)."
+            )
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult | Failure]:
         rows = [s.rendered(self.renderer()) for s in batch]

@@ -1,15 +1,16 @@
 """A sampler on plain transformers: slow, needs nothing else, and checks the vLLM one independently."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from copy import deepcopy
 from types import MethodType
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from rlhf_pl.policy import without_dropout
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rotary import steady_rotary, thresholds
+from rlhf_pl.shared_prompt import take_exact_attention
 
 
 class TransformersSampler(Sampler):
@@ -31,8 +32,11 @@ class TransformersSampler(Sampler):
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._eos = torch.tensor(spec.source.eos_token_ids, device=device)
         with torch.random.fork_rng():  # the random start weights are replaced by `load_weights`
-            model = AutoModelForCausalLM.from_config(deepcopy(spec.source.config), dtype=getattr(torch, self.dtype))
+            model = AutoModelForCausalLM.from_config(
+                without_dropout(spec.source.config), dtype=getattr(torch, self.dtype)
+            )
         self._model = model.to(device).eval()
+        take_exact_attention(self._model)
         steady_rotary(self._model, spec.source.config, spec.max_model_tokens)
         if thresholds(spec.source.config):
             from transformers import GenerationMixin

@@ -13,7 +13,16 @@ from torch import Tensor
 from rlhf_pl.callbacks import HFExport, RoundCheckpoint
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
-from rlhf_pl.lora import LoRA, adapter_size, adapter_targets, add_lora, merged_tensors, save_adapter, without_adapters
+from rlhf_pl.lora import (
+    LoRA,
+    adapted_layers,
+    adapter_size,
+    adapter_targets,
+    add_lora,
+    merged_tensors,
+    save_adapter,
+    without_adapters,
+)
 from rlhf_pl.policy import PolicyLM, PolicySource
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
@@ -41,6 +50,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "Qwen3Moe": FEW | {"mlp_only_layers": [0], "head_dim": 16},  # its first layer is dense
     "Qwen2Moe": FEW | {"shared_expert_intermediate_size": 32},
     "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},  # its matrices lie the other way
+    "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # its router is a linear layer that gives a tuple
 }
 
 
@@ -228,6 +238,18 @@ def test_layers_that_a_model_never_calls_get_no_adapters() -> None:
     with torch.no_grad():
         expected, found = (model(input_ids=ids, use_cache=False).logits for model in (lm, base))
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Mamba", "FalconMamba"])
+def test_layers_that_peft_refuses_get_no_adapters(kind: str) -> None:
+    import transformers
+
+    config = getattr(transformers, f"{kind}Config")(vocab_size=300, hidden_size=32, num_hidden_layers=2, state_size=4)
+    lm = transformers.AutoModelForCausalLM.from_config(config)
+    with pytest.raises(InputError, match=r"names out_proj; the linear layers of .* are called in_proj, x_proj"):
+        adapter_targets(lm, LoRA(target_modules=["out_proj"]))
+    add_lora(lm, LoRA(rank=2), seed=0, train_head=False)
+    assert {name.split(".")[-1] for name in adapted_layers(lm)} == {"in_proj", "x_proj"}
 
 
 VLLM = [pytest.mark.vllm, pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="no vLLM")]

@@ -26,7 +26,7 @@ from rlhf_pl.rollout import (
 from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, hand_over, tolerance
 from rlhf_pl.rows import RowBatch, Tree, lay_out
 from rlhf_pl.weights import weights_of
-from tests.conftest import save_llama
+from tests.conftest import make_tokenizer, save_llama
 
 pytestmark = pytest.mark.xdist_group("samplers")  # they share what takes long to start
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
@@ -252,6 +252,36 @@ def test_tensors_that_are_swapped_are_caught_whichever_they_are(
 @pytest.mark.vllm
 @pytest.mark.skipif(not HAS_VLLM, reason="no vLLM")
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of the CPU")
+def test_transformers_sampler_draws_with_all_of_the_policys_attention(tmp_path: Path) -> None:
+    """sdpa leaves the soft-capping of Gemma-2 out."""
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    tokenizer = make_tokenizer()
+    config = Gemma2Config(
+        vocab_size=len(tokenizer), hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=32, sliding_window=8, attn_logit_softcapping=1.5, query_pre_attn_scalar=8,
+        initializer_range=0.2, bos_token_id=0, eos_token_id=2, pad_token_id=1,
+    )  # fmt: skip
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    sampler = TransformersSampler()
+    sampler.start(EngineSpec(PolicySource(str(tmp_path)), max_model_tokens=40, max_sequences=6))
+    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    sampler.load_weights(plain.state_dict().items())
+    for prompt, responses in zip(PROMPTS, draw(sampler, PROMPTS, list(range(len(PROMPTS)))), strict=True):
+        for response in responses:
+            with torch.no_grad():
+                logps = (
+                    plain(torch.tensor([[*prompt, *response.token_ids]]))
+                    .logits[0, len(prompt) - 1 : -1]
+                    .log_softmax(-1)
+                )
+            expected = logps.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
+            assert torch.allclose(torch.tensor(response.logps), expected, atol=1e-4)
+
+
 def test_heads_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
     source = PolicySource(str(save_llama(tmp_path / "small-heads", num_attention_heads=4)))
     with pytest.raises(InputError, match="heads of size 16"):
