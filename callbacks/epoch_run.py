@@ -6,8 +6,15 @@ import lightning as L
 
 from rlhf_pl.callbacks.round_checkpoint import save_resume_point
 from rlhf_pl.console import console
-from rlhf_pl.data.limits import report_stop, return_limits, stop_at_max_steps, take_limits
-from rlhf_pl.data.progress import rounds_done, stopped_inside
+from rlhf_pl.data.limits import (
+    report_stop,
+    return_limits,
+    return_monitors,
+    set_monitors_aside,
+    stop_at_max_steps,
+    take_limits,
+)
+from rlhf_pl.data.progress import leaves_inside, rounds_done, stopped_inside
 from rlhf_pl.lock import RunLock
 from rlhf_pl.monitors import check_monitors
 from rlhf_pl.ranks import forget_ranks, ranks_of, report_failure
@@ -48,7 +55,12 @@ class EpochRun(L.Callback):
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = False
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if leaves_inside(trainer):
+            set_monitors_aside(trainer)
+
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        return_monitors(trainer)
         self._validated = not trainer.sanity_checking
 
     def on_train_batch_end(
@@ -59,7 +71,9 @@ class EpochRun(L.Callback):
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the epoch's validation, or where the run has stopped inside the epoch."""
         save_resume_point(trainer)
-        if trainer.is_global_zero and not stopped_inside(trainer):
+        if stopped_inside(trainer):
+            set_monitors_aside(trainer)
+        elif trainer.is_global_zero:
             console.print(f"epoch {rounds_done(trainer)}: {self._line(trainer, pl_module)}", soft_wrap=True)
 
     def _line(self, trainer: L.Trainer, module: Any) -> str:

@@ -8,18 +8,28 @@ import lightning as L
 
 from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint, save_resume_point
 from rlhf_pl.console import console
-from rlhf_pl.data.limits import limits_of, report_stop, return_limits, stop_at_max_steps, stop_inside_round, take_limits
-from rlhf_pl.data.progress import inside_round, rounds_done, stopped_inside
+from rlhf_pl.data.limits import (
+    limits_of,
+    report_stop,
+    return_limits,
+    return_monitors,
+    set_monitors_aside,
+    stop_at_max_steps,
+    stop_inside_round,
+    take_limits,
+)
+from rlhf_pl.data.progress import inside_round, leaves_inside, rounds_done, stopped_inside
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import resident_gib
-from rlhf_pl.metrics import HELD_OUT, ROLLOUT, held_out_metrics, round_metrics
+from rlhf_pl.metrics import held_out_metrics, metric_names, round_metrics, training_metrics
 from rlhf_pl.modules.logging import keep, publish
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.monitors import check_monitors
 from rlhf_pl.pairs import BestWorst, PairSelector
+from rlhf_pl.policy_kl import has_reference
 from rlhf_pl.ranks import DEFAULT_TIMEOUT, forget_ranks, ranks_of, report_failure
 from rlhf_pl.repair import repair
 from rlhf_pl.rewards import Reward, Sample, ScoringConfig, as_reward
@@ -192,9 +202,10 @@ class RoundRefresh(L.Callback):
 
     def _metrics(self, trainer: L.Trainer) -> list[str]:
         """Names of what is measured of rounds."""
-        if self.options is None:
+        options, module = self.options, trainer.lightning_module
+        if options is None or not isinstance(module, RebelModule):
             return []
-        return [*ROLLOUT, *(HELD_OUT if _datamodule(trainer).val_prompts else ())]
+        return metric_names(options, has_reference(module), bool(_datamodule(trainer).val_prompts))
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on the run directory is written to, by this process alone."""
@@ -216,6 +227,8 @@ class RoundRefresh(L.Callback):
     def _prepare(self, trainer: L.Trainer, index: int) -> None:
         """Make round `index`, or what is missing of it."""
         maker, data = self._begin(trainer), _datamodule(trainer)
+        if index > 0 and data.store.round(index - 1).is_complete("training"):  # perhaps by an earlier process
+            keep(trainer, training_metrics(data.store.round(index - 1), data.passes))
         if inside_round(trainer):  # resumed: the policy is no longer the one that made the round
             maker.check_inside(index)
             self._keep_metrics(trainer, index)
@@ -237,7 +250,7 @@ class RoundRefresh(L.Callback):
     def _keep_metrics(self, trainer: L.Trainer, index: int) -> None:
         """Metrics that an earlier process logged of the round, for callbacks that monitor them."""
         data = _datamodule(trainer)
-        keep(trainer, round_metrics(data.store.round(index)))
+        keep(trainer, {**round_metrics(data.store.round(index)), "system/resident_gib": resident_gib()})
         if data.val_prompts and data.store.held_out(index).is_complete("rewards"):
             keep(trainer, held_out_metrics(data.store, index))
 
@@ -279,24 +292,29 @@ class RoundRefresh(L.Callback):
         stop_inside_round(trainer, batch_idx)
         stop_at_max_steps(trainer)
 
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if leaves_inside(trainer):
+            set_monitors_aside(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        return_monitors(trainer)
+
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After a round's training: note it, save it, and only then evaluate the new policy."""
         assert isinstance(pl_module, RebelModule)
         if stopped_inside(trainer):
             save_resume_point(trainer)
+            set_monitors_aside(trainer)
             self._rest()
             return
         data, version = _datamodule(trainer), rounds_done(trainer)
         stored = data.store.round(version - 1)
         seconds = time.monotonic() - self._training_since
-        speed = data.passes * stored.info("pairs")["pairs"] / seconds if stored.is_complete("pairs") else 0.0
         summary = pl_module.round_summary()
         ranks_of(trainer).first(lambda: stored.complete("training", seconds=seconds, **summary))
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)  # an engine that wakes on the same device needs the room
-        of_round = {f"train/round_{name}": value for name, value in summary.items() if value is not None}
-        metrics = {"time/train_s": seconds, "train/pairs_per_s": speed, **of_round}
-        publish(trainer, metrics, max(0, trainer.global_step - 1))
+        publish(trainer, training_metrics(stored, data.passes), max(0, trainer.global_step - 1))
         save_resume_point(trainer)
         if self.options is not None:
             self._evaluate(trainer, version)

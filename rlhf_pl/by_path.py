@@ -21,6 +21,8 @@ __path__: list[str] = []  # a package, whose modules the finder below finds
 _PREFIX = f"{__name__}."
 _sources: dict[str, str] = {}  # hash of the source that each module was made from
 _folders: list[str] = []  # those that were put into sys.path
+_behind: set[str] = set()  # those of them that hold a file which is called like an installed module
+_held: dict[str, dict[str, ModuleType]] = {}  # by folder: modules of it whose names another folder's have now
 
 
 def import_path(file: str) -> ModuleType:
@@ -34,6 +36,13 @@ def import_path(file: str) -> ModuleType:
     if name in sys.modules and _sources.get(name) != _hash(path):
         del sys.modules[name]
     return importlib.import_module(name)
+
+
+def look_beside(module: str) -> None:
+    """Before a function of such a module is called: let it import what lies beside its file."""
+    file = getattr(sys.modules.get(module), "__file__", None)
+    if module.startswith(_PREFIX) and file is not None and [os.path.dirname(file)] != _folders[:1]:
+        _find_beside(file)
 
 
 def _hash(path: str) -> str:
@@ -59,6 +68,7 @@ class _Loader(SourceFileLoader):
     def exec_module(self, module: ModuleType) -> None:
         _find_beside(self.path)
         _sources[module.__name__] = _hash(self.path)
+        module.__package__ = ""  # so that relative imports fail as they do in `python file.py`
         super().exec_module(module)
 
 
@@ -66,21 +76,24 @@ def _find_beside(file: str) -> None:
     """Let a file import what lies beside it: its folder is the first of sys.path, as in `python file.py`.
 
     It is the last where the file is called like an installed module, which it would stand in the way of. Modules of
-    other files' folders that are called like some of this one are imported anew.
+    other files' folders that are called like some of this one make way until theirs is the first again.
     """
     folder, name = os.path.split(file)
     others = [other for other in _folders if other != folder]
     for place in _folders:
         if place in sys.path:
             sys.path.remove(place)
-    taken = _is_installed(name.removesuffix(".py"))
-    sys.path.insert(len(sys.path) if taken else 0, folder)
+    if _is_installed(name.removesuffix(".py")):
+        _behind.add(folder)
+    sys.path.insert(len(sys.path) if folder in _behind else 0, folder)
     sys.path.extend(others)
     _folders[:] = [folder, *others]
     for module in {name.partition(".")[0] for name in sys.modules}:
         if module != "rlhf_pl" and _lies_in(folder, module) and _folder_of(module) in others:
+            held = _held.setdefault(_folder_of(module), {})
             for loaded in [n for n in sys.modules if n == module or n.startswith(f"{module}.")]:
-                del sys.modules[loaded]
+                held[loaded] = sys.modules.pop(loaded)
+    sys.modules.update(_held.pop(folder, {}))
     importlib.invalidate_caches()
 
 

@@ -85,9 +85,9 @@ def try_export(model: Any, source: PolicySource, tokenizer: Any, dtype: str | No
     except DiskFullError:
         raise
     except Exception as error:  # whatever configs, tokenizers and code that comes with models may raise
-        line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         raise InputError(
-            f"`{source.option}`: {source.path!r} could not be exported after the training: {line} Repair that file of "
+            f"`{source.option}`: {source.path!r} could not be exported after the training: {line}. Repair that file of "
             "the model, or choose another one."
         ) from error
 

@@ -5,14 +5,15 @@ import math
 from typing import Any
 
 from rlhf_pl.chat import message_text
+from rlhf_pl.rewards import CombinedReward, FunctionReward, HTTPReward, Reward
+from rlhf_pl.round_settings import RoundOptions
 from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.stages import prompt_means
 from rlhf_pl.stages.kl import STAGE
 
-# Names that callbacks may monitor; those that end in a slash stand for the names of a reward's parts and of penalties.
+# Names that callbacks may monitor, parts of rewards and penalties aside.
 HELD_OUT = (
     "val/reward_mean",
-    "val/reward/",
     "val/reward_gain",
     "val/reward_gain_se",
     "val/win_rate",
@@ -29,9 +30,7 @@ ROLLOUT = (
     "rollout/reward_std",
     "rollout/reward_best",
     "rollout/reward_worst",
-    "rollout/reward/",
     "rollout/truncated",
-    "rollout/penalty/",
     "rollout/response_tokens",
     "rollout/finished_share",
     "rollout/pairs",
@@ -50,6 +49,36 @@ ROLLOUT = (
     "time/score_s",
     "time/logps_s",
 )
+
+
+def metric_names(options: RoundOptions, has_reference: bool, held_out: bool) -> list[str]:
+    """What will be measured of a run's rounds. Names that end in a slash stand for all that begin so.
+
+    Args:
+        options: How its rounds are made.
+        has_reference: Whether KL to a reference is measured.
+        held_out: Whether it has held-out prompts.
+    """
+    greedy = options.val_sampling.temperature == 0
+    lacking = {
+        "rollout/old_logp_difference": options.old_logps == "policy",
+        "val/kl_new_old": greedy,
+        "val/kl_new_reference": greedy or not has_reference,
+    }
+    absent = {name for name, lacks in lacking.items() if lacks}
+    names = [n for n in (*ROLLOUT, *(HELD_OUT if held_out else ())) if n.removesuffix("_se") not in absent]
+    names += [f"rollout/penalty/{name}" for name in options.shaping.penalties]
+    parts = _parts(options.reward)
+    return names + [f"{of}/reward/{part}" for of in ("rollout", *(("val",) if held_out else ())) for part in parts]
+
+
+def _parts(reward: Reward) -> list[str]:
+    """Names of a reward's components; an empty one where it may have any."""
+    if isinstance(reward, CombinedReward):
+        named = list(zip(reward.names, reward.parts, strict=True))
+        return [*reward.names, *(f"{name}/{part}" for name, of in named for part in _parts(of))]
+    is_ours = type(reward).__module__.partition(".")[0] == "rlhf_pl"
+    return [] if is_ours and not isinstance(reward, HTTPReward | FunctionReward) else [""]
 
 
 def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
@@ -106,6 +135,17 @@ def round_metrics(stored: Round) -> dict[str, float]:
     }
 
 
+def training_metrics(stored: Round, passes: int) -> dict[str, float]:
+    """Metrics of a round that was trained on, so many times."""
+    training = stored.info("training")
+    pairs = passes * stored.info("pairs")["pairs"] if stored.is_complete("pairs") else 0
+    return {
+        "time/train_s": training["seconds"],
+        "train/pairs_per_s": pairs / training["seconds"],
+        **{f"train/round_{name}": training[name] for name in ("loss", "kl") if training.get(name) is not None},
+    }
+
+
 def _difference(logps: dict[str, Any]) -> dict[str, float]:
     """Where the sampler's log-probs are taken: how far they are from the policy's, nats a token."""
     found = logps.get("sampler_difference")
@@ -113,8 +153,8 @@ def _difference(logps: dict[str, Any]) -> dict[str, float]:
 
 
 def _penalties(pairs: dict[str, Any]) -> list[str]:
-    """The penalties that took something off."""
-    return [name for name in ("missing_eos", "length") if pairs.get("penalties", {}).get(name)]
+    """The penalties of the round, also where they took nothing off."""
+    return [name for name in ("missing_eos", "length") if name in pairs.get("penalties", {})]
 
 
 def first_answers(stored: Round) -> dict[str, dict[str, Any]]:

@@ -107,6 +107,12 @@ class PolicySource:
             return GenerationConfig.from_pretrained(self.path, revision=self.revision)
         except OSError:  # the file is optional
             return GenerationConfig.from_model_config(self.config)
+        except (ValueError, TypeError, AttributeError) as error:  # and transformers checks some of its values
+            line = str(error).strip().splitlines()[0].rstrip(".")
+            raise InputError(
+                f"`{self.option}`: transformers can't read the generation_config.json of {self.path!r}: {line}. "
+                "Correct that file."
+            ) from error
 
     def copy_generation_config(self, folder: str) -> None:
         """Write the generation config into a folder as it came, or what follows from the config if there was none."""

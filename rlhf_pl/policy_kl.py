@@ -63,9 +63,9 @@ class PolicyKL:
         """Note the KL of the present policy, which is that after `version` rounds and has answered in `stored`."""
         ranks, started = ranks_of(self.trainer), time.monotonic()
         old = self._old_policy(version - 1)
-        has_reference = self.module.kl_coef > 0 or self.module.lora is not None
+        reference = has_reference(self.module)
         trees = sampled_trees(stored)
-        count = sum(len(tree.answers) for tree in trees) * (1 + (old is not None) + has_reference)
+        count = sum(len(tree.answers) for tree in trees) * (1 + (old is not None) + reference)
         temperature = stored.info("responses")["sampling"]["temperature"]
         own = logps_function(self.trainer, self.module, callable_policy(self.trainer))
         logps: dict[str, Tensor] = {}
@@ -79,7 +79,7 @@ class PolicyKL:
             if old is not None:
                 with old.in_place():
                     under("old", own)
-            if has_reference:
+            if reference:
                 under("reference", logps_function(self.trainer, self.module, self.module.load_reference()))
         ranks.first(lambda: note_kl(stored, trees, logps, started))
 
@@ -92,3 +92,8 @@ class PolicyKL:
             return None
         lm = find_past_lm(self.trainer, self.module, made_by["policy_step"], made_by["weights"])
         return None if lm is None else KeptWeights.of_state(self.module, lm.state_dict(), "policy.lm.")
+
+
+def has_reference(module: RebelModule) -> bool:
+    """Whether there is a reference to measure the distance to."""
+    return module.kl_coef > 0 or module.lora is not None

@@ -36,6 +36,12 @@ class RewardShaping:
             if not getattr(self, name) >= 0:
                 raise InputError(f"`rollout.shaping.{name}` must be 0 or more, got {getattr(self, name)}.")
 
+    @property
+    def penalties(self) -> list[str]:
+        """Names of those that are not 0."""
+        amounts = {"missing_eos": self.missing_eos_penalty, "length": self.length_penalty}
+        return [name for name, amount in amounts.items() if amount > 0]
+
 
 def shape_rewards(
     groups: Sequence[Sequence[float]],
@@ -67,7 +73,8 @@ def shape_rewards(
         shaped.append(row)
     everything = [reward for row in shaped for reward in row]
     count = max(1, len(everything))
-    notes: dict[str, Any] = {"missing_eos": sum(for_eos) / count, "length": sum(for_length) / count}
+    means = {"missing_eos": sum(for_eos) / count, "length": sum(for_length) / count}
+    notes: dict[str, Any] = {name: means[name] for name in shaping.penalties}
     if shaping.normalize == "round" and everything:
         mean, std = statistics.fmean(everything), statistics.pstdev(everything)
         notes |= {"round_mean": mean, "round_std": std}

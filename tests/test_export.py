@@ -249,3 +249,11 @@ def test_a_run_exports_what_save_pretrained_writes(tmp_path: Path, write_jsonl: 
     with pytest.raises(InputError, match="no export of this program"):
         fit(run, source, prompts, [HFExport()], module, **settings)
     assert (run / "model" / "thesis.txt").exists()
+
+
+@pytest.mark.parametrize("text", ['{"num_return_sequences": 3}', '{"max_new_tokens": -5}', "[1]"])
+def test_a_generation_config_that_transformers_refuses_to_read_is_named(tmp_path: Path, text: str) -> None:
+    source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
+    (source / "generation_config.json").write_text(text)
+    with pytest.raises(InputError, match=r"can't read the generation_config\.json of .*source'.*Correct that file"):
+        _ = PolicySource(str(source)).eos_token_ids

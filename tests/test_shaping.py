@@ -29,6 +29,6 @@ def test_normalisation() -> None:
 
 def test_what_was_taken_off_is_noted() -> None:
     _, notes = shape_rewards(REWARDS, LENGTHS, FINISHED, RewardShaping(missing_eos_penalty=4, normalize="round"))
-    assert notes == {"missing_eos": 1.0, "length": 0.0, "round_mean": 1.0, "round_std": pytest.approx(1.5**0.5)}
+    assert notes == {"missing_eos": 1.0, "round_mean": 1.0, "round_std": pytest.approx(1.5**0.5)}
     with pytest.raises(InputError, match="length_penalty` must be 0 or more"):
         RewardShaping(length_penalty=-1)

@@ -9,12 +9,19 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from lightning.pytorch.plugins.precision import DoublePrecision
 
+from rlhf_pl.callbacks import RoundRefresh
 from rlhf_pl.errors import InputError
-from rlhf_pl.metrics import HELD_OUT, ROLLOUT
+from rlhf_pl.metrics import ROLLOUT, metric_names
 from rlhf_pl.mistakes import mistake_behind
 from rlhf_pl.modules import RebelModule, SFTModule
 from rlhf_pl.monitors import check_monitors
+from rlhf_pl.rewards import CombinedReward, ExactAnswer, WeightedReward
+from rlhf_pl.shaping import RewardShaping
 from rlhf_pl.trainer_options import check_trainer, refuse_options
+
+
+def score(response: str) -> float:
+    return float(len(response))
 
 
 def trainer(**options: Any) -> L.Trainer:
@@ -74,7 +81,8 @@ def stopping(metric: str) -> L.Trainer:
 
 def test_monitored_metrics_are_checked(llama: Any) -> None:
     module = RebelModule(str(llama))
-    everything = [*ROLLOUT, *HELD_OUT]
+    reward = CombinedReward([WeightedReward(f"{__name__}.score", name="helpful")])
+    everything = metric_names(RoundRefresh(reward).options, False, True)  # type: ignore[arg-type]
     for name in ("rollout/reward_mean", "rollout/reward/helpful", "val/win_rate", "val/loss", "train/kl"):
         check_monitors(stopping(name), module, True, everything, "")
     for name, validates, others in (("val/loss", False, everything), ("val/reward_mean", True, ROLLOUT)):
@@ -84,6 +92,25 @@ def test_monitored_metrics_are_checked(llama: Any) -> None:
         check_monitors(stopping("rollout/reward_meen"), module, True, everything, "")
     with pytest.raises(InputError, match="val/reward_mean"):
         check_monitors(stopping("val/reward_mean"), SFTModule(str(llama)), True, (), "")
+
+
+def test_only_what_a_run_measures_can_be_monitored() -> None:
+    """No penalty, no sampler's log-probs, no reference, no held-out prompts; then all of them."""
+    plain = RoundRefresh(ExactAnswer())
+    assert plain.options is not None
+    some = {"rollout/penalty/length", "rollout/old_logp_difference"}
+    of_kl = {"val/kl_new_reference", "val/kl_new_reference_se"}
+    names = set(metric_names(plain.options, has_reference=True, held_out=False))
+    assert not names & (some | of_kl)
+    assert not any("/reward/" in name for name in names)
+    assert of_kl <= set(metric_names(plain.options, has_reference=True, held_out=True))
+    assert not of_kl & set(metric_names(plain.options, has_reference=False, held_out=True))
+    greedy = RoundRefresh(ExactAnswer(), val_temperature=0).options
+    assert greedy is not None
+    assert not any(name.startswith("val/kl_") for name in metric_names(greedy, has_reference=True, held_out=True))
+    shaped = RoundRefresh(f"{__name__}.score", shaping=RewardShaping(length_penalty=0.1), old_logps="sampler").options
+    assert shaped is not None
+    assert some <= set(metric_names(shaped, has_reference=False, held_out=False))
 
 
 def test_callbacks_of_ones_own_may_log_what_is_monitored(llama: Any) -> None:

@@ -5,6 +5,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 import lightning as L
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 
 from rlhf_pl.console import console
@@ -22,11 +23,13 @@ class Limits:
         max_steps: Updates of the whole run; -1 for any number.
         batches: Micro-batches of an epoch: their number, or a share as a float.
         trained: Micro-batches of the present epoch that this process has trained on.
+        callbacks: All of the Trainer's, while some are set aside.
     """
 
     max_steps: int = -1
     batches: int | float = 1.0
     trained: int = 0
+    callbacks: list[L.Callback] | None = None
 
     def of(self, total: int) -> int:
         """How many of an epoch's `total` micro-batches are wanted."""
@@ -53,6 +56,7 @@ def take_limits(trainer: L.Trainer) -> None:
 
 def return_limits(trainer: L.Trainer) -> None:
     """The run is over: the Trainer is as it was."""
+    return_monitors(trainer)
     limits = _OF_TRAINERS.pop(trainer, None)
     if limits is not None:
         trainer.fit_loop.epoch_loop.max_steps = limits.max_steps
@@ -100,6 +104,32 @@ def stop_inside_round(trainer: L.Trainer, batch_idx: int) -> None:
     update_ended = (batch_idx + 1) % trainer.accumulate_grad_batches == 0
     if update_ended and limits.trained >= limits.of(total) < total:
         trainer.should_stop = True
+
+
+def set_monitors_aside(trainer: L.Trainer) -> None:
+    """Where a run stops inside an epoch, let callbacks that follow a metric take no notice, until `return_monitors`.
+
+    What they would follow is not there yet, or is of the epoch before; the run that goes on shows it to them.
+    """
+    limits, run = limits_of(trainer), trainer
+    everything: list[L.Callback] = run.callbacks  # type: ignore[attr-defined]
+    if limits.callbacks is None:
+        limits.callbacks = everything
+        run.callbacks = [callback for callback in everything if not _follows(callback)]  # type: ignore[attr-defined]
+
+
+def return_monitors(trainer: L.Trainer) -> None:
+    """Take back `set_monitors_aside`."""
+    limits = limits_of(trainer)
+    if limits.callbacks is not None:
+        trainer.callbacks = limits.callbacks  # type: ignore[attr-defined]
+        limits.callbacks = None
+
+
+def _follows(callback: L.Callback) -> bool:
+    return isinstance(callback, EarlyStopping) or (
+        isinstance(callback, ModelCheckpoint) and callback.monitor is not None
+    )
 
 
 def report_stop(trainer: L.Trainer, what: str) -> None:

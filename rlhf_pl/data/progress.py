@@ -28,6 +28,14 @@ def stopped_inside(trainer: L.Trainer) -> bool:
     return batches_done(trainer) < loop.max_batches
 
 
+def leaves_inside(trainer: L.Trainer) -> bool:
+    """Whether the Trainer is about to leave an epoch before its end, and validates for that alone."""
+    loop, every = trainer.fit_loop, trainer.val_check_batch
+    done = batches_done(trainer)
+    stops = trainer.should_stop and loop._can_stop_early and 0 < done < loop.max_batches
+    return bool(stops) and not (isinstance(every, int) and done % every == 0)
+
+
 def batches_done(trainer: L.Trainer) -> int:
     """Micro-batches of the present epoch that this rank has trained on."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pl.by_path import import_path
+from rlhf_pl.by_path import import_path, look_beside
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import code_fingerprint
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
@@ -71,6 +71,7 @@ class FunctionReward(Reward):
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
         if not batch:
             return []
+        look_beside(getattr(self._function, "__module__", None) or "")
         if not self._batched:
             return [self._result(self._function(**self._arguments(s)), s) for s in batch]
         rows = [self._arguments(s, many=True) for s in batch]

@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file
 
@@ -121,6 +121,34 @@ def test_resume_points_hold_the_state_of_a_checkpoint_callback(tmp_path: Path, l
     state = next(state for key, state in saved.items() if "ModelCheckpoint" in key)
     assert len(state["best_k_models"]) == 2
     assert state["best_model_path"] == best.best_model_path
+
+
+@pytest.mark.parametrize("monitor", ["train/round_kl", "val/loss", "val/reward_mean", "rollout/reward_mean"])
+@pytest.mark.parametrize("every", [1, 2])
+def test_callbacks_that_follow_a_metric_pass_over_a_stop(
+    tmp_path: Path, llama: Path, prompts: str, monitor: str, every: int
+) -> None:
+    """Stopped inside the first and the second round, they end with the state and the files of a run without stops."""
+
+    def run(name: str, stops: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
+        folder, ckpt = tmp_path / name, None
+        for max_steps in (*stops, -1):
+            early = EarlyStopping(monitor, patience=9, min_delta=1e9)
+            best = ModelCheckpoint(folder / "best", monitor=monitor, save_top_k=1)
+            options: dict[str, Any] = {"max_steps": max_steps, "ckpt_path": ckpt, "check_val_every_n_epoch": every}
+            fit(folder, llama, prompts, [RoundCheckpoint(), early, best], **options)
+            ckpt = str(folder / "checkpoints" / "last.ckpt")
+        kept = {"best": Path(best.best_model_path).name, "score": float(best.best_model_score or 0)}
+        return early.state_dict(), kept, {"files": sorted(file.name for file in (folder / "best").iterdir())}
+
+    whole = run("whole", ())
+    assert whole[0]["wait_count"] == 2 // every - 1
+    assert run("parts", (1, per_round(tmp_path / "whole") + 1)) == whole
+
+
+def per_round(run: Path) -> int:
+    """Updates of the first round."""
+    return torch.load(run / "checkpoints" / "after-round-0001.ckpt", weights_only=True)["global_step"]
 
 
 def test_steps_that_a_scaler_leaves_out_are_no_updates(tmp_path: Path, llama: Path, prompts: str) -> None:

@@ -191,6 +191,31 @@ def test_a_file_is_run_once_until_it_changes(tmp_path: Path) -> None:
     assert import_function(f"{file}:one")("") == 5.0
 
 
+def test_files_that_import_while_they_score_get_what_lies_beside_them(tmp_path: Path) -> None:
+    rewards = []
+    for factor in (2, 3):
+        folder = tmp_path / str(factor)
+        folder.mkdir()
+        (folder / "late_helper.py").write_text(f"FACTOR = {factor}\nCALLS = []\n")
+        (folder / "late.py").write_text(
+            "def score(response):\n"
+            "    import late_helper\n"
+            "    late_helper.CALLS.append(response)\n"
+            "    return late_helper.FACTOR * 10 + len(late_helper.CALLS)\n"
+        )
+        rewards.append(FunctionReward(f"{folder}/late.py:score"))
+    found = [reward.score([sample("a")])[0].reward for reward in rewards * 2]
+    assert found == [21.0, 31.0, 22.0, 32.0]  # each has its own helper, and keeps it
+
+
+def test_relative_imports_fail_as_in_scripts(tmp_path: Path) -> None:
+    (tmp_path / "sub.py").write_text("def score(response): return 1.0\n")
+    file = tmp_path / "relative.py"
+    file.write_text("from .sub import score\n")
+    with pytest.raises(InputError, match="attempted relative import with no known parent package"):
+        import_function(f"{file}:score")
+
+
 @pytest.mark.parametrize("line", ["import sys; sys.exit(0)", "1 / 0", "def f(:"])
 def test_a_file_that_fails_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "broken.py"
