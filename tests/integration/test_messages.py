@@ -175,4 +175,8 @@ def test_rewards_are_tried_on_every_kind_of_conversation(
     scorer = ClassifierReward(str(reward_model), chat_template=template("GEMMA"))
     with pytest.raises(InputError, match=r"System role not supported.*`system_prompt: drop`"):
         fit(tmp_path / "run", llama, write_jsonl(rows), data={"val_prompts": 0}, refresh={"reward": scorer})
+    talk = [ASK, {"role": "assistant", "content": "Yes."}, ASK]
+    rows = [{"prompt": "Hi"}] * 20 + [{"prompt": talk}] * 20 + [{"prompt": [*talk, ASK]}]
+    with pytest.raises(InputError, match="roles must alternate"):
+        fit(tmp_path / "run", llama, write_jsonl(rows), data={"val_prompts": 0}, refresh={"reward": scorer})
     assert not (tmp_path / "run" / "rounds").exists()
