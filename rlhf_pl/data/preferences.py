@@ -200,22 +200,27 @@ def _take_apart(row: Row, columns: Mapping[str, str], reader: MessageReader) -> 
     prompt, names = columns["prompt"], (columns["chosen"], columns["rejected"])
     has_prompt = row.get(prompt) is not None
     texts = [row[name] for name in names]
-    if all(isinstance(text, str) for text in texts):
-        dialogues = [reader.dialogue(row, name) for name in names]
-        if dialogues[0] and dialogues[1]:
-            return _shared_beginning(dialogues[0], dialogues[1], columns)
-        if dialogues[0] or dialogues[1]:
-            this, other = names if dialogues[0] else names[::-1]
-            raise InputError(f"`{this}` is a dialogue that ends with a turn of Assistant, and `{other}` is not")
-    both = [_response(row, name, reader) for name in names]
+    both = _dialogues(row, names, reader) if all(isinstance(text, str) for text in texts) else None
+    both = both or [_response(row, name, reader) for name in names]
     if has_prompt and all(len(answer) == 1 for answer in both):
         return reader.prompt(row, prompt), both[0][0], both[1][0]
     if has_prompt and not (isinstance(row[prompt], str) and not row[prompt].strip()):
         before = reader.prompt(row, prompt)
         both = [joined(before, answer) for answer in both]
-    elif all(isinstance(row[name], str) and both[i][0]["content"] == row[name] for i, name in enumerate(names)):
+    elif all(isinstance(row[name], str) and both[i][0].get("content") == row[name] for i, name in enumerate(names)):
         return _shared_text(texts[0], texts[1], columns)
     return _shared_beginning(both[0], both[1], columns)
+
+
+def _dialogues(row: Row, names: tuple[str, str], reader: MessageReader) -> list[list[Message]] | None:
+    """The two answers as whole dialogues; None if they are no such."""
+    chosen, rejected = (reader.dialogue(row, name) for name in names)
+    if chosen and rejected:
+        return [chosen, rejected]
+    if chosen or rejected:
+        this, other = names if chosen else names[::-1]
+        raise InputError(f"`{this}` is a dialogue that ends with a turn of Assistant, and `{other}` is not")
+    return None
 
 
 def _response(row: Row, column: str, reader: MessageReader) -> list[Message]:

@@ -95,7 +95,8 @@ def test_rounds_of_a_policy_that_thinks_and_calls(
     before = stored.manifest["settings"]["responses"]["prompts"]
     fit(tmp_path / "run", llama, write_jsonl(rows), **options)
     assert stored.manifest["settings"]["responses"]["prompts"] == before
-    options["data"]["system_prompt"] = "Be brief."  # which this template leaves out, and rewards see
+    for row in rows:
+        row["prompt"][0] = ASK | {"name": "Ann"}  # which this template leaves out, and rewards see
     fit(tmp_path / "run", llama, write_jsonl(rows), **options)
     assert stored.manifest["settings"]["rewards"]["messages"] != settings["messages"]
     options["module"]["chat_template"] = template("QWEN")
