@@ -107,6 +107,17 @@ def test_whole_dialogues_beside_a_prompt(write_jsonl: Write) -> None:
     assert load_conversations(write_jsonl([row]))[0].messages == [ASK, SAID]
 
 
+def test_text_beside_a_dialogue_is_what_it_would_be_inside_of_it(write_jsonl: Write) -> None:
+    row = {"prompt": HH, "response": " Because.", "chosen": " Because.\n", "rejected": " No."}
+    (pair,) = load_preferences(write_jsonl([row])).pairs
+    assert (pair.messages, *pair.responses) == ([ASK], SAID, OTHER)
+    assert load_conversations(write_jsonl([row]))[0].messages == [ASK, SAID]
+    assert load_conversations(write_jsonl([row | {"prompt": "Why?"}]))[0].messages == [
+        ASK,
+        SAID | {"content": " Because."},
+    ]
+
+
 def test_a_dialogue_beside_text_that_is_none_is_refused(write_jsonl: Write) -> None:
     row = {"chosen": HH + " Because.", "rejected": HH + " No.\n\nHuman: Thanks."}
     with pytest.raises(
