@@ -376,9 +376,10 @@ def _trial_samples(prompts: list[Prompt]) -> list[Sample]:
 
 
 def _kind(prompt: Prompt) -> Hashable:
-    """What templates tell conversations apart by: whether there are tools, and the roles with their keys."""
+    """What templates tell conversations apart by: tools, roles with their keys, and who follows whom."""
     turns = frozenset((m["role"], type(m.get("content")), frozenset(m)) for m in prompt.messages)
-    return bool(prompt.tools), turns
+    roles = [m["role"] for m in prompt.messages]
+    return bool(prompt.tools), turns, frozenset(zip(["", *roles], roles, strict=False))
 
 
 def _datamodule(trainer: L.Trainer) -> RoundDataModule:

@@ -151,21 +151,21 @@ class PolicySource:
             )
         return tokenizer
 
-    def check_ids(self, rows: Iterable[Sequence[int]], option: str) -> None:
+    def check_ids(self, rows: Iterable[tuple[str, Sequence[int]]], option: str) -> None:
         """Refuse rows of token ids that the model has no embeddings of.
 
         Args:
-            rows: Token ids.
+            rows: (name, token ids) of each.
             option: What gives them, for the error.
 
         Raises:
             InputError: Names the first such id.
         """
         size = self.config.get_text_config().vocab_size
-        for number, row in enumerate(rows):
+        for name, row in rows:
             if (most := max(row, default=0)) >= size:
                 raise InputError(
-                    f"`{option}`: the token {self.tokenizer.decode([most])!r} of row {number + 1} has the id {most}, "
+                    f"`{option}`: the token {self.tokenizer.decode([most])!r} of {name} has the id {most}, "
                     f"but {self.path!r} has {size} embeddings. Its tokenizer knows tokens that were added without "
                     "resizing the model: take the tokenizer that belongs to it, or a chat template without that token."
                 )

@@ -145,7 +145,9 @@ def test_tokens_without_embeddings_are_refused_where_they_are_used(
     add_token(wrong, "<|user|>")
     (wrong / "chat_template.jinja").write_text(template)
     fit(tmp_path / "run", fine, prompts, max_epochs=1)
-    with pytest.raises(InputError, match=r"`data.prompts`: the token '<\|new\|>' of row 1 .* embeddings"):
+    with pytest.raises(
+        InputError, match=r"`data.prompts`: the token '<\|new\|>' of prompt_id '.*' has the id .* embeddings"
+    ):
         fit(tmp_path / "other", wrong, prompts, max_epochs=1)
     assert not (tmp_path / "other" / "rounds").exists()
     scorer = save_reward_model(tmp_path / "rm")

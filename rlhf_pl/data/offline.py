@@ -184,7 +184,7 @@ class OfflineDataModule(PairsDataModule):
 
         pairs = [pair for pair in parse_rows(source, self.split, option, parse) if pair is not None]
         reader.report(option)
-        model.check_ids((ids for pair in pairs for ids in (pair.prompt_tokens, *pair.tokens)), option)
+        model.check_ids(((p.prompt_id, ids) for p in pairs for ids in (p.prompt_tokens, *p.tokens)), option)
         if not pairs:
             raise InputError(f"`{option}`: no row of {source!r} is left to train on: {self._left_out()}.")
         return pairs

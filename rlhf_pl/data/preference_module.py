@@ -203,8 +203,9 @@ class PreferenceDataModule(PairsDataModule):
         config = module.source.config
         train_set = PreferenceDataset(train, render, config, kwargs)
         self.train_set, self.val_set = train_set, PreferenceDataset(val, render, config, kwargs, val_option)
-        for dataset in (self.train_set, self.val_set):
-            module.source.check_ids((row.ids for both in dataset.rows for row in both), "data.preferences")
+        for dataset, option in ((self.train_set, "data.preferences"), (self.val_set, val_option)):
+            rows = zip(dataset.pairs, dataset.rows, strict=True)
+            module.source.check_ids(((pair.name, row.ids) for pair, both in rows for row in both), option)
 
     def _load(self, source: str, option: str) -> list[Preference]:
         found = load_preferences(

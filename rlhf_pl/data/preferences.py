@@ -198,24 +198,30 @@ def number_of(row: Row, column: str, default: float) -> float:
 def _take_apart(row: Row, columns: Mapping[str, str], reader: MessageReader) -> tuple[list[Message], Message, Message]:
     """(messages of the prompt, chosen answer, rejected answer)."""
     prompt, names = columns["prompt"], (columns["chosen"], columns["rejected"])
-    has_prompt = row.get(prompt) is not None
+    asked = row.get(prompt)
+    is_blank = asked is None or (isinstance(asked, str) and not asked.strip())
+    before = None if is_blank else reader.prompt(row, prompt)
     texts = [row[name] for name in names]
-    if all(isinstance(text, str) for text in texts):
-        dialogues = [reader.dialogue(row, name) for name in names]
-        if dialogues[0] and dialogues[1]:
-            return _shared_beginning(dialogues[0], dialogues[1], columns)
-        if dialogues[0] or dialogues[1]:
-            this, other = names if dialogues[0] else names[::-1]
-            raise InputError(f"`{this}` is a dialogue that ends with a turn of Assistant, and `{other}` is not")
-    both = [_response(row, name, reader) for name in names]
-    if has_prompt and all(len(answer) == 1 for answer in both):
-        return reader.prompt(row, prompt), both[0][0], both[1][0]
-    if has_prompt and not (isinstance(row[prompt], str) and not row[prompt].strip()):
-        before = reader.prompt(row, prompt)
+    both = _dialogues(row, names, reader) if all(isinstance(text, str) for text in texts) else None
+    both = both or [_response(row, name, reader) for name in names]
+    if asked is not None and all(len(answer) == 1 for answer in both):
+        return before or reader.prompt(row, prompt), both[0][0], both[1][0]
+    if before is not None:
         both = [joined(before, answer) for answer in both]
-    elif all(isinstance(row[name], str) and both[i][0]["content"] == row[name] for i, name in enumerate(names)):
+    elif all(isinstance(row[name], str) and both[i][0].get("content") == row[name] for i, name in enumerate(names)):
         return _shared_text(texts[0], texts[1], columns)
     return _shared_beginning(both[0], both[1], columns)
+
+
+def _dialogues(row: Row, names: tuple[str, str], reader: MessageReader) -> list[list[Message]] | None:
+    """The two answers as whole dialogues; None if they are no such."""
+    chosen, rejected = (reader.dialogue(row, name) for name in names)
+    if chosen and rejected:
+        return [chosen, rejected]
+    if chosen or rejected:
+        this, other = names if chosen else names[::-1]
+        raise InputError(f"`{this}` is a dialogue that ends with a turn of Assistant, and `{other}` is not")
+    return None
 
 
 def _response(row: Row, column: str, reader: MessageReader) -> list[Message]:

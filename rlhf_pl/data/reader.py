@@ -108,12 +108,16 @@ class MessageReader:
         return messages[:end]
 
     def response(self, row: Row, column: str) -> list[Message]:
-        """A response: the assistant's message, or messages that end with one, such as a tool call and what follows."""
+        """A response: the assistant's message, or messages that end with one, such as a tool call and what follows.
+
+        Beside a prompt that was a dialogue, text loses the white space at its ends, as it does inside of dialogues.
+        """
         value = row[column]
         is_text = isinstance(value, str)
         found = self.messages(row, column)
         if found is None or (is_text and found[-1]["role"] != "assistant"):  # a response may be JSON of its own
-            return [{"role": "assistant", "content": value}]
+            said = value.strip() if is_text and row is self._counted else value
+            return [{"role": "assistant", "content": said}]
         if found[-1]["role"] != "assistant":
             raise InputError(f"`{column}` does not end with a message of the assistant's")
         return found

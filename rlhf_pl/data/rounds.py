@@ -150,7 +150,8 @@ class RoundDataModule(PairsDataModule):
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens, kwargs)
         val_option = "data.val_prompts" if isinstance(self.val_prompts_source, str) else "data.prompts"
         self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens, kwargs, val_option)
-        module.source.check_ids((p.token_ids for p in [*self.train_prompts, *self.val_prompts]), "data.prompts")
+        for prompts, option in ((self.train_prompts, "data.prompts"), (self.val_prompts, val_option)):
+            module.source.check_ids(((p.name, p.token_ids) for p in prompts), option)
         self.prompts_too_long = too_long + val_too_long
         self.duplicate_prompts = count_duplicates([*train, *val])
         if not self.train_prompts:

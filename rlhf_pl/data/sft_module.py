@@ -160,7 +160,6 @@ class SFTDataModule(L.LightningDataModule):
             why = f"all are longer than max_tokens={self.max_tokens}"
             why += ", or have nothing to learn (`weight: 0`)" if self.unlearned else ""
             raise InputError(f"`data.conversations`: no row of {self.source!r} is left to train on: {why}.")
-        module.source.check_ids((e.ids for e in [*self.examples, *val_examples]), "data.conversations")
         self.val_set = SFTDataset(val_examples, [[i] for i in range(len(val_examples))])
 
     def _load(self, source: str, option: str) -> list[Conversation]:
@@ -168,6 +167,7 @@ class SFTDataModule(L.LightningDataModule):
 
     def _tokenize(self, conversations: Sequence[Conversation], source: Any, option: str) -> list[Example]:
         examples: list[Example] = []
+        names: list[str] = []
         every = self.loss_on == "all"
 
         def add(conversation: Conversation) -> None:
@@ -185,8 +185,10 @@ class SFTDataModule(L.LightningDataModule):
                 self.unlearned += 1
             else:
                 examples.append(Example(ids, mask))
+                names.append(conversation.name)
 
         each_rendered(conversations, add, option)
+        source.check_ids(((name, e.ids) for name, e in zip(names, examples, strict=True)), option)
         return examples
 
     def describe(self) -> str:

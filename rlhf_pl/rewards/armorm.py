@@ -229,7 +229,7 @@ class ArmoRMReward(Reward):
             )
         if row.turn >= len(row):
             raise InputError(f"`rollout.reward.max_tokens` of {self.max_tokens} leaves no room for an answer.")
-        self.source.check_ids([row.ids], self.source.option)
+        self.source.check_ids([(sample.prompt_id, row.ids)], self.source.option)
         return row
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:

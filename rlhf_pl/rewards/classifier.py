@@ -123,7 +123,8 @@ class ClassifierReward(Reward):
 
     def _rows(self, samples: Sequence[Sample]) -> list[Rendered]:
         rows = [s.rendered(self.renderer()) for s in samples]
-        self.source.check_ids((row.ids for row in rows), self.source.option)
+        named = ((sample.prompt_id, row.ids) for sample, row in zip(samples, rows, strict=True))
+        self.source.check_ids(named, self.source.option)
         return rows
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:

@@ -107,6 +107,17 @@ def test_whole_dialogues_beside_a_prompt(write_jsonl: Write) -> None:
     assert load_conversations(write_jsonl([row]))[0].messages == [ASK, SAID]
 
 
+def test_text_beside_a_dialogue_is_what_it_would_be_inside_of_it(write_jsonl: Write) -> None:
+    row = {"prompt": HH, "response": " Because.", "chosen": " Because.\n", "rejected": " No."}
+    (pair,) = load_preferences(write_jsonl([row])).pairs
+    assert (pair.messages, *pair.responses) == ([ASK], SAID, OTHER)
+    assert load_conversations(write_jsonl([row]))[0].messages == [ASK, SAID]
+    assert load_conversations(write_jsonl([row | {"prompt": "Why?"}]))[0].messages == [
+        ASK,
+        SAID | {"content": " Because."},
+    ]
+
+
 def test_a_dialogue_beside_text_that_is_none_is_refused(write_jsonl: Write) -> None:
     row = {"chosen": HH + " Because.", "rejected": HH + " No.\n\nHuman: Thanks."}
     with pytest.raises(
@@ -130,6 +141,16 @@ def test_whole_conversations_beside_a_prompt_have_it_once(write_jsonl: Write, pr
     (pair,) = load_preferences(write_jsonl([row])).pairs
     assert (pair.messages, *pair.responses) == (before, SAID, OTHER)
     assert load_conversations(write_jsonl([row]))[0].messages == [*before, SAID]
+    row |= {"response": HH + " Because.", "chosen": HH + " Because.", "rejected": HH + " No."}
+    assert load_preferences(write_jsonl([row])).pairs[0].messages == before
+    assert load_conversations(write_jsonl([row]))[0].messages == [*before, SAID]
+
+
+def test_calls_as_json_text_without_a_prompt_are_refused(write_jsonl: Write) -> None:
+    said = [{key: value for key, value in call({"n": i}).items() if key != "content"} for i in range(2)]
+    row = {"chosen": json.dumps(said[0]), "rejected": json.dumps(said[1])}
+    with pytest.raises(InputError, match="no column `prompt`, and the answers share no beginning"):
+        load_preferences(write_jsonl([row]))
 
 
 def test_columns_that_are_null_give_way_to_others(write_jsonl: Write) -> None:

@@ -95,7 +95,8 @@ def test_rounds_of_a_policy_that_thinks_and_calls(
     before = stored.manifest["settings"]["responses"]["prompts"]
     fit(tmp_path / "run", llama, write_jsonl(rows), **options)
     assert stored.manifest["settings"]["responses"]["prompts"] == before
-    options["data"]["system_prompt"] = "Be brief."  # which this template leaves out, and rewards see
+    for row in rows:
+        row["prompt"][0] = ASK | {"name": "Ann"}  # which this template leaves out, and rewards see
     fit(tmp_path / "run", llama, write_jsonl(rows), **options)
     assert stored.manifest["settings"]["rewards"]["messages"] != settings["messages"]
     options["module"]["chat_template"] = template("QWEN")
@@ -174,5 +175,9 @@ def test_rewards_are_tried_on_every_kind_of_conversation(
     rows = [{"prompt": "Hi"}] * 40 + [{"prompt": [{"role": "system", "content": "Be kind."}, ASK]}]
     scorer = ClassifierReward(str(reward_model), chat_template=template("GEMMA"))
     with pytest.raises(InputError, match=r"System role not supported.*`system_prompt: drop`"):
+        fit(tmp_path / "run", llama, write_jsonl(rows), data={"val_prompts": 0}, refresh={"reward": scorer})
+    talk = [ASK, {"role": "assistant", "content": "Yes."}, ASK]
+    rows = [{"prompt": "Hi"}] * 20 + [{"prompt": talk}] * 20 + [{"prompt": [*talk, ASK]}]
+    with pytest.raises(InputError, match="roles must alternate"):
         fit(tmp_path / "run", llama, write_jsonl(rows), data={"val_prompts": 0}, refresh={"reward": scorer})
     assert not (tmp_path / "run" / "rounds").exists()
