@@ -217,9 +217,9 @@ class ChatTemplate:
 
 
 def _of_tool(message: Mapping[str, Any]) -> bool:
-    """Whether a content is an object or a list of other things than parts, as tools return them."""
+    """Whether a content is an object, a truth value or a list of other things than parts, as tools return them."""
     content = message.get("content")
-    return isinstance(content, Mapping | list) and not _is_parts(content)
+    return isinstance(content, Mapping | list | bool) and not _is_parts(content)
 
 
 def _is_parts(content: Any) -> bool:

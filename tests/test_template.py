@@ -113,6 +113,7 @@ def test_empty_contents_and_objects_become_what_a_template_of_calls_takes() -> N
         ("QWEN", [{"role": "developer", "content": "Be kind."}, ASK], None, r"nothing of message 0 \(developer\)"),
         ("DEEPSEEK", [{"role": "system", "content": "Be kind."}, ASK], None, r"nothing of message 0 \(system\)"),
         ("PRINTING", [ASK, RESULT | {"content": {"temp": 22}}], None, "writes a tool's result as Python"),
+        ("PRINTING", [ASK, RESULT | {"content": True}], None, "writes a tool's result as Python"),
         ("LLAMA", [ASK, call({}) | {"tool_calls": call({})["tool_calls"] * 2}], None, "only supports single tool"),
         ("GEMMA", [{"role": "system", "content": "Be kind."}, ASK], None, "System role not supported"),
         ("GEMMA", [ASK, ASK], None, "must alternate"),
