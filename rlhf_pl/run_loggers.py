@@ -11,6 +11,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from rlhf_pl.checkpoints import Progress
 from rlhf_pl.disk import write_atomically
+from rlhf_pl.errors import InputError
 
 FILE = "loggers.json"
 _NOT_YET = "The run has not passed its checks yet."
@@ -166,11 +167,18 @@ def start_loggers(trainer: L.Trainer, progress: Progress | None) -> None:
 
 
 def note_versions(trainer: L.Trainer) -> None:
-    """Write which versions the run's loggers have, for the processes that go on with it; on rank 0."""
+    """Write which versions the run's loggers have, for the processes that go on with it; on rank 0.
+
+    Raises:
+        InputError: A logger's folder can't be made.
+    """
     versions = _stored(trainer)
     for number, logger in enumerate(trainer.loggers):
         if _kind(logger) in _GO_ON:
-            _ = logger.experiment  # type: ignore[attr-defined]  # which may choose the version
+            try:
+                _ = logger.experiment  # type: ignore[attr-defined]  # which may choose the version
+            except OSError as error:
+                raise InputError(f"`trainer.logger`: {_kind(logger)} can't make its files: {error}") from error
             versions[_key(number, logger)] = logger.version
     text = json.dumps(versions, indent=2)
     write_atomically(_file(trainer), lambda file: file.write(text.encode()))

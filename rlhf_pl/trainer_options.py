@@ -78,9 +78,10 @@ def check_trainer(trainer: L.Trainer, in_rounds: bool) -> None:
             "`trainer.use_distributed_sampler` is true, but the loaders here already give every rank its own part. Set "
             "it to false."
         )
-    if in_rounds and isinstance(options.val_check_interval, int) and options.check_val_every_n_epoch is not None:
+    every = getattr(options, "val_check_interval", None)  # not there where it is a time
+    if in_rounds and isinstance(every, int) and options.check_val_every_n_epoch is not None:
         raise InputError(
-            f"`trainer.val_check_interval` is {options.val_check_interval} micro-batches, but how many a round has is "
+            f"`trainer.val_check_interval` is {every} micro-batches, but how many a round has is "
             "known only once its pairs are made. Give a share of the round such as 0.5, or count over rounds with "
             "--trainer.check_val_every_n_epoch null."
         )

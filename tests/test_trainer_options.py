@@ -54,7 +54,14 @@ def test_what_would_not_mean_what_it_says_is_refused_by_name(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"max_steps": 3}, {"val_check_interval": 0.5}, {"callbacks": [callbacks.EMAWeightAveraging()]}]
+    "options",
+    [
+        {},
+        {"max_steps": 3},
+        {"val_check_interval": 0.5},
+        {"val_check_interval": "00:00:10:00"},
+        {"callbacks": [callbacks.EMAWeightAveraging()]},
+    ],
 )
 def test_other_options_pass(options: dict[str, Any]) -> None:
     check_trainer(trainer(**options), in_rounds=True)
