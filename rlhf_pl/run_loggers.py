@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,12 +159,26 @@ def adopt_loggers(trainer: L.Trainer) -> None:
 
 
 def start_loggers(trainer: L.Trainer, progress: Progress | None) -> None:
-    """Once nothing can be refused any more."""
+    """Once nothing else can be refused any more.
+
+    Raises:
+        InputError: A logger's folder can't be made.
+    """
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger | RunCSVLogger) and trainer.is_global_zero:
-            logger.start(progress)
+            with _naming(logger):
+                logger.start(progress)
         elif isinstance(logger, RunLogger | RunCSVLogger):
             logger.ready = True
+
+
+@contextmanager
+def _naming(logger: Logger) -> Iterator[None]:
+    """In which an error of the file system is told with the logger's name."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"`trainer.logger`: {_kind(logger)} can't make its files: {error}") from error
 
 
 def note_versions(trainer: L.Trainer) -> None:
@@ -175,10 +190,8 @@ def note_versions(trainer: L.Trainer) -> None:
     versions = _stored(trainer)
     for number, logger in enumerate(trainer.loggers):
         if _kind(logger) in _GO_ON:
-            try:
+            with _naming(logger):
                 _ = logger.experiment  # type: ignore[attr-defined]  # which may choose the version
-            except OSError as error:
-                raise InputError(f"`trainer.logger`: {_kind(logger)} can't make its files: {error}") from error
             versions[_key(number, logger)] = logger.version
     text = json.dumps(versions, indent=2)
     write_atomically(_file(trainer), lambda file: file.write(text.encode()))
