@@ -24,7 +24,7 @@ from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import resident_gib
-from rlhf_pl.metrics import held_out_metrics, metric_names, round_metrics, training_metrics
+from rlhf_pl.metrics import held_out_metrics, metric_names, round_metrics, sync_metrics, training_metrics
 from rlhf_pl.modules.logging import keep, publish
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.monitors import check_monitors
@@ -192,7 +192,7 @@ class RoundRefresh(L.Callback):
         if not self.repair:
             self._maker.refuse_changes()
         data.prepare_round = lambda index: self._prepare(trainer, index)
-        data.finish_run = lambda rounds: self._evaluate(trainer, rounds)
+        data.finish_run = lambda rounds: self._finish(trainer, rounds)
 
     def _validates(self, trainer: L.Trainer) -> bool:
         """Whether the module is validated on held-out pairs."""
@@ -243,16 +243,29 @@ class RoundRefresh(L.Callback):
             maker.pair_held_out(index)
         stored = maker.make(index)
         if self._logged_round != index:  # after a resume Lightning asks for the loader twice
-            publish(trainer, {**round_metrics(stored), "system/resident_gib": resident_gib()}, trainer.global_step)
+            metrics = {**round_metrics(stored), **self._of_sync(trainer, index), "system/resident_gib": resident_gib()}
+            publish(trainer, metrics, trainer.global_step)
             self._logged_round = index
         self._rest()
 
     def _keep_metrics(self, trainer: L.Trainer, index: int) -> None:
         """Metrics that an earlier process logged of the round, for callbacks that monitor them."""
         data = _datamodule(trainer)
-        keep(trainer, {**round_metrics(data.store.round(index)), "system/resident_gib": resident_gib()})
+        of_round = {**round_metrics(data.store.round(index)), **sync_metrics(data.store, index)}
+        keep(trainer, {**of_round, "system/resident_gib": resident_gib()})
         if data.val_prompts and data.store.held_out(index).is_complete("rewards"):
             keep(trainer, held_out_metrics(data.store, index))
+
+    def _finish(self, trainer: L.Trainer, rounds: int) -> None:
+        """Evaluate the policy of a finished run, or log what an earlier process measured."""
+        self._evaluate(trainer, rounds)
+        if metrics := self._of_sync(trainer, rounds):
+            publish(trainer, metrics, trainer.global_step)
+
+    def _of_sync(self, trainer: L.Trainer, index: int) -> dict[str, float]:
+        """Metrics of the sync before round `index`, where an earlier process has logged them."""
+        is_logged = "rollout/sampler_logp_error" in trainer.callback_metrics
+        return {} if is_logged else sync_metrics(_datamodule(trainer).store, index)
 
     def _rest(self) -> None:
         """The policy trains now: sampler and reward leave the device to it."""

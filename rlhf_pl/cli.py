@@ -13,6 +13,7 @@ import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import Precision
 from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_pl.callbacks import (
@@ -100,16 +101,16 @@ class RlhfCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         refuse_options(config, in_rounds=isinstance(self.datamodule, RoundDataModule))
         run_dir = config["default_root_dir"]
-        given = config["callbacks"] or []
-        callbacks: list[Callback] = list(given) if isinstance(given, list) else [given]
+        callbacks: list[Callback] = _listed(config["callbacks"])
         if config["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
             callbacks.append(RoundProgress())
         if config["logger"] in (None, True):
             kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
         on_gpu = _on_gpu(config["accelerator"])
         precision = str(config["precision"] or "32-true")
-        kwargs["precision"] = fast_precision(precision, on_gpu)
-        if kwargs["precision"] != precision and not getattr(rank_zero_only, "rank", 0):
+        if config["precision"] is not None or not _has(_listed(config["plugins"]), Precision):
+            kwargs["precision"] = fast_precision(precision, on_gpu)
+        if kwargs.get("precision", precision) != precision and not getattr(rank_zero_only, "rank", 0):
             console.print(
                 f"This CPU has no bfloat16 instructions: computing in float32 instead of {precision}, several times "
                 "faster here.",
@@ -193,8 +194,13 @@ def _on_gpu(accelerator: Any) -> bool:
     return accelerator not in ("cpu",) and torch.cuda.is_available()
 
 
-def _has(callbacks: list[Callback], kind: type) -> bool:
-    return any(isinstance(callback, kind) for callback in callbacks)
+def _listed(given: Any) -> list[Any]:
+    """What an option holds that takes one thing, a list of them, or null."""
+    return list(given) if isinstance(given, list) else [] if given is None else [given]
+
+
+def _has(parts: list[Any], kind: type) -> bool:
+    return any(isinstance(part, kind) for part in parts)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -135,6 +135,11 @@ def round_metrics(stored: Round) -> dict[str, float]:
     }
 
 
+def sync_metrics(store: RoundStore, index: int) -> dict[str, float]:
+    """Metrics of the sync of the weights that answered in round `index`, and in the evaluation before it."""
+    return {**store.held_out(index).manifest.get("sync", {}), **store.round(index).manifest.get("sync", {})}
+
+
 def training_metrics(stored: Round, passes: int) -> dict[str, float]:
     """Metrics of a round that was trained on, so many times."""
     training = stored.info("training")

@@ -212,6 +212,7 @@ class RoundMaker:
             )
         if metrics:
             self.log(metrics)
+            self.ranks.first(lambda: stored.update(sync=metrics))
         shard = stored.manifest["prompts_per_shard"]
         tokenizer = self.module.source.tokenizer
         reward = self.options.reward

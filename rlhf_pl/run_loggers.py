@@ -2,7 +2,8 @@
 
 import csv
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 
 from rlhf_pl.checkpoints import Progress
 from rlhf_pl.disk import write_atomically
+from rlhf_pl.errors import InputError
 
 FILE = "loggers.json"
 _NOT_YET = "The run has not passed its checks yet."
@@ -157,20 +159,39 @@ def adopt_loggers(trainer: L.Trainer) -> None:
 
 
 def start_loggers(trainer: L.Trainer, progress: Progress | None) -> None:
-    """Once nothing can be refused any more."""
+    """Once nothing else can be refused any more.
+
+    Raises:
+        InputError: A logger's folder can't be made.
+    """
     for logger in trainer.loggers:
         if isinstance(logger, RunLogger | RunCSVLogger) and trainer.is_global_zero:
-            logger.start(progress)
+            with _naming(logger):
+                logger.start(progress)
         elif isinstance(logger, RunLogger | RunCSVLogger):
             logger.ready = True
 
 
+@contextmanager
+def _naming(logger: Logger) -> Iterator[None]:
+    """In which an error of the file system is told with the logger's name."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"`trainer.logger`: {_kind(logger)} can't make its files: {error}") from error
+
+
 def note_versions(trainer: L.Trainer) -> None:
-    """Write which versions the run's loggers have, for the processes that go on with it; on rank 0."""
+    """Write which versions the run's loggers have, for the processes that go on with it; on rank 0.
+
+    Raises:
+        InputError: A logger's folder can't be made.
+    """
     versions = _stored(trainer)
     for number, logger in enumerate(trainer.loggers):
         if _kind(logger) in _GO_ON:
-            _ = logger.experiment  # type: ignore[attr-defined]  # which may choose the version
+            with _naming(logger):
+                _ = logger.experiment  # type: ignore[attr-defined]  # which may choose the version
             versions[_key(number, logger)] = logger.version
     text = json.dumps(versions, indent=2)
     write_atomically(_file(trainer), lambda file: file.write(text.encode()))

@@ -6,7 +6,6 @@ from typing import Any
 import lightning as L
 from lightning.pytorch import callbacks
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
-from lightning.pytorch.plugins.precision import Precision
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.lora import base_dtype
@@ -41,14 +40,6 @@ def refuse_options(config: Mapping[str, Any], in_rounds: bool) -> None:
         raise InputError(f"`trainer.fast_dev_run` would train without resume points and logs. {_SHORT}")
     if config["barebones"]:
         raise InputError("`trainer.barebones` takes away the metrics and resume points that runs need. Leave it out.")
-    plugins = config.get("plugins") or []
-    for plugin in plugins if isinstance(plugins, list) else [plugins]:
-        if isinstance(plugin, Precision):
-            raise InputError(
-                f"`trainer.plugins`: {type(plugin).__name__} would set the precision beside `trainer.precision`, which "
-                "also tells samplers and kernels. Leave it out, and set --trainer.precision (32-true, bf16-mixed, "
-                "16-mixed), --model.dtype or --model.lora.base_dtype."
-            )
     if in_rounds and config["num_sanity_val_steps"]:
         raise InputError(
             f"`trainer.num_sanity_val_steps` is {config['num_sanity_val_steps']}, but held-out pairs are there only "
@@ -84,9 +75,10 @@ def check_trainer(trainer: L.Trainer, in_rounds: bool) -> None:
         )
     # Lightning's default in Python; the loaders here already give every rank its own part
     options._accelerator_connector.use_distributed_sampler = False
-    if in_rounds and isinstance(options.val_check_interval, int) and options.check_val_every_n_epoch is not None:
+    every = getattr(options, "val_check_interval", None)  # not there where it is a time
+    if in_rounds and isinstance(every, int) and options.check_val_every_n_epoch is not None:
         raise InputError(
-            f"`trainer.val_check_interval` is {options.val_check_interval} micro-batches, but how many a round has is "
+            f"`trainer.val_check_interval` is {every} micro-batches, but how many a round has is "
             "known only once its pairs are made. Give a share of the round such as 0.5, or count over rounds with "
             "--trainer.check_val_every_n_epoch null."
         )

@@ -1,6 +1,7 @@
 """Where the Trainer's options end a run before its last epoch."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -8,6 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 
+from rlhf_pl.checkpoints import FOLDER
 from rlhf_pl.console import console
 from rlhf_pl.data.pairs import NoBatches, RoundBatches
 from rlhf_pl.data.progress import batches_done, rounds_done, stopped_inside
@@ -138,8 +140,10 @@ def report_stop(trainer: L.Trainer, what: str) -> None:
         return
     done, total = batches_done(trainer), trainer.num_training_batches
     done -= done % trainer.accumulate_grad_batches
+    is_saved = done == 0 or (Path(trainer.default_root_dir) / FOLDER / "last.ckpt").exists()
+    then = "The next start goes on with the next one." if is_saved else "No resume point was written."
     console.print(
         f"Stopped inside {what} {rounds_done(trainer) + 1} at update {trainer.global_step}, after {done} of its "
-        f"{total} micro-batches. The next start goes on with the next one.",
+        f"{total} micro-batches. {then}",
         soft_wrap=True,
     )

@@ -259,6 +259,19 @@ def test_a_logger_that_can_not_be_made_says_why(
     assert not (folder / "runs").exists()
 
 
+def test_a_precision_plugin_counts_as_the_precision(shortest: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*shortest, "--trainer.plugins", "lightning.pytorch.plugins.precision.DoublePrecision"]) == 1
+    assert "`trainer.precision`: '64-true' casts" in capsys.readouterr().err
+
+
+def test_a_logger_whose_folder_can_not_be_made_is_named(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "taken").write_text("")
+    assert main([*shortest, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=taken"]) == 1
+    assert "`trainer.logger`: CSVLogger can't make its files: " in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("sign", ["distinct", "all"])
 def test_guards_can_stop_a_run(
     folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], sign: str

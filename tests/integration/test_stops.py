@@ -146,6 +146,23 @@ def test_callbacks_that_follow_a_metric_pass_over_a_stop(
     assert run("parts", (1, per_round(tmp_path / "whole") + 1)) == whole
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_a_rounds_metrics_are_there_after_a_stop_inside_it(
+    tmp_path: Path, llama: Path, prompts: str, batch: int
+) -> None:
+    """Before its first update they are logged again; after it they can be monitored. Without held-out prompts."""
+    data = {"val_prompts": 0}
+    one, _ = fit(tmp_path, llama, prompts, [RoundCheckpoint(0), StopAt(batch)], data=data, max_epochs=1)
+    last = tmp_path / "checkpoints" / "last.ckpt"
+    ckpt = str(last) if last.exists() else None
+    early = [EarlyStopping("rollout/sampler_logp_error"), EarlyStopping("system/resident_gib")]
+    two, _ = fit(tmp_path, llama, prompts, [RoundCheckpoint(0), *early], data=data, max_epochs=1, ckpt_path=ckpt)
+    name = "rollout/sampler_logp_error"
+    assert two.callback_metrics[name] == one.callback_metrics[name]
+    logged = (tmp_path / "csv" / "metrics.csv").read_text().splitlines()
+    assert (name in logged[0]) == (batch == 1)
+
+
 def per_round(run: Path) -> int:
     """Updates of the first round."""
     return torch.load(run / "checkpoints" / "after-round-0001.ckpt", weights_only=True)["global_step"]
