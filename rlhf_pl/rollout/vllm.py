@@ -22,7 +22,7 @@ from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Respons
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.self_check import StaleSamplerError
 from rlhf_pl.rollout.vllm_experts import check_kernels, take_kernels
-from rlhf_pl.rotary import factors_of, thresholds
+from rlhf_pl.rotary import factors_of, longrope_scales, thresholds
 
 _PREFIX = "rlhf_pl-vllm-"
 MARGIN_BYTES = 4 * 2**30  # of a GPU that neither is to take: contexts, graphs, what allocators keep
@@ -328,6 +328,14 @@ def check_engine_rotary(config: Any, longest: int, engine: int, where: str) -> N
             f"{where} is {engine}, and this run's longest prompt with its response has {longest} tokens: the policy's "
             f"rotary factors change at {limit}, so responses would be sampled with other ones. Set it to {longest}."
         )
+    if "longrope" in limits:
+        own, other = longrope_scales(config, longest)
+        if abs(own - other) > 1e-4 * own:
+            raise InputError(
+                f"`rollout.sampler`: vLLM multiplies this policy's longrope embeddings by {other:.4g}, and "
+                f"transformers by {own:.4g} (factor, attention_factor and mscales of its config), so responses would "
+                "be another model's. Use --rollout.sampler TransformersSampler."
+            )
 
 
 def engine_share(total: int, trainer: int) -> float:
