@@ -13,7 +13,7 @@ def checkpoint_format(source: PolicySource) -> Callable[[NamedTensors], NamedTen
     """What turns the weights of a model in memory into those of its checkpoints, one decoder layer at a time.
 
     transformers renames and joins some on the way in, such as the weights of a layer's experts, which become one
-    tensor. Tied ones are there once: some of vLLM's models know no others (Gemma-2).
+    tensor.
 
     Args:
         source: Names the architecture.
@@ -22,17 +22,12 @@ def checkpoint_format(source: PolicySource) -> Callable[[NamedTensors], NamedTen
     from transformers.core_model_loading import revert_weight_conversion
 
     model = meta_lm(source.config, source.trust_remote_code)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or ())
-
-    def untied(tensors: NamedTensors) -> NamedTensors:
-        return ((name, tensor) for name, tensor in tensors if name not in tied)
-
     if not get_model_conversion_mapping(model, add_legacy=False):
-        return untied
+        return lambda tensors: tensors
 
     def convert(tensors: NamedTensors) -> NamedTensors:
         layer, held = "", dict[str, Tensor]()
-        for name, tensor in untied(tensors):
+        for name, tensor in tensors:
             if held and _layer(name) != layer:
                 yield from revert_weight_conversion(model, held).items()
                 held = {}

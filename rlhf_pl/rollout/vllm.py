@@ -89,6 +89,7 @@ class VLLMSampler(Sampler):
 
         self._eos = list(spec.source.eos_token_ids)
         self._as_stored = checkpoint_format(spec.source)
+        self._is_tied = bool(spec.source.config.get_text_config().tie_word_embeddings)
         self._on_gpu = torch.cuda.is_available()
         if not self._on_gpu:
             _check_heads(spec.source.config.get_text_config())
@@ -178,12 +179,16 @@ class VLLMSampler(Sampler):
         dtype = getattr(torch, self.dtype)
         names: set[str] = set()
 
+        engine = self._model()
+
         def stream() -> NamedTensors:
             for name, tensor in tensors:
                 names.add(name)
-                yield name, tensor.detach().to(dtype)
+                # of a tied head some of vLLM's models have nothing (Gemma-2), and take nothing
+                if name != "lm_head.weight" or not self._is_tied or engine is None or hasattr(engine, "lm_head"):
+                    yield name, tensor.detach().to(dtype)
 
-        model = None if self._on_gpu else self._model()
+        model = None if self._on_gpu else engine
         kernels = [] if model is None else take_kernels(model)
         with torch.no_grad():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_stored(stream())})

@@ -171,13 +171,6 @@ def test_vllm_is_given_what_checkpoints_hold(tmp_path: Path, kind: str) -> None:
     assert all(torch.equal(given[name], stored[name]) for name in stored)
 
 
-def test_vllm_is_given_tied_weights_once(llama: Path) -> None:
-    lm = plain(llama)
-    given = dict(checkpoint_format(PolicySource(str(llama)))(iter(lm.state_dict().items())))
-    assert "lm_head.weight" in lm.state_dict()
-    assert given.keys() == load_file(llama / "model.safetensors").keys()
-
-
 @pytest.mark.parametrize("settings", [LoRA(rank=4), LoRA(rank=4, target_modules=[], target_parameters=["down_proj"])])
 def test_a_run_goes_on_and_exports_the_model_that_it_trained(
     tmp_path: Path, write_jsonl: Callable[..., str], settings: LoRA
