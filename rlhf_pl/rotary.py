@@ -4,6 +4,7 @@ transformers looks at the whole batch: a short row beside a long one gets the lo
 the longest row of its run at every call, as vLLM's engines do; a reward model gets those of each row's own length.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any
@@ -40,6 +41,31 @@ def factors_of(limits: Thresholds, length: int) -> int:
     if length > limits.get("dynamic", length):
         return length
     return -1 if length > limits.get("longrope", length) else 0
+
+
+def longrope_scales(config: Any, longest: int) -> tuple[float, float]:
+    """By what `longrope` embeddings are multiplied in a run: by transformers, and by vLLM.
+
+    vLLM reads neither `factor` nor `attention_factor`, but `short_mscale` and `long_mscale`, which transformers reads
+    in PhiMoE alone.
+
+    Args:
+        config: Of a model with `longrope` embeddings.
+        longest: Tokens of the longest row of the run.
+    """
+    text = config.get_text_config()
+    parameters = text.rope_parameters
+    part = next(p for p in (parameters, *parameters.values()) if isinstance(p, Mapping) and "long_factor" in p)
+    limit = thresholds(config)["longrope"]
+    stretch = text.max_position_embeddings / limit
+    own, engine = part.get("attention_factor"), _longrope_scale(stretch, limit)
+    own = _longrope_scale(part.get("factor") or stretch, limit) if own is None else own
+    given = part.get("long_mscale" if longest > limit else "short_mscale")
+    return given if given and text.model_type == "phimoe" else own, given or engine
+
+
+def _longrope_scale(stretch: float, limit: int) -> float:
+    return math.sqrt(1 + math.log(stretch) / math.log(limit)) if stretch > 1 else 1.0
 
 
 def describe_factors(config: Any, longest: int) -> str | None:

@@ -181,7 +181,7 @@ def test_a_run_whose_rate_is_zero_stays_at_its_policy(
 def test_what_an_engine_would_do_otherwise_is_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
-    config, dynamic = LlamaConfig(**longrope(), max_position_embeddings=256), LlamaConfig(**DYNAMIC)
+    config, dynamic = LlamaConfig(**longrope(), max_position_embeddings=8 * LIMIT), LlamaConfig(**DYNAMIC)
     VLLMSampler().check_rotary(config, 48)
     VLLMSampler(engine_args={"max_model_len": LIMIT + 5}).check_rotary(config, LIMIT + 1)
     with pytest.raises(InputError, match=r"max_model_len is 64, .* 18 tokens: .* change at 20"):
@@ -195,6 +195,21 @@ def test_what_an_engine_would_do_otherwise_is_refused(tmp_path: Path) -> None:
     assert describe_factors(LlamaConfig(), 99) is None
 
 
+def test_a_scale_that_vllm_does_not_read_is_refused() -> None:
+    """It is sqrt(1 + ln(stretch) / ln(limit)): by the config's factor of 8 1.302, by 256 / 20 positions 1.361."""
+    from transformers import LlamaConfig
+
+    with pytest.raises(InputError, match=r"vLLM multiplies .* by 1\.361, and transformers by 1\.302 "):
+        VLLMSampler().check_rotary(LlamaConfig(**longrope(), max_position_embeddings=256), 48)
+    plain = longrope()["rope_parameters"] | {"factor": None}
+    sizes = {"max_position_embeddings": 256}
+    VLLMSampler().check_rotary(LlamaConfig(rope_parameters=plain, **sizes), 48)
+    for scale, most in (("attention_factor", 18), ("attention_factor", 48), ("long_mscale", 48)):
+        config = LlamaConfig(rope_parameters=plain | {scale: 1.1}, **sizes)
+        with pytest.raises(InputError, match=r"another model's\. Use .* TransformersSampler"):
+            VLLMSampler(engine_args={"max_model_len": most}).check_rotary(config, most)
+
+
 def served(folder: Path, length: int, **options: Any) -> VLLMServerReward:
     reward = VLLMServerReward("http://x", str(folder), **options)
     models = {"data": [{"id": "rm", "max_model_len": length}]}
@@ -204,10 +219,15 @@ def served(folder: Path, length: int, **options: Any) -> VLLMServerReward:
 
 def test_a_server_whose_scores_would_have_other_factors_is_refused(tmp_path: Path, reward_model: Path) -> None:
     samples = [Sample("a", [{"role": "user", "content": "Go"}], "Yes")]
-    longropes, dynamic = (save_reward_model(tmp_path / kind, **changes) for kind, changes in KINDS.items())
+    positions = {"max_position_embeddings": 8 * LIMIT}
+    longropes = save_reward_model(tmp_path / "longrope", **longrope(), **positions)
+    dynamic = save_reward_model(tmp_path / "dynamic", **DYNAMIC)
     served(longropes, LIMIT).check(samples)
     with pytest.raises(InputError, match=rf"`rollout.reward.url`: .* {LIMIT + 1}, over {LIMIT}, .*ClassifierReward"):
         served(longropes, LIMIT + 1).check(samples)
+    scaled = save_reward_model(tmp_path / "scaled", **longrope())
+    with pytest.raises(InputError, match=r"by 1\.443, and transformers by 1\.302 .*ClassifierReward"):
+        served(scaled, LIMIT).check(samples)
     served(dynamic, 400, max_tokens=LIMIT).check(samples)
     with pytest.raises(InputError, match=rf"`rollout.reward.max_tokens` is {LIMIT + 1}: .* Set it to {LIMIT} at most"):
         served(dynamic, 400, max_tokens=LIMIT + 1).check(samples)

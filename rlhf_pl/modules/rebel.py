@@ -112,7 +112,9 @@ class RebelModule(TrainedModule):
         self.strict_loading = base_dtype(lora) is None  # a 4-bit base is not in checkpoints
         self.source = PolicySource(policy, revision, chat_template, trust_remote_code)
         self.reference_source = (
-            self.source if reference is None else PolicySource(reference, None, None, trust_remote_code)
+            self.source
+            if reference is None
+            else PolicySource(reference, None, None, trust_remote_code, "model.reference")
         )
         self.loss = loss
         self.optimization = Optimization(optimizer, lr_scheduler)
@@ -135,9 +137,22 @@ class RebelModule(TrainedModule):
         check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
         if self.lora is not None:
             adapter_targets(empty_lm(self.source), self.lora)
+        if self.reference_source is not self.source:
+            self._check_reference()
         check_ready = getattr(getattr(self.trainer, "datamodule", None), "check_ready", None)
         if check_ready is not None:
             check_ready()
+
+    def _check_reference(self) -> None:
+        """Refuse a reference that is not there, or that lacks tokens of the policy, before anything loads."""
+        reference, tokens = self.reference_source, len(self.source.tokenizer)
+        empty_lm(reference)
+        size = reference.config.get_text_config().vocab_size
+        if size < min(tokens, self.source.config.get_text_config().vocab_size):
+            raise InputError(
+                f"`model.reference`: {reference.path!r} has {size} embeddings, but the tokenizer of the policy "
+                f"{self.source.path!r} has {tokens} tokens. A reference needs the policy's tokenizer."
+            )
 
     def configure_model(self) -> None:
         """Load the policy. Lightning calls it after all inputs have been checked."""

@@ -11,7 +11,7 @@ from rlhf_pl.policy import PolicySource
 from rlhf_pl.rendering import Renderer, SystemPrompt, reward_renderer
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError, number
-from rlhf_pl.rotary import thresholds
+from rlhf_pl.rotary import longrope_scales, thresholds
 from rlhf_pl.score_place import ScoreAt, mean_score, warn_of_other_reading
 
 
@@ -120,6 +120,14 @@ class VLLMServerReward(Reward):
                 f"every row the long rotary factors of {self.model!r}, also those of up to {limit} tokens. Start it "
                 f"with --max-model-len {limit}, or score in this process (ClassifierReward)."
             )
+        if "longrope" in limits:
+            own, other = longrope_scales(self._source.config, limits["longrope"])
+            if abs(own - other) > 1e-4 * own:
+                raise InputError(
+                    f"`rollout.reward.url`: vLLM multiplies the longrope embeddings of {self.model!r} by {other:.4g}, "
+                    f"and transformers by {own:.4g} (factor, attention_factor and mscales of its config). Score in "
+                    "this process (ClassifierReward)."
+                )
         if "dynamic" in limits and self.max_tokens > (limit := limits["dynamic"]):
             raise InputError(
                 f"`rollout.reward.max_tokens` is {self.max_tokens}: vLLM does not stretch the dynamic rotary factors "

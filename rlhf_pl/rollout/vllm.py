@@ -22,7 +22,7 @@ from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Respons
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.self_check import StaleSamplerError
 from rlhf_pl.rollout.vllm_experts import check_kernels, take_kernels
-from rlhf_pl.rotary import factors_of, thresholds
+from rlhf_pl.rotary import factors_of, longrope_scales, thresholds
 
 _PREFIX = "rlhf_pl-vllm-"
 MARGIN_BYTES = 4 * 2**30  # of a GPU that neither is to take: contexts, graphs, what allocators keep
@@ -89,6 +89,7 @@ class VLLMSampler(Sampler):
 
         self._eos = list(spec.source.eos_token_ids)
         self._as_stored = checkpoint_format(spec.source)
+        self._is_tied = bool(spec.source.config.get_text_config().tie_word_embeddings)
         self._on_gpu = torch.cuda.is_available()
         if not self._on_gpu:
             _check_heads(spec.source.config.get_text_config())
@@ -178,12 +179,16 @@ class VLLMSampler(Sampler):
         dtype = getattr(torch, self.dtype)
         names: set[str] = set()
 
+        engine = self._model()
+
         def stream() -> NamedTensors:
             for name, tensor in tensors:
                 names.add(name)
-                yield name, tensor.detach().to(dtype)
+                # of a tied head some of vLLM's models have nothing (Gemma-2), and take nothing
+                if name != "lm_head.weight" or not self._is_tied or engine is None or hasattr(engine, "lm_head"):
+                    yield name, tensor.detach().to(dtype)
 
-        model = None if self._on_gpu else self._model()
+        model = None if self._on_gpu else engine
         kernels = [] if model is None else take_kernels(model)
         with torch.no_grad():
             self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_stored(stream())})
@@ -328,6 +333,14 @@ def check_engine_rotary(config: Any, longest: int, engine: int, where: str) -> N
             f"{where} is {engine}, and this run's longest prompt with its response has {longest} tokens: the policy's "
             f"rotary factors change at {limit}, so responses would be sampled with other ones. Set it to {longest}."
         )
+    if "longrope" in limits:
+        own, other = longrope_scales(config, longest)
+        if abs(own - other) > 1e-4 * own:
+            raise InputError(
+                f"`rollout.sampler`: vLLM multiplies this policy's longrope embeddings by {other:.4g}, and "
+                f"transformers by {own:.4g} (factor, attention_factor and mscales of its config), so responses would "
+                "be another model's. Use --rollout.sampler TransformersSampler."
+            )
 
 
 def engine_share(total: int, trainer: int) -> float:

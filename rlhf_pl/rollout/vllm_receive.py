@@ -66,10 +66,16 @@ class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
             for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
                 weight = torch.empty(shape, dtype=getattr(torch, dtype))
                 read_exactly(self._connection, weight.view(-1).view(torch.uint8).numpy().data)
-                self.model.load_weights([(name, weight.to(self.device))])
+                if (
+                    name != "lm_head.weight" or not self._is_tied() or hasattr(self.model, "lm_head")
+                ):  # Gemma-2 has none
+                    self.model.load_weights([(name, weight.to(self.device))])
         except BaseException:
             self.shutdown()  # or the trainer would wait for a reader
             raise
+
+    def _is_tied(self) -> bool:
+        return bool(self.model_config.hf_config.get_text_config().tie_word_embeddings)
 
     def shutdown(self) -> None:
         if self._connection is not None:

@@ -190,3 +190,13 @@ def test_names_that_match_nothing_are_refused_with_those_that_are_there(
     monkeypatch.setattr("rlhf_pl.modules.rebel.load_lm", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(InputError, match=r"`model\.lora\.target_modules` names (v_prj|none); .*down_proj.*q_proj"):
         fit(tmp_path, llama, write_jsonl(PROMPTS), module={"lora": LoRA(rank=2, target_modules=names)})
+
+
+def test_a_reference_that_could_not_read_the_policys_tokens_is_refused_before_anything_loads(
+    tmp_path: Path, llama: Path, prompts: str
+) -> None:
+    smaller = save_llama(tmp_path / "smaller", vocab_size=300)
+    with pytest.raises(InputError, match=r"`model.reference`: .* has 300 embeddings, .* has \d+ tokens"):
+        fit(tmp_path / "run", llama, prompts, module={"kl_coef": 0.1, "reference": str(smaller)})
+    with pytest.raises(InputError, match=r"`model.reference`: no folder"):
+        fit(tmp_path / "run", llama, prompts, module={"kl_coef": 0.1, "reference": str(tmp_path / "nowhere")})
