@@ -84,7 +84,8 @@ class StepClock:
 def measure(args: argparse.Namespace) -> dict[str, tuple[int, float, float]]:
     """For each sampler the tokens of all answers, and the seconds in and outside the engine's steps."""
     from rlhf_pl.devices import fast_dtype
-    from rlhf_pl.policy import PolicySource, load_lm
+    from rlhf_pl.policy import load_lm
+    from rlhf_pl.policy_source import PolicySource
     from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMSampler
 
     source = PolicySource(args.model)

@@ -217,7 +217,7 @@ def with_trl(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[fl
 def evaluate(args: argparse.Namespace, taken: list[tuple[float, dict[str, Any]]]) -> Curve:
     """Mean reward on the held-out prompts of every snapshot."""
     from rlhf_pl.chat import encode_prompt
-    from rlhf_pl.policy import PolicySource
+    from rlhf_pl.policy_source import PolicySource
     from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMSampler
 
     source = PolicySource(args.model)

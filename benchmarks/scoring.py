@@ -34,7 +34,7 @@ def measure(args: argparse.Namespace) -> None:
     from transformers import AutoTokenizer
 
     from rlhf_pl.classifier import new_classifier
-    from rlhf_pl.policy import PolicySource
+    from rlhf_pl.policy_source import PolicySource
     from rlhf_pl.rewards import ClassifierReward, Sample
 
     print(machine())

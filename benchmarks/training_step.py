@@ -158,7 +158,8 @@ def plain_loop(args: argparse.Namespace, pairs: list[Pair], variant: str, profil
     import torch
 
     from rlhf_pl.logprobs import gather_logps
-    from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+    from rlhf_pl.policy import PolicyLM, load_lm
+    from rlhf_pl.policy_source import PolicySource
     from rlhf_pl.rows import Tree, lay_out, padded
 
     with peak_memory() as peak:

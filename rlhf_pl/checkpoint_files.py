@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 
 _NAMES = (
     "model.safetensors",

@@ -11,7 +11,8 @@ from rlhf_pl.classifier_head import empty_classifier, find_head
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
 from rlhf_pl.layout import Layout
-from rlhf_pl.policy import PolicySource, train_in_eval_mode, without_autocast, without_dropout, working_copy
+from rlhf_pl.policy import train_in_eval_mode, without_autocast, without_dropout, working_copy
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rotary import row_positions, steady_rotary, thresholds
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.score_place import forget_mean, mean_score

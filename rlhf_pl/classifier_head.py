@@ -8,7 +8,7 @@ import torch
 
 from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 
 # what reward models call their head: transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
 HEADS = (

@@ -13,7 +13,8 @@ from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.disk import DiskFullError
 from rlhf_pl.errors import InputError
 from rlhf_pl.lora import LoRA, adapted_targets, adapter_targets, save_adapter
-from rlhf_pl.policy import RESCALING, PolicySource
+from rlhf_pl.policy import RESCALING
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.quantized import without_base
 from rlhf_pl.strategies import is_sharded
 from rlhf_pl.weights import Weights, full_tensors

@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from rlhf_pl.compute import Compute
 from rlhf_pl.logprobs import VOCABULARY_BLOCK
 from rlhf_pl.lora import adapter_size
-from rlhf_pl.policy import PolicySource, decoder_layers, meta_lm
+from rlhf_pl.policy import decoder_layers, meta_lm
+from rlhf_pl.policy_source import PolicySource
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rlhf_pl.checkpoint_files import stored_config
 from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 
 ScoreAt = Literal["last", "eos", "before_eos"]
 PLACES = ("last", "eos", "before_eos")

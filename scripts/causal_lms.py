@@ -18,7 +18,8 @@ import transformers
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
 from rlhf_pl.kernel_check import NoCopyError, small_copies
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm, meta_lm
+from rlhf_pl.policy import PolicyLM, load_lm, meta_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.quiet import quiet_libraries
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import is_shared

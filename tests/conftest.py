@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"

@@ -1,7 +1,7 @@
 import pytest
 
 from rlhf_pl.chat import encode_prompt, message_problem, with_system_prompt
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 
 USER = {"role": "user", "content": "Hi"}
 

@@ -16,7 +16,8 @@ from safetensors import safe_open
 from rlhf_pl.callbacks import HFExport
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import export_dtype, export_folder, try_export
-from rlhf_pl.policy import PolicySource, empty_lm, load_lm
+from rlhf_pl.policy import empty_lm, load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.weights import weights_of
 from tests.conftest import make_tokenizer, save_llama
 

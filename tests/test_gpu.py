@@ -22,7 +22,8 @@ from rlhf_pl.gpu_head import gpu_logps
 from rlhf_pl.kernel_check import is_as_exact, small_copies
 from rlhf_pl.layout import Layout
 from rlhf_pl.liger import _bind, _states_and_gradient
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import PolicyLM, load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.prefix_attention import FAST, _attention
 from rlhf_pl.rollout import VLLMSampler
 from rlhf_pl.rounds import RoundStore

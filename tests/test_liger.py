@@ -11,7 +11,8 @@ from transformers.models.llama import modeling_llama
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
 from rlhf_pl.liger import _bind, _what_fails
-from rlhf_pl.policy import PolicySource, load_lm
+from rlhf_pl.policy import load_lm
+from rlhf_pl.policy_source import PolicySource
 
 needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="no liger-kernel")
 

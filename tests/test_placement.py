@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from rlhf_pl.policy import PolicySource, load_lm
+from rlhf_pl.policy import load_lm
+from rlhf_pl.policy_source import PolicySource
 from tests.conftest import save_llama
 
 SCRIPT = """

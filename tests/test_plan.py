@@ -14,7 +14,8 @@ from rlhf_pl.__main__ import main
 from rlhf_pl.errors import InputError
 from rlhf_pl.footprint import Kernels, activation_bytes, head_bytes, model_size
 from rlhf_pl.lora import LoRA, add_lora
-from rlhf_pl.policy import PolicySource, load_lm, train_last_layers
+from rlhf_pl.policy import load_lm, train_last_layers
+from rlhf_pl.policy_source import PolicySource
 from tests.conftest import save_llama
 
 MEASURE = """

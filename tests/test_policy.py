@@ -9,7 +9,8 @@ import transformers
 from rlhf_pl import kernel_check, logprobs
 from rlhf_pl.errors import InputError
 from rlhf_pl.logprobs import Head, chunked_logps, gather_logps, linear_logps
-from rlhf_pl.policy import PolicyLM, PolicySource, head_logits, load_lm
+from rlhf_pl.policy import PolicyLM, head_logits, load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import _say_plain, is_shared, share_prompts
 from tests.conftest import make_tokenizer, save_llama

@@ -15,7 +15,8 @@ from rlhf_pl.data.preference_module import PreferenceDataset
 from rlhf_pl.data.preferences import Preference
 from rlhf_pl.errors import InputError
 from rlhf_pl.modules import rebel
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import PolicyLM, load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rendering import Renderer
 from rlhf_pl.rewards import ClassifierReward, Sample, VLLMServerReward
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler

@@ -8,7 +8,8 @@ import pytest
 
 from rlhf_pl.data.prompts import Prompt, tokenize_prompts
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource, load_lm
+from rlhf_pl.policy import load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rewards import Failure, Reward, RewardResult, Sample, ScoringConfig
 from rlhf_pl.rollout import EngineSpec, PromptTokens, Response, SamplingConfig, TransformersSampler
 from rlhf_pl.rounds import Round

@@ -10,7 +10,8 @@ import torch
 from rlhf_pl.data.prompts import Prompt, tokenize_prompts
 from rlhf_pl.metrics import held_out_metrics
 from rlhf_pl.pairs import BestWorst
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import PolicyLM, load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.ranks import Ranks
 from rlhf_pl.rewards import FunctionReward
 from rlhf_pl.rollout import EngineSpec, PromptTokens, Response, SamplingConfig, TransformersSampler

@@ -15,7 +15,8 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.export import _twin
 from rlhf_pl.lora import add_lora
 from rlhf_pl.modules import rebel
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import PolicyLM, load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rewards import ClassifierReward, Sample
 from rlhf_pl.rows import Tree, lay_out
 from tests.conftest import make_tokenizer, save_llama, save_reward_model

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from rlhf_pl.compute import Compute
 from rlhf_pl.lora import LoRA, add_lora, without_adapters
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import PolicyLM, load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rows import Tree, lay_out
 
 BF16 = Compute(dtype=torch.bfloat16)

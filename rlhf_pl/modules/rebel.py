@@ -19,7 +19,8 @@ from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
-from rlhf_pl.policy import DType, PolicyLM, PolicySource, empty_lm, load_lm, train_last_layers
+from rlhf_pl.policy import DType, PolicyLM, empty_lm, load_lm, train_last_layers
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rotary import longest_row
 from rlhf_pl.strategies import callable_policy, check_strategy, shard, shard_frozen

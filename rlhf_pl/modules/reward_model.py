@@ -25,7 +25,8 @@ from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.padding import Padding, own_padding, padding_in_config, with_new_rows
 from rlhf_pl.pair_metrics import wilson_interval
-from rlhf_pl.policy import DType, PolicySource
+from rlhf_pl.policy import DType
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rendering import Renderer, SystemPrompt, reward_renderer
 from rlhf_pl.score_place import ScoreAt, note_place, warn_of_other_reading, warn_once

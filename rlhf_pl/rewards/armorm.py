@@ -15,7 +15,8 @@ from rlhf_pl.devices import fast_dtype
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.liger import apply_liger
-from rlhf_pl.policy import PolicySource, without_dropout
+from rlhf_pl.policy import without_dropout
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.families import Family, families

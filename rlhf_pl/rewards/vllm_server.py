@@ -7,7 +7,7 @@ from typing import Any, Literal
 from rlhf_pl.checkpoint_files import stored_config
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rendering import Renderer, SystemPrompt, reward_renderer
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError, number

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 
 NOTED_TEMPERATURE = 1.0  # of the log-probs that samplers note, which are over the whole vocabulary
 NamedTensors = Iterable[tuple[str, Tensor]]

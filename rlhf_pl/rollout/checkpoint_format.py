@@ -5,7 +5,8 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from rlhf_pl.policy import PolicySource, meta_lm
+from rlhf_pl.policy import meta_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rollout.base import NamedTensors
 
 

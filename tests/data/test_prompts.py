@@ -10,7 +10,7 @@ import pytest
 
 from rlhf_pl.data.prompts import Prompt, load_prompts, prompts_of_round, split_held_out, tokenize_prompts
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 
 Write = Callable[..., str]
 ROWS = [{"prompt_id": "a", "prompt": "Hi", "answer": 1}, {"prompt_id": "b", "prompt": "Ho", "answer": 2}]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rlhf_pl.data.prompts import load_prompts, tokenize_prompts
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 
 FUZZ = settings(
     max_examples=150, derandomize=True, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture]

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rollout import EngineSpec, VLLMServerSampler
 from rlhf_pl.rounds import RoundStore
 from tests.integration.test_fit import PROMPTS

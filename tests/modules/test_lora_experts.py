@@ -23,7 +23,8 @@ from rlhf_pl.lora import (
     save_adapter,
     without_adapters,
 )
-from rlhf_pl.policy import PolicyLM, PolicySource
+from rlhf_pl.policy import PolicyLM
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.self_check import hand_over

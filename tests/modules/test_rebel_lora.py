@@ -12,7 +12,8 @@ from rlhf_pl import RebelModule
 from rlhf_pl.callbacks import HFExport, RoundCheckpoint
 from rlhf_pl.errors import InputError
 from rlhf_pl.lora import LoRA, without_adapters
-from rlhf_pl.policy import PolicySource, load_lm
+from rlhf_pl.policy import load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler
 from rlhf_pl.rounds import RoundStore
 from tests.conftest import save_llama

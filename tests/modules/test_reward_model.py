@@ -17,7 +17,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.optim import AdamW
 from rlhf_pl.pair_metrics import pair_metrics, wilson_interval
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rewards import ClassifierReward, Sample
 from tests.conftest import save_llama
 from tests.rewards.test_classifier import SAMPLES, plain_scores

@@ -11,7 +11,7 @@ from rlhf_pl import score_place
 from rlhf_pl.classifier import ClassifierLM, load_classifier, new_classifier, tree_inputs
 from rlhf_pl.errors import InputError
 from rlhf_pl.padding import own_padding
-from rlhf_pl.policy import PolicySource
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rendering import Renderer, padded, reward_renderer
 from rlhf_pl.rewards import ClassifierReward, VLLMServerReward
 from rlhf_pl.rows import share_beginning

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicyLM, PolicySource, load_lm
+from rlhf_pl.policy import PolicyLM, load_lm
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rollout import (
     EngineSpec,
     PromptTokens,
