@@ -104,6 +104,7 @@ def steady_rotary(model: nn.Module, config: Any, longest: int | None = None) -> 
         )
     hook = partial(_by_row, limits) if longest is None else partial(_pinned, longest)
     for module in modules:
+        module.register_forward_pre_hook(_forget_long)
         module.register_forward_hook(hook, with_kwargs=True)
 
 
@@ -181,12 +182,19 @@ def _forget(module: Any) -> None:
                 setattr(module, seen, module.original_max_seq_len)
 
 
+def _forget_long(module: nn.Module, args: Any = None) -> None:
+    """transformers stumbles over the long factors that it has kept of a type of layers."""
+    for name in [name for name in vars(module) if name.endswith("_long_inv_freq")]:
+        delattr(module, name)
+
+
 def _positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kwargs["position_ids"] if "position_ids" in kwargs else args[1]
 
 
 def _again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> Any:
     """What the module gives at other positions, without its hooks."""
+    _forget_long(module)
     if "position_ids" in kwargs:
         return module.forward(*args, **(kwargs | {"position_ids": positions}))
     return module.forward(args[0], positions, *args[2:], **kwargs)

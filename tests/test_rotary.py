@@ -1,6 +1,7 @@
 """Rotary factors that depend on length: a row's numbers are the same whatever stands beside it."""
 
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rendering import Renderer
 from rlhf_pl.rewards import ClassifierReward, Sample, VLLMServerReward
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler
-from rlhf_pl.rotary import describe_factors
+from rlhf_pl.rotary import describe_factors, steady_rotary
 from rlhf_pl.rounds import RoundStore
 from rlhf_pl.rows import Tree, lay_out
 from tests.conftest import save_llama, save_reward_model
@@ -82,6 +83,34 @@ def test_a_policy_has_the_factors_of_the_longest_row_of_its_run(tmp_path: Path, 
     found = policy(**lay_out(trees).inputs())
     expected = [plain_logps(same, [*t.prompt, *r], len(t.prompt)) for t in trees for r in t.answers]
     assert torch.allclose(found, torch.cat(expected), atol=1e-4)
+
+
+def test_layers_of_one_type_alone_may_have_them() -> None:
+    """Gemma-3 has rotary embeddings for each type of layers."""
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    sliding = {"rope_type": "default", "rope_theta": 10000.0}
+    full = longrope(long=[4.0] * 16)["rope_parameters"]
+    kinds = ["sliding_attention", "full_attention"]
+    config = Gemma3TextConfig(
+        vocab_size=300, hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, head_dim=32,
+        num_key_value_heads=1, layer_types=kinds, sliding_window=8, initializer_range=0.2,
+        rope_parameters=dict(zip(kinds, (sliding, full), strict=True)),
+    )  # fmt: skip
+    torch.manual_seed(0)
+    lm = Gemma3ForCausalLM(config).eval()
+    same = Gemma3ForCausalLM(config).eval()
+    same.load_state_dict(lm.state_dict())
+    steady_rotary(lm, config, 60)
+    rows = rows_of([8, 40])
+    for row in rows * 2:  # plain transformers can do this once a model
+        mine = plain_logps(lm, row, 3)
+        beside = torch.tensor([[*row, *[0] * (60 - len(row))], rows_of([60])[0]])
+        mask = torch.ones_like(beside).index_fill(1, torch.arange(len(row), 60), 0)
+        mask[1] = 1
+        logps = deepcopy(same)(input_ids=beside, attention_mask=mask, use_cache=False).logits[0].log_softmax(-1)
+        expected = logps[2 : len(row) - 1].gather(1, torch.tensor(row[3:])[:, None])[:, 0]
+        assert torch.allclose(mine, expected, atol=1e-4)
 
 
 def test_dynamic_factors_are_those_of_the_longest_row_of_a_run(tmp_path: Path) -> None:
