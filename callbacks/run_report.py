@@ -1,6 +1,9 @@
 """What a run tells at the terminal: a line a round; at the end a table, answers before and after, what to do next."""
 
+from typing import Any
+
 import lightning as L
+from rich import box
 from rich.console import Group
 from rich.panel import Panel
 from rich.table import Table
@@ -55,7 +58,10 @@ class RunReport(L.Callback):
         if rounds == 0:
             return
         console.print()
-        console.print(rounds_table(store, rounds))
+        table = rounds_table(store, rounds)
+        # what is cut off can't be read, in a file least of all
+        needed = console.measure(table, options=console.options.update_width(200)).maximum
+        console.print(table, width=max(console.width, needed), crop=False)
         if store.held_out(rounds).is_complete("rewards"):
             console.print(before_after(store, rounds, self.num_samples))
             console.print(gain_line(store, rounds), soft_wrap=True)
@@ -86,10 +92,11 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
     """A line a round."""
     held_out = store.held_out(0).is_complete("rewards")
     title = "Rounds" + (" (before, after: mean reward on the held-out prompts)" if held_out else "")
-    table = Table(title=title, title_justify="left", caption=KL_NOTE, caption_justify="left")
-    headers = ["round", "reward", "best", "worst", "tokens", "ended", "pairs", "KL(old||new)", "loss", "time"]
-    for header in headers + (["before", "after", "KL(new||old)"] if held_out else []):
-        table.add_column(header, justify="right")
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
+    table = Table(title=title, title_justify="left", caption=KL_NOTE, caption_justify="left", **look)
+    headers = ["round", "reward", "best", "worst", "tokens", "ended", "pairs", "KL\nold||new", "loss", "time"]
+    for header in headers + (["before", "after", "KL\nnew||old"] if held_out else []):
+        table.add_column(header, justify="right", no_wrap=True)
     for index in range(rounds):
         stages = store.round(index).manifest["stages"]
         if "rewards" not in stages:  # lost, and not needed to go on

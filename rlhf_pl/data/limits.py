@@ -135,15 +135,24 @@ def _follows(callback: L.Callback) -> bool:
 
 
 def report_stop(trainer: L.Trainer, what: str) -> None:
-    """Say at the end of a run that it stands inside a round or epoch."""
-    if not stopped_inside(trainer) or not trainer.is_global_zero:
+    """Say at the end of a run that it has not come to its last round or epoch, why, and how it goes on."""
+    ended, rounds = rounds_done(trainer), trainer.max_epochs
+    inside = stopped_inside(trainer)
+    if not trainer.is_global_zero or not (inside or (rounds is not None and ended < rounds)):
         return
-    done, total = batches_done(trainer), trainer.num_training_batches
-    done -= done % trainer.accumulate_grad_batches
-    is_saved = done == 0 or (Path(trainer.default_root_dir) / FOLDER / "last.ckpt").exists()
-    then = "The next start goes on with the next one." if is_saved else "No resume point was written."
-    console.print(
-        f"Stopped inside {what} {rounds_done(trainer) + 1} at update {trainer.global_step}, after {done} of its "
-        f"{total} micro-batches. {then}",
-        soft_wrap=True,
-    )
+    at_limit = 0 <= limits_of(trainer).max_steps <= trainer.global_step
+    if inside:
+        done, total = batches_done(trainer), trainer.num_training_batches
+        done -= done % trainer.accumulate_grad_batches
+        where = f"inside {what} {ended + 1} at update {trainer.global_step}, after {done} of its {total} micro-batches"
+        is_saved = done == 0 or (Path(trainer.default_root_dir) / FOLDER / "last.ckpt").exists()
+    else:
+        where, is_saved = f"after {what} {ended} of {rounds}, at update {trainer.global_step}", True
+    if not is_saved:
+        then = "No resume point was written."
+    elif at_limit:
+        then = "`trainer.max_steps` is reached: raise it to go on."
+    else:
+        then = "The next start goes on with the next one."
+        then = then if inside else f"A callback or a limit of the Trainer ended the run. {then}"
+    console.print(f"Stopped {where}. {then}", soft_wrap=True)
