@@ -186,7 +186,10 @@ class ChatTemplate:
             return False
         parts = [_listed(m) for m in form]
         as_parts = self._try(parts, tools)
-        return as_parts is not None and not self.lost(parts, as_parts, tools)
+        if as_parts is None or self.lost(parts, as_parts, tools):
+            return False
+        written = (write(part) for m in parts for part in m.get("content") or () for write in (str, json.dumps))
+        return not any(whole in as_parts for whole in written)  # as Python or JSON writes them
 
     def lost(self, form: Messages, text: str, tools: Any) -> list[int]:
         """The messages of whose content nothing is written; text beside a tool call may be left out."""

@@ -193,3 +193,11 @@ def test_any_conversation_of_calls_is_written_as_transformers_writes_it(turns: A
         function["arguments"] = json.dumps(function["arguments"])
     ids = encode_prompt(tokenizer("QWEN"), given_form, TOOLS)
     assert ids == tokenizer("QWEN")(expected, add_special_tokens=False)["input_ids"]
+
+
+def test_parts_that_are_written_as_python_are_not_taken() -> None:
+    """A template that shortens texts leaves a list of one part whole, in Python's own spelling."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'][:2] }}<|end|>{% endfor %}"
+    with pytest.raises(InputError, match=r"writes nothing of message 0 \(user\)"):
+        ChatTemplate(tokenizer).prepare([{"role": "user", "content": "Hello there"}])

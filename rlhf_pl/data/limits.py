@@ -12,7 +12,7 @@ from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 from rlhf_pl.checkpoints import FOLDER
 from rlhf_pl.console import console
 from rlhf_pl.data.pairs import NoBatches, RoundBatches
-from rlhf_pl.data.progress import batches_done, rounds_done, stopped_inside
+from rlhf_pl.data.progress import batches_done, inside_round, rounds_done, stopped_inside
 
 
 @dataclass
@@ -147,7 +147,8 @@ def report_stop(trainer: L.Trainer, what: str) -> None:
         where = f"inside {what} {ended + 1} at update {trainer.global_step}, after {done} of its {total} micro-batches"
         is_saved = done == 0 or (Path(trainer.default_root_dir) / FOLDER / "last.ckpt").exists()
     else:
-        where, is_saved = f"after {what} {ended} of {rounds}, at update {trainer.global_step}", True
+        place = f"inside {what} {ended + 1}" if inside_round(trainer) else f"after {what} {ended}"
+        where, is_saved = f"{place} of {rounds}, at update {trainer.global_step}", True
     if not is_saved:
         then = "No resume point was written."
     elif at_limit:

@@ -259,7 +259,9 @@ def test_a_logger_that_can_not_be_made_says_why(
     assert not (folder / "runs").exists()
 
 
-def test_a_precision_plugin_counts_as_the_precision(shortest: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_precision_plugin_counts_as_the_precision(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main([*shortest, "--trainer.plugins", "lightning.pytorch.plugins.precision.DoublePrecision"]) == 1
     assert "`trainer.precision`: '64-true' casts" in capsys.readouterr().err
 

@@ -40,7 +40,7 @@ def test_only_answers_are_learned_with_their_eos(every: bool, learned: list[str]
 def test_templates_that_rewrite_earlier_turns_or_write_no_eos_are_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (
-        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] if loop.last else m['content'][:2] }}<|end|>"
+        "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] if loop.last else m['content'] | upper }}<|end|>"
         "{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     )
     with pytest.raises(InputError, match="loss_on: last"):
