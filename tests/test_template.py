@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from rlhf_pl.chat import encode_conversation, encode_prompt
 from rlhf_pl.errors import InputError
-from rlhf_pl.template import check_template_kwargs
+from rlhf_pl.template import ChatTemplate, check_template_kwargs
 from tests import chat_templates
 from tests.conftest import make_tokenizer
 
