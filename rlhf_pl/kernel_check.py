@@ -101,10 +101,9 @@ def small_copies(config: Any, compute: Compute, dtype: torch.dtype, remote_code:
 
 def _check_size(config: Any, remote_code: bool) -> None:
     """Raise ValueError where a copy would be as large as a real model."""
-    from transformers import AutoModelForCausalLM
+    from rlhf_pl.policy import meta_lm
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=remote_code)
+    model = meta_lm(config, remote_code)
     if (size := sum(p.numel() for p in model.parameters())) > MOST_PARAMETERS:
         raise ValueError(f"the smallest has {size / 1e6:.0f} million parameters")
 

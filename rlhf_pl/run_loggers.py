@@ -18,8 +18,8 @@ FILE = "loggers.json"
 _NOT_YET = "The run has not passed its checks yet."
 
 
-class RunLogger(TensorBoardLogger):
-    """TensorBoard that is written to only once nothing can be refused any more.
+class HeldLogger(Logger):
+    """Written to only once nothing can be refused any more.
 
     Lightning asks every logger for its `experiment` before it checks anything, which would make the directory.
     """
@@ -31,18 +31,21 @@ class RunLogger(TensorBoardLogger):
     def experiment(self) -> Any:
         if not self.ready:
             raise AttributeError(_NOT_YET)
-        return super().experiment
+        return super().experiment  # type: ignore[misc]
 
     def start(self, progress: Progress | None) -> None:
-        """Hide what an earlier process logged beyond the checkpoint: it is logged again."""
-        self._kwargs["purge_step"] = progress.global_step if progress else 0
+        """Go on from a checkpoint: what an earlier process logged beyond it is logged again."""
+        self._go_on(progress)
         self.ready = True
         if self.later is not None:
             self.log_hyperparams(self.later)
 
-    def log_hyperparams(self, params: Any, *args: Any, **kwargs: Any) -> None:
+    def _go_on(self, progress: Progress | None) -> None:
+        raise NotImplementedError
+
+    def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
         if self.ready:
-            super().log_hyperparams(params, *args, **kwargs)
+            super().log_hyperparams(params, *args, **kwargs)  # type: ignore[safe-super]
         else:
             self.later = params
 
@@ -55,20 +58,18 @@ class RunLogger(TensorBoardLogger):
             super().finalize(status)
 
 
-class RunCSVLogger(CSVLogger):
+class RunLogger(HeldLogger, TensorBoardLogger):
+    """TensorBoard, which hides what is logged again."""
+
+    def _go_on(self, progress: Progress | None) -> None:
+        self._kwargs["purge_step"] = progress.global_step if progress else 0
+
+
+class RunCSVLogger(HeldLogger, CSVLogger):
     """CSVLogger that goes on with the rows of earlier processes, which Lightning's deletes."""
 
-    ready = False
-    later: Any = None
-
-    @property
-    def experiment(self) -> Any:
-        if not self.ready:
-            raise AttributeError(_NOT_YET)
-        return super().experiment
-
-    def start(self, progress: Progress | None) -> None:
-        """Keep the rows up to the checkpoint. Those after it are logged again; they go into a file beside it."""
+    def _go_on(self, progress: Progress | None) -> None:
+        """Keep the rows up to the checkpoint. Those after it go into a file beside it."""
         file = Path(self.log_dir) / "metrics.csv"
         rows = _read(file)
         again = [row for row in rows if _comes_again(row, progress)]
@@ -85,22 +86,6 @@ class RunCSVLogger(CSVLogger):
         if kept:  # Lightning's writer deletes what it finds
             self.experiment.metrics_keys = columns
             held.rename(file)
-        if self.later is not None:
-            self.log_hyperparams(self.later)
-
-    def log_hyperparams(self, params: Any = None) -> None:
-        if self.ready:
-            super().log_hyperparams(params)
-        else:
-            self.later = params
-
-    def save(self) -> None:
-        if self.ready:
-            super().save()
-
-    def finalize(self, status: str) -> None:
-        if self.ready:
-            super().finalize(status)
 
 
 def _read(file: Path) -> list[dict[str, str]]:
@@ -165,10 +150,10 @@ def start_loggers(trainer: L.Trainer, progress: Progress | None) -> None:
         InputError: A logger's folder can't be made.
     """
     for logger in trainer.loggers:
-        if isinstance(logger, RunLogger | RunCSVLogger) and trainer.is_global_zero:
+        if isinstance(logger, HeldLogger) and trainer.is_global_zero:
             with _naming(logger):
                 logger.start(progress)
-        elif isinstance(logger, RunLogger | RunCSVLogger):
+        elif isinstance(logger, HeldLogger):
             logger.ready = True
 
 

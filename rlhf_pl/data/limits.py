@@ -73,10 +73,14 @@ def limit_epoch(trainer: L.Trainer, batches: RoundBatches) -> RoundBatches:
     return batches
 
 
+def _at_max_steps(trainer: L.Trainer) -> bool:
+    return 0 <= limits_of(trainer).max_steps <= trainer.global_step
+
+
 def is_over(trainer: L.Trainer) -> bool:
     """Whether nothing is left to train, before the next epoch's loader is made."""
-    limits, rounds = limits_of(trainer), trainer.max_epochs
-    if limits.max_steps >= 0 and trainer.global_step >= limits.max_steps:
+    rounds = trainer.max_epochs
+    if _at_max_steps(trainer):
         return True
     if trainer.should_stop and trainer.fit_loop._can_stop_early:
         return True
@@ -93,7 +97,7 @@ def nothing_left(trainer: L.Trainer) -> NoBatches:
 
 def stop_at_max_steps(trainer: L.Trainer) -> None:
     """After an update: end the run if it was the last one, whatever `min_steps` and `min_epochs` say."""
-    if 0 <= limits_of(trainer).max_steps <= trainer.global_step:
+    if _at_max_steps(trainer):
         loop: Any = trainer.fit_loop
         loop.min_epochs, loop.epoch_loop.min_steps = None, None
         trainer.should_stop = True
@@ -140,7 +144,6 @@ def report_stop(trainer: L.Trainer, what: str) -> None:
     inside = stopped_inside(trainer)
     if not trainer.is_global_zero or not (inside or (rounds is not None and ended < rounds)):
         return
-    at_limit = 0 <= limits_of(trainer).max_steps <= trainer.global_step
     if inside:
         done, total = batches_done(trainer), trainer.num_training_batches
         done -= done % trainer.accumulate_grad_batches
@@ -151,7 +154,7 @@ def report_stop(trainer: L.Trainer, what: str) -> None:
         where, is_saved = f"{place} of {rounds}, at update {trainer.global_step}", True
     if not is_saved:
         then = "No resume point was written."
-    elif at_limit:
+    elif _at_max_steps(trainer):
         then = "`trainer.max_steps` is reached: raise it to go on."
     else:
         then = "The next start goes on with the next one."

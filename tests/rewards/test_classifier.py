@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -26,6 +27,13 @@ SAMPLES = [
 Tensors = dict[str, torch.Tensor]
 
 
+def row_of(tokenizer: Any, sample: Sample) -> torch.Tensor:
+    """A conversation as plain transformers tokenizes it, shape (1, T)."""
+    chat = [*sample.messages, {"role": "assistant", "content": sample.response}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False)
+    return tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+
+
 def plain_scores(folder: Path) -> list[float]:
     """The independent computation: transformers' own classes, one row at a time."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
@@ -33,9 +41,7 @@ def plain_scores(folder: Path) -> list[float]:
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     scores = []
     for sample in SAMPLES:
-        chat = [*sample.messages, {"role": "assistant", "content": sample.response}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = row_of(tokenizer, sample)
         with torch.no_grad():
             scores.append(model.eval()(input_ids=ids).logits[0, 0].item())
     return scores

@@ -16,7 +16,7 @@ from rlhf_pl.rendering import Renderer, padded, reward_renderer
 from rlhf_pl.rewards import ClassifierReward, VLLMServerReward
 from rlhf_pl.rows import share_beginning
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer, save_reward_model
-from tests.rewards.test_classifier import SAMPLES, plain_scores
+from tests.rewards.test_classifier import SAMPLES, plain_scores, row_of
 
 EOS = 2  # <|end|>, which `CHAT_TEMPLATE` writes after every message
 
@@ -34,9 +34,7 @@ def by_hand(folder: Path, drop: int) -> list[float]:
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     scores = []
     for sample in SAMPLES:
-        chat = [*sample.messages, {"role": "assistant", "content": sample.response}]
-        text = tokenizer.apply_chat_template(chat, tokenize=False)
-        ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
+        ids = row_of(tokenizer, sample)
         with torch.no_grad():
             hidden = model.eval().model(input_ids=ids).last_hidden_state
         scores.append(model.score(hidden[0, -1 - drop]).item())
