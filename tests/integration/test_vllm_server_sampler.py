@@ -4,6 +4,7 @@ import importlib.util
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,10 +15,13 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_pl.errors import InputError
+from rlhf_pl.policy import load_lm
 from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.rollout import EngineSpec, VLLMServerSampler
+from rlhf_pl.rollout import EngineSpec, SamplingConfig, VLLMServerSampler
+from rlhf_pl.rollout.base import PromptTokens
 from rlhf_pl.rounds import RoundStore
 from tests.integration.test_fit import PROMPTS
+from tests.soak.servers import Member
 
 pytestmark = [
     pytest.mark.xdist_group("samplers"),  # they share what takes long to start
@@ -96,3 +100,59 @@ def test_a_run_with_servers_that_do_not_fit_ends_with_one_line(
     assert said.startswith("FAILED")
     assert "`rollout.sampler.dtype` is bfloat16, but the server" in " ".join(said.split()), said
     assert "Traceback" not in said
+
+
+def test_a_server_that_is_lost_is_left_out_until_it_is_back(
+    servers: list[str], llama: Path, source: PolicySource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Killed in mid-request, and started again with the weights of the folder: the answers are the same."""
+    prompts = [PromptTokens([5, 6, 7, 8 + i], 100 * i) for i in range(24)]
+    sampling = SamplingConfig(num_responses=4, max_response_tokens=40)
+    weights = {name: tensor + 0.01 for name, tensor in load_lm(source).state_dict().items()}
+
+    def draw(sampler: VLLMServerSampler) -> list[list[list[int]]]:
+        found = dict(sampler.generate(prompts, sampling))
+        return [[r.token_ids for r in found[i]] for i in range(len(prompts))]
+
+    def push(sampler: VLLMServerSampler) -> None:
+        sampler.forget(weights)
+        sampler.load_weights(weights.items())
+
+    second = Member(llama, tmp_path, "second")
+    urls = [servers[0], second.proxy.url]
+    settings: dict[str, Any] = {"dtype": "float32", "concurrency": 2, "retries": 1, "backoff_s": 0.1}
+    with closing(second), closing(VLLMServerSampler(urls, **settings)) as sampler:
+        sampler.check()
+        sampler.start(EngineSpec(source, max_model_tokens=64, max_sequences=96))
+        push(sampler)
+        expected = draw(sampler)
+        share = second.proxy.answered.total()
+        assert share > 0
+        killer = threading.Thread(target=lambda: (second.proxy.wait_for_work(), second.kill()))
+        killer.start()
+        assert draw(sampler) == expected
+        killer.join()
+        said = " ".join(capsys.readouterr().out.split())
+        assert f"{second.proxy.url} draws no answers until it is back" in said
+        push(sampler)  # to the one that is left
+        assert draw(sampler) == expected
+        second.start_again()
+        push(sampler)
+        assert f"{second.proxy.url} is back" in " ".join(capsys.readouterr().out.split())
+        before = second.proxy.answered.total()
+        assert draw(sampler) == expected
+        assert second.proxy.answered.total() > before
+        assert second.proxy.stale == 0
+        second.kill()
+        second.start_again()  # between two rounds: nothing has noticed
+        assert draw(sampler) == expected
+        assert second.proxy.stale == 0
+
+
+def test_a_fleet_that_is_not_there_is_refused() -> None:
+    sampler = VLLMServerSampler(["http://127.0.0.1:9", "http://127.0.0.1:10"], retries=0)
+    with (
+        closing(sampler),
+        pytest.raises(InputError, match=r"none of the 2 servers is left.*127.0.0.1:9 .*127.0.0.1:10 "),
+    ):
+        sampler.check()

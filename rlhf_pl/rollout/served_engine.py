@@ -1,0 +1,122 @@
+"""One running `vllm serve`, as the trainer talks to it over HTTP."""
+
+import os
+from typing import Any
+
+from rlhf_pl.errors import InputError
+
+LAUNCH = 'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "%s"}\''
+_AGAIN = {408, 425, 429, 500, 502, 503, 504}
+_QUESTION_S = 60.0  # a server that answers at all says in this time what weights it has
+
+
+class ServerError(InputError):
+    """A server that gave no answer, or an error.
+
+    Args:
+        message: What happened.
+        again: Whether another attempt may help.
+        status: Of HTTP; None where there was no answer.
+    """
+
+    def __init__(self, message: str, again: bool, status: int | None = None) -> None:
+        super().__init__(f"`rollout.sampler`: {message}")
+        self.again, self.status = again, status
+
+
+class ServedEngine:
+    """A server, from here.
+
+    Args:
+        url: Of the server.
+        timeout_s: Time limit of a request, seconds.
+        api_key_env: Environment variable with its API key; None for none.
+    """
+
+    def __init__(self, url: str, timeout_s: float, api_key_env: str | None = None) -> None:
+        self.url, self.timeout_s, self._api_key_env = url.rstrip("/"), timeout_s, api_key_env
+        self.model = ""  # the name its model has
+        self._http: Any = None
+
+    def call(self, path: str, body: Any = None, get: bool = False, timeout_s: float | None = None) -> Any:
+        """What the server answers.
+
+        Raises:
+            ServerError: Nothing, or an error.
+        """
+        import httpx
+
+        limit = timeout_s or self.timeout_s
+        timeout = httpx.Timeout(limit, connect=min(10.0, limit))
+        try:
+            if get:
+                response = self._client().get(self.url + path, timeout=timeout)
+            else:
+                response = self._client().post(self.url + path, json=body, timeout=timeout)
+        except httpx.TimeoutException as error:
+            raise ServerError(f"{self.url}{path} gave no answer within {limit:g} s.", again=True) from error
+        except httpx.HTTPError as error:
+            raise ServerError(f"{self.url} can't be reached: {_said(error)}", again=True) from error
+        if response.status_code != 200:
+            said = response.text[:300].strip().replace("\n", " ")
+            raise ServerError(
+                f"{self.url}{path} answered with status {response.status_code}: {said}",
+                again=response.status_code in _AGAIN,
+                status=response.status_code,
+            )
+        try:
+            return response.json() if response.content else None
+        except ValueError as error:
+            raise ServerError(f"{self.url}{path} answered with what is no JSON.", again=True, status=200) from error
+
+    def config(self, backend: str) -> dict[str, Any]:
+        """The engine's settings.
+
+        Args:
+            backend: Of the weight transfer that is wanted, for the message.
+
+        Raises:
+            InputError: It gives none: it was started in another way.
+        """
+        try:
+            return self.call("/server_info?config_format=json", get=True)["vllm_config"]
+        except ServerError as error:
+            if error.status is None:
+                raise
+            raise InputError(
+                f"`rollout.sampler.urls`: the server at {self.url} does not take weights ({error.status} for "
+                f"/server_info). Start it as {LAUNCH % backend}"
+            ) from error
+
+    def served(self) -> dict[str, Any]:
+        """What it says of its model: `id`, and `max_model_len` where it knows."""
+        return self.call("/v1/models", get=True)["data"][0]
+
+    def workers(self) -> int:
+        """Processes that hold weights."""
+        return int(self.call("/get_world_size", get=True)["world_size"])
+
+    def weight_version(self) -> str:
+        """What it calls its weights: the version that came with the last push to this very process."""
+        limit = min(_QUESTION_S, self.timeout_s)
+        return self.call("/weight_info", get=True, timeout_s=limit)["weight_version"]
+
+    def close(self) -> None:
+        if self._http is not None:
+            self._http.close()
+            self._http = None
+
+    def _client(self) -> Any:
+        if self._http is None:
+            import httpx
+
+            key = os.environ.get(self._api_key_env or "", "")
+            headers = {"authorization": f"Bearer {key}"} if key else {}
+            # the servers close idle connections, which a request would only find out when it is lost
+            limits = httpx.Limits(max_keepalive_connections=0)
+            self._http = httpx.Client(headers=headers, limits=limits)
+        return self._http
+
+
+def _said(error: Exception) -> str:
+    return f"{str(error).rstrip('.') or type(error).__name__}."

@@ -1,0 +1,196 @@
+"""The ways of the weights to servers: to each by itself, or to all that NCCL has joined."""
+
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+from torch import Tensor
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.rollout.fleet import Fleet
+from rlhf_pl.rollout.push import Push
+from rlhf_pl.rollout.served_engine import ServedEngine, ServerError
+
+Bucket = list[tuple[str, Tensor]]
+
+
+class WeightRoute:
+    """Servers that get their weights together; what fails for one of them fails for all.
+
+    Args:
+        engines: The servers.
+        make_push: Makes the way to their workers.
+        address: Where the servers reach this process.
+    """
+
+    def __init__(self, engines: Sequence[ServedEngine], make_push: Callable[[str], Push], address: str) -> None:
+        self.engines, self._make_push, self.address = list(engines), make_push, address
+        self._push: Push | None = None
+
+    @property
+    def is_connected(self) -> bool:
+        return self._push is not None
+
+    def holds(self, version: str | None) -> bool:
+        """Whether all servers have the weights of a version; None for any."""
+        try:
+            return version is None or all(engine.weight_version() == version for engine in self.engines)
+        except ServerError:
+            return False
+
+    def connect(self) -> None:
+        """Bring all workers here.
+
+        Raises:
+            InputError: They do not come.
+        """
+        self.close()
+        counts = [engine.workers() for engine in self.engines]
+        push = self._push = self._make_push(self.address)
+        pool = ThreadPoolExecutor(len(self.engines))
+        told: list[Future[Any]] = []
+        for number, engine in enumerate(self.engines):
+            info = push.init_info(sum(counts[:number]), sum(counts))
+            told.append(pool.submit(engine.call, "/init_weight_transfer_engine", {"init_info": info}))
+
+        def failed() -> None:
+            for call in told:
+                if call.done() and (error := call.exception()) is not None:
+                    raise InputError(
+                        f"`rollout.sampler`: {error} Its workers must reach the trainer at {self.address}; set "
+                        "rollout.sampler.address to one that they can, and see the server's log."
+                    ) from error
+
+        try:
+            push.connect(sum(counts), failed)
+            for call in told:
+                call.result()
+        except BaseException as error:
+            self.close()
+            if isinstance(error, ServerError):
+                failed()
+            raise
+        finally:
+            pool.shutdown(wait=False)
+
+    def open(self) -> None:
+        """Begin an update; answers that are under way come first."""
+        self._all("/pause?mode=wait")
+        self._each(_start_update)
+
+    def send(self, bucket: Bucket) -> None:
+        """A bucket of weights: described over HTTP, while the bytes go by the push."""
+        assert self._push is not None
+        info = {
+            "names": [name for name, _ in bucket],
+            "dtype_names": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
+            "shapes": [list(t.shape) for _, t in bucket],
+        }
+        told: list[Exception] = []
+
+        def tell() -> None:
+            try:
+                self._all("/update_weights", {"update_info": info})
+            except InputError as error:
+                told.append(error)
+
+        telling = threading.Thread(target=tell, daemon=True)
+        telling.start()
+        try:
+            self._push.send([t for _, t in bucket])
+        except OSError as error:
+            telling.join(10)
+            raise (
+                told[0]
+                if told
+                else InputError(f"`rollout.sampler`: the connection for weights broke: {error}. See the servers' logs.")
+            ) from error
+        telling.join()
+        if told:
+            raise told[0]
+
+    def finish(self, version: str) -> None:
+        """End the update, and let answers be drawn."""
+        self._all("/finish_weight_update", {"weight_version": version})
+        self._all("/reset_prefix_cache")
+        self._all("/resume")
+
+    def close(self) -> None:
+        if self._push is not None:
+            self._push.close()
+            self._push = None
+
+    def _all(self, path: str, body: Any = None) -> None:
+        """The same call to every server, at once."""
+        self._each(lambda engine: engine.call(path, body))
+
+    def _each(self, action: Callable[[ServedEngine], Any]) -> None:
+        with ThreadPoolExecutor(len(self.engines)) as pool:
+            list(pool.map(action, self.engines))
+
+
+def _start_update(engine: ServedEngine) -> None:
+    try:
+        engine.call("/start_weight_update")
+    except ServerError as error:
+        if error.status is None:
+            raise
+        engine.call("/finish_weight_update")  # a trainer that was killed has left an update open
+        engine.call("/start_weight_update")
+
+
+class WeightRoutes:
+    """The ways to a fleet. A server that can't be given weights is lost, until it can.
+
+    Args:
+        fleet: The servers.
+        routes: The ways to all of them.
+    """
+
+    def __init__(self, fleet: Fleet, routes: Sequence[WeightRoute]) -> None:
+        self.fleet, self._routes = fleet, list(routes)
+
+    def connect(self, vet: Callable[[ServedEngine], None], version: str | None) -> None:
+        """Bring those workers here that are not: of servers that were lost, or started anew.
+
+        Args:
+            vet: Raises InputError for a server that can't be used.
+            version: Of the weights that the others hold; None before the first update.
+
+        Raises:
+            InputError: No server can be used.
+        """
+
+        def connect(route: WeightRoute) -> None:
+            if not route.is_connected or not route.holds(version):
+                for engine in route.engines:
+                    vet(engine)
+                route.connect()
+            self.fleet.take_back(route.engines)
+
+        self._each(self._routes, connect)
+
+    def each(self, action: Callable[[WeightRoute], None]) -> None:
+        """Act on every way at once; the servers of one that fails are lost.
+
+        Raises:
+            InputError: None is left.
+        """
+        self._each([route for route in self._routes if route.is_connected], action)
+
+    def close(self) -> None:
+        for route in self._routes:
+            route.close()
+
+    def _each(self, routes: Sequence[WeightRoute], action: Callable[[WeightRoute], None]) -> None:
+        def attempt(route: WeightRoute) -> None:
+            try:
+                action(route)
+            except InputError as error:
+                route.close()
+                self.fleet.lose(route.engines, error)
+
+        with ThreadPoolExecutor(max(1, len(routes))) as pool:
+            list(pool.map(attempt, routes))
+        self.fleet.require_one()

@@ -1,0 +1,148 @@
+"""Files of a run directory that are damaged while the run is away, and the same command again.
+
+    python -m tests.soak.damage [--trials 110] [--seed 7]
+
+It holds if a run either goes on and ends as one whose files are whole, to the last bit, or ends with one error of a
+few lines, after which `--repair` is tried. A traceback, other weights, and exit code 0 without a model are failures.
+"""
+
+import argparse
+import random
+import re
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+
+from tests.integration.test_kill_matrix import TRANSFORMERS, drive, make_plan, run_reference
+from tests.soak.harm import HARMS, Harm
+
+REFUSED, REPAIR = "refused", "refused; --repair: "
+FAILURES = ("TRACEBACK", "NO MODEL", "OTHER WEIGHTS", "EXIT CODE")
+
+
+def kind_of(file: Path, run: Path) -> str:
+    """Such as `checkpoints/*.ckpt`, `rounds/*/rewards/*.parquet`."""
+    inside = file.relative_to(run)
+    return "/".join("*" if part.isdigit() else part for part in inside.parts[:-1]) + "/" + _pattern(inside.name)
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"[0-9a-f]*\d[0-9a-f.\-]*(?=\.|$)", "*", name)
+
+
+def stopped_run(folder: Path, plan: dict[str, Any]) -> Path:
+    """A run that was killed in its second round's training."""
+    run = folder / "stopped"
+    kill = {"event": "after optimizer step", "count": 9, "delay": 0.0, "signal": signal.SIGKILL}
+    status = drive(folder, plan, [{"dir": str(run), "kill": kill}])
+    assert status == [-9], Path(f"{run}.log").read_text()
+    return run
+
+
+def points(run: Path, trials: int, rng: random.Random) -> list[tuple[Path, Harm]]:
+    """Files and what happens to them, as many of each kind of file."""
+    kinds: dict[str, list[Path]] = {}
+    for file in sorted(f for f in run.rglob("*") if f.is_file() and not f.is_symlink()):
+        kinds.setdefault(kind_of(file, run), []).append(file)
+    found: list[tuple[Path, Harm]] = []
+    while len(found) < trials:
+        for kind in sorted(kinds):
+            found.append((rng.choice(kinds[kind]), HARMS[len(found) % len(HARMS)]))
+    return found[:trials]
+
+
+def verdict(run: Path, log: str, status: int, expected: dict[str, torch.Tensor]) -> str:
+    """How a run ended."""
+    if "Traceback" in log:
+        return "TRACEBACK"
+    if status == 0:
+        if not (run / "model" / "model.safetensors").is_file():
+            return "NO MODEL"
+        found = load_file(run / "model" / "model.safetensors")
+        same = all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+        return "went on, identical" if same else "OTHER WEIGHTS"
+    return REFUSED if status in (1, 2) and log.count("error: ") == 1 else f"EXIT CODE {status}"
+
+
+def try_all(
+    folder: Path,
+    plan: dict[str, Any],
+    whole: Path,
+    trials: list[tuple[Path, Harm]],
+    expected: dict[str, torch.Tensor],
+    rng: random.Random,
+    show: bool,
+) -> list[str]:
+    """How copies of a run end, each with one file damaged: at once, or with `--repair`."""
+    runs = [folder / f"run{number}" for number in range(len(trials))]
+    for run, (file, harm) in zip(runs, trials, strict=True):
+        shutil.copytree(whole, run, symlinks=True)
+        harm(run / file.relative_to(whole), rng)
+    told = _go_on(folder, plan, runs, [], expected, show)
+    refused = [run for run, outcome in zip(runs, told, strict=True) if outcome == REFUSED]
+    repaired = dict(zip(refused, _go_on(folder, plan, refused, ["--repair"], expected, show), strict=True))
+    for run in runs:
+        shutil.rmtree(run)
+    return [f"{REPAIR}{repaired[run]}" if run in repaired else outcome for run, outcome in zip(runs, told, strict=True)]
+
+
+def _go_on(
+    folder: Path,
+    plan: dict[str, Any],
+    runs: list[Path],
+    options: list[str],
+    expected: dict[str, torch.Tensor],
+    show: bool,
+) -> list[str]:
+    for run in runs:
+        Path(f"{run}.log").write_text("")
+    found = []
+    statuses = drive(folder, plan, [{"dir": str(run), "arguments": options} for run in runs]) if runs else []
+    for run, status in zip(runs, statuses, strict=True):
+        log = Path(f"{run}.log").read_text()
+        found.append(verdict(run, log, status, expected))
+        if found[-1].startswith(FAILURES) or (show and found[-1] == REFUSED):
+            print(log[-3000:] if found[-1] != REFUSED else log[log.index("error: ") :].strip())
+    return found
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--trials", type=int, default=110)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--show", action="store_true", help="print every message")
+    arguments = parser.parse_args()
+    rng = random.Random(arguments.seed)
+    started, table, bad = time.monotonic(), Counter[tuple[str, str]](), 0
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        plan = make_plan(folder, TRANSFORMERS)
+        plan["arguments"] += ["--checkpoint.keep_rounds", "2"]
+        run_reference(folder, plan)
+        expected = load_file(folder / "reference" / "model" / "model.safetensors")
+        whole = stopped_run(folder, plan)
+        trials = points(whole, arguments.trials, rng)
+        for first in range(0, len(trials), 10):
+            part = trials[first : first + 10]
+            told = try_all(folder, plan, whole, part, expected, rng, arguments.show)
+            for number, ((file, harm), outcome) in enumerate(zip(part, told, strict=True), first + 1):
+                table[kind_of(file, whole), outcome] += 1
+                bad += outcome.startswith(FAILURES) or outcome.removeprefix(REPAIR).startswith(FAILURES)
+                print(f"{number:4} {harm.__name__:14} {file.relative_to(whole)}: {outcome}", flush=True)
+    print(f"\n{arguments.trials} trials in {time.monotonic() - started:.0f} s, {bad} failures\n")
+    print("| file | outcome | trials |\n| --- | --- | --- |")
+    for (kind, told), count in sorted(table.items()):
+        print(f"| `{kind}` | {told} | {count} |")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,68 @@
+"""What can happen to a file or a folder."""
+
+import json
+import random
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+Harm = Callable[[Path, random.Random], None]
+
+
+def flip(file: Path, rng: random.Random) -> None:
+    content = bytearray(file.read_bytes())
+    if content:
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+    file.write_bytes(bytes(content))
+
+
+def cut(file: Path, rng: random.Random) -> None:
+    content = file.read_bytes()
+    file.write_bytes(content[: rng.randrange(max(1, len(content)))])
+
+
+def lengthen(file: Path, rng: random.Random) -> None:
+    file.write_bytes(file.read_bytes() + rng.randbytes(1 + rng.randrange(64)))
+
+
+def empty(file: Path, rng: random.Random) -> None:
+    file.write_bytes(b"")
+
+
+def garbage(file: Path, rng: random.Random) -> None:
+    file.write_bytes(rng.randbytes(file.stat().st_size or 16))
+
+
+def zeros(file: Path, rng: random.Random) -> None:
+    file.write_bytes(bytes(file.stat().st_size))
+
+
+def other_json(file: Path, rng: random.Random) -> None:
+    """What is JSON, but not what is expected."""
+    file.write_text(json.dumps(rng.choice([None, [], {}, 1, "x", [[[]]], {"schema_version": "x"}])))
+
+
+def delete(file: Path, rng: random.Random) -> None:
+    file.unlink()
+
+
+def make_folder(file: Path, rng: random.Random) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+def dangling_link(file: Path, rng: random.Random) -> None:
+    file.unlink()
+    file.symlink_to("nowhere")
+
+
+def neighbour(file: Path, rng: random.Random) -> None:
+    """The content of another file of its kind, or of its folder."""
+    others = [f for f in file.parent.iterdir() if f.is_file() and f != file] or [file]
+    same = [f for f in others if f.suffix == file.suffix] or others
+    shutil.copy(rng.choice(sorted(same)), file)
+
+
+HARMS: tuple[Harm, ...] = (
+    *(flip, cut, lengthen, empty, garbage, zeros, other_json, delete, make_folder, dangling_link, neighbour),
+)

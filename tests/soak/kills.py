@@ -1,0 +1,39 @@
+"""SIGKILL at random moments of a run, and the same command again.
+
+    python -m tests.soak.kills [--kills 100] [--seed 7]
+
+It holds if every run ends as one that was never killed: the same files, loss curve and weights, to the last bit, and
+nothing left behind.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from tests.integration.test_kill_matrix import TRANSFORMERS, make_plan, moments, run_matrix, run_reference
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=7)
+    arguments = parser.parse_args()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        plan = make_plan(folder, TRANSFORMERS)
+        points = moments(run_reference(folder, plan), arguments.kills, arguments.seed)
+        hits = 0
+        for first in range(0, len(points), 10):
+            part = folder / f"part{first}"
+            part.mkdir()
+            (part / "reference.trace").symlink_to(folder / "reference.trace")
+            hits += run_matrix(part, plan, points[first : first + 10], folder / "reference")
+            print(f"{hits} kills, {hits} identical, {time.monotonic() - started:.0f} s", flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
