@@ -153,6 +153,6 @@ def test_a_fleet_that_is_not_there_is_refused() -> None:
     sampler = VLLMServerSampler(["http://127.0.0.1:9", "http://127.0.0.1:10"], retries=0)
     with (
         closing(sampler),
-        pytest.raises(InputError, match=r"none of the 2 servers is left.*127.0.0.1:9 .*127.0.0.1:10 "),
+        pytest.raises(InputError, match="none of the 2 servers is left"),
     ):
         sampler.check()

@@ -1,6 +1,6 @@
 """Files of a run directory that are damaged while the run is away, and the same command again.
 
-    python -m tests.soak.damage [--trials 110] [--seed 7]
+    python -m tests.soak.damage [--trials 50] [--seed 7]
 
 It holds if a run either goes on and ends as one whose files are whole, to the last bit, or ends with one error of a
 few lines, after which `--repair` is tried. A traceback, other weights, and exit code 0 without a model are failures.
@@ -22,7 +22,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integration.test_kill_matrix import TRANSFORMERS, drive, make_plan, run_reference
-from tests.soak.harm import HARMS, Harm
+from tests.soak.harm import OF_FILES, OF_FOLDERS, Harm
 
 REFUSED, REPAIR = "refused", "refused; --repair: "
 FAILURES = ("TRACEBACK", "NO MODEL", "OTHER WEIGHTS", "EXIT CODE")
@@ -31,7 +31,7 @@ FAILURES = ("TRACEBACK", "NO MODEL", "OTHER WEIGHTS", "EXIT CODE")
 def kind_of(file: Path, run: Path) -> str:
     """Such as `checkpoints/*.ckpt`, `rounds/*/rewards/*.parquet`."""
     inside = file.relative_to(run)
-    return "/".join("*" if part.isdigit() else part for part in inside.parts[:-1]) + "/" + _pattern(inside.name)
+    return "/".join("*" if part.isdigit() else _pattern(part) for part in inside.parts)
 
 
 def _pattern(name: str) -> str:
@@ -47,16 +47,17 @@ def stopped_run(folder: Path, plan: dict[str, Any]) -> Path:
     return run
 
 
-def points(run: Path, trials: int, rng: random.Random) -> list[tuple[Path, Harm]]:
-    """Files and what happens to them, as many of each kind of file."""
-    kinds: dict[str, list[Path]] = {}
-    for file in sorted(f for f in run.rglob("*") if f.is_file() and not f.is_symlink()):
-        kinds.setdefault(kind_of(file, run), []).append(file)
-    found: list[tuple[Path, Harm]] = []
-    while len(found) < trials:
-        for kind in sorted(kinds):
-            found.append((rng.choice(kinds[kind]), HARMS[len(found) % len(HARMS)]))
-    return found[:trials]
+def points(run: Path, trials: int | None, rng: random.Random) -> list[tuple[Path, Harm]]:
+    """Every kind of file and folder with everything that can happen to one, or some of these."""
+    kinds: dict[tuple[str, bool], list[Path]] = {}
+    for path in sorted(p for p in run.rglob("*") if not p.is_symlink()):
+        kinds.setdefault((kind_of(path, run), path.is_file()), []).append(path)
+    found = [
+        (rng.choice(paths), harm)
+        for (_, is_file), paths in sorted(kinds.items())
+        for harm in (OF_FILES if is_file else OF_FOLDERS)
+    ]
+    return found if trials is None else rng.sample(found, min(trials, len(found)))
 
 
 def verdict(run: Path, log: str, status: int, expected: dict[str, torch.Tensor]) -> str:
@@ -116,7 +117,7 @@ def _go_on(
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, default=110)
+    parser.add_argument("--trials", type=int, help="so many of all, by chance")
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument("--show", action="store_true", help="print every message")
     arguments = parser.parse_args()
@@ -137,7 +138,7 @@ def main() -> int:
                 table[kind_of(file, whole), outcome] += 1
                 bad += outcome.startswith(FAILURES) or outcome.removeprefix(REPAIR).startswith(FAILURES)
                 print(f"{number:4} {harm.__name__:14} {file.relative_to(whole)}: {outcome}", flush=True)
-    print(f"\n{arguments.trials} trials in {time.monotonic() - started:.0f} s, {bad} failures\n")
+    print(f"\n{len(trials)} trials in {time.monotonic() - started:.0f} s, {bad} failures\n")
     print("| file | outcome | trials |\n| --- | --- | --- |")
     for (kind, told), count in sorted(table.items()):
         print(f"| `{kind}` | {told} | {count} |")

@@ -58,11 +58,32 @@ def dangling_link(file: Path, rng: random.Random) -> None:
 
 def neighbour(file: Path, rng: random.Random) -> None:
     """The content of another file of its kind, or of its folder."""
-    others = [f for f in file.parent.iterdir() if f.is_file() and f != file] or [file]
+    others = sorted(f for f in file.parent.iterdir() if f.is_file() and f != file)
     same = [f for f in others if f.suffix == file.suffix] or others
-    shutil.copy(rng.choice(sorted(same)), file)
+    if same:
+        shutil.copy(rng.choice(same), file)
 
 
-HARMS: tuple[Harm, ...] = (
+def remove_folder(folder: Path, rng: random.Random) -> None:
+    shutil.rmtree(folder)
+
+
+def empty_folder(folder: Path, rng: random.Random) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+
+
+def file_instead(folder: Path, rng: random.Random) -> None:
+    shutil.rmtree(folder)
+    folder.write_bytes(b"x")
+
+
+def dangling_folder(folder: Path, rng: random.Random) -> None:
+    shutil.rmtree(folder)
+    folder.symlink_to("nowhere")
+
+
+OF_FILES: tuple[Harm, ...] = (
     *(flip, cut, lengthen, empty, garbage, zeros, other_json, delete, make_folder, dangling_link, neighbour),
 )
+OF_FOLDERS: tuple[Harm, ...] = (remove_folder, empty_folder, file_instead, dangling_folder)
