@@ -143,6 +143,8 @@ def run_all(plan: dict[str, Any]) -> None:
             if pid == 0:
                 try:
                     child(plan["arguments"], run, rank, port)
+                except SystemExit as stop:  # of the command line's parser
+                    os._exit(stop.code if isinstance(stop.code, int) else 1)
                 except BaseException:
                     import traceback
 
