@@ -218,7 +218,7 @@ def _show(plan: _Plan, available: float, own: argparse.Namespace) -> int:
     for part in parts:
         table.add_row(part, *(size(memory[phase][part]) if memory[phase].get(part) else "" for phase in _PHASES))
     totals = {phase: sum(memory[phase].values()) for phase in _PHASES}
-    table.add_row("[bold]sum[/bold]", *(f"[bold]{size(totals[phase])}[/bold]" for phase in _PHASES))
+    table.add_row("sum", *(size(totals[phase]) for phase in _PHASES), style="bold")
     console.print(table)
     host = Table("host memory", "rank 0", "each other rank")
     host.add_row(f"{plan.module.source.path} while loading", *(size(n) for n in plan.host_memory()))

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
+from rlhf_pl.secrets import redacted
 
 SCHEMA_VERSION = 2
 _COPY = ".manifest.copy.json"
@@ -70,8 +71,8 @@ class Round:
 
     @staticmethod
     def as_stored(content: Any) -> Any:
-        """What `content` is once it went through the manifest's JSON."""
-        return json.loads(json.dumps(content, default=str))
+        """What `content` is once it went through the manifest's JSON, which has no secrets."""
+        return redacted(json.loads(json.dumps(content, default=str)))
 
     def update(self, **entries: Any) -> None:
         """Merge `entries` into the manifest."""

@@ -1,7 +1,6 @@
 """vLLM servers elsewhere, on other GPUs or nodes: answers over HTTP, weights by vLLM's weight transfer."""
 
 import math
-import os
 import queue
 import secrets
 import socket
@@ -18,10 +17,12 @@ from torch import Tensor
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
+from rlhf_pl.rollout.exposure import warn_of_open_servers
 from rlhf_pl.rollout.push import NCCLPush, Push, TCPPush
 from rlhf_pl.rollout.self_check import StaleSamplerError
 from rlhf_pl.rollout.vllm import check_engine_rotary, reshaping
 from rlhf_pl.rotary import thresholds
+from rlhf_pl.secrets import check_environment_key, environment_key, redact, register_url
 
 BUCKET_BYTES = 256 * 2**20  # of weights under way at a time
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -59,6 +60,8 @@ class VLLMServerSampler(Sampler):
         backoff_s: float = 1.0,
         api_key_env: str | None = None,
     ) -> None:
+        for url in urls:
+            register_url(url)
         wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
         if wrong or not urls:
             raise InputError(
@@ -79,8 +82,8 @@ class VLLMServerSampler(Sampler):
 
     def check(self) -> None:
         """All servers must be there, with what is needed turned on."""
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
-            raise InputError(f"`rollout.sampler.api_key_env`: the environment variable {self.api_key_env} is not set.")
+        check_environment_key("rollout.sampler.api_key_env", self.api_key_env)
+        warn_of_open_servers(self.urls)
         for url in self.urls:
             config = self._server_config(url)
             backend = (config.get("weight_transfer_config") or {}).get("backend")
@@ -203,7 +206,7 @@ class VLLMServerSampler(Sampler):
         if self._http is None:
             import httpx
 
-            key = os.environ.get(self.api_key_env or "", "")
+            key = environment_key(self.api_key_env)
             headers = {"authorization": f"Bearer {key}"} if key else {}
             # the servers close idle connections, which a request would only find out when it is lost
             limits = httpx.Limits(max_keepalive_connections=0)
@@ -224,10 +227,10 @@ class VLLMServerSampler(Sampler):
             response = self._client().get(url + path) if get else self._client().post(url + path, json=body)
         except httpx.TimeoutException as error:
             raise _ServerError(f"{url}{path} gave no answer within {self.timeout_s:g} s.", again=True) from error
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise _ServerError(f"{url} can't be reached: {error or type(error).__name__}.", again=True) from error
         if response.status_code != 200:
-            said = response.text[:300].strip().replace("\n", " ")
+            said = redact(response.text)[:300].strip().replace("\n", " ")
             raise _ServerError(
                 f"{url}{path} answered with status {response.status_code}: {said}",
                 again=response.status_code in _AGAIN,
