@@ -69,7 +69,7 @@ def sample_rows(store: RoundStore, version: int, count: int) -> tuple[list[str],
 
 
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; line breaks become `<br>`, and HTML, links and images in a text are shown as they are written."""
+    """A Markdown table; line breaks become `<br>`. HTML, links and images in a text are shown as they are written."""
     lines = [list(map(_as_markdown, header)), ["---"] * len(header), *(list(map(_as_markdown, row)) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 

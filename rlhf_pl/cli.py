@@ -11,7 +11,6 @@ from typing import Any
 
 import lightning as L
 import torch
-import yaml
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import Precision
@@ -151,9 +150,11 @@ class RlhfCLI(LightningCLI):
 
     def _dump_config(self) -> None:
         """Lightning's makes modules' hyper-parameters from what the parser shows, which has no secrets."""
-        if not hasattr(self, "config_dump"):
-            whole = self.parser.dump_whole(self.config, skip_link_targets=False, skip_unset=False)
-            self.config_dump = yaml.safe_load(whole)
+        Parser.shows_secrets = True
+        try:
+            super()._dump_config()
+        finally:
+            Parser.shows_secrets = False
 
     def _parse_ckpt_path(self) -> None:
         """The config counts; Lightning would let hyper-parameters in the checkpoint override it."""

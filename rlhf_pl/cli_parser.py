@@ -36,6 +36,8 @@ DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
 class Parser(LightningArgumentParser):
     """Errors in a few lines instead of after a page of usage, and a help that includes the default classes."""
 
+    shows_secrets = False  # of all parsers: they dump each other's parts
+
     def format_help(self, formatter: Any = None) -> str:
         text = super().format_help(formatter)
         if "--model" not in self._option_string_actions:
@@ -49,11 +51,9 @@ class Parser(LightningArgumentParser):
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
         """What is shown or written of a config, so without its secrets."""
-        return super().dump(redacted(namespace), *args, skip_validation=True, **kwargs)
-
-    def dump_whole(self, namespace: Namespace, **kwargs: Any) -> str:
-        """With its secrets, for what is made from it."""
-        return super().dump(namespace, **kwargs)
+        if self.shows_secrets:
+            return super().dump(namespace, *args, **kwargs)
+        return super().dump(redacted(namespace), *args, **kwargs | {"skip_validation": True})
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         exit_with_error(re.sub(r"required: (\w+)$", _full_name, str(message)), "fit")

@@ -39,7 +39,7 @@ class _Parser(ArgumentParser):
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
         """What `--print_config` shows, without secrets."""
-        return super().dump(redacted(namespace), *args, skip_validation=True, **kwargs)
+        return super().dump(redacted(namespace), *args, **kwargs | {"skip_validation": True})
 
 
 def make_parser() -> ArgumentParser:

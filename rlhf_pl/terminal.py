@@ -129,7 +129,7 @@ def guarded_terminal(arguments: list[str]) -> Iterator[None]:
     sys.excepthook = _on_exception
     threading.excepthook = lambda given: print_traceback(given.exc_value) if given.exc_value else None
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Redacted(before[0]), _Redacted(before[1])  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Redacted(before[0]), _Redacted(before[1])
     try:
         yield
     finally:
