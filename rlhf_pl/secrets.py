@@ -33,7 +33,7 @@ _SCHEME = r":\\?/\\?/"
 _HOST = r"(?=(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?(?![\w:@-]))"
 _PLAIN, _WITH_SLASH = r"[^\s/?#\"'<>]*", r"[^\s/?#\"'<>:@\[]+:(?!\d{1,5}(?:[/?#\s\"']|$))[^\s\"'<>]*"
 _USERINFO = re.compile(rf"({_SCHEME})(?:{_PLAIN}@{_HOST}|{_WITH_SLASH}@{_HOST}|{_PLAIN}@)")
-_QUERY = re.compile(r"([?&;]([\w.-]+)=)([^&;\s\"'<>#]+)")
+_QUERY = re.compile(r"([?&;]([\w.-]+)=)([^&;\s\"'<>#]*[^&;\s\"'<>#)\]}.,])")
 _HEADER = re.compile(r"(authorization\W{1,8}(?:bearer|basic|token)\s+)[^\s\"'<>,;&\\]{4,}", re.IGNORECASE)
 # `name: value` of YAML and JSON, `name=value` of flags; the search goes on behind the name
 _NAMED = re.compile(r"([A-Za-z][\w.-]*)[\"']?\s*[:=]\s*(?=(?:\"((?:[^\"\\]|\\.)*)\"|'([^']*)'|([^\n]*)))")
@@ -95,8 +95,9 @@ def learn(text: str) -> None:
         quoted = found[2] or found[3]
         value = quoted if quoted is not None else (found[4] or "").strip()
         if is_secret(found[1], value):
-            bare = quoted is None and not _SCHEMES.match(value)  # the rest of the line may be something else
-            register(re.split(r"[,}\]&\s]", value)[0] if bare else value)
+            if quoted is None:  # the rest of the line may be something else
+                value = re.split(r"[,}\]&\s]", _SCHEMES.sub("", value, count=1))[0]
+            register(value)
 
 
 def learn_urls(text: str) -> None:
