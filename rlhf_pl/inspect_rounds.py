@@ -1,6 +1,5 @@
 """`rlhf-pl rounds RUN_DIR`: what a run directory holds. Reads only, also while the run goes on."""
 
-import argparse
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +15,7 @@ from rlhf_pl.chat import message_text
 from rlhf_pl.console import console
 from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
+from rlhf_pl.parser_errors import CommandParser
 from rlhf_pl.rounds import ORDER, STAGES, Round, RoundStore
 from rlhf_pl.terminal import print_error
 
@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     if not console.is_terminal:
         console.width = 120
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="rlhf-pl rounds",
         description="Show the rounds of a run: stages, counts, rewards, settings, times, what is missing. Reads only.",
     )

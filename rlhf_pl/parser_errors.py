@@ -1,11 +1,19 @@
 """What a wrong command line is told: a few lines instead of a page of usage."""
 
+import argparse
 import sys
 from typing import NoReturn
 
 from rlhf_pl.terminal import print_error
 
 MAX_ERROR_LINES = 12
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command without a config; its `prog` ends with the command's name."""
+
+    def error(self, message: str) -> NoReturn:
+        exit_with_error(message, self.prog.split()[-1])
 
 
 def exit_with_error(message: str, command: str) -> NoReturn:

@@ -183,7 +183,7 @@ def report_failure(trainer: L.Trainer, error: BaseException) -> None:
     lines = str(error).strip().splitlines() or [""]
     known = isinstance(error, InputError | RanksError) or hasattr(error, "signum")
     message = "\n".join(lines) if known else f"{type(error).__name__}: {lines[-1]}"
-    found.fail(shortened(redact(message), MAX_PRINTED), 128 + error.signum if hasattr(error, "signum") else 1)
+    found.fail(shortened(redact(message), MAX_PRINTED - 100), 128 + error.signum if hasattr(error, "signum") else 1)
     if known and found.rank > 0:
         error.reported = True  # type: ignore[attr-defined]
 

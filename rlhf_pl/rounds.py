@@ -67,6 +67,9 @@ class Round:
                 f"{file} has schema version {content['schema_version']}, and this version of rlhf_pl reads "
                 f"{SCHEMA_VERSION}. Give this run a directory of its own (--trainer.default_root_dir DIR)."
             )
+        for name in ("settings", "accepted"):  # as they are stored now, in manifests of earlier versions too
+            if name in content:
+                content[name] = redacted(content[name])
         return content
 
     @staticmethod

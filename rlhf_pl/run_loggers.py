@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rlhf_pl.checkpoints import Progress
 from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
-from rlhf_pl.secrets import redacted
+from rlhf_pl.secrets import redact, redacted
 
 FILE = "loggers.json"
 _NOT_YET = "The run has not passed its checks yet."
@@ -213,4 +213,4 @@ def _kind(logger: Logger) -> str:
 def _key(number: int, logger: Logger) -> str:
     """Of the logger's place: another folder, name or project is another log."""
     local = isinstance(logger, TensorBoardLogger | CSVLogger)
-    return f"{number}:{_kind(logger)}" + (f":{logger.save_dir}:{logger.name}" if local else "")
+    return redact(f"{number}:{_kind(logger)}" + (f":{logger.save_dir}:{logger.name}" if local else ""))

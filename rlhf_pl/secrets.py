@@ -26,7 +26,7 @@ _MAX_FILE_BYTES = 2**20  # of a config file
 _NO_SECRETS = {"password", "passwords", "changeme", "undefined", "disabled", "anonymous", "placeholder"}
 
 _known: set[str] = set()
-_environment: dict[str, str] = {}
+_environment: dict[object, object] = {}  # as it was last looked at
 
 _SCHEMES = re.compile(r"(?i:bearer|basic|token)\s+")  # of authorization
 _SCHEME = r":\\?/\\?/"
@@ -135,11 +135,12 @@ def learn_arguments(arguments: Sequence[str]) -> None:
 
 def learn_environment() -> None:
     """Hide the secrets of the environment; quick where it has not changed."""
-    if _environment == os.environ:
+    now = dict(getattr(os.environ, "_data", os.environ))  # undecoded, which costs a hundredth
+    if _environment == now:
         return
     _environment.clear()
-    _environment.update(os.environ)
-    for name, value in _environment.items():
+    _environment.update(now)
+    for name, value in os.environ.items():
         if "://" in value:
             learn(value)
         if is_secret(name, value, any_key=True):

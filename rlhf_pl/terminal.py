@@ -6,7 +6,7 @@ import tempfile
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -133,8 +133,6 @@ def guarded_terminal(arguments: list[str]) -> Iterator[None]:
     try:
         yield
     finally:
-        with suppress(ValueError):  # closed
-            sys.stdout.flush()
         sys.stdout, sys.stderr = before
 
 

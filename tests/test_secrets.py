@@ -9,10 +9,11 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from rlhf_pl import secrets
+from rlhf_pl import rounds, secrets
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.rewards import Failure
+from rlhf_pl.rounds import RoundStore
 from rlhf_pl.secret_names import is_secret
 from rlhf_pl.secrets import HIDDEN, learn, learn_arguments, redact, redacted, register, register_url
 
@@ -184,3 +185,18 @@ def test_errors_failures_and_descriptions_have_no_secrets() -> None:
             self.api_key, self.urls, self.eta = "abc", ["http://u:p@h"], 1.0
 
     assert describe(Thing()).endswith("Thing(api_key='<secret>', eta=1.0, urls=['http://<secret>@h'])")
+
+
+def test_manifests_of_earlier_versions_count_as_written_without_secrets(tmp_path: Path) -> None:
+    """They may hold the password that the run has; then nothing has changed."""
+    stored = RoundStore(tmp_path).round(0)
+    settings = {"rewards": {"reward": f"HTTPReward(http://me:{KEY}@host)"}, "responses": {"sampler": f"S(key='{KEY}')"}}
+    content = {"schema_version": 2, "stages": {}, "settings": settings}
+    text = json.dumps(content | {"checksum": rounds._manifest_checksum(content)})
+    stored.path.mkdir(parents=True)
+    (stored.path / "manifest.json").write_text(text)
+    register(KEY)
+    assert stored.manifest["settings"] == stored.as_stored(settings)
+    stored.update(settings=settings, warnings={"x": KEY})
+    assert KEY not in (stored.path / "manifest.json").read_text()
+    assert stored.damage() == []
