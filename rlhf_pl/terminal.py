@@ -16,6 +16,7 @@ from rlhf_pl.secrets import learn_arguments, redact, redact_known
 MAX_PRINTED = 2000  # characters of an error on the terminal
 MAX_LOGGED = 64 * 2**20  # characters that a process writes to its log of long errors
 LOG = "errors.log"
+_LEAST_LOOKED_AT = 2**16
 
 # control characters but line ends and tabs, what reverses the direction of writing, and halves of surrogate pairs
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
@@ -76,6 +77,15 @@ def shortened(text: str, limit: int) -> str:
         return text
     note = f"… [{len(text):,} characters in all{_place(_log.add(text))}]"
     return text[: max(0, limit - len(note))] + note
+
+
+def summary(text: object, limit: int) -> str:
+    """What is stored of a text: without secrets, and as `shortened`.
+
+    Of texts that the log has no room for, no more is looked at than the beginning: there may be many.
+    """
+    looked_at = str(text)[: max(_LEAST_LOOKED_AT, MAX_LOGGED - _log.written)]
+    return shortened(redact(looked_at.encode("utf-8", "backslashreplace").decode()), limit)
 
 
 def _place(file: Path | None) -> str:

@@ -4,6 +4,7 @@ import io
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -203,3 +204,14 @@ def test_an_unknown_command_is_escaped(capsys: pytest.CaptureFixture[str]) -> No
     assert "\x1b" not in capsys.readouterr().err
     assert inspect_rounds.run(["/no/\x1b[2Jsuch"]) == 1
     assert "\x1b" not in capsys.readouterr().err
+
+
+def test_failures_can_be_stored_whatever_they_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    failure = Failure("exception", "\ud800 \x00 ö" + "\udfff" * 5000)
+    pa.array([failure.detail], pa.string())
+    assert failure.detail.startswith("\\ud800 \x00 ö\\udfff")
+    monkeypatch.setattr(terminal, "MAX_LOGGED", 0)
+    started = time.monotonic()
+    for _ in range(50):
+        Failure("exception", "x" * 5_000_000)
+    assert time.monotonic() - started < 2

@@ -8,11 +8,11 @@ from typing import Any
 from rlhf_pl.chat import Message, Tools, message_text
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.rendering import Rendered, Renderer
-from rlhf_pl.secrets import redact
-from rlhf_pl.terminal import shortened
+from rlhf_pl.terminal import summary
 
 MAX_DETAIL = 1000  # characters of a failure that are stored
 MAX_KIND = 100
+MAX_NAME = 200  # of a component
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ class Failure:
 
     def __post_init__(self) -> None:
         for name, limit in (("kind", MAX_KIND), ("detail", MAX_DETAIL)):
-            object.__setattr__(self, name, shortened(redact(getattr(self, name)), limit))
+            object.__setattr__(self, name, summary(getattr(self, name), limit))
 
 
 class Reward(ABC):

@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.exposure import warn_of_open_servers
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
-from rlhf_pl.rollout.exposure import warn_of_open_servers
 from rlhf_pl.rollout.push import NCCLPush, Push, TCPPush
 from rlhf_pl.rollout.self_check import StaleSamplerError
 from rlhf_pl.rollout.vllm import check_engine_rotary, reshaping

@@ -1,4 +1,4 @@
-"""Whether strangers could give a server other weights: `vllm serve` in dev mode lets whoever reaches it."""
+"""Whether strangers could give a server other weights: `vllm serve` in dev mode lets whoever reaches it do so."""
 
 import ipaddress
 import socket
@@ -18,7 +18,7 @@ def warn_of_open_servers(urls: list[str]) -> None:
             if _answers(url, host):
                 warn(
                     f"the server at {url} runs in dev mode and answers on {host} without a key: whoever reaches it can "
-                    "read and replace its weights. Start it with --host 127.0.0.1 where the trainer is on the same "
+                    "stop it and replace its weights. Start it with --host 127.0.0.1 where the trainer is on the same "
                     "host, or let no others through to its port (a firewall, a private network, a proxy that asks for "
                     "a key; vLLM's own --api-key covers /v1 only)."
                 )

@@ -6,8 +6,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from rlhf_pl.rollout import exposure
-from rlhf_pl.rollout.exposure import warn_of_open_servers
+from rlhf_pl import exposure
+from rlhf_pl.exposure import warn_of_open_servers
 
 Serve = Callable[[str, bool, bool], str]
 
