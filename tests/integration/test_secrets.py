@@ -18,6 +18,9 @@ import yaml
 
 from rlhf_pl import secrets
 from rlhf_pl.__main__ import main
+from rlhf_pl.errors import InputError
+from rlhf_pl.fingerprints import describe
+from rlhf_pl.rollout import VLLMServerSampler
 
 PASSWORD, QUERY, LITERAL, HEADER, TOKEN, PROXY, KEY = SECRETS = (
     *("hunter2!pass/word", "querytok-5551x", "sk-literal-0123456789ab", "headertok-998877", "hubtok-77aa88bb99cc"),
@@ -82,6 +85,13 @@ class Echo(BaseHTTPRequestHandler):
         self.send_header("content-length", str(len(text.encode())))
         self.end_headers()
         self.wfile.write(text.encode())
+
+    def do_GET(self) -> None:
+        said = f"{'x' * 270}{self.headers['authorization']} {self.path}".encode()
+        self.send_response(403)
+        self.send_header("content-length", str(len(said)))
+        self.end_headers()
+        self.wfile.write(said)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -224,3 +234,16 @@ def test_no_secret_is_in_what_ends_a_run_or_shows_its_config(
     outputs.append("".join(capfd.readouterr()))
     assert [leaks(output) for output in outputs] == [[]] * len(outputs)
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("user", ["", f"me:{quote(PASSWORD, safe='')}@"])
+def test_no_secret_is_in_what_a_samplers_server_answers(url: str, monkeypatch: pytest.MonkeyPatch, user: str) -> None:
+    monkeypatch.setenv("JUDGE_ACCESS", KEY)
+    sampler = VLLMServerSampler(
+        [f"http://{user}{url.rpartition('@')[2].partition('/')[0]}"], api_key_env="JUDGE_ACCESS"
+    )
+    with pytest.raises(InputError, match=r"status 403: x+") as refused:
+        sampler._call(sampler.urls[0], f"/v1/models?token={QUERY}", get=True)
+    assert leaks(str(refused.value)) == []
+    assert leaks(describe(sampler)) == []
+    assert ("<secret>@" in describe(sampler)) == bool(user)
