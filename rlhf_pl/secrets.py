@@ -31,12 +31,14 @@ _environment: dict[object, object] = {}  # as it was last looked at
 _SCHEMES = re.compile(r"(?i:bearer|basic|token)\s+")  # of authorization
 _SCHEME = r":\\?/\\?/"
 _HOST = r"(?=(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?(?![\w:@-]))"
-_PLAIN, _WITH_SLASH = r"[^\s/?#\"'<>]*", r"[^\s/?#\"'<>:@\[]+:(?!\d{1,5}(?:[/?#\s\"']|$))[^\s\"'<>]*"
+_PLAIN, _WITH_SLASH = r"[^\s/?#\"'<>]*", r"[^\s/?#\"'<>:@\[]+:(?!\d{1,5}(?:[/?#\s\"']|$))[^\s\"'<>]{0,300}"
 _USERINFO = re.compile(rf"({_SCHEME})(?:{_PLAIN}@{_HOST}|{_WITH_SLASH}@{_HOST}|{_PLAIN}@)")
 _QUERY = re.compile(r"([?&;]([\w.-]+)=)([^&;\s\"'<>#]*[^&;\s\"'<>#)\]}.,])")
 _HEADER = re.compile(r"(authorization\W{1,8}(?:bearer|basic|token)\s+)[^\s\"'<>,;&\\]{4,}", re.IGNORECASE)
 # `name: value` of YAML and JSON, `name=value` of flags; the search goes on behind the name
-_NAMED = re.compile(r"([A-Za-z][\w.-]*)[\"']?\s*[:=]\s*(?=(?:\"((?:[^\"\\]|\\.)*)\"|'([^']*)'|([^\n]*)))")
+_NAMED = re.compile(
+    r"([A-Za-z][\w.-]*)[\"']?\s*[:=]\s*(?=(?:\"((?:[^\"\\]|\\.){0,4096})\"|'([^']{0,4096})'|([^\n]{0,4096})))"
+)
 
 
 def register(secret: object) -> None:
@@ -128,9 +130,10 @@ def learn_arguments(arguments: Sequence[str]) -> None:
         learn(argument)
         if argument.startswith("-") and "=" not in argument and is_secret(argument, following):
             register(following)
-        file = Path(argument.partition("=")[2] if argument.startswith("-") else argument)
-        if file.suffix in (".yaml", ".yml", ".json") and file.is_file() and file.stat().st_size < _MAX_FILE_BYTES:
-            learn(file.read_text(encoding="utf-8", errors="replace"))
+        named = following if argument in ("--config", "-c") else argument.rpartition("=")[2]
+        is_config = argument.startswith(("--config", "-c")) or Path(named).suffix in (".yaml", ".yml")
+        if is_config and os.path.isfile(named) and os.path.getsize(named) < _MAX_FILE_BYTES:
+            learn(Path(named).read_text(encoding="utf-8", errors="replace"))
 
 
 def learn_environment() -> None:
@@ -222,6 +225,9 @@ def _forms(secrets: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
     return [(max(re.findall("[A-Za-z0-9]*", form), key=len), pattern) for form, pattern in found.items()]
 
 
+_ESCAPES = r"\\{0,8}"  # of JSON in JSON, `repr` of `repr`
+
+
 def _spelled(character: str) -> str:
     """A character as it is, or as URLs, JSON, HTML and Python's `repr` write it."""
     if character.isascii() and character.isalnum():
@@ -229,11 +235,11 @@ def _spelled(character: str) -> str:
     number = ord(character)
     escaped = repr(character)[1:-1].lstrip("\\")
     ways = {
-        rf"\\*{re.escape(character)}",
-        rf"\\+{re.escape(escaped)}",
+        rf"{_ESCAPES}{re.escape(character)}",
+        rf"\\{_ESCAPES}{re.escape(escaped)}",
         f"(?i:{re.escape(quote(character.encode('utf-8', 'replace'), safe=''))}|%{number:02x})",
-        rf"(?i:\\+u{number:04x}|&#x0*{number:x};|&#0*{number};)",
-        rf"\\*{re.escape(html.escape(character))}",
+        rf"(?i:\\{_ESCAPES}u{number:04x}|&#x0*{number:x};|&#0*{number};)",
+        rf"{_ESCAPES}{re.escape(html.escape(character))}",
         re.escape(repr(character.encode("utf-8", "replace"))[2:-1]),
         *([r"\+"] if character == " " else []),
     }
