@@ -137,13 +137,18 @@ def guarded_terminal(arguments: list[str]) -> Iterator[None]:
     """In which a command runs: what it and the libraries print has no secrets, and what ends it is shown as above."""
     learn_arguments(arguments)
     sys.excepthook = _on_exception
-    threading.excepthook = lambda given: print_traceback(given.exc_value) if given.exc_value else None
+    threading.excepthook = _on_thread_exception
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = _Redacted(before[0]), _Redacted(before[1])
     try:
         yield
     finally:
         sys.stdout, sys.stderr = before
+
+
+def _on_thread_exception(given: threading.ExceptHookArgs) -> None:
+    if given.exc_value is not None and not isinstance(given.exc_value, SystemExit):
+        print_traceback(given.exc_value)
 
 
 def _on_exception(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
