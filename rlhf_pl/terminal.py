@@ -21,6 +21,9 @@ _LEAST_LOOKED_AT = 2**16
 # control characters but line ends and tabs, what reverses the direction of writing, and halves of surrogate pairs
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
+# what progress bars and colours need: those of libraries too
+_DRAWING = re.compile(rf"(\r|\x1b\[(?:[\d;]*m|\d*[AK]|\?25[hl]))|{_UNPRINTABLE.pattern}")
+
 
 class _Log:
     """Where the whole of long errors goes: into the run directory once there is one, else beside other temporary files.
@@ -115,13 +118,13 @@ def print_traceback(error: BaseException) -> None:
 
 
 class _Redacted:
-    """A text stream that secrets do not get through."""
+    """A text stream that gets no secrets, and of escape sequences those of progress bars and colours only."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(redact_known(text))
+        self._stream.write(_DRAWING.sub(lambda found: found[1] or ascii(found[0])[1:-1], redact_known(text)))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -134,7 +137,7 @@ class _Redacted:
 
 @contextmanager
 def guarded_terminal(arguments: list[str]) -> Iterator[None]:
-    """In which a command runs: what it and the libraries print has no secrets, and what ends it is shown as above."""
+    """In which a command runs: what it, libraries and rewards print is safe, and what ends it is shown as above."""
     learn_arguments(arguments)
     sys.excepthook = _on_exception
     threading.excepthook = _on_thread_exception

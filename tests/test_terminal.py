@@ -1,6 +1,7 @@
 """What reaches the terminal."""
 
 import io
+import os
 import re
 import subprocess
 import sys
@@ -147,8 +148,6 @@ def test_a_bug_in_a_command_is_shown_so(tmp_path: Path) -> None:
         "    raise ZeroDivisionError('\\x1b[2J' + os.environ['MY_API_KEY'] + 'x' * 3_000_000)\n"
         "m._run = bug\nsys.exit(m.main(['fit']))\n"
     )
-    import os
-
     environment = os.environ | {"MY_API_KEY": KEY, "TMPDIR": str(tmp_path)}
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
     assert ended.returncode == 1
@@ -215,3 +214,21 @@ def test_failures_can_be_stored_whatever_they_say(monkeypatch: pytest.MonkeyPatc
     for _ in range(50):
         Failure("exception", "x" * 5_000_000)
     assert time.monotonic() - started < 2
+
+
+def test_what_rewards_and_libraries_print_is_safe_too(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bar = "\r 50%|\x1b[32m████\x1b[0m|\x1b[A\x1b[2K\x1b[?25l"
+
+    def chatty(argv: list[str]) -> int:
+        print(f"{bar} \x1b]52;c;x\x07\x1b[2J\x1b[10;1H\u202e\ud800 {os.environ['MY_API_KEY']}")
+        print("\x1bP", file=sys.stderr)
+        return 0
+
+    monkeypatch.setenv("MY_API_KEY", KEY)
+    monkeypatch.setattr("rlhf_pl.__main__._run", chatty)
+    assert main(["fit"]) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{bar} \\x1b]52;c;x\\x07\\x1b[2J\\x1b[10;1H\\u202e\\ud800 <secret>\n"
+    assert printed.err == "\\x1bP\n"
