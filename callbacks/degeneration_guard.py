@@ -4,7 +4,7 @@ from typing import Any
 
 import lightning as L
 
-from rlhf_pl.console import console
+from rlhf_pl.console import warn
 from rlhf_pl.data.progress import inside_round, rounds_done, stopped_inside
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.degeneration import answer_statistics
@@ -149,7 +149,7 @@ class DegenerationGuard(L.Callback):
             ranks_of(trainer).first(lambda: stored.update(warnings=known | signs))
         number = int(stored.path.name) + 1
         for text in signs.values():
-            console.print(f"[yellow]warning[/yellow]: round {number}: {text}.", soft_wrap=True)
+            warn(f"round {number}: {text}.")
         publish(trainer, {"guard/warnings": float(len(signs))}, trainer.global_step)
         if fatal := [text for name, text in signs.items() if name in self.stop_on]:
             raise DegenerationError(

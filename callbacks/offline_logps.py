@@ -7,7 +7,7 @@ import lightning as L
 import numpy as np
 import pyarrow as pa
 
-from rlhf_pl.console import console, phase
+from rlhf_pl.console import phase, warn
 from rlhf_pl.data.offline import OfflineDataModule, OfflinePair, as_table
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
@@ -114,11 +114,10 @@ class OfflineLogps(L.Callback):
         theirs = np.array([value for p in few for value in p.logps or ()])
         off = float(np.mean(np.abs(own - theirs) / [len(tokens) for p in few for tokens in p.tokens]))
         if off > SURPRISE:
-            console.print(
-                f"[yellow]warning[/yellow]: the log-probs in the data are {off:.2f} nats a token from this policy's at "
+            warn(
+                f"the log-probs in the data are {off:.2f} nats a token from this policy's at "
                 f"temperature {data.temperature:g}. They are used as those of the policy that drew the answers; with "
-                "--data.use_logprobs false this policy's own are taken.",
-                soft_wrap=True,
+                "--data.use_logprobs false this policy's own are taken."
             )
 
 

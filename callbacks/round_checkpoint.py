@@ -22,6 +22,7 @@ from rlhf_pl.checkpoints import (
 from rlhf_pl.data.progress import batches_done, rounds_done, stopped_inside
 from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import ranks_of
+from rlhf_pl.secrets import redacted
 from rlhf_pl.strategies import writes_sharded
 
 
@@ -178,6 +179,12 @@ class RoundCheckpoint(Checkpoint):
         for file in files:
             if file not in keep:
                 remove_checkpoint(file)
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Leave keys, tokens and passwords out of what modules have as hyper-parameters."""
+        for name in ("hyper_parameters", "datamodule_hyper_parameters"):
+            if name in checkpoint:
+                checkpoint[name] = redacted(checkpoint[name])
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()

@@ -235,7 +235,7 @@ class RoundRefresh(L.Callback):
             return
         if self._announced != index and trainer.progress_bar_callback is not None and trainer.is_global_zero:
             of = "" if trainer.max_epochs == -1 else f" of {trainer.max_epochs}"
-            console.print(f"\n[bold]Round {index + 1}{of}[/bold]")
+            console.print(f"\nRound {index + 1}{of}", style="bold")
             self._announced = index
         maker.check_space(index)
         self._evaluate(trainer, index)

@@ -9,7 +9,7 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_pl.console import console
+from rlhf_pl.console import console, warn
 from rlhf_pl.data.progress import rounds_done, stopped_inside
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.inspect_rounds import KL_NOTE
@@ -40,10 +40,7 @@ class RunReport(L.Callback):
             soft_wrap=True,
         )  # fmt: skip
         if data.duplicate_prompts:
-            console.print(
-                f"[yellow]warning[/yellow]: {data.duplicate_prompts} prompts ask the same as another; they are kept.",
-                soft_wrap=True,
-            )
+            warn(f"{data.duplicate_prompts} prompts ask the same as another; they are kept.")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and not stopped_inside(trainer):
@@ -139,7 +136,7 @@ def gain_line(store: RoundStore, version: int) -> str:
     gain, error = metrics["val/reward_gain"], metrics["val/reward_gain_se"]
     ratio = f", {gain / error:.1f} standard errors" if error > 0 else ""
     return (
-        f"Held-out reward {before:.3f} before, [bold]{after:.3f}[/bold] after: {gain:+.3f} ± {error:.3f}{ratio}. "
+        f"Held-out reward {before:.3f} before, {after:.3f} after: {gain:+.3f} ± {error:.3f}{ratio}. "
         f"The new policy wins on {metrics['val/win_rate']:.0%} of the prompts."
     )
 

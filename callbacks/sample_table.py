@@ -10,6 +10,7 @@ from rlhf_pl.data.progress import rounds_done, stopped_inside
 from rlhf_pl.errors import InputError
 from rlhf_pl.metrics import first_answers
 from rlhf_pl.rounds import RoundStore
+from rlhf_pl.secrets import redact
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2em;max-width:1400px}table{border-collapse:collapse;width:100%}"
@@ -68,17 +69,20 @@ def sample_rows(store: RoundStore, version: int, count: int) -> tuple[list[str],
 
 
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; line breaks become `<br>`."""
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join(
-        "| " + " | ".join(c.replace("|", "\\|").replace("\n", "<br>") for c in line) + " |" for line in lines
-    )
+    """A Markdown table; line breaks become `<br>`. HTML, links and images in a text are shown as they are written."""
+    lines = [list(map(_as_markdown, header)), ["---"] * len(header), *(list(map(_as_markdown, row)) for row in rows)]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def _as_markdown(text: str) -> str:
+    text = html.escape(redact(text), quote=False).replace("\n", "<br>")
+    return text.replace("|", "&#124;").replace("[", "&#91;").replace("]", "&#93;")
 
 
 def to_html(header: list[str], rows: list[list[str]]) -> str:
     """A page that needs nothing else."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    body = "".join("<tr>" + "".join(f"<td>{html.escape(redact(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return (
         f'<!doctype html><meta charset="utf-8"><title>Samples</title><style>{_STYLE}</style>'
         f"<h1>Held-out prompts</h1><table><tr>{head}</tr>{body}</table>\n"

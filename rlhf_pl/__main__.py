@@ -36,13 +36,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"rlhf-pl {__version__}")
         return 0
+    from rlhf_pl.terminal import guarded_terminal, print_error
+
+    with guarded_terminal(argv):
+        if argv[0] in ("fit", "plan", "score", "rounds"):
+            return _run(argv)
+        print_error(f"unknown command {argv[0]!r}. `rlhf-pl --help` lists the commands.")
+        return 2
+
+
+def _run(argv: list[str]) -> int:
     if argv[0] == "rounds":
         from rlhf_pl import inspect_rounds
 
         return inspect_rounds.run(argv[1:])
-    if argv[0] not in ("fit", "plan", "score"):
-        print(f"error: unknown command {argv[0]!r}. `rlhf-pl --help` lists the commands.", file=sys.stderr)
-        return 2
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     return _with_one_error(argv)
 
@@ -51,6 +58,7 @@ def _with_one_error(argv: list[str]) -> int:
     """Run a command that loads models; a wrong input ends it with one message."""
     from rlhf_pl.mistakes import mistake_behind
     from rlhf_pl.quiet import quiet_libraries
+    from rlhf_pl.terminal import print_error
 
     quiet_libraries()
     if os.getcwd() not in sys.path:
@@ -72,7 +80,7 @@ def _with_one_error(argv: list[str]) -> int:
         if wrong is None:
             raise
         if not getattr(wrong, "reported", False):  # by rank 0 of a run of several processes
-            print(f"error: {wrong}", file=sys.stderr)
+            print_error(wrong)
         return 1
 
 

@@ -29,7 +29,7 @@ from rlhf_pl.callbacks import (
     SampleTable,
 )
 from rlhf_pl.checkpoints import check_readable, read_progress
-from rlhf_pl.cli_parser import DEFAULT_CLASSES, Parser
+from rlhf_pl.cli_parser import DEFAULT_CLASSES, Parser, take_secrets
 from rlhf_pl.console import console
 from rlhf_pl.data import OfflineDataModule, RoundDataModule
 from rlhf_pl.devices import fast_precision
@@ -45,6 +45,7 @@ from rlhf_pl.round_settings import downstream_settings
 from rlhf_pl.run_files import RunConfig
 from rlhf_pl.run_loggers import RunLogger, adopt_loggers
 from rlhf_pl.strategies import runnable_strategy
+from rlhf_pl.terminal import log_to, print_error
 from rlhf_pl.trainer_options import refuse_options
 
 TRAINER_DEFAULTS = {
@@ -101,6 +102,7 @@ class RlhfCLI(LightningCLI):
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         refuse_options(config, in_rounds=isinstance(self.datamodule, RoundDataModule))
         run_dir = config["default_root_dir"]
+        log_to(run_dir)
         callbacks: list[Callback] = _listed(config["callbacks"])
         if config["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
             callbacks.append(RoundProgress())
@@ -144,6 +146,15 @@ class RlhfCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with as_mistakes("The command line can't be read"):
             super().parse_arguments(parser, args)
+        take_secrets(self.config)
+
+    def _dump_config(self) -> None:
+        """Lightning's makes modules' hyper-parameters from what the parser shows, which has no secrets."""
+        Parser.shows_secrets = True
+        try:
+            super()._dump_config()
+        finally:
+            Parser.shows_secrets = False
 
     def _parse_ckpt_path(self) -> None:
         """The config counts; Lightning would let hyper-parameters in the checkpoint override it."""
@@ -214,7 +225,7 @@ def run(argv: Sequence[str]) -> int:
             RlhfCLI()
     except RunStopped as stop:
         if not getattr(stop, "reported", False):
-            print(stop, file=sys.stderr)
+            print_error(stop, prefix="")
         return 128 + stop.signum
     return 0
 

@@ -1,15 +1,37 @@
 """Progress bars and tables on the terminal."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.segment import Segment
+from rich.text import Text
+
+from rlhf_pl.terminal import printable
+
+
+class SafeConsole(Console):
+    """Shows texts as they are, whoever wrote them: brackets are no markup, control characters and secrets are escaped.
+
+    Styles come from `rich.text.Text`, and `warn` and `note` below.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(highlight=False, markup=False, emoji=False)
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        if isinstance(renderable, str):
+            renderable = printable(renderable)
+        elif isinstance(renderable, Text) and (plain := printable(renderable.plain)) != renderable.plain:
+            renderable = renderable.copy()
+            renderable.plain = plain
+        return super().render(renderable, options)
 
 
 def make_console() -> Console:
     """Standard output; 100 columns wide where it is no terminal."""
-    console = Console(highlight=False)
+    console = SafeConsole()
     if not console.is_terminal:
         console.width = 100
     return console
@@ -19,16 +41,26 @@ console = make_console()
 Advance = Callable[..., None]
 
 
+def warn(text: str) -> None:
+    """Print a line that begins with a yellow `warning`."""
+    console.print(Text.assemble(("warning", "yellow"), ": ", text), soft_wrap=True)
+
+
+def note(text: str) -> None:
+    """Print a line that begins with a yellow `note`."""
+    console.print(Text.assemble(("note", "yellow"), ": ", text), soft_wrap=True)
+
+
 def make_progress() -> Progress:
     """The layout that all bars share."""
     return Progress(
         SpinnerColumn(finished_text="✓"),
-        TextColumn("{task.description:<34}"),
+        TextColumn("{task.description:<34}", markup=False),
         BarColumn(bar_width=20),
         MofNCompleteColumn(),
-        TextColumn("{task.fields[unit]}"),
+        TextColumn("{task.fields[unit]}", markup=False),
         TimeElapsedColumn(),
-        TextColumn("{task.fields[note]}"),
+        TextColumn("{task.fields[note]}", markup=False),
         console=console,
     )
 

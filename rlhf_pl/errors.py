@@ -1,12 +1,17 @@
 """The error for mistakes a user can mend, and a check that raises it."""
 
+from rlhf_pl.secrets import redact
+
 
 class InputError(Exception):
     """A mistake in a config, a data file, a reward or a model folder.
 
     The message names the thing in backticks, says what is required and what arrived, and how to mend it. The command
-    line prints it without a traceback and exits with code 1.
+    line prints it without a traceback and exits with code 1. Secrets are left out of it.
     """
+
+    def __init__(self, message: object = "") -> None:
+        super().__init__(redact(message))
 
 
 MAX_WORKERS = 256

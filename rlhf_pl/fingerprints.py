@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_pl.secrets import redacted
+
 _WORDS = 251  # a prime, so that rows that change places are noticed
 
 
@@ -39,10 +41,10 @@ def rows_fingerprint(rows: Iterable[Any]) -> str:
 
 
 def describe(thing: Any, *ignore: str) -> str:
-    """A class and those of its public settings that are plain values, as `rlhf_pl.losses.RebelLoss(eta=1.0)`."""
+    """A class and its public settings that are plain values, as `rlhf_pl.losses.RebelLoss(eta=1.0)`; no secrets."""
     kind = type(thing)
     values = {k: v for k, v in vars(thing).items() if _is_plain(v) and not k.startswith("_") and k not in ignore}
-    listed = ", ".join(f"{name}={value!r}" for name, value in sorted(values.items()))
+    listed = ", ".join(f"{name}={value!r}" for name, value in sorted(redacted(values).items()))
     return f"{kind.__module__}.{kind.__qualname__}({listed})"
 
 

@@ -9,7 +9,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from rlhf_pl.console import console
+from rlhf_pl.console import note
 from rlhf_pl.logprobs import Head, product
 
 _BLOCK = 4096  # logits that a program looks at together
@@ -60,9 +60,7 @@ def _said(why: str) -> str:
 
 @rank_zero_only
 def _say(why: str) -> None:
-    console.print(
-        f"[yellow]note[/yellow]: the output head computes without kernels of its own here: {why}.", soft_wrap=True
-    )
+    note(f"the output head computes without kernels of its own here: {why}.")
 
 
 def gpu_logps(hidden: Tensor, targets: Tensor, head: Head, temperature: float, chunk_tokens: int) -> Tensor:

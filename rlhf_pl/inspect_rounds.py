@@ -1,8 +1,6 @@
 """`rlhf-pl rounds RUN_DIR`: what a run directory holds. Reads only, also while the run goes on."""
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +15,9 @@ from rlhf_pl.chat import message_text
 from rlhf_pl.console import console
 from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
+from rlhf_pl.parser_errors import CommandParser
 from rlhf_pl.rounds import ORDER, STAGES, Round, RoundStore
+from rlhf_pl.terminal import print_error
 
 KL_NOTE = "KL: mean log-ratio of answers drawn from the first policy named (k1), nats per answer"
 
@@ -26,7 +26,7 @@ def run(argv: Sequence[str]) -> int:
     """The command line; returns the exit code."""
     if not console.is_terminal:
         console.width = 120
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="rlhf-pl rounds",
         description="Show the rounds of a run: stages, counts, rewards, settings, times, what is missing. Reads only.",
     )
@@ -40,7 +40,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         return show(Path(arguments.run_dir), arguments.round, arguments.samples, arguments.verify)
     except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print_error(error)
         return 1
 
 
@@ -241,5 +241,5 @@ def sample_panels(stored: Round, count: int) -> list[Panel]:
                 Text(answer["response"].strip() + note + (f"\n[{failure}]" if failure else "")),
             )
         question = message_text(json.loads(answers[0]["prompt"])[-1])
-        panels.append(Panel(Group(Text(question, style="bold"), table), title=prompt_id, title_align="left"))
+        panels.append(Panel(Group(Text(question, style="bold"), table), title=Text(prompt_id), title_align="left"))
     return panels

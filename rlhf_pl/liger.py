@@ -11,10 +11,9 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.markup import escape
 
 from rlhf_pl.compute import Compute
-from rlhf_pl.console import console
+from rlhf_pl.console import note
 from rlhf_pl.errors import InputError
 from rlhf_pl.kernel_check import is_as_exact, once, small_copies
 from rlhf_pl.quantized import is_quantized
@@ -154,4 +153,4 @@ def _states_and_gradient(copies: Any, model: Any) -> tuple[torch.Tensor, torch.T
 @cache
 @rank_zero_only
 def _say_plain(name: str, why: str) -> None:
-    console.print(f"[yellow]note[/yellow]: {name} computes without liger-kernel: {escape(why)}.", soft_wrap=True)
+    note(f"{name} computes without liger-kernel: {why}.")

@@ -1,9 +1,19 @@
 """What a wrong command line is told: a few lines instead of a page of usage."""
 
+import argparse
 import sys
 from typing import NoReturn
 
+from rlhf_pl.terminal import print_error
+
 MAX_ERROR_LINES = 12
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command without a config; its `prog` ends with the command's name."""
+
+    def error(self, message: str) -> NoReturn:
+        exit_with_error(message, self.prog.split()[-1])
 
 
 def exit_with_error(message: str, command: str) -> NoReturn:
@@ -11,7 +21,7 @@ def exit_with_error(message: str, command: str) -> NoReturn:
     lines = list(dict.fromkeys(line for line in message.splitlines() if not _is_noise(line)))
     if len(lines) > MAX_ERROR_LINES:
         lines = [*lines[: MAX_ERROR_LINES - 1], "  ..."]
-    print("error: " + "\n".join(lines).strip(), file=sys.stderr)
+    print_error("\n".join(lines).strip())
     print(f"`rlhf-pl {command} --help` lists the options.", file=sys.stderr)
     sys.exit(2)
 

@@ -15,6 +15,7 @@ from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
 from rlhf_pl.footprint import DTYPE_BYTES, Kernels, activation_bytes, head_bytes, kv_bytes, model_size, reward_bytes
 from rlhf_pl.modules import RebelModule
+from rlhf_pl.parser_errors import CommandParser
 from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
 from rlhf_pl.rollout.vllm import MARGIN_BYTES
 from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
@@ -49,7 +50,7 @@ class _PlannedCLI(RlhfCLI):
 
 def run(argv: Sequence[str]) -> int:
     """`rlhf-pl plan --config x.yaml`: prints tables; 1 if the config does not fit."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="rlhf-pl plan",
         description="Memory per device and time per phase of a `rlhf-pl fit` config, without loading weights.",
         epilog="All other options are those of `rlhf-pl fit`.",
@@ -218,7 +219,7 @@ def _show(plan: _Plan, available: float, own: argparse.Namespace) -> int:
     for part in parts:
         table.add_row(part, *(size(memory[phase][part]) if memory[phase].get(part) else "" for phase in _PHASES))
     totals = {phase: sum(memory[phase].values()) for phase in _PHASES}
-    table.add_row("[bold]sum[/bold]", *(f"[bold]{size(totals[phase])}[/bold]" for phase in _PHASES))
+    table.add_row("sum", *(size(totals[phase]) for phase in _PHASES), style="bold")
     console.print(table)
     host = Table("host memory", "rank 0", "each other rank")
     host.add_row(f"{plan.module.source.path} while loading", *(size(n) for n in plan.host_memory()))

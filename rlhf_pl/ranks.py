@@ -12,6 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_pl.errors import InputError
+from rlhf_pl.secrets import redact
+from rlhf_pl.terminal import MAX_PRINTED, shortened
 from rlhf_pl.watch import RankWatch
 
 T = TypeVar("T")
@@ -181,7 +183,7 @@ def report_failure(trainer: L.Trainer, error: BaseException) -> None:
     lines = str(error).strip().splitlines() or [""]
     known = isinstance(error, InputError | RanksError) or hasattr(error, "signum")
     message = "\n".join(lines) if known else f"{type(error).__name__}: {lines[-1]}"
-    found.fail(message, 128 + error.signum if hasattr(error, "signum") else 1)
+    found.fail(shortened(redact(message), MAX_PRINTED - 100), 128 + error.signum if hasattr(error, "signum") else 1)
     if known and found.rank > 0:
         error.reported = True  # type: ignore[attr-defined]
 

@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
+from rlhf_pl.secrets import redacted
 
 SCHEMA_VERSION = 2
 _COPY = ".manifest.copy.json"
@@ -66,12 +67,15 @@ class Round:
                 f"{file} has schema version {content['schema_version']}, and this version of rlhf_pl reads "
                 f"{SCHEMA_VERSION}. Give this run a directory of its own (--trainer.default_root_dir DIR)."
             )
+        for name in ("settings", "accepted"):  # as they are stored now, in manifests of earlier versions too
+            if name in content:
+                content[name] = redacted(content[name])
         return content
 
     @staticmethod
     def as_stored(content: Any) -> Any:
-        """What `content` is once it went through the manifest's JSON."""
-        return json.loads(json.dumps(content, default=str))
+        """What `content` is once it went through the manifest's JSON, which has no secrets."""
+        return redacted(json.loads(json.dumps(content, default=str)))
 
     def update(self, **entries: Any) -> None:
         """Merge `entries` into the manifest."""

@@ -13,6 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rlhf_pl.checkpoints import Progress
 from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
+from rlhf_pl.secrets import redact, redacted
 
 FILE = "loggers.json"
 _NOT_YET = "The run has not passed its checks yet."
@@ -137,10 +138,20 @@ def adopt_loggers(trainer: L.Trainer) -> None:
         for kind, own in ((TensorBoardLogger, RunLogger), (CSVLogger, RunCSVLogger)):
             if type(logger) is kind:
                 logger.__class__ = own
+        logger.log_hyperparams = _without_secrets(logger.log_hyperparams)  # type: ignore[method-assign]
         held, go_on = _GO_ON.get(_kind(logger), ("", None))
         version = stored.get(_key(number, logger))
         if go_on is not None and version is not None and getattr(logger, held) is None:
             go_on(logger, version)
+
+
+def _without_secrets(log: Callable[..., None]) -> Callable[..., None]:
+    """A logger's `log_hyperparams` that is given no keys, tokens and passwords."""
+
+    def log_hyperparams(params: Any = None, *args: Any, **kwargs: Any) -> None:
+        log(redacted(params), *args, **kwargs)
+
+    return log_hyperparams
 
 
 def start_loggers(trainer: L.Trainer, progress: Progress | None) -> None:
@@ -202,4 +213,4 @@ def _kind(logger: Logger) -> str:
 def _key(number: int, logger: Logger) -> str:
     """Of the logger's place: another folder, name or project is another log."""
     local = isinstance(logger, TensorBoardLogger | CSVLogger)
-    return f"{number}:{_kind(logger)}" + (f":{logger.save_dir}:{logger.name}" if local else "")
+    return redact(f"{number}:{_kind(logger)}" + (f":{logger.save_dir}:{logger.name}" if local else ""))

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser
+from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
 from rlhf_pl.chat import Message, Tools, message_text
@@ -23,6 +23,7 @@ from rlhf_pl.rewards import Reward, RewardResult, Sample, ScoringConfig, as_rewa
 from rlhf_pl.rewards.guard import guarded_scores, try_reward
 from rlhf_pl.rewards.withhold import without_thinking
 from rlhf_pl.run_date import take_run_date
+from rlhf_pl.secrets import learn_options, redacted
 from rlhf_pl.template import check_variables
 
 HELP = """Score conversations with a reward.
@@ -35,6 +36,10 @@ length alone would get."""
 class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         exit_with_error(str(message), "score")
+
+    def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
+        """What `--print_config` shows, without secrets."""
+        return super().dump(redacted(namespace), *args, **kwargs | {"skip_validation": True})
 
 
 def make_parser() -> ArgumentParser:
@@ -78,6 +83,7 @@ def run(argv: Sequence[str]) -> int:
     parser = make_parser()
     with as_mistakes("The command line can't be read"):
         config = parser.parse_args(list(argv))
+    learn_options(config)
     with as_mistakes("This reward can't be built"):
         given = parser.instantiate_classes(config)
     reward = as_reward(given.reward)

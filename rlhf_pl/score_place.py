@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 from rlhf_pl.checkpoint_files import stored_config
-from rlhf_pl.console import console
+from rlhf_pl.console import warn
 from rlhf_pl.errors import InputError
 from rlhf_pl.policy_source import PolicySource
 
@@ -113,4 +113,4 @@ def warn_once(text: str) -> None:
 
     if text not in _warned and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
         _warned.add(text)
-        console.print(f"[yellow]warning[/yellow]: {text}", soft_wrap=True)
+        warn(text)

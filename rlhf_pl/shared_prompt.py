@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
-from rich.markup import escape
 from torch import Tensor
 
 from rlhf_pl.compute import Compute
-from rlhf_pl.console import console
+from rlhf_pl.console import note
 from rlhf_pl.errors import InputError
 from rlhf_pl.kernel_check import FAILURES, Copies, NoCopyError, is_as_exact, once, small_copies
 from rlhf_pl.layout import Layout
@@ -104,27 +103,19 @@ def _works(lm: Any, compute: Compute, attention: str) -> bool:
 @cache
 @rank_zero_only
 def _say_plain(name: str, attention: str) -> None:
-    console.print(
-        f"[yellow]note[/yellow]: the {attention} attention of {name} can't let answers share their prompt, so every "
-        "answer is computed with a copy of it.",
-        soft_wrap=True,
+    note(
+        f"the {attention} attention of {name} can't let answers share their prompt, so every answer is computed with a "
+        "copy of it."
     )
 
 
 @cache
 @rank_zero_only
 def _say_eager(name: str, attention: str) -> None:
-    console.print(
-        f"[yellow]note[/yellow]: {attention} attention does not give what eager attention gives of {name}; eager "
-        "attention is used.",
-        soft_wrap=True,
-    )
+    note(f"{attention} attention does not give what eager attention gives of {name}; eager attention is used.")
 
 
 @cache
 @rank_zero_only
 def _say_unchecked(name: str, why: str) -> None:
-    console.print(
-        f"[yellow]note[/yellow]: no small copy of {name} could be made to try attention on ({escape(why)}).",
-        soft_wrap=True,
-    )
+    note(f"no small copy of {name} could be made to try attention on ({why}).")

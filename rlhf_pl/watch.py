@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_pl.console import console
+from rlhf_pl.terminal import print_error
 
 GRACE = 3.0  # seconds that a rank has to report the same failure in its own words
 PATIENCE = 20.0  # seconds that the others wait for rank 0 to print why, and to end
@@ -145,7 +146,7 @@ class RankWatch:
         if self.rank == 0 or (self.rank == 1 and 0 not in self._done):
             console.show_cursor()
             sys.stdout.flush()
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print_error(message)
         os._exit(code)
 
 

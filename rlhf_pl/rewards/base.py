@@ -8,6 +8,11 @@ from typing import Any
 from rlhf_pl.chat import Message, Tools, message_text
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.rendering import Rendered, Renderer
+from rlhf_pl.terminal import summary
+
+MAX_DETAIL = 1000  # characters of a failure that are stored
+MAX_KIND = 100
+MAX_NAME = 200  # of a component
 
 
 @dataclass(frozen=True)
@@ -72,13 +77,17 @@ class Failure:
 
     Args:
         kind: `timeout`, `exception`, `not_finite`, `wrong_count` or `unreachable`.
-        detail: A sentence.
+        detail: A sentence. Secrets are left out, and what is longer than 1,000 characters goes to the log of errors.
         final: Whether it was tried again already, so that there is no use in more attempts.
     """
 
     kind: str
     detail: str
     final: bool = False
+
+    def __post_init__(self) -> None:
+        for name, limit in (("kind", MAX_KIND), ("detail", MAX_DETAIL)):
+            object.__setattr__(self, name, summary(getattr(self, name), limit))
 
 
 class Reward(ABC):

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from rlhf_pl.errors import InputError
-from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
+from rlhf_pl.rewards.base import MAX_NAME, Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.combine import CombinedReward
+from rlhf_pl.terminal import summary
 
 
 @dataclass(frozen=True)
@@ -221,7 +222,7 @@ def _finite(result: Any) -> Outcome:
         return result
     try:
         reward = float(getattr(result, "reward", result))
-        components = {str(k): float(v) for k, v in getattr(result, "components", {}).items()}
+        components = {summary(k, MAX_NAME): float(v) for k, v in getattr(result, "components", {}).items()}
     except (TypeError, ValueError) as error:
         return Failure("exception", f"returned {result!r}, which is no number ({error}).")
     for name, value in (("", reward), *components.items()):

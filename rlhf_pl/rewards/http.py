@@ -6,6 +6,7 @@ from typing import Any
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError, number
+from rlhf_pl.secrets import redact
 
 
 class HTTPReward(Reward):
@@ -44,7 +45,7 @@ class HTTPReward(Reward):
 
     @property
     def name(self) -> str:
-        return f"HTTPReward({self.url})"
+        return redact(f"HTTPReward({self.url})")
 
     @property
     def trial(self) -> bool:

@@ -11,6 +11,7 @@ from rlhf_pl.chat import spoken
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError
+from rlhf_pl.secrets import redact
 
 RUBRIC = (
     "Judge how well the assistant's answer serves the user: is it correct, does it do what was asked, is it clear and "
@@ -96,7 +97,7 @@ def _verdict(body: Any, key: str) -> Any:
             return value[key]
     if lines := re.findall(rf"(?i)\b{key}\b\W{{1,5}}(-?\d+(?:\.\d+)?|\w+)", text):
         return lines[-1]
-    raise WrongAnswerError(f'the judge gave no "{key}": {text[-120:]!r}')
+    raise WrongAnswerError(f'the judge gave no "{key}": {redact(text)[-120:]!r}')
 
 
 class JudgeScoreReward(Reward):

@@ -2,16 +2,17 @@
 
 import asyncio
 import json
-import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rewards.base import Failure
+from rlhf_pl.secrets import check_environment_key, environment_key, redact, register_url
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 64 * 2**20
+_MAX_SAID_BYTES = 2**16  # of an answer that is quoted in an error
 _AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that may be different a moment later
 
 
@@ -42,6 +43,7 @@ class Service:
         api_key_env: str | None,
         option: str = "rollout.reward.url",
     ) -> None:
+        register_url(url)
         if not url.startswith(("http://", "https://")):
             raise InputError(f"`{option}` must begin with http:// or https://, got {url!r}.")
         at_least("rollout.reward", concurrency=(concurrency, 1), retries=(retries, 0), backoff_s=(backoff_s, 0))
@@ -52,11 +54,7 @@ class Service:
 
     def check(self) -> None:
         """Raise InputError if the key is not in the environment."""
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
-            raise InputError(
-                f"`rollout.reward.api_key_env`: the environment variable {self.api_key_env} is not set. Set it to your "
-                "key; null sends none."
-            )
+        check_environment_key("rollout.reward.api_key_env", self.api_key_env)
 
     def map(self, payloads: Sequence[Mapping[str, Any]], parse: Callable[[int, Any], T]) -> list[T | Failure]:
         """What `parse(number of the payload, JSON body)` makes of the service's answers, in order.
@@ -78,8 +76,8 @@ class Service:
 
     def _headers(self) -> dict[str, str]:
         headers = {"content-type": "application/json"}
-        if self.api_key_env is not None and os.environ.get(self.api_key_env):
-            headers["authorization"] = f"Bearer {os.environ[self.api_key_env]}"
+        if key := environment_key(self.api_key_env):
+            headers["authorization"] = f"Bearer {key}"
         return headers
 
     async def _map(self, payloads: Sequence[Mapping[str, Any]], parse: Callable[[int, Any], T]) -> list[T | Failure]:
@@ -130,14 +128,14 @@ class Service:
         except WrongAnswerError as error:
             return Failure("exception", f"{self.url}: {error}"), False, 0.0
         if not 200 <= status < 300:
-            said = body[:200].decode(errors="replace").strip().replace("\n", " ")
+            said = _said(body)[:200].strip().replace("\n", " ")
             wait = headers.get("retry-after", "")
             seconds = float(wait) if wait.isdigit() else 0.0
             return Failure("exception", f"{self.url} answered with status {status}: {said}"), status in _AGAIN, seconds
         try:
             return parse(json.loads(body)), False, 0.0
         except (ValueError, RecursionError):
-            said = body[:80].decode(errors="replace")
+            said = _said(body)[:80]
             return Failure("exception", f"{self.url} gave no JSON: {said!r}"), True, 0.0
         except WrongAnswerError as error:
             return Failure("exception", f"{self.url}: {error}"), True, 0.0
@@ -151,6 +149,11 @@ class Service:
                 if len(body) > MAX_BODY_BYTES:
                     raise WrongAnswerError(f"the answer is longer than {MAX_BODY_BYTES // 2**20} MiB")
             return response.status_code, response.headers, bytes(body)
+
+
+def _said(body: bytes) -> str:
+    """The beginning of what a service answered; a secret in it is found before it is cut."""
+    return redact(body[:_MAX_SAID_BYTES].decode(errors="replace"))
 
 
 def _run(coroutine: Any) -> Any:

@@ -4,13 +4,14 @@ import json
 import math
 import re
 from abc import abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
+from rlhf_pl.rewards.json_schema import schema_validator
 
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
 _MARKED = (
@@ -171,6 +172,8 @@ def _numbers(text: str) -> list[float]:
 class JSONSchema(RuleReward):
     """1 if the answer is JSON that a JSON Schema accepts, else 0. JSON in a Markdown code block counts too.
 
+    A `$ref` must lead to a place in the schema itself, or to the JSON Schema drafts: nothing is fetched or opened.
+
     Args:
         schema: The schema, or a .json file with it.
         column: Take the schema from this column of the row instead.
@@ -185,14 +188,14 @@ class JSONSchema(RuleReward):
             except (OSError, ValueError) as error:
                 raise InputError(f"`rollout.reward.schema`: cannot read {schema!r}: {error}.") from error
         self.schema, self.column = schema, column
-        self._validator = None if schema is None else _validator(schema)
+        self._validator = None if schema is None else schema_validator(schema)
 
     def one(self, sample: Sample) -> float:
         validator = self._validator
         if validator is None:
             assert self.column is not None
             schema = column_of(sample, self.column, "JSONSchema")
-            validator = _validator(json.loads(schema) if isinstance(schema, str) else schema)
+            validator = schema_validator(json.loads(schema) if isinstance(schema, str) else schema)
         text = sample.response.strip()
         fenced = re.fullmatch(r"(?s)```(?:json)?\s*\n(.*?)\n?```", text)
         try:
@@ -200,19 +203,6 @@ class JSONSchema(RuleReward):
         except (ValueError, RecursionError):
             return 0.0
         return float(validator.is_valid(value))
-
-
-def _validator(schema: Any) -> Any:
-    import jsonschema
-
-    if not isinstance(schema, Mapping | bool):
-        raise InputError(f"`rollout.reward.schema` must be a JSON Schema, got {type(schema).__name__}.")
-    kind = jsonschema.validators.validator_for(schema)
-    try:
-        kind.check_schema(schema)
-    except jsonschema.SchemaError as error:
-        raise InputError(f"`rollout.reward.schema` is no JSON Schema: {error.message}.") from error
-    return kind(schema)
 
 
 class LengthWindow(RuleReward):

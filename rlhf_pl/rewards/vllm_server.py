@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from rlhf_pl.checkpoint_files import stored_config
 from rlhf_pl.errors import InputError
+from rlhf_pl.exposure import warn_of_open_servers
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rendering import Renderer, SystemPrompt, reward_renderer
@@ -97,6 +98,7 @@ class VLLMServerReward(Reward):
 
     def check(self, samples: Sequence[Sample]) -> None:
         self._service.check()
+        warn_of_open_servers([self.url])
         _ = self._mean
         if self._score_at is None:
             warn_of_other_reading(self.renderer(), self._source)

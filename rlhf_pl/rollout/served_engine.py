@@ -1,9 +1,9 @@
 """One running `vllm serve`, as the trainer talks to it over HTTP."""
 
-import os
 from typing import Any
 
 from rlhf_pl.errors import InputError
+from rlhf_pl.secrets import environment_key, redact
 
 LAUNCH = 'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "%s"}\''
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
@@ -55,10 +55,10 @@ class ServedEngine:
                 response = self._client().post(self.url + path, json=body, timeout=timeout)
         except httpx.TimeoutException as error:
             raise ServerError(f"{self.url}{path} gave no answer within {limit:g} s.", again=True) from error
-        except httpx.HTTPError as error:
+        except (httpx.HTTPError, httpx.InvalidURL) as error:
             raise ServerError(f"{self.url} can't be reached: {_said(error)}", again=True) from error
         if response.status_code != 200:
-            said = response.text[:300].strip().replace("\n", " ")
+            said = redact(response.text)[:300].strip().replace("\n", " ")
             raise ServerError(
                 f"{self.url}{path} answered with status {response.status_code}: {said}",
                 again=response.status_code in _AGAIN,
@@ -110,7 +110,7 @@ class ServedEngine:
         if self._http is None:
             import httpx
 
-            key = os.environ.get(self._api_key_env or "", "")
+            key = environment_key(self._api_key_env)
             headers = {"authorization": f"Bearer {key}"} if key else {}
             # the servers close idle connections, which a request would only find out when it is lost
             limits = httpx.Limits(max_keepalive_connections=0)

@@ -1,7 +1,6 @@
 """vLLM servers elsewhere, on other GPUs or nodes: answers over HTTP, weights by vLLM's weight transfer."""
 
 import math
-import os
 import queue
 import secrets
 import socket
@@ -15,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.exposure import warn_of_open_servers
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.dispatch import Dispatch
@@ -25,6 +25,7 @@ from rlhf_pl.rollout.served_engine import LAUNCH, ServedEngine, ServerError
 from rlhf_pl.rollout.vllm import check_engine_rotary, reshaping
 from rlhf_pl.rollout.weight_route import Bucket, WeightRoute, WeightRoutes
 from rlhf_pl.rotary import thresholds
+from rlhf_pl.secrets import check_environment_key, register_url
 
 BUCKET_BYTES = 256 * 2**20  # of weights under way at a time
 _PUSHES: dict[str, type[TCPPush] | type[NCCLPush]] = {"tcp": TCPPush, "nccl": NCCLPush}
@@ -65,6 +66,8 @@ class VLLMServerSampler(Sampler):
         backoff_s: float = 1.0,
         api_key_env: str | None = None,
     ) -> None:
+        for url in urls:
+            register_url(url)
         wrong = [url for url in urls if not url.startswith(("http://", "https://"))]
         if wrong or not urls:
             raise InputError(
@@ -89,8 +92,8 @@ class VLLMServerSampler(Sampler):
 
     def check(self) -> None:
         """A server must be there, and those that are need what is wanted turned on."""
-        if self.api_key_env is not None and not os.environ.get(self.api_key_env):
-            raise InputError(f"`rollout.sampler.api_key_env`: the environment variable {self.api_key_env} is not set.")
+        check_environment_key("rollout.sampler.api_key_env", self.api_key_env)
+        warn_of_open_servers(self.urls)
         self._fleet.of_those_there(self._check_engine)
 
     def check_rotary(self, config: Any, longest: int) -> None:

@@ -19,6 +19,7 @@ from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.guard import Outcome, ScoringConfig, guarded_scores
 from rlhf_pl.rewards.withhold import without_thinking
 from rlhf_pl.rounds import Round
+from rlhf_pl.secrets import redact
 from rlhf_pl.stages.generate import Report
 
 _TAIL = 32  # tokens of a prompt's end, in which a template opens the thinking
@@ -52,7 +53,7 @@ class ShardScorer:
     ) -> None:
         """Score and write a shard. `report` gets (answers done, note); `go_on` is asked before every call."""
         table = self.stored.read_shard("responses", number)
-        made_of = [self.stored.shards("responses")[number].name, self.reward.fingerprint()]
+        made_of = [self.stored.shards("responses")[number].name, redact(self.reward.fingerprint())]
         made_of += [json.dumps(self.config.withheld)] if self.config.withheld else []
         journal = _Journal(self.stored.path / "rewards" / f"_{number:05d}.journal", made_of)
         samples = _samples(table, self._by_id)

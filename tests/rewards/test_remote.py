@@ -267,3 +267,49 @@ def test_pairwise_judge_keeps_a_prompts_answers_together(serve: Callable[..., An
     config = ScoringConfig(on_failure="drop", retries=1, backoff_s=0)
     outcomes = guarded_scores(JudgePairReward(url, "judge", retries=0), batch, config)
     assert [getattr(o, "reward", None) for o in outcomes] == [1.0, 0.0, None, None]
+
+
+KEY = "sk-judge-0123456789abcdefghijklmnopqrstuvwxyz"
+
+
+@pytest.mark.parametrize("offset", [0, 60, 85, 100, 130, 165, 190])
+@pytest.mark.parametrize("kind", ["status", "no JSON", "verdict", "score"])
+def test_a_key_that_is_echoed_is_left_out_of_failures_wherever_they_are_cut(
+    serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, kind: str, offset: int
+) -> None:
+    monkeypatch.setenv("MY_JUDGE", KEY)
+    said = "x" * offset + KEY + "y" * (150 - offset // 2)
+    bodies = {
+        "status": (401, said.encode()),
+        "no JSON": (200, said.encode()),
+        "verdict": (200, json.dumps({"choices": [{"message": {"content": said}}]}).encode()),
+        "score": (200, json.dumps({"choices": [{"message": {"content": json.dumps({"score": said})}}]}).encode()),
+    }
+    url, _ = serve(lambda request, number: bodies[kind])
+    judge = JudgeScoreReward(url, "m", retries=0, api_key_env="MY_JUDGE")
+    (failed,) = judge.score(samples("So."))
+    assert isinstance(failed, Failure)
+    assert not any(KEY[i : i + 8] in failed.detail for i in range(len(KEY) - 8))
+
+
+def test_names_of_components_are_without_secrets(serve: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MY_JUDGE", KEY)
+    body = json.dumps({"rewards": [{"reward": 1.0, "components": {f"of {KEY}": 2.0}}]}).encode()
+    url, _ = serve(lambda request, number: (200, body))
+    reward = HTTPReward(url, api_key_env="MY_JUDGE")
+    assert guarded_scores(reward, samples("a"), ScoringConfig()) == [RewardResult(1.0, {"of <secret>": 2.0})]
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sk-0123456789", "holds a key, it seems"),
+        ("NO_SUCH_KEY", "the environment variable NO_SUCH_KEY is not set"),
+        ("ODD_KEY", "characters that no HTTP header may have"),
+    ],
+)
+def test_keys_that_cannot_be_sent_are_found_first(monkeypatch: pytest.MonkeyPatch, name: str, message: str) -> None:
+    monkeypatch.setenv("ODD_KEY", "sk-ö-0123456789")
+    with pytest.raises(InputError, match=message) as refused:
+        HTTPReward("http://127.0.0.1:9", api_key_env=name).check([])
+    assert "0123456789" not in str(refused.value)

@@ -1,0 +1,51 @@
+"""Which options, environment variables, headers and query parameters hold secrets, by their names."""
+
+import os
+import re
+
+_WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
+_ALWAYS = {
+    *("password", "passwd", "passphrase", "pwd", "pass", "secret", "credential", "authorization", "cookie"),
+    *("sig", "signature"),
+    *("apikey", "accesskey", "secretkey", "privatekey", "authtoken", "accesstoken", "apitoken"),
+}
+_KEYS_OF = {
+    *("api", "access", "secret", "private", "auth", "account", "service", "signing", "encryption", "license"),
+    *("admin", "master", "subscription", "client", "ssh", "server"),
+}
+# in the names of options about text and limits
+_TOKENS_OF = {
+    *("pad", "eos", "bos", "unk", "sep", "cls", "mask", "stop", "start", "begin", "end", "image", "audio", "video"),
+    *("think", "special", "max", "min", "num", "per", "new", "first", "last", "next", "user", "system", "assistant"),
+}
+_ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
+
+
+def is_secret(name: str, value: str, any_key: bool = False) -> bool:
+    """Whether what stands under a name is a secret.
+
+    Args:
+        name: Of an option (in full, or its last part), an environment variable, a header or a query parameter.
+        value: What stands there.
+        any_key: Whether a name that ends with `key` is enough; otherwise `key` alone is taken for a column or an index
+            unless the value looks random.
+    """
+    words = [word.lower() for word in _WORDS.findall(name.rpartition(".")[2])]
+    if not words or not value:
+        return False
+    last, before = words[-1], words[-2] if len(words) > 1 else ""
+    if last == "env" and len(words) > 2:  # the key itself, in place of the variable with it
+        named = _ENVIRONMENT_NAME.fullmatch(value) or value in os.environ
+        return not named and is_secret(name.rpartition("_")[0], value)
+    single = last.removesuffix("s")
+    if last == "token":
+        named = before not in _TOKENS_OF and not re.search(r"[<>|\[\]\s]", value)
+    elif single == "key":
+        named = any_key or before in _KEYS_OF or (before != "experiment" and _looks_random(value))
+    else:
+        named = last in _ALWAYS or single in _ALWAYS
+    return named and not ("/" in value and os.path.exists(value[:1000]))  # the name of a file with a secret is none
+
+
+def _looks_random(value: str) -> bool:
+    return len(value) >= 16 and bool(re.search(r"\d", value) and re.search(r"[A-Za-z]", value)) and " " not in value

@@ -1,0 +1,92 @@
+"""Schemas of strangers: what they refer to is neither fetched nor opened."""
+
+import json
+import socket
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rlhf_pl.errors import InputError
+from rlhf_pl.rewards import JSONSchema, Sample, ScoringConfig
+from rlhf_pl.rewards.guard import guarded_scores
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise AssertionError("somebody opens a connection")
+
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    monkeypatch.setattr(urllib.request, "urlopen", refuse)
+
+
+def score(reward: JSONSchema, response: str, **columns: Any) -> float:
+    return reward.one(Sample("p", [{"role": "user", "content": "?"}], response, columns=columns))
+
+
+FILE = Path(__file__).parent / "other.json"
+OUTSIDE = [
+    {"$ref": "http://127.0.0.1:9/s.json"},
+    {"$ref": "https://example.com/s.json#/$defs/x"},
+    {"$ref": "file:///etc/passwd"},
+    {"$ref": str(FILE)},
+    {"$ref": "other.json"},
+    {"$ref": "#/$defs/missing"},
+    {"$ref": "#anchor"},
+    {"$dynamicRef": "http://127.0.0.1:9/s.json#meta"},
+    {"$id": "http://127.0.0.1:9/base/", "$ref": "s.json"},
+    {"properties": {"a": {"items": {"anyOf": [{"type": "null"}, {"$ref": "http://127.0.0.1:9/s.json"}]}}}},
+    {"$schema": "http://json-schema.org/draft-07/schema#", "definitions": {"x": {"$ref": "ftp://127.0.0.1/x"}}},
+    {"$schema": "https://json-schema.org/draft/2019-09/schema", "$recursiveRef": "http://127.0.0.1:9/s.json"},
+]
+
+
+@pytest.mark.parametrize("schema", OUTSIDE, ids=json.dumps)
+def test_a_reference_to_elsewhere_is_an_error_before_any_answer(schema: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match=r"refers to .*Nothing is fetched or opened"):
+        JSONSchema(schema)
+    reward = JSONSchema(column="schema")
+    with pytest.raises(InputError, match="Nothing is fetched"):
+        score(reward, "{}", schema=json.dumps(schema))
+    row = Sample("p", [{"role": "user", "content": "?"}], "{}", columns={"schema": schema})
+    config = ScoringConfig(on_failure=0.0, retries=0)
+    (failed,) = guarded_scores(reward, [row], config)
+    assert "Nothing is fetched" in failed.detail
+
+
+def test_references_inside_a_schema_and_to_the_drafts_are_followed() -> None:
+    properties = {"next": {"$ref": "#/$defs/node"}, "$ref": {"type": "string"}}
+    node = {"type": "object", "properties": properties, "additionalProperties": False}
+    tree = {"$defs": {"node": node}, "$ref": "#/$defs/node"}
+    assert score(JSONSchema(tree), '{"next": {"next": {}, "$ref": "http://a/b"}}') == 1.0
+    assert score(JSONSchema(tree), '{"next": {"next": 1}}') == 0.0
+    named = {"$id": "http://me/s", "$defs": {"x": {"$anchor": "x", "type": "integer"}}, "items": {"$ref": "s#x"}}
+    assert score(JSONSchema(named), "[1, 2]") == 1.0
+    assert score(JSONSchema(named), '["a"]') == 0.0
+    meta = {"$ref": "https://json-schema.org/draft/2020-12/schema"}
+    assert score(JSONSchema(meta), '{"type": "string"}') == 1.0
+    assert score(JSONSchema(meta), '{"type": 3}') == 0.0
+    data = {"const": {"$ref": "http://127.0.0.1:9/no-reference"}}
+    assert score(JSONSchema(data), json.dumps(data["const"])) == 1.0
+
+
+@pytest.mark.parametrize(
+    "schema", [{"$schema": 3}, {"$schema": ["x"]}, {"type": "nothing"}, {"$ref": 4}, {"$id": 5}, [], "text"]
+)
+def test_what_is_no_schema_is_an_error(schema: Any) -> None:
+    with pytest.raises(InputError, match=r"no JSON Schema|must be a JSON Schema|cannot read"):
+        JSONSchema(schema)
+
+
+def test_an_unknown_draft_is_not_fetched() -> None:
+    assert score(JSONSchema({"$schema": "http://127.0.0.1:9/draft", "type": "integer"}), "3") == 1.0
+
+
+def test_a_schema_that_is_nested_too_deep_is_an_error() -> None:
+    schema: dict[str, Any] = {"type": "integer"}
+    for _ in range(3000):
+        schema = {"not": schema}
+    with pytest.raises(InputError, match="no JSON Schema"):
+        JSONSchema(schema)
