@@ -39,6 +39,8 @@ from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import keep_freed_memory
 from rlhf_pl.mistakes import as_mistakes
 from rlhf_pl.modules import RebelModule
+from rlhf_pl.modules.divergence_check import DivergenceCheck
+from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.provenance import StageSettings
 from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
 from rlhf_pl.round_settings import downstream_settings
@@ -126,6 +128,8 @@ class RlhfCLI(LightningCLI):
         report: list[Callback] = [RunReport()]
         if not isinstance(self.model, RebelModule) or isinstance(self.datamodule, OfflineDataModule):
             own, report = self._of_fixed_data(own), []
+        if not isinstance(self.model, TrainedModule):
+            own = [DivergenceCheck(), *own]
         # ours come first: what they log is there when EarlyStopping and the like look for it
         return self._instantiate_trainer(config | kwargs | {"callbacks": [*own, *callbacks]}, report)
 
