@@ -41,6 +41,7 @@ from rlhf_pl.mistakes import as_mistakes
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.trained import TrainedModule
+from rlhf_pl.option_numbers import refuse_not_finite
 from rlhf_pl.provenance import StageSettings
 from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
 from rlhf_pl.round_settings import downstream_settings
@@ -148,6 +149,7 @@ class RlhfCLI(LightningCLI):
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with as_mistakes("The command line can't be read"):
             super().parse_arguments(parser, args)
+        refuse_not_finite(self.config[self.config["subcommand"]])
 
     def _parse_ckpt_path(self) -> None:
         """The config counts; Lightning would let hyper-parameters in the checkpoint override it."""

@@ -37,7 +37,7 @@ def diverged(trainer: L.Trainer, what: str, update: int | None = None) -> Diverg
     lower = "`model.optimizer.lr`, or `model.loss.eta`" if has_eta else "`model.optimizer.lr`"
     rewards = f", look at the rewards (`rlhf-pl rounds {trainer.default_root_dir}`)" if has_eta else ""
     return DivergedError(
-        f"Training has diverged: at update {update}, in round (epoch) {max(1, epochs.started)}, {what}. Nothing of that "
+        f"Training has diverged: at update {update}, round (epoch) {max(1, epochs.started)}, {what}. Nothing of that "
         f"is saved or exported. {_way_back(trainer.default_root_dir)}. Before that lower {lower}{rewards}, clip "
         "gradients (--trainer.gradient_clip_val 1), or take a wider dtype (--model.dtype float32, --trainer.precision "
         "bf16-mixed)."
