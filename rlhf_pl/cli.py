@@ -40,7 +40,6 @@ from rlhf_pl.memory import keep_freed_memory
 from rlhf_pl.mistakes import as_mistakes
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.modules.divergence_check import DivergenceCheck
-from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.option_numbers import refuse_not_finite
 from rlhf_pl.provenance import StageSettings
 from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
@@ -129,10 +128,8 @@ class RlhfCLI(LightningCLI):
         report: list[Callback] = [RunReport()]
         if not isinstance(self.model, RebelModule) or isinstance(self.datamodule, OfflineDataModule):
             own, report = self._of_fixed_data(own), []
-        if not isinstance(self.model, TrainedModule):
-            own = [DivergenceCheck(), *own]
         # ours come first: what they log is there when EarlyStopping and the like look for it
-        return self._instantiate_trainer(config | kwargs | {"callbacks": [*own, *callbacks]}, report)
+        return self._instantiate_trainer(config | kwargs | {"callbacks": [DivergenceCheck(), *own, *callbacks]}, report)
 
     def _of_fixed_data(self, own: list[Callback]) -> list[Callback]:
         """The callbacks of a run that samples nothing: reward models, SFT, offline pairs, users' own modules."""

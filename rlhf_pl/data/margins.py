@@ -20,6 +20,8 @@ def refuse_overflow(module: Any, pairs: PairDataset, rewards: str) -> None:
     Raises:
         InputError: Names the first such pair with its rewards.
     """
+    if len(pairs) == 0:
+        return
     old, reference = pairs.old_logps, pairs.reference_logps
     margins = module.margins(pairs.rewards, old, reference).to(module.device)
     losses = module.loss(torch.zeros_like(margins), torch.zeros_like(margins), margins)

@@ -25,7 +25,9 @@ class TrainedModule(L.LightningModule):
     gradient_norm: Tensor | None = None  # of the last update, before clipping; None where it is not computed
 
     def configure_callbacks(self) -> list[L.Callback]:
-        return [DivergenceCheck()]
+        """Also of a run in Python."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, DivergenceCheck) for callback in callbacks) else [DivergenceCheck()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.optimization.configure(self)
