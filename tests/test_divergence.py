@@ -173,7 +173,7 @@ def tune(folder: Path, llama: Path, rows: str, callbacks: list[L.Callback], ever
 
 @pytest.fixture
 def talks(write_jsonl: Callable[..., str]) -> str:
-    return write_jsonl([{"prompt": f"Is {i} even?", "response": "Yes."} for i in range(12)])
+    return write_jsonl([{"prompt": f"Is {i} even?", "response": "Yes."} for i in range(36)])  # three in a row
 
 
 @pytest.mark.parametrize("averaged", [False, True])
@@ -281,9 +281,9 @@ def test_a_policy_that_diverged_is_named_before_any_sampler_is_blamed(
 
             trainer.optimizers[0].register_step_post_hook(swell)
 
-    with pytest.raises(DivergedError, match="Training has diverged"):
-        fit(tmp_path, llama, write_jsonl(PROMPTS), [Swell(), HFExport()], {"dtype": "float16"}, {"val_prompts": 0},
-            max_epochs=2, limit_train_batches=1)  # fmt: skip
+    with pytest.raises(DivergedError, match="the log-probs of the policy are not finite"):
+        fit(tmp_path, llama, write_jsonl(PROMPTS), [Swell(), HFExport()], {"dtype": "float16"},
+            {"val_prompts": 0, "prompts_per_round": 4}, max_epochs=2)  # fmt: skip
     assert not (tmp_path / "model").exists()
 
 
