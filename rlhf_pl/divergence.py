@@ -38,15 +38,16 @@ def diverged(trainer: L.Trainer, what: str, update: int | None = None) -> Diverg
     rewards = f", look at the rewards (`rlhf-pl rounds {trainer.default_root_dir}`)" if has_eta else ""
     return DivergedError(
         f"Training has diverged: at update {update}, round (epoch) {max(1, epochs.started)}, {what}. Nothing of that "
-        f"is saved or exported. {_way_back(trainer.default_root_dir)}. Before that lower {lower}{rewards}, clip "
+        f"is saved or exported. {_way_back(trainer)}. Before that lower {lower}{rewards}, clip "
         "gradients (--trainer.gradient_clip_val 1), or take a wider dtype (--model.dtype float32, --trainer.precision "
         "bf16-mixed)."
     )
 
 
-def _way_back(run_dir: str) -> str:
-    files = list(progress_of_files(run_dir))
-    good = next(filter(_is_good, reversed(files)), None)
+def _way_back(trainer: L.Trainer) -> str:
+    progress = progress_of_files(trainer.default_root_dir)
+    files = list(progress)
+    good = next((file for file in reversed(files) if _is_good(trainer, file, progress[file].global_step)), None)
     if not files:
         return "No checkpoint was written before; the same command trains anew"
     if good is None:
@@ -58,9 +59,12 @@ def _way_back(run_dir: str) -> str:
     return f"Newer checkpoints hold such weights; the last good one is intact: go on from it with --ckpt_path {good}"
 
 
-def _is_good(file: Path) -> bool:
-    """Whether a checkpoint holds finite weights; one in parts is not looked into."""
-    return is_sharded_checkpoint(file) or (is_whole(file) and not first_not_finite(read_weights(file, "", {}).items()))
+def _is_good(trainer: L.Trainer, file: Path, step: int) -> bool:
+    """Whether a checkpoint holds finite weights; one in parts is taken to, unless the run has just begun from it."""
+    if is_sharded_checkpoint(file):
+        restored = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == file.resolve()
+        return not (restored and step == trainer.global_step)
+    return is_whole(file) and not first_not_finite(read_weights(file, "", {}).items())
 
 
 def refuse_diverged_weights(trainer: L.Trainer, module: L.LightningModule) -> None:
@@ -95,7 +99,8 @@ def _weights(module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
 def _buffers(module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in module.named_buffers():
         if tensor.is_floating_point() and not tensor.is_meta:
-            yield unwrapped_name(name), _own(tensor).clamp(min=-1)  # masks hold -inf
+            # masks hold -inf, and what keeps the best of something inf
+            yield unwrapped_name(name), _own(tensor).clamp(min=-1, max=None if tensor.dim() else 1)
 
 
 def _moments(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:

@@ -109,7 +109,7 @@ class DivergenceCheck(L.Callback):
         if trainer.world_size > 1:
             dist.all_reduce(self._signs, op=dist.ReduceOp.MAX)  # on GPUs in their stream: no rank waits here
         event = None
-        signs = self._signs.to("cpu", non_blocking=True)
+        signs = self._signs.to("cpu", non_blocking=self._signs.is_cuda)
         if self._signs.is_cuda:
             event = torch.cuda.Event()
             event.record()
