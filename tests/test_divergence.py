@@ -15,15 +15,26 @@ from lightning.pytorch.plugins import MixedPrecision
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from rlhf_pl import PairwiseLoss, RebelModule, RewardModelModule, SFTDataModule, SFTModule
+from rlhf_pl import (
+    PairwiseLoss,
+    PreferenceDataModule,
+    RebelLoss,
+    RebelModule,
+    RewardModelModule,
+    SFTDataModule,
+    SFTModule,
+)
 from rlhf_pl.__main__ import main
 from rlhf_pl.callbacks import EpochRun, HFExport, RoundCheckpoint
+from rlhf_pl.data.preferences import number_of
 from rlhf_pl.divergence import DivergedError
 from rlhf_pl.errors import InputError
 from rlhf_pl.finite import first_not_finite
 from rlhf_pl.optim import AdamW
 from rlhf_pl.policy import load_lm
 from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.rewards import RewardResult, Sample, ScoringConfig, as_reward
+from rlhf_pl.rewards.guard import guarded_scores
 from tests.conftest import save_llama
 from tests.integration.test_fit import PROMPTS, fit
 
@@ -137,6 +148,22 @@ def test_rewards_whose_margin_overflows_are_refused(
     assert not list(Path("run").rglob("*.ckpt"))
 
 
+def test_the_largest_reward_is_a_reward() -> None:
+    """With an eta of 1e6 the loss of the widest margin is (1e6 * 2e12)^2 = 4e36, below float32's 3.4e38."""
+    scores = {"1e12": True, "-1e12": True, "1.1e12": False, "-inf": False, "nan": False}
+    samples = [Sample("p", [{"role": "user", "content": "?"}], text) for text in scores]
+    found = guarded_scores(as_reward(_as_number), samples, ScoringConfig(retries=0, on_failure="drop"))
+    assert [isinstance(outcome, RewardResult) for outcome in found] == list(scores.values())
+    widest = RebelLoss(1e6)(torch.zeros(1), torch.zeros(1), torch.tensor([1e12]) - torch.tensor([-1e12]))
+    assert widest.item() == pytest.approx(4e36)
+    with pytest.raises(InputError, match=r"`margin` is '1.1e12'; expected a number of at most 1e[+]12"):
+        number_of({"margin": "1.1e12"}, "margin", 0.0)
+
+
+def _as_number(response: str) -> float:
+    return float(response)
+
+
 class PoisonAt(L.Callback):
     """Makes a weight NaN in the optimizer's step number `step` of a process."""
 
@@ -197,6 +224,27 @@ def test_weights_that_the_last_update_breaks_are_not_saved(
     assert all(t.isfinite().all() for t in load_file(tmp_path / "run/model/model.safetensors").values())
 
 
+def test_weights_that_are_not_finite_are_not_validated(
+    tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]
+) -> None:
+    """The calibration error of a reward model can't be told of scores that are NaN."""
+    rows = write_jsonl([{"prompt": f"Is {i} even?", "chosen": "Yes.", "rejected": "No."} for i in range(4)])
+    trainer = L.Trainer(
+        accelerator="cpu",
+        max_epochs=1,
+        default_root_dir=tmp_path,
+        logger=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        num_sanity_val_steps=0,
+        callbacks=[EpochRun(), RoundCheckpoint(), PoisonAt(1)],
+    )
+    data = PreferenceDataModule(rows, val_preferences=2, max_tokens=64, batch_size=2)
+    with pytest.raises(DivergedError, match=r"`classifier.model.model.layers.1.mlp.up_proj.weight`"):
+        trainer.fit(RewardModelModule(str(llama), optimizer=lambda p: AdamW(p, lr=1e-3)), datamodule=data)
+    assert "val/loss" not in trainer.callback_metrics
+
+
 def test_a_checkpoint_that_holds_nan_is_neither_trained_from_nor_exported(
     tmp_path: Path, llama: Path, talks: str
 ) -> None:
@@ -251,11 +299,11 @@ def test_the_norm_that_clipping_computes_counts(tmp_path: Path, llama: Path, wri
             {"val_prompts": 0}, max_epochs=1, gradient_clip_val=1.0)  # fmt: skip
 
 
-@pytest.mark.parametrize("scale", [2.0**16, 2.0**-63])
+@pytest.mark.parametrize("scale", [2.0**16, 2.0**-125])
 def test_a_scaler_may_meet_infinite_gradients_but_not_for_ever(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], scale: float
 ) -> None:
-    """In the first case update 3 overflows alone; in the second every one, and the scale falls below 2^-64."""
+    """In the first case update 3 overflows alone; in the second every one, and the scale falls below 2^-126."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
     settings: dict[str, Any] = {"data": {"val_prompts": 0}, "max_epochs": 1, "plugins": [plugin]}
     if scale < 1:

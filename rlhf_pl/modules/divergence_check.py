@@ -6,6 +6,7 @@ from typing import Any
 import lightning as L
 import torch
 import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -15,7 +16,7 @@ from rlhf_pl.modules.logging import is_update
 from rlhf_pl.ranks import ranks_of
 
 # of a gradient scaler, which begins at 2^16 and is halved whenever gradients overflow
-LEAST_SCALE = 2.0**-64
+LEAST_SCALE = 2.0**-126
 _SIGNS = (
     "the loss is not finite",
     "the norm of the gradients is not finite",
@@ -80,7 +81,9 @@ class DivergenceCheck(L.Callback):
             self._send(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._read_all(trainer)
+        """Metrics of what is not finite say nothing, and some fail on it."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._refuse(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Before the round counts as trained."""
