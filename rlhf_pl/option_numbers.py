@@ -4,6 +4,8 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from jsonargparse import Namespace
+
 from rlhf_pl.errors import InputError
 
 # where infinity means "no limit", as their docstrings say
@@ -39,7 +41,7 @@ def _floats(value: Any, name: str, is_theirs: bool) -> Iterator[tuple[str, float
     elif isinstance(value, list | tuple | set):
         for number, item in enumerate(value):
             yield from _floats(item, f"{name}[{number}]", is_theirs)
-    elif isinstance(value, Mapping) or type(value).__name__ == "Namespace":
+    elif isinstance(value, Mapping | Namespace):
         items = dict(value.items() if isinstance(value, Mapping) else vars(value))
         path = items.get("class_path")
         if isinstance(path, str):

@@ -18,7 +18,6 @@ from torch import Tensor
 from rlhf_pl import (
     PairwiseLoss,
     PreferenceDataModule,
-    RebelLoss,
     RebelModule,
     RewardModelModule,
     SFTDataModule,
@@ -26,15 +25,12 @@ from rlhf_pl import (
 )
 from rlhf_pl.__main__ import main
 from rlhf_pl.callbacks import EpochRun, HFExport, RoundCheckpoint
-from rlhf_pl.data.preferences import number_of
 from rlhf_pl.divergence import DivergedError
 from rlhf_pl.errors import InputError
 from rlhf_pl.finite import first_not_finite
 from rlhf_pl.optim import AdamW
 from rlhf_pl.policy import load_lm
 from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.rewards import RewardResult, Sample, ScoringConfig, as_reward
-from rlhf_pl.rewards.guard import guarded_scores
 from tests.conftest import save_llama
 from tests.integration.test_fit import PROMPTS, fit
 
@@ -146,22 +142,6 @@ def test_rewards_whose_margin_overflows_are_refused(
     assert "the rewards 1 (chosen) and 0 (rejected) of prompt_id 'row-" in error
     assert "8 of 8 pairs" in error
     assert not list(Path("run").rglob("*.ckpt"))
-
-
-def test_the_largest_reward_is_a_reward() -> None:
-    """With an eta of 1e6 the loss of the widest margin is (1e6 * 2e12)^2 = 4e36, below float32's 3.4e38."""
-    scores = {"1e12": True, "-1e12": True, "1.1e12": False, "-inf": False, "nan": False}
-    samples = [Sample("p", [{"role": "user", "content": "?"}], text) for text in scores]
-    found = guarded_scores(as_reward(_as_number), samples, ScoringConfig(retries=0, on_failure="drop"))
-    assert [isinstance(outcome, RewardResult) for outcome in found] == list(scores.values())
-    widest = RebelLoss(1e6)(torch.zeros(1), torch.zeros(1), torch.tensor([1e12]) - torch.tensor([-1e12]))
-    assert widest.item() == pytest.approx(4e36)
-    with pytest.raises(InputError, match=r"`margin` is '1.1e12'; expected a number of at most 1e[+]12"):
-        number_of({"margin": "1.1e12"}, "margin", 0.0)
-
-
-def _as_number(response: str) -> float:
-    return float(response)
 
 
 class PoisonAt(L.Callback):
