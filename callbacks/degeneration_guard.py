@@ -1,5 +1,6 @@
 """Watches for the ways in which online RLHF goes wrong quietly."""
 
+import math
 from typing import Any
 
 import lightning as L
@@ -28,11 +29,13 @@ class DegenerationGuard(L.Callback):
 
     Args:
         max_kl: `kl`: the KL between the policy and the one that generated the round, in nats per answer, above this:
-            KL(old || new) over all pairs of the round, or KL(new || old) over the held-out responses of the new policy.
+            KL(old || new) over all pairs of the round, or KL(new || old) over the held-out responses of the new policy;
+            `.inf` for no limit.
         min_distinct: `distinct`: of the runs of three tokens inside an answer, the share that is not a repetition
             (mean over the answers) below this: the policy loops.
         max_identical: `identical`: the share of answers that equal another answer to their prompt, above this.
-        max_length_ratio: `length`: the mean answer is so many times longer or shorter than in the first round.
+        max_length_ratio: `length`: the mean answer is so many times longer or shorter than in the first round; `.inf`
+            for no limit.
         min_pair_share: `pairs`: the share of prompts that give a usable pair, below this.
         min_reward_std: `reward_std`: the standard deviation of all rewards of a round, below this, in reward units.
         stop_on: Signs that stop the run instead, before it trains on such answers; `all` for any of them.
@@ -54,7 +57,7 @@ class DegenerationGuard(L.Callback):
             ("max_identical", 0 <= max_identical <= 1, "a share from 0 to 1"),
             ("max_length_ratio", max_length_ratio >= 1, "1 or more"),
             ("min_pair_share", 0 <= min_pair_share <= 1, "a share from 0 to 1"),
-            ("min_reward_std", min_reward_std >= 0, "0 or more"),
+            ("min_reward_std", 0 <= min_reward_std < math.inf, "0 or more, and finite"),
         ]
         for name, holds, rule in rules:
             if not holds:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 
 from rlhf_pl.data.progress import stopped_inside
 from rlhf_pl.disk import check_space, naming_a_full_disk
+from rlhf_pl.divergence import refuse_diverged_weights
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import Exportable, export_dtype
 from rlhf_pl.fingerprints import weights_fingerprint
@@ -90,6 +91,7 @@ class HFExport(L.Callback):
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
         with _averaged(trainer, pl_module):
+            refuse_diverged_weights(trainer, pl_module)
             self._write_present(trainer, pl_module, name)
 
     def _write_present(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:

@@ -21,7 +21,7 @@ from rlhf_pl.data.limits import (
 from rlhf_pl.data.progress import inside_round, leaves_inside, rounds_done, stopped_inside
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule
-from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.errors import InputError, at_least, finite
 from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import resident_gib
 from rlhf_pl.metrics import held_out_metrics, metric_names, round_metrics, sync_metrics, training_metrics
@@ -109,6 +109,7 @@ class RoundRefresh(L.Callback):
             prompts_per_shard=(prompts_per_shard, 1),
             logps_batch_tokens=(logps_batch_tokens, 1),
         )
+        finite("rollout", timeout_minutes=timeout_minutes)
         if timeout_minutes <= 0:
             raise InputError(f"`rollout.timeout_minutes` must be above 0, got {timeout_minutes}.")
         if sampling.num_responses < 2:

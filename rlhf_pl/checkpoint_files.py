@@ -83,6 +83,11 @@ class WeightFiles:
         """All weight files."""
         return [Path(self._file(name)) for name in self._names]
 
+    def file_of(self, name: str) -> str:
+        """The file that has the tensor of that name; empty if none has it under that name."""
+        files = self._where or dict.fromkeys(self.shapes, self._names[0])
+        return files.get(name, "")
+
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every tensor by its name in the files."""

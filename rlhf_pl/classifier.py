@@ -10,6 +10,7 @@ from rlhf_pl.checkpoint_files import WeightFiles, stored_config
 from rlhf_pl.classifier_head import empty_classifier, find_head
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
+from rlhf_pl.finite import refuse_not_finite
 from rlhf_pl.layout import Layout
 from rlhf_pl.policy import train_in_eval_mode, without_autocast, without_dropout, working_copy
 from rlhf_pl.policy_source import PolicySource
@@ -83,10 +84,12 @@ def new_classifier(
 
     try:
         model = load_classifier(source, None, dtype, attn_implementation)
-        forget_mean(model.config)
-        return model
     except InputError:
         files = WeightFiles(source)  # whose own error is clearer
+    else:
+        refuse_not_finite(model, source)
+        forget_mean(model.config)
+        return model
     config = without_dropout(source.config)
     config.num_labels = 1
     forget_mean(config)
@@ -111,6 +114,7 @@ def new_classifier(
             # small, so that training starts near equal scores (as in arXiv:2009.01325)
             std = (parameter.shape[-1] + 1) ** -0.5 if parameter.dim() > 1 else 0.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+    refuse_not_finite(model, source)
     return model.eval()
 
 

@@ -39,6 +39,8 @@ from rlhf_pl.lock import RunLock
 from rlhf_pl.memory import keep_freed_memory
 from rlhf_pl.mistakes import as_mistakes
 from rlhf_pl.modules import RebelModule
+from rlhf_pl.modules.divergence_check import DivergenceCheck
+from rlhf_pl.option_numbers import refuse_not_finite
 from rlhf_pl.provenance import StageSettings
 from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
 from rlhf_pl.round_settings import downstream_settings
@@ -129,7 +131,7 @@ class RlhfCLI(LightningCLI):
         if not isinstance(self.model, RebelModule) or isinstance(self.datamodule, OfflineDataModule):
             own, report = self._of_fixed_data(own), []
         # ours come first: what they log is there when EarlyStopping and the like look for it
-        return self._instantiate_trainer(config | kwargs | {"callbacks": [*own, *callbacks]}, report)
+        return self._instantiate_trainer(config | kwargs | {"callbacks": [DivergenceCheck(), *own, *callbacks]}, report)
 
     def _of_fixed_data(self, own: list[Callback]) -> list[Callback]:
         """The callbacks of a run that samples nothing: reward models, SFT, offline pairs, users' own modules."""
@@ -147,6 +149,7 @@ class RlhfCLI(LightningCLI):
         with as_mistakes("The command line can't be read"):
             super().parse_arguments(parser, args)
         take_secrets(self.config)
+        refuse_not_finite(self.config[self.config["subcommand"]])
 
     def _dump_config(self) -> None:
         """Lightning's makes modules' hyper-parameters from what the parser shows, which has no secrets."""

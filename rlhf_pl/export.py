@@ -12,6 +12,7 @@ import torch
 from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.disk import DiskFullError
 from rlhf_pl.errors import InputError
+from rlhf_pl.finite import first_not_finite
 from rlhf_pl.lora import LoRA, adapted_targets, adapter_targets, save_adapter
 from rlhf_pl.policy import RESCALING
 from rlhf_pl.policy_source import PolicySource
@@ -64,6 +65,11 @@ def export_folder(
     twin = _twin(model, source, target)
     dtype_of = _dtypes(twin, target)
     state = {n: t.detach().to("cpu", dtype_of(n, t), copy=True) for n, t in weights.stream()}
+    if name := first_not_finite(state.items()):
+        raise InputError(
+            f"`{name}` holds numbers that {str(target).removeprefix('torch.')} can't. Nothing is exported. Set "
+            "--export.dtype float32 (or bfloat16), and look whether the training has diverged."
+        )
     _tie(state, twin)
     _save(twin, source, tokenizer, state, folder)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.console import console
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, finite
 from rlhf_pl.lora_experts import (
     adapt_in_place_of_weight,
     adapts_parameter,
@@ -54,6 +54,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"`model.lora.rank` must be 1 or more, got {self.rank}.")
+        finite("model.lora", alpha=self.alpha)
         if not 0 <= self.dropout < 1:
             raise InputError(f"`model.lora.dropout` must be from 0 to below 1, got {self.dropout}.")
 

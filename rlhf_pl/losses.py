@@ -1,5 +1,6 @@
 """Losses on pairs: pure functions, and a small configurable class for each."""
 
+import math
 from abc import ABC, abstractmethod
 
 from torch import Tensor
@@ -24,12 +25,12 @@ def rebel_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, reward_marg
         Loss per pair, shape (B,), squared nats, not reduced.
 
     Raises:
-        ValueError: `eta` is not positive, or the shapes differ.
+        ValueError: `eta` is not positive and finite, or the shapes differ.
 
     Source: arXiv:2404.16767, Eq. 3, times eta**2.
     """
-    if eta <= 0:
-        raise ValueError(f"`eta` must be positive, got {eta}.")
+    if not 0 < eta < math.inf:
+        raise ValueError(f"`eta` must be positive and finite, got {eta}.")
     if not chosen_logratios.shape == rejected_logratios.shape == reward_margins.shape:
         shapes = [tuple(t.shape) for t in (chosen_logratios, rejected_logratios, reward_margins)]
         raise ValueError(f"Log-ratios and reward margins must have one shape (B,), got {shapes}.")
@@ -52,8 +53,8 @@ class RebelLoss(PairwiseLoss):
     """
 
     def __init__(self, eta: float = 1.0) -> None:
-        if eta <= 0:
-            raise InputError(f"`model.loss.eta` must be positive, got {eta}.")
+        if not 0 < eta < math.inf:
+            raise InputError(f"`model.loss.eta` must be positive and finite, got {eta}.")
         self.eta = eta
 
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:

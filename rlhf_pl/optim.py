@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, finite
 
 
 class AdamW(torch.optim.AdamW):
@@ -31,6 +31,7 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 1e-6,
         fused: bool | None = None,
     ) -> None:
+        finite("model.optimizer", lr=lr, eps=eps, weight_decay=weight_decay)
         groups = list(params)
         if fused is None:
             tensors = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]

@@ -4,7 +4,7 @@ import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import at_least
 
 Pair = tuple[int, int]
 
@@ -43,8 +43,7 @@ class BestWorst(PairSelector):
     """
 
     def __init__(self, min_margin: float = 0.0) -> None:
-        if min_margin < 0:
-            raise InputError(f"`min_margin` must be 0 or more, got {min_margin}.")
+        at_least("rollout.selector", min_margin=(min_margin, 0))
         self.min_margin = min_margin
 
     def __call__(

@@ -16,6 +16,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.footprint import DTYPE_BYTES, Kernels, activation_bytes, head_bytes, kv_bytes, model_size, reward_bytes
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.parser_errors import CommandParser
+from rlhf_pl.option_numbers import refuse_not_finite
 from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
 from rlhf_pl.rollout.vllm import MARGIN_BYTES
 from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
@@ -60,6 +61,7 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument("--generate_tokens_per_s", type=float, help="of an engine; default: 3000, on a CPU 200")
     parser.add_argument("--tflops", type=float, help="a device's in training, TFLOP/s; default: 150, on a CPU 0.05")
     own, rest = parser.parse_known_args(list(argv))
+    refuse_not_finite(vars(own))
     cli = _PlannedCLI(["fit", *rest])
     if not isinstance(cli.model, RebelModule) or not isinstance(cli.datamodule, RoundDataModule) or not cli.options:
         raise InputError("`rlhf-pl plan` is for REBEL in rounds: RebelModule, RoundDataModule and a `rollout.reward`.")

@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
+from rlhf_pl.finite import refuse_not_finite
 from rlhf_pl.gpu_head import available, gpu_logps
 from rlhf_pl.kernel_check import NoCopyError, once, small_copies
 from rlhf_pl.layout import Layout
@@ -230,6 +231,7 @@ def load_lm(
     arguments = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     if read_weights or quantized:
         lm = source.read("weights", AutoModelForCausalLM, config=config, **arguments, **quantized)
+        refuse_not_finite(lm, source)
     else:
         lm = meta_lm(config, source.trust_remote_code, **arguments).eval()
     if base_dtype is not None:

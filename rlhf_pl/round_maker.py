@@ -14,6 +14,7 @@ from rlhf_pl.console import Advance, phase
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.disk import check_space
+from rlhf_pl.divergence import diverged, refuse_diverged_weights
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.footprint import reward_bytes, trainer_bytes
@@ -27,7 +28,7 @@ from rlhf_pl.rollout.self_check import tolerance
 from rlhf_pl.rotary import describe_factors
 from rlhf_pl.round_settings import RoundOptions, downstream_settings, takes_noted_logps
 from rlhf_pl.rounds import ORDER, STAGES, DamagedStoreError, Round
-from rlhf_pl.rows import RowBatch
+from rlhf_pl.rows import RowBatch, Tree, lay_out
 from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy, steady
 from rlhf_pl.stages import generate, pair_logps, score, select
 from rlhf_pl.stages.logps import steps_by_length
@@ -84,6 +85,7 @@ class RoundMaker:
     def policy(self) -> PolicySnapshot:
         """The policy that trains, as it is now."""
         if self._present is None or self._present[0] != self.trainer.global_step:
+            refuse_diverged_weights(self.trainer, self.module)
             self._present = (self.trainer.global_step, present_policy(self.trainer, self.module))
         return self._present[1]
 
@@ -206,6 +208,7 @@ class RoundMaker:
         self, stored: Round, prompts: list[Prompt], sampling: SamplingConfig, policy: PolicySnapshot, name: str
     ) -> None:
         lost = stored.manifest["stages"].get("responses", {}).get("lost", [])
+        self._refuse_diverged(policy)
         with self.ranks.phase("handing weights to the sampler"):
             metrics = self.link.bring(
                 policy, self._engine(), self._check_prompts(), self._tolerance(), self._show, self.ranks
@@ -231,6 +234,12 @@ class RoundMaker:
                 stored.clear("rewards")
 
         self.ranks.first(void_what_was_made_of_others)
+
+    def _refuse_diverged(self, policy: PolicySnapshot) -> None:
+        """Finite weights may still be too large to give finite log-probs; no sampler is to blame for that."""
+        rows = lay_out([Tree(ids[:1], (ids[1:],)) for ids in self._check_prompts() if len(ids) > 1])
+        if not all(self.ranks.gather(bool(policy.logps(rows, 1.0).isfinite().all()))):
+            raise diverged(self.trainer, "the log-probs of the policy are not finite")
 
     def _pair_logps(self, stored: Round, policy: PolicySnapshot, what: str) -> None:
         if not stored.is_held_out:

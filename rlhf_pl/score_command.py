@@ -17,6 +17,7 @@ from rlhf_pl.data.preferences import Preferences, load_preferences
 from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
 from rlhf_pl.mistakes import as_mistakes
+from rlhf_pl.option_numbers import refuse_not_finite
 from rlhf_pl.pair_metrics import PairMetrics, longer_text, pair_metrics
 from rlhf_pl.parser_errors import exit_with_error
 from rlhf_pl.rewards import Reward, RewardResult, Sample, ScoringConfig, as_reward
@@ -84,6 +85,7 @@ def run(argv: Sequence[str]) -> int:
     with as_mistakes("The command line can't be read"):
         config = parser.parse_args(list(argv))
     learn_options(config)
+    refuse_not_finite(config)
     with as_mistakes("This reward can't be built"):
         given = parser.instantiate_classes(config)
     reward = as_reward(given.reward)

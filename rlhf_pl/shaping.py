@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import at_least, finite
 
 
 @dataclass(frozen=True)
@@ -32,9 +32,9 @@ class RewardShaping:
     normalize: Literal["none", "round", "prompt"] = "none"
 
     def __post_init__(self) -> None:
-        for name in ("missing_eos_penalty", "length_penalty", "length_free_tokens"):
-            if not getattr(self, name) >= 0:
-                raise InputError(f"`rollout.shaping.{name}` must be 0 or more, got {getattr(self, name)}.")
+        names = ("missing_eos_penalty", "length_penalty", "length_free_tokens")
+        at_least("rollout.shaping", **{name: (getattr(self, name), 0) for name in names})
+        finite("rollout.shaping", missing_eos_reward=self.missing_eos_reward)
 
     @property
     def penalties(self) -> list[str]:

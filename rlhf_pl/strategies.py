@@ -243,19 +243,25 @@ def compute_dtype(trainer: L.Trainer, dtype: str) -> str:
 
 def clip_gradients(
     module: L.LightningModule, optimizer: Any, clip_val: int | float | None, algorithm: str | None
-) -> None:
-    """For `configure_gradient_clipping`: FSDP's norm is that over all shards, which only its root knows."""
-    if isinstance(module.trainer.strategy, FSDPStrategy) and clip_val:
+) -> torch.Tensor | None:
+    """For `configure_gradient_clipping`: FSDP's norm is that over all shards, which only its root knows.
+
+    Returns:
+        The norm of the gradients before they were clipped, shape (); None where none is computed, or where a gradient
+        scaler leaves out updates whose norm is infinite.
+    """
+    if isinstance(module.trainer.strategy, FSDPStrategy) and clip_val and clip_val > 0:
         if algorithm not in (None, "norm"):
             raise InputError("`trainer.gradient_clip_algorithm`: under FSDPStrategy only `norm` is there.")
-        module.trainer.model.clip_grad_norm_(clip_val)  # type: ignore[union-attr,operator]
-        return
+        norm: torch.Tensor = module.trainer.model.clip_grad_norm_(clip_val)  # type: ignore[union-attr,operator]
+        return norm if getattr(module.trainer.precision_plugin, "scaler", None) is None else None
     precision: Any = module.trainer.precision_plugin
-    if clip_val and getattr(precision, "scaler", None) is None:
+    if clip_val and clip_val > 0 and getattr(precision, "scaler", None) is None:
         # Lightning refuses it for fused optimizers under any mixed precision; without a scaler there is no reason to
-        kind = GradClipAlgorithmType(algorithm or GradClipAlgorithmType.NORM)
-        Precision.clip_gradients(precision, optimizer, clip_val, kind)
-        return
+        if algorithm in (None, GradClipAlgorithmType.NORM):
+            return nn.utils.clip_grad_norm_(precision.main_params(optimizer), clip_val)
+        Precision.clip_gradients(precision, optimizer, clip_val, GradClipAlgorithmType(algorithm))
+        return None
     try:
         module.clip_gradients(optimizer, gradient_clip_val=clip_val, gradient_clip_algorithm=algorithm)
     except RuntimeError as error:
@@ -263,3 +269,4 @@ def clip_gradients(
             f"`trainer.gradient_clip_val` is {clip_val}, but {type(optimizer).__name__} unscales gradients by itself "
             "under 16-mixed. Set --model.optimizer.fused false, or take --trainer.precision bf16-mixed."
         ) from error
+    return None

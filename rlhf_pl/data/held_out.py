@@ -1,6 +1,7 @@
 """Which rows are held out."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -24,7 +25,7 @@ def split_groups(keys: Sequence[str], held_out: float, seed: int, option: str) -
     Raises:
         InputError: `held_out` is no share or number, or nothing would be left to train on.
     """
-    if not held_out >= 0 or (held_out >= 1 and held_out != int(held_out)):
+    if not 0 <= held_out < math.inf or (held_out >= 1 and held_out != int(held_out)):
         raise InputError(f"`{option}` must be a share below 1 or a whole number, got {held_out}.")
     wanted = round(held_out * len(keys)) if held_out < 1 else int(held_out)
     groups: dict[str, list[int]] = {}

@@ -10,13 +10,14 @@ from rlhf_pl.chat import Message, Tools, encode_conversation, encode_prompt, spo
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.held_out import split_groups
 from rlhf_pl.data.limits import is_over, limit_epoch, nothing_left
+from rlhf_pl.data.margins import refuse_overflow
 from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
 from rlhf_pl.data.progress import rounds_done, run_seed
 from rlhf_pl.data.reader import MessageReader
 from rlhf_pl.data.updates import PairsDataModule
-from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.errors import InputError, at_least, finite
 from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.run_date import keep_run_date, take_run_date
 from rlhf_pl.template import check_template_kwargs
@@ -121,6 +122,7 @@ class OfflineDataModule(PairsDataModule):
             max_tokens_per_batch=(max_tokens_per_batch, 1),
             num_workers=(num_workers, 0),
         )
+        finite("data", temperature=temperature)
         if not temperature > 0:
             raise InputError(f"`data.temperature` must be above 0, got {temperature}.")
         self.source, self.columns, self.split, self.system_prompt = pairs, columns, split, system_prompt
@@ -280,7 +282,9 @@ class OfflineDataModule(PairsDataModule):
     def _pairs(self, stored: Round) -> PairDataset:
         if not stored.is_complete("logps"):
             raise InputError(f"The log-probs of {stored.path} are missing: give the Trainer OfflineLogps().")
-        return PairDataset(stored.read("pairs"), stored.read("logps"), self.temperature)
+        pairs = PairDataset(stored.read("pairs"), stored.read("logps"), self.temperature)
+        refuse_overflow(self._trainer.lightning_module, pairs, "`data.pairs`")
+        return pairs
 
 
 def _column(ours: str, row: Row, names: Mapping[str, str]) -> str:

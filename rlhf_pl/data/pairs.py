@@ -73,14 +73,15 @@ class PairDataset(Dataset):
         if len(pairs) != len(logps):
             raise ValueError(f"{len(pairs)} pairs but {len(logps)} rows of log-probs.")
         self.temperature = temperature
+        self.prompt_ids = pairs["prompt_id"]
         self._tokens = {name: pairs[name].combine_chunks() for name in ("prompt_tokens", *_TOKENS)}
-        self._rewards = _both(pairs, "chosen_reward", "rejected_reward")
-        self._old = _both(logps, "chosen_old_logp", "rejected_old_logp")
+        self.rewards = _both(pairs, "chosen_reward", "rejected_reward")
+        self.old_logps = _both(logps, "chosen_old_logp", "rejected_old_logp")
         reference = ("chosen_reference_logp", "rejected_reference_logp")
-        self._reference = _both(logps, *reference) if reference[0] in logps.column_names else None
+        self.reference_logps = _both(logps, *reference) if reference[0] in logps.column_names else None
 
     def __len__(self) -> int:
-        return self._rewards.shape[1]
+        return self.rewards.shape[1]
 
     def tree(self, index: int) -> Tree:
         """The prompt of a pair with its chosen and its rejected answer."""
@@ -95,8 +96,8 @@ class PairDataset(Dataset):
         """The pairs at `indices`."""
         rows = lay_out([self.tree(i) for i in indices])
         index = torch.as_tensor(list(indices))
-        reference = None if self._reference is None else self._reference[:, index]
-        return PairBatch(rows, self._rewards[:, index], self._old[:, index], reference, self.temperature, weight)
+        reference = None if self.reference_logps is None else self.reference_logps[:, index]
+        return PairBatch(rows, self.rewards[:, index], self.old_logps[:, index], reference, self.temperature, weight)
 
     def __getitems__(self, request: tuple[list[int], float]) -> PairBatch | None:
         indices, weight = request

@@ -9,7 +9,7 @@ from typing import Any, Literal
 from rlhf_pl.chat import Message, Tools, is_empty, message_problem, message_text, same_response, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.reader import MessageReader, joined
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import LARGEST_REWARD, InputError
 
 COLUMNS = ("prompt", "chosen", "rejected", "label", "margin", "tools")
 
@@ -182,16 +182,16 @@ def _label(row: Row, column: str) -> float:
 
 
 def number_of(row: Row, column: str, default: float) -> float:
-    """A finite number in a column; `default` where it is empty."""
+    """A number in a column, finite and of at most `LARGEST_REWARD` in size; `default` where it is empty."""
     value = row.get(column)
     if value is None or value == "":
         return default
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
-    if not math.isfinite(number):
-        raise InputError(f"`{column}` is {value!r}; expected a number")
+    if not abs(number) <= LARGEST_REWARD:
+        raise InputError(f"`{column}` is {value!r}; expected a number of at most {LARGEST_REWARD:g} in size")
     return number
 
 

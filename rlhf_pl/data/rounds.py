@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from rlhf_pl.data.limits import is_over, nothing_left
+from rlhf_pl.data.margins import refuse_overflow
 from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.progress import inside_round, rounds_done, run_seed
@@ -221,7 +222,10 @@ class RoundDataModule(PairsDataModule):
         if not stored.is_complete("logps"):
             return None
         temperature = stored.info("responses")["sampling"]["temperature"]
-        return PairDataset(stored.read("pairs"), stored.read("logps"), temperature)
+        pairs = PairDataset(stored.read("pairs"), stored.read("logps"), temperature)
+        scored_by = stored.manifest["stages"].get("rewards", {}).get("reward", "")
+        refuse_overflow(self._trainer.lightning_module, pairs, f"Reward `{scored_by}`")
+        return pairs
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return None if batch is None else batch.to(device)  # None: a round without usable pairs

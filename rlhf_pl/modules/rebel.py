@@ -9,7 +9,7 @@ from torch import Tensor
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.pairs import PairBatch
 from rlhf_pl.data.progress import run_seed
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.lora import LoRA, adapter_targets, add_lora, base_dtype, check_lora, noted, without_adapters
@@ -90,8 +90,7 @@ class RebelModule(TrainedModule):
         trust_remote_code: bool = False,
     ) -> None:
         super().__init__()
-        if kl_coef < 0:
-            raise InputError(f"`model.kl_coef` must be 0 or more, got {kl_coef}.")
+        at_least("model", kl_coef=(kl_coef, 0))
         if reference is not None and kl_coef == 0:
             raise InputError(
                 f"`model.reference` is {reference!r} but `model.kl_coef` is 0, so it would have no effect."
@@ -245,14 +244,7 @@ class RebelModule(TrainedModule):
         rows = batch.rows
         logps = rows.totals(self(**rows.inputs(), temperature=batch.temperature)).view(-1, 2).T
         logratios = logps - batch.old_logps
-        rewards = batch.rewards
-        if self.kl_coef > 0:
-            if batch.reference_logps is None:
-                raise InputError(
-                    f"`model.kl_coef` is {self.kl_coef}, but this round was prepared without reference log-probs."
-                )
-            rewards = rewards - self.kl_coef * (batch.old_logps - batch.reference_logps)
-        margins = rewards[0] - rewards[1]
+        margins = self.margins(batch.rewards, batch.old_logps, batch.reference_logps)
         losses = self.loss(logratios[0], logratios[1], margins)
         detached = logratios.detach()
         ratios = detached.expm1()  # about 1, so that variances as small as rounding's are not lost in it
@@ -267,6 +259,16 @@ class RebelModule(TrainedModule):
             "sign_align": ((detached[0] - detached[1]).sign() == margins.sign()).float(),
         }
         return losses, parts, detached
+
+    def margins(self, rewards: Tensor, old_logps: Tensor, reference_logps: Tensor | None) -> Tensor:
+        """Of each pair the reward margin that the loss gets, KL penalty included, shape (B,); the others are (2, B)."""
+        if self.kl_coef > 0:
+            if reference_logps is None:
+                raise InputError(
+                    f"`model.kl_coef` is {self.kl_coef}, but this round was prepared without reference log-probs."
+                )
+            rewards = rewards - self.kl_coef * (old_logps - reference_logps)
+        return rewards[0] - rewards[1]
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(with_variance(self.val_means.take("val", ranks_of(self.trainer)), "val/ratio"))

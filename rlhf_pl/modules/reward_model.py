@@ -14,7 +14,7 @@ from rlhf_pl.classifier_head import check_new_classifier, empty_classifier, has_
 from rlhf_pl.compute import compute_of
 from rlhf_pl.data.preference_module import PreferenceBatch
 from rlhf_pl.data.progress import run_seed
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.export import check_weights, export_folder, try_export
 from rlhf_pl.liger import apply_liger
 from rlhf_pl.lora import LoRA, adapter_targets, add_lora, check_lora
@@ -84,8 +84,7 @@ class RewardModelModule(TrainedModule):
         score_at: ScoreAt | None = None,
     ) -> None:
         super().__init__()
-        if centering < 0:
-            raise InputError(f"`model.centering` must be 0 or more, got {centering}.")
+        at_least("model", centering=(centering, 0))
         if lora is not None and lora.base_dtype is not None:
             raise InputError("`model.lora.base_dtype`: reward models train on a base in `model.dtype`. Set it to null.")
         check_lora(lora)

@@ -6,9 +6,11 @@ from typing import Any, ClassVar
 
 import lightning as L
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor
 
 from rlhf_pl.data.progress import stopped_inside
 from rlhf_pl.data.split import adapt_split, note_split
+from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.optimization import Optimization
 from rlhf_pl.strategies import clip_gradients
 
@@ -20,13 +22,20 @@ class TrainedModule(L.LightningModule):
     train_metrics: ClassVar[tuple[str, ...]] = ()  # logged with every update
     val_metrics: ClassVar[tuple[str, ...]] = ()  # logged with every validation on held-out rows
 
+    gradient_norm: Tensor | None = None  # of the last update, before clipping; None where it is not computed
+
+    def configure_callbacks(self) -> list[L.Callback]:
+        """Also of a run in Python."""
+        callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        return [] if any(isinstance(callback, DivergenceCheck) for callback in callbacks) else [DivergenceCheck()]
+
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.optimization.configure(self)
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        self.gradient_norm = clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_start(self) -> None:
         self.optimization.on_train_start(self.trainer)

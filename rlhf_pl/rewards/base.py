@@ -61,7 +61,7 @@ class RewardResult:
     """A score.
 
     Args:
-        reward: The number that training goes by.
+        reward: The number that training goes by; finite, and of at most 1e12 in size.
         components: Named parts of it, for the logs.
         truncated_tokens: Tokens that a reward model did not get to see because the conversation was too long for it.
     """

@@ -13,6 +13,7 @@ from rlhf_pl.classifier_head import find_head
 from rlhf_pl.compute import Compute
 from rlhf_pl.devices import fast_dtype
 from rlhf_pl.fingerprints import describe
+from rlhf_pl.finite import refuse_not_finite
 from rlhf_pl.layout import Layout
 from rlhf_pl.liger import apply_liger
 from rlhf_pl.policy_source import PolicySource
@@ -149,6 +150,7 @@ class ClassifierReward(Reward):
         name = fast_dtype(self.dtype, self._local.device.type)
         dtype = None if name is None else getattr(torch, name)
         model = load_classifier(self.source, self.weights, dtype, self.attn_implementation)
+        refuse_not_finite(model, self.weights)
         compute = Compute(self._local.device)
         apply_liger(model, compute, self.use_liger_kernel, self.source.option)
         return ClassifierLM(model, compute)

@@ -4,7 +4,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, finite
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.function import FunctionReward
 
@@ -41,6 +41,8 @@ class CombinedReward(Reward):
     def __init__(self, rewards: list[WeightedReward]) -> None:
         if not rewards:
             raise InputError("`rollout.reward.rewards` is empty; name at least one reward.")
+        for part in rewards:
+            finite("rollout.reward.rewards", weight=part.weight)
         self.parts = [as_reward(part.reward) for part in rewards]
         self.weights = [float(part.weight) for part in rewards]
         self.names = [part.name or _short_name(reward.name) for part, reward in zip(rewards, self.parts, strict=True)]

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import LARGEST_REWARD, InputError
 from rlhf_pl.rewards.base import MAX_NAME, Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.combine import CombinedReward
 from rlhf_pl.terminal import summary
@@ -50,8 +50,8 @@ class ScoringConfig:
             (
                 "on_failure",
                 self.on_failure in ("error", "drop")
-                or (not isinstance(self.on_failure, str) and math.isfinite(self.on_failure)),
-                "`error`, `drop` or a finite number",
+                or (not isinstance(self.on_failure, str) and abs(self.on_failure) <= LARGEST_REWARD),
+                f"`error`, `drop` or a number of at most {LARGEST_REWARD:g} in size",
             ),
         ]
         for name, holds, rule in rules:
@@ -226,9 +226,10 @@ def _finite(result: Any) -> Outcome:
     except (TypeError, ValueError) as error:
         return Failure("exception", f"returned {result!r}, which is no number ({error}).")
     for name, value in (("", reward), *components.items()):
-        if not math.isfinite(value):
+        if not abs(value) <= LARGEST_REWARD:
             which = f" as component `{name}`" if name else ""
-            return Failure("not_finite", f"returned {value}{which}. Every score must be a finite number.")
+            rule = f"Every score must be a finite number, of at most {LARGEST_REWARD:g} in size."
+            return Failure("not_finite", f"returned {value}{which}. {rule}")
     return RewardResult(reward, components, int(getattr(result, "truncated_tokens", 0)))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pl.chat import spoken
-from rlhf_pl.errors import InputError
+from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError
 from rlhf_pl.secrets import redact
@@ -35,6 +35,7 @@ class _Judge:
         if max_tokens < 1:
             raise InputError(f"`rollout.reward.max_tokens` must be 1 or more, got {max_tokens}.")
         self.service, self.model, self.rubric = service, model, _text_or_file(rubric)
+        at_least("rollout.reward", temperature=(temperature, 0))
         self.response_format, self.max_tokens, self.temperature = response_format, max_tokens, temperature
 
     def request(self, task: str, schema: dict[str, Any]) -> dict[str, Any]:

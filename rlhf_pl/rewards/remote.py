@@ -6,7 +6,7 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.errors import InputError, at_least, finite
 from rlhf_pl.rewards.base import Failure
 from rlhf_pl.secrets import check_environment_key, environment_key, redact, register_url
 
@@ -47,6 +47,7 @@ class Service:
         if not url.startswith(("http://", "https://")):
             raise InputError(f"`{option}` must begin with http:// or https://, got {url!r}.")
         at_least("rollout.reward", concurrency=(concurrency, 1), retries=(retries, 0), backoff_s=(backoff_s, 0))
+        finite("rollout.reward", timeout_s=timeout_s)
         if not timeout_s > 0:
             raise InputError(f"`rollout.reward.timeout_s` must be above 0 seconds, got {timeout_s}.")
         self.url, self.timeout_s, self.retries, self.backoff_s = url, timeout_s, retries, backoff_s

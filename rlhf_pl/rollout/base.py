@@ -1,5 +1,6 @@
 """What a sampler takes and gives."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         rules = [
             ("num_responses", self.num_responses >= 1, "1 or more"),
-            ("temperature", self.temperature >= 0, "0 or more"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more, and finite"),
             ("top_p", 0 < self.top_p <= 1, "above 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (off) or more"),
             ("min_p", 0 <= self.min_p < 1, "from 0 to below 1"),

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.errors import InputError, at_least, finite
 from rlhf_pl.exposure import warn_of_open_servers
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
@@ -75,6 +75,7 @@ class VLLMServerSampler(Sampler):
                 f"{wrong[0] if wrong else urls!r}."
             )
         at_least("rollout.sampler", concurrency=(concurrency, 1), retries=(retries, 0), backoff_s=(backoff_s, 0))
+        finite("rollout.sampler", timeout_s=timeout_s)
         if not timeout_s > 0:
             raise InputError(f"`rollout.sampler.timeout_s` must be above 0 seconds, got {timeout_s}.")
         self.urls, self.dtype, self.transport, self.address = [u.rstrip("/") for u in urls], dtype, transport, address

@@ -60,3 +60,49 @@ def test_every_module_trains_on_shards_as_on_one_process(tmp_path: Path) -> None
 
 def _epoch(log: Path) -> str:
     return next(line for line in log.read_text().splitlines() if line.startswith("epoch 1:"))
+
+
+LOSS = """
+import math, os
+from rlhf_pl import PairwiseLoss
+class InfiniteOnOneRank(PairwiseLoss):
+    calls = 0
+    def __call__(self, chosen, rejected, margins):
+        losses = (chosen - rejected - margins) ** 2
+        if losses.requires_grad and os.environ.get("RANK") == "1":
+            self.calls += 1
+            if self.calls == 3:
+                return losses + math.inf  # whose gradient is finite: no other rank sees it
+        return losses
+"""
+
+
+@pytest.mark.slow
+def test_all_ranks_end_where_one_has_diverged(tmp_path: Path) -> None:
+    """By the loss of one rank in the middle of an update, and by the weights that a single update has thrown away."""
+    model = save_llama(tmp_path / "llama")
+    row = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No.", "chosen_reward": 1.0, "rejected_reward": 0.0}
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"prompt": f"Is {i}?"}) + "\n" for i in range(16)))
+    (tmp_path / "strange.py").write_text(LOSS)
+    kinds = {
+        "loss": ("--model.loss strange.InfiniteOnOneRank", "the loss is not finite"),
+        "weights": ("--model.optimizer.lr 1e6 --trainer.max_steps 1", "holds numbers that are not finite, or beyond"),
+    }
+    shared = f"--model.policy {model} --data OfflineDataModule --data.pairs {tmp_path}/rows.jsonl --data.batch_size 1 "
+    shared += "--trainer.accelerator cpu --trainer.max_epochs 1 --trainer.accumulate_grad_batches 2 --trainer.devices 2"
+    runs = [
+        {
+            "dir": str(tmp_path / f"{kind}-{strategy}"),
+            "ranks": 2,
+            "arguments": [*shared.split(), *options.split(), "--trainer.strategy", strategy],
+        }
+        for kind, (options, _) in kinds.items()
+        for strategy in STRATEGIES
+    ]
+    for run, outcome in zip(runs, outcomes(tmp_path, {"arguments": ["fit"]}, runs), strict=True):
+        log = Path(f"{run['dir']}.log").read_text()
+        assert set(outcome["every"]) == {1}, log
+        assert log.count("error: ") == 1, log
+        assert kinds[Path(str(run["dir"])).name.partition("-")[0]][1] in log
+        assert not (Path(str(run["dir"])) / "model").exists()
+        assert not list(Path(str(run["dir"])).rglob("*.ckpt"))

@@ -1,0 +1,155 @@
+"""Ends a run whose loss, gradient norm or weights are not finite, before anything is saved of it."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from rlhf_pl.divergence import diverged, refuse_diverged_moments, refuse_diverged_weights
+from rlhf_pl.finite import first_not_finite
+from rlhf_pl.modules.logging import is_update
+from rlhf_pl.ranks import ranks_of
+
+# of a gradient scaler, which begins at 2^16 and is halved whenever gradients overflow
+LEAST_SCALE = 2.0**-126
+_SIGNS = (
+    "the loss is not finite",
+    "the norm of the gradients is not finite",
+    "gradients are not finite at any scale, so every update is left out",
+)
+
+
+class DivergenceCheck(L.Callback):
+    """Ends a run that has diverged with the last good checkpoint intact. Every run has it.
+
+    Looked at are the loss of every micro-batch and, where clipping computes it, the norm of the gradients: their signs
+    are gathered on the device and read one update later, so that nothing waits for a GPU. Infinite gradients under
+    16-mixed are normal, as long as the scaler finds a scale for them. The weights, and what the optimizer keeps of
+    each, are looked at once before anything is saved.
+    """
+
+    def __init__(self) -> None:
+        self._signs: Tensor | None = None  # of the update in progress, on the device: 1 for each of `_SIGNS` seen
+        self._sent: tuple[int, Tensor, Any] | None = None  # (update, signs on the host, when they have come there)
+        self._checked = -1  # the update after which weights were found finite
+        self._update = 0
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Come first, so that no other callback uses what is not finite; and be asked before whatever is saved."""
+        run: Any = trainer
+        run.callbacks = [self, *(callback for callback in run.callbacks if callback is not self)]
+        if stage == "fit":
+            vars(run.strategy).pop("save_checkpoint", None)  # of a fit that has failed
+            save = run.strategy.save_checkpoint
+
+            def checked(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
+                self._refuse(trainer, pl_module)
+                _refuse_averages(trainer, checkpoint)
+                save(checkpoint, *args, **kwargs)
+
+            run.strategy.save_checkpoint = checked
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        vars(trainer.strategy).pop("save_checkpoint", None)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What a checkpoint has brought, too."""
+        self._signs, self._sent, self._checked = None, None, -1
+        self._refuse(trainer, pl_module)
+
+    def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, idx: int) -> None:
+        self._update = trainer.global_step + 1
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
+        if not isinstance(loss, Tensor):  # no batch, or what a module of others returns
+            return
+        update_ends = is_update(trainer, batch_idx)
+        norm = getattr(pl_module, "gradient_norm", None) if update_ends else None
+        scale = getattr(getattr(trainer.precision_plugin, "scaler", None), "_scale", None)
+        seen = torch.stack([_not_finite(loss), _not_finite(norm, loss), _vanished(scale, loss)])
+        self._signs = seen if self._signs is None else torch.maximum(self._signs, seen)
+        if update_ends:
+            self._read(trainer)
+            self._send(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Metrics of what is not finite say nothing, and some fail on it."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._refuse(trainer, pl_module)
+
+    def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Before the round counts as trained."""
+        self._refuse(trainer, pl_module)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._refuse(trainer, pl_module)
+
+    def _refuse(self, trainer: L.Trainer, module: L.LightningModule) -> None:
+        """Raise if anything up to the present update is not finite; all ranks call it together."""
+        self._read_all(trainer)
+        if self._checked != trainer.global_step:
+            refuse_diverged_weights(trainer, module)
+            refuse_diverged_moments(trainer, module)
+            self._checked = trainer.global_step
+
+    def _read_all(self, trainer: L.Trainer) -> None:
+        self._read(trainer)
+        if self._signs is not None:
+            self._send(trainer)
+        self._read(trainer)
+
+    def _send(self, trainer: L.Trainer) -> None:
+        """Start the signs of an update, of all ranks, on their way to the host."""
+        assert self._signs is not None
+        if trainer.world_size > 1:
+            dist.all_reduce(self._signs, op=dist.ReduceOp.MAX)  # on GPUs in their stream: no rank waits here
+        event = None
+        signs = self._signs.to("cpu", non_blocking=self._signs.is_cuda)
+        if self._signs.is_cuda:
+            event = torch.cuda.Event()
+            event.record()
+        self._sent, self._signs = (self._update, signs, event), None
+
+    def _read(self, trainer: L.Trainer) -> None:
+        sent, self._sent = self._sent, None
+        if sent is None:
+            return
+        update, signs, event = sent
+        if event is not None:
+            event.synchronize()
+        seen = [text for text, sign in zip(_SIGNS, signs.tolist(), strict=True) if sign]
+        if seen:
+            raise diverged(trainer, seen[0], update)
+
+
+def _not_finite(value: Any, like: Tensor | None = None) -> Tensor:
+    """1 for a tensor that holds what is not finite, 0 for None; shape (), on its device."""
+    if value is None:
+        assert like is not None
+        return torch.zeros((), device=like.device)
+    value = value.full_tensor() if isinstance(value, DTensor) else value
+    found = (~value.detach().isfinite()).any().float()
+    return found if like is None else found.to(like.device, non_blocking=True)
+
+
+def _vanished(scale: Tensor | None, like: Tensor) -> Tensor:
+    """1 for the scale of a gradient scaler that has found none at which gradients are finite."""
+    if scale is None:
+        return torch.zeros((), device=like.device)
+    return (scale < LEAST_SCALE).float().reshape(()).to(like.device, non_blocking=True)
+
+
+def _refuse_averages(trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> None:
+    """Of a checkpoint of Lightning's WeightAveraging, whose `state_dict` holds the averages."""
+    if "current_model_state" in checkpoint:
+        name = first_not_finite(checkpoint["state_dict"].items())
+        if what := next(filter(None, ranks_of(trainer).gather(name)), ""):
+            raise diverged(trainer, f"the averaged weights `{what}` are not finite")
