@@ -15,8 +15,8 @@ from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
 from rlhf_pl.footprint import DTYPE_BYTES, Kernels, activation_bytes, head_bytes, kv_bytes, model_size, reward_bytes
 from rlhf_pl.modules import RebelModule
-from rlhf_pl.parser_errors import CommandParser
 from rlhf_pl.option_numbers import refuse_not_finite
+from rlhf_pl.parser_errors import CommandParser
 from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
 from rlhf_pl.rollout.vllm import MARGIN_BYTES
 from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
