@@ -175,6 +175,7 @@ class RlhfCLI(LightningCLI):
         for callback in callbacks:
             if isinstance(callback, RunConfig):
                 callback.resume_point, callback.progress = point, progress
+        self.rounds.progress = progress
         arguments["ckpt_path"] = None if point.checkpoint is None else str(point.checkpoint)
         adopt_loggers(self.trainer)
         if point.checkpoint is not None:

@@ -258,7 +258,8 @@ class RoundMaker:
             raise DamagedStoreError(
                 f"{stored.path} can't be made whole: the policy that answered there (update "
                 f"{made_by['policy_step']}) is neither the starting model nor in a checkpoint. If the round was "
-                "trained on, the run does not need it any more: move that folder away, and give the same command again."
+                "trained on, the run does not need it any more: move that folder away, and give the same command with "
+                "--repair."
             )
         return found
 
