@@ -14,7 +14,9 @@ import pyarrow.parquet as pq
 
 from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
+from rlhf_pl.journal import cut_journal, is_whole_journal
 from rlhf_pl.store_files import (
+    JOURNAL,
     SHARD,
     DamagedStoreError,
     checksum,
@@ -225,6 +227,8 @@ class Round:
             wanted = {*info.get("shards", []), *info.get("lost", [])}
             files += [self.path / stage / name for name in info.get("lost", [])]
             bad += sorted({f for f in files if (os.path.lexists(f) or f.name in wanted) and not is_whole_shard(f)})
+        if not manifest["stages"].get("rewards", {}).get("complete"):
+            bad += [file for file in sorted((self.path / "rewards").glob("_*.journal")) if not is_whole_journal(file)]
         there = any(self._by_name(stage) for stage in STAGES)
         if not os.path.lexists(self.path / "manifest.json") and there:
             bad.insert(0, self.path / "manifest.json")
@@ -234,11 +238,14 @@ class Round:
         """Forget one damaged file, so that it is made again; its neighbours stay. The manifest comes from its copy."""
         if file.is_dir() and not file.is_symlink():
             set_aside(self.run_dir, file)
+        elif JOURNAL.fullmatch(file.name):
+            cut_journal(file)
         else:
             file.unlink(missing_ok=True)
         if file.name == "manifest.json":
             if (copy := self._copy()) is not None:
                 self._write_manifest(copy)
+        if not SHARD.fullmatch(file.name):
             return
         manifest = self.manifest
         stage = manifest["stages"].get(file.parent.name)
