@@ -242,9 +242,8 @@ class Round:
             cut_journal(file)
         else:
             file.unlink(missing_ok=True)
-        if file.name == "manifest.json":
-            if (copy := self._copy()) is not None:
-                self._write_manifest(copy)
+        if file.name == "manifest.json" and (copy := self._copy()) is not None:
+            self._write_manifest(copy)
         if not SHARD.fullmatch(file.name):
             return
         manifest = self.manifest
