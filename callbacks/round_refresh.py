@@ -152,6 +152,8 @@ class RoundRefresh(L.Callback):
         trainer.num_sanity_val_steps = 0
         take_limits(trainer)
         if options is None:
+            problems = find_problems(data.store, held_out=False)
+            problems.refuse("Put the files right: what was prepared elsewhere can't be made here.")
             return
         if not isinstance(pl_module, RebelModule):
             raise InputError(f"RoundRefresh works with RebelModule, got {type(pl_module).__name__}.")
@@ -247,7 +249,7 @@ class RoundRefresh(L.Callback):
             self._announced = index
         maker.check_space(index)
         self._evaluate(trainer, index)
-        if data.val_prompts and maker.options.val_sampling.num_responses > 1 and data.max_val_pairs > 0:
+        if maker.pairs_held_out:
             maker.pair_held_out(index)
         stored = maker.make(index)
         if self._logged_round != index:  # after a resume Lightning asks for the loader twice

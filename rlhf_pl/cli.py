@@ -137,6 +137,8 @@ class RlhfCLI(LightningCLI):
                 "trains on fixed data: nothing is scored. Leave it out, or train a RebelModule on a RoundDataModule."
             )
         offline = [OfflineLogps()] if isinstance(self.datamodule, OfflineDataModule) else []
+        for callback in offline:
+            callback.repair = self.rounds.repair
         kinds = (RoundCheckpoint, HFExport) if isinstance(self.model, Exportable) else (RoundCheckpoint,)
         kept: list[Callback] = [callback for callback in own if isinstance(callback, kinds)]
         return [EpochRun(), *offline, *kept] if hasattr(self.model, "describe_epoch") else kept

@@ -64,7 +64,8 @@ def _replace(maker: RoundMaker, stored: Round) -> None:
     needed = not stored.is_held_out and int(stored.path.name) >= rounds_done(maker.trainer)
     try:
         if _stamp_anew(maker, stored):
-            maker.fill(stored, partial(maker.past_policy, stored), "pairs", pairs=not stored.is_held_out)
+            pairs = not stored.is_held_out or maker.pairs_held_out
+            maker.fill(stored, partial(maker.past_policy, stored), "pairs", pairs=pairs)
             return
         reason = "nothing tells which policy answered there."
     except DamagedStoreError as error:

@@ -5,11 +5,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_pl.rounds import STAGES, DamagedStoreError, Round, RoundStore
+from rlhf_pl.rounds import STAGES, STORE, DamagedStoreError, Round, RoundStore
 from rlhf_pl.store_files import JOURNAL, NOTE, entries, read_checked
 
 FOLDERS = ("rounds", "heldout")
 MAX_LISTED = 10
+REPAIR = (
+    "Give the same command with --repair: it moves what is not of this run into the folder set_aside, and makes again "
+    "what is damaged or missing. Or put the files right yourself."
+)
 
 
 @dataclass(frozen=True)
@@ -37,7 +41,7 @@ class Problems:
             *(f"missing: {stored.path}" for stored in self.missing),
         ]
 
-    def refuse(self) -> None:
+    def refuse(self, way_out: str = REPAIR) -> None:
         """Raise where there is anything.
 
         Raises:
@@ -48,11 +52,7 @@ class Problems:
         lines = self.lines()
         more = f"\n  and {len(lines) - MAX_LISTED} more" if len(lines) > MAX_LISTED else ""
         listed = "\n".join(f"  {line}" for line in lines[:MAX_LISTED])
-        raise DamagedStoreError(
-            f"The round store is damaged:\n{listed}{more}\nGive the same command with --repair: it moves what is not "
-            "of this run into the folder set_aside, and makes again what is damaged or missing. Or put the files right "
-            "yourself."
-        )
+        raise DamagedStoreError(f"The round store is damaged:\n{listed}{more}\n{way_out}")
 
 
 def find_problems(store: RoundStore, rounds_done: int | None = None, held_out: bool = True) -> Problems:
@@ -61,14 +61,15 @@ def find_problems(store: RoundStore, rounds_done: int | None = None, held_out: b
     Args:
         store: Of a run directory.
         rounds_done: Rounds whose training was begun, as the checkpoint to go on from says; None where there is none:
-            then the newest round that was trained on tells.
+            then the newest evaluation and round that was trained on tell.
         held_out: Whether evaluations are wanted.
     """
     run = store.run
     foreign = [stored.path for stored in store.everything() if _is_foreign(stored, run)]
     own = [stored for stored in store.everything() if stored.path not in foreign]
     if rounds_done is None:
-        rounds_done = 1 + max((_index(s) for s in own if not s.is_held_out and _is_trained_on(s)), default=-1)
+        reached = [_index(s) if s.is_held_out else _index(s) + 1 for s in own if s.is_held_out or _is_trained_on(s)]
+        rounds_done = max(reached, default=0)
     extra = _beyond(own, rounds_done)
     own = [stored for stored in own if stored.path not in extra]
     strangers = [*_unknown_in(store), *foreign, *extra, *(path for stored in own for path in strangers_in(stored))]
@@ -109,6 +110,7 @@ def _unknown_in(store: RoundStore) -> list[Path]:
     known = {stored.path for stored in store.everything()}
     folders = [store.run_dir / name for name in FOLDERS]
     instead = [folder for folder in folders if os.path.lexists(folder) and not folder.is_dir()]
+    instead += [file for file in [store.run_dir / STORE] if file.is_dir()]
     return [*instead, *(path for folder in folders for path in entries(folder) if path not in known)]
 
 
