@@ -14,13 +14,15 @@ from rlhf_pl.fingerprints import rows_fingerprint
 from rlhf_pl.modules.rebel import RebelModule
 from rlhf_pl.provenance import ChangedSettingsError, differences
 from rlhf_pl.ranks import ranks_of
+from rlhf_pl.repair import move_aside
 from rlhf_pl.rotary import describe_factors
-from rlhf_pl.rounds import Round
+from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.snapshot import logps_function, steady
 from rlhf_pl.stages import pair_logps
 from rlhf_pl.stages.logps import steps_by_length
 from rlhf_pl.stages.select import PAIRS
+from rlhf_pl.store_check import find_problems
 from rlhf_pl.strategies import callable_policy, shard_frozen
 
 SURPRISE = 0.1  # nats a token between given and computed log-probs
@@ -33,6 +35,8 @@ class OfflineLogps(L.Callback):
         logps_batch_tokens: Tokens per batch for held-out pairs; pairs that train come in the training's own batches.
     """
 
+    repair = False  # set by `--repair`: move aside or make again what is not as it was written
+
     def __init__(self, logps_batch_tokens: int = 4096) -> None:
         if logps_batch_tokens < 1:
             raise InputError(f"`logps_batch_tokens` must be 1 or more, got {logps_batch_tokens}.")
@@ -44,8 +48,12 @@ class OfflineLogps(L.Callback):
             raise InputError(f"OfflineLogps works with RebelModule, got {type(pl_module).__name__}.")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, OfflineDataModule)
+        problems = ranks_of(trainer).first(lambda: find_problems(_store(trainer)))
+        if not self.repair:
+            problems.refuse()
+        damaged = [stored.path for stored, _ in problems.damaged]
         for stored, pairs in ((data.stored, data.train_set), (data.stored_held_out, data.val_set)):
-            before = stored.manifest.get("settings")
+            before = None if stored.path in damaged else stored.manifest.get("settings")
             if before is None:
                 continue
             if changed := differences(before["pairs"], Round.as_stored(_settings(pl_module, data, pairs))["pairs"]):
@@ -55,6 +63,18 @@ class OfflineLogps(L.Callback):
                     + "\nGive this run a directory of its own (--trainer.default_root_dir DIR)."
                 )
         data.prepare_round = lambda: self._prepare(trainer, pl_module, data)
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The run directory is this run's from here on: clear it up."""
+        ranks_of(trainer).first(lambda: self._clear_up(_store(trainer)))
+
+    def _clear_up(self, store: RoundStore) -> None:
+        if self.repair:
+            move_aside(store, find_problems(store).strangers)
+            for stored in {stored.path: stored for stored, _ in find_problems(store).damaged}.values():
+                console.print(f"Repairing {stored.path}", soft_wrap=True, markup=False)
+                stored.delete()
+        store.tidy()
 
     def _prepare(self, trainer: L.Trainer, module: RebelModule, data: OfflineDataModule) -> None:
         for stored, pairs in ((data.stored, data.train_set), (data.stored_held_out, data.val_set)):
@@ -119,6 +139,10 @@ class OfflineLogps(L.Callback):
                 f"temperature {data.temperature:g}. They are used as those of the policy that drew the answers; with "
                 "--data.use_logprobs false this policy's own are taken."
             )
+
+
+def _store(trainer: L.Trainer) -> RoundStore:
+    return RoundStore(trainer.default_root_dir)
 
 
 def _settings(module: RebelModule, data: OfflineDataModule, pairs: list[OfflinePair]) -> dict[str, dict[str, Any]]:

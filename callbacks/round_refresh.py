@@ -7,6 +7,7 @@ from typing import Any, Literal
 import lightning as L
 
 from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint, save_resume_point
+from rlhf_pl.checkpoints import Progress
 from rlhf_pl.console import console
 from rlhf_pl.data.limits import (
     limits_of,
@@ -38,8 +39,8 @@ from rlhf_pl.rollout import Sampler, SamplingConfig, VLLMSampler
 from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.round_maker import RoundMaker
 from rlhf_pl.round_settings import RoundOptions, check_noted_logps, held_out_sampling
-from rlhf_pl.rounds import DamagedStoreError
 from rlhf_pl.shaping import RewardShaping
+from rlhf_pl.store_check import find_problems
 from rlhf_pl.trainer_options import check_trainer
 
 _LACKING = (
@@ -85,6 +86,7 @@ class RoundRefresh(L.Callback):
     """
 
     repair = False  # set by `--repair`: make damaged files of the store again
+    progress: Progress | None = None  # of the checkpoint to go on from
     accept_changes = False  # set by `--accept_changes`: go on in a run directory made with other settings
 
     def __init__(
@@ -151,6 +153,8 @@ class RoundRefresh(L.Callback):
         trainer.num_sanity_val_steps = 0
         take_limits(trainer)
         if options is None:
+            problems = find_problems(data.store, held_out=False)
+            problems.refuse("Put the files right: what was prepared elsewhere can't be made here.")
             return
         if not isinstance(pl_module, RebelModule):
             raise InputError(f"RoundRefresh works with RebelModule, got {type(pl_module).__name__}.")
@@ -178,7 +182,7 @@ class RoundRefresh(L.Callback):
                 "with each other, on held-out prompts too."
             )
         if not self.repair:
-            ranks.first(lambda: _refuse_damage(data))
+            ranks.first(lambda: self._refuse_damage(data))
         trial = _trial_samples([*data.train_prompts, *data.val_prompts])
         ranks.first(lambda: try_reward(options.reward, trial, options.scoring))
         self._maker = RoundMaker(
@@ -194,6 +198,11 @@ class RoundRefresh(L.Callback):
             self._maker.refuse_changes()
         data.prepare_round = lambda index: self._prepare(trainer, index)
         data.finish_run = lambda rounds: self._finish(trainer, rounds)
+
+    def _refuse_damage(self, data: RoundDataModule) -> None:
+        """Read the whole store once, so that damage is found before anything is built on it."""
+        begun = None if self.progress is None else self.progress.rounds_done + self.progress.inside_round
+        find_problems(data.store, begun, bool(data.val_prompts)).refuse()
 
     def _validates(self, trainer: L.Trainer) -> bool:
         """Whether the module is validated on held-out pairs."""
@@ -223,6 +232,7 @@ class RoundRefresh(L.Callback):
                     callback.listen()
             if self.repair:
                 repair(self._maker)
+            ranks_of(trainer).first(_datamodule(trainer).store.tidy)
         return self._maker
 
     def _prepare(self, trainer: L.Trainer, index: int) -> None:
@@ -240,7 +250,7 @@ class RoundRefresh(L.Callback):
             self._announced = index
         maker.check_space(index)
         self._evaluate(trainer, index)
-        if data.val_prompts and maker.options.val_sampling.num_responses > 1 and data.max_val_pairs > 0:
+        if maker.pairs_held_out:
             maker.pair_held_out(index)
         stored = maker.make(index)
         if self._logged_round != index:  # after a resume Lightning asks for the loader twice
@@ -259,6 +269,7 @@ class RoundRefresh(L.Callback):
 
     def _finish(self, trainer: L.Trainer, rounds: int) -> None:
         """Evaluate the policy of a finished run, or log what an earlier process measured."""
+        self._begin(trainer)
         self._evaluate(trainer, rounds)
         if metrics := self._of_sync(trainer, rounds):
             publish(trainer, metrics, trainer.global_step)
@@ -354,18 +365,6 @@ class RoundRefresh(L.Callback):
         self._maker, self._begun = None, False
         if self._lock is not None:
             self._lock.release()
-
-
-def _refuse_damage(data: RoundDataModule) -> None:
-    """Read the whole store once, so that damage is found before anything is built on it."""
-    files = [file for _, file in data.store.damage()]
-    if files:
-        listed = "\n".join(f"  {file}" for file in files[:10])
-        more = f"\n  and {len(files) - 10} more" if len(files) > 10 else ""
-        raise DamagedStoreError(
-            f"The round store is damaged: these files are missing or do not match their checksums:\n{listed}{more}\n"
-            "Give the same command with --repair to make just these again."
-        )
 
 
 def _trial_samples(prompts: list[Prompt]) -> list[Sample]:

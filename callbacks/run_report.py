@@ -96,7 +96,7 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
         table.add_column(header, justify="right", no_wrap=True)
     for index in range(rounds):
         stages = store.round(index).manifest["stages"]
-        if "rewards" not in stages:  # lost, and not needed to go on
+        if not stages.get("rewards", {}).get("complete"):  # lost, and not needed to go on
             continue
         answers, rewards, training = stages["responses"], stages["rewards"], stages.get("training", {})
         seconds = sum(stage.get("seconds", 0.0) for stage in stages.values())

@@ -141,6 +141,8 @@ class RlhfCLI(LightningCLI):
                 "trains on fixed data: nothing is scored. Leave it out, or train a RebelModule on a RoundDataModule."
             )
         offline = [OfflineLogps()] if isinstance(self.datamodule, OfflineDataModule) else []
+        for callback in offline:
+            callback.repair = self.rounds.repair
         kinds = (RoundCheckpoint, HFExport) if isinstance(self.model, Exportable) else (RoundCheckpoint,)
         kept: list[Callback] = [callback for callback in own if isinstance(callback, kinds)]
         return [EpochRun(), *offline, *kept] if hasattr(self.model, "describe_epoch") else kept
@@ -189,6 +191,7 @@ class RlhfCLI(LightningCLI):
         for callback in callbacks:
             if isinstance(callback, RunConfig):
                 callback.resume_point, callback.progress = point, progress
+        self.rounds.progress = progress
         arguments["ckpt_path"] = None if point.checkpoint is None else str(point.checkpoint)
         adopt_loggers(self.trainer)
         if point.checkpoint is not None:

@@ -7,6 +7,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace, _typehints
 from lightning.pytorch.cli import LightningArgumentParser
 
+from rlhf_pl import config_text as _strict  # noqa: F401 - replaces jsonargparse's loader
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.errors import InputError
 from rlhf_pl.modules import RebelModule

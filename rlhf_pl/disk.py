@@ -4,7 +4,7 @@ import errno
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -87,7 +87,8 @@ def write_atomically(target: Path, write: Callable[[IO[bytes]], object], needed:
         os.replace(temporary, target)
         sync_folder(target.parent)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # of a file system that is read-only by now
+            temporary.unlink()
         if full := full_disk_error(target, error, needed):
             raise full from error
         raise

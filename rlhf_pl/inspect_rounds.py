@@ -18,6 +18,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.parser_errors import CommandParser
 from rlhf_pl.rounds import ORDER, STAGES, Round, RoundStore
 from rlhf_pl.terminal import print_error
+from rlhf_pl.store_check import find_problems
 
 KL_NOTE = "KL: mean log-ratio of answers drawn from the first policy named (k1), nats per answer"
 
@@ -72,12 +73,12 @@ def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
             console.print(panel)
     if not verify:
         return 0
-    damaged = store.damage()
-    for _, file in damaged:
-        console.print(f"damaged or missing: {file}", style="red", soft_wrap=True, markup=False)
-    console.print("Every file matches its checksum." if not damaged else
-                  "Give the run's own command with --repair to make these again.")  # fmt: skip
-    return 1 if damaged else 0
+    problems = find_problems(store)
+    for line in problems.lines():
+        console.print(line, style="red", soft_wrap=True, markup=False)
+    console.print("Give the run's own command with --repair to make these again." if problems else
+                  "Every file matches its checksum.")  # fmt: skip
+    return 1 if problems else 0
 
 
 def overview(store: RoundStore) -> Group:

@@ -146,7 +146,7 @@ def training_metrics(stored: Round, passes: int) -> dict[str, float]:
     pairs = passes * stored.info("pairs")["pairs"] if stored.is_complete("pairs") else 0
     return {
         "time/train_s": training["seconds"],
-        "train/pairs_per_s": pairs / training["seconds"],
+        **({"train/pairs_per_s": pairs / training["seconds"]} if training["seconds"] else {}),  # else lost
         **{f"train/round_{name}": training[name] for name in ("loss", "kl") if training.get(name) is not None},
     }
 

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import re
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -14,7 +15,17 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import RanksError
 from rlhf_pl.rollout.self_check import StaleSamplerError
 
-_MISTAKES = (InputError, StaleSamplerError, RanksError, MisconfigurationException, PermissionError)
+_MISTAKES = (InputError, StaleSamplerError, RanksError, MisconfigurationException)
+
+# what a file system refuses, and the way out
+_REFUSED = {
+    errno.EROFS: "Make that file system writable, or give another directory (--trainer.default_root_dir DIR).",
+    errno.EACCES: "Give this user the right to it.",
+    errno.EPERM: "Give this user the right to it.",
+    errno.EIO: "The disk or its connection fails. What was written before is whole; the same command goes on from it.",
+    errno.ESTALE: "The file server has lost it. What was written before is whole; the same command goes on from it.",
+}
+_WORKER = re.compile(r"DataLoader worker \(pid")
 
 
 def mistake_behind(error: BaseException | None) -> BaseException | None:
@@ -22,6 +33,13 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
     while error is not None and not isinstance(error, _MISTAKES):
         if isinstance(error, OSError) and (full := full_disk_error(Path(error.filename or "."), error)):
             return full
+        if isinstance(error, OSError) and error.errno in _REFUSED:
+            return InputError(f"{_name(error)}: {error.strerror}. {_REFUSED[error.errno]}")
+        if isinstance(error, RuntimeError) and _WORKER.match(str(error)):
+            return InputError(
+                f"{_in_a_line(error).partition(': ')[2]} Loader processes (`data.num_workers`) are mostly killed where "
+                "memory runs out: take fewer, or 0. The same command goes on from the newest checkpoint."
+            )
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return InputError(f"No file has so long a name: {str(error.filename)[:60]!r}... Correct that option.")
         if isinstance(error, RuntimeError) and _raised_by(error, "lightning.pytorch.callbacks"):
@@ -30,6 +48,11 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
             return InputError(f"The Trainer refuses this config: {_in_a_line(error)}")
         error = error.__cause__ or error.__context__
     return error
+
+
+def _name(error: OSError) -> str:
+    """The file that an error is about."""
+    return str(error.filename2 or error.filename or "A file")
 
 
 def _raised_by(error: BaseException, package: str) -> bool:

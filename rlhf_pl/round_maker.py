@@ -165,6 +165,13 @@ class RoundMaker:
             self._kl.estimate(stored, version)
         return stored
 
+    @property
+    def pairs_held_out(self) -> bool:
+        """Whether held-out answers are paired, for `val/loss`."""
+        return (
+            bool(self.data.val_prompts) and self.options.val_sampling.num_responses > 1 and self.data.max_val_pairs > 0
+        )
+
     def pair_held_out(self, version: int) -> None:
         """Pairs of the held-out answers, for `val/loss`."""
         self.fill(self.data.store.held_out(version), self.policy, "held-out pairs")
@@ -267,7 +274,8 @@ class RoundMaker:
             raise DamagedStoreError(
                 f"{stored.path} can't be made whole: the policy that answered there (update "
                 f"{made_by['policy_step']}) is neither the starting model nor in a checkpoint. If the round was "
-                "trained on, the run does not need it any more: move that folder away, and give the same command again."
+                "trained on, the run does not need it any more: move that folder away, and give the same command with "
+                "--repair."
             )
         return found
 

@@ -1,7 +1,8 @@
 """The round store: everything a round produced, as Parquet shards under a manifest."""
 
-import hashlib
 import json
+import os
+import secrets
 import shutil
 import time
 from collections.abc import Iterator
@@ -14,23 +15,34 @@ import pyarrow.parquet as pq
 from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
 from rlhf_pl.secrets import redacted
+from rlhf_pl.journal import cut_journal, is_whole_journal
+from rlhf_pl.store_files import (
+    JOURNAL,
+    SHARD,
+    DamagedStoreError,
+    checksum,
+    entries,
+    is_whole_shard,
+    read_checked,
+    remove,
+    set_aside,
+    write_checked,
+)
 
 SCHEMA_VERSION = 2
+STORE = "store.json"  # of a run directory: which run its rounds are of
 _COPY = ".manifest.copy.json"
 STAGES = ("responses", "rewards", "pairs", "logps")
 ORDER = (*STAGES, "training")  # what a later one is made of comes first
-
-
-class DamagedStoreError(InputError):
-    """A file of the round store is not what was written."""
 
 
 class Round:
     """One folder of the store, such as `rounds/0002` or `heldout/0003`.
 
     A shard is `<stage>/<number>-<checksum>.parquet`, written under a temporary name and renamed: a file that exists is
-    whole, and its name tells whether it still is. A stage is complete when the manifest says so and lists its shards;
-    whatever died before goes on from the shards that exist.
+    whole, and its name tells whether it still is. A stage is complete when the manifest says so and lists its shards.
+    Until then a note beside each shard, `_<number>.shard`, names it, the round and the run: it is written before the
+    shard is renamed, so that a file without one is not the round's. Whatever died before goes on from these shards.
 
     Args:
         path: The folder; created on the first write.
@@ -45,6 +57,11 @@ class Round:
         return f"{self.path.parent.name}/{self.path.name}"
 
     @property
+    def run_dir(self) -> Path:
+        """The run directory."""
+        return self.path.parent.parent
+
+    @property
     def is_held_out(self) -> bool:
         """Whether this is an evaluation on the held-out prompts."""
         return self.path.parent.name == "heldout"
@@ -54,12 +71,12 @@ class Round:
         """Settings, counts, times and per-stage completeness; empty stages if nothing is there yet.
 
         Raises:
-            DamagedStoreError: The file is damaged.
+            DamagedStoreError: The file is damaged, or another run's or round's.
         """
         file = self.path / "manifest.json"
-        if not file.exists():
+        if not os.path.lexists(file):
             return {"schema_version": SCHEMA_VERSION, "stages": {}}
-        content = _read_manifest(file)
+        content = read_checked(file)
         if content is None:
             raise DamagedStoreError(_damaged(file))
         if content["schema_version"] != SCHEMA_VERSION:
@@ -70,7 +87,16 @@ class Round:
         for name in ("settings", "accepted"):  # as they are stored now, in manifests of earlier versions too
             if name in content:
                 content[name] = redacted(content[name])
+        if not self.is_own(content, RoundStore(self.run_dir).noted_run):
+            raise DamagedStoreError(
+                f"{file} belongs to {content.get('round')} of another run or folder. The same command with --repair "
+                "moves it aside."
+            )
         return content
+
+    def is_own(self, content: dict[str, Any], run: str | None) -> bool:
+        """Whether a manifest or note is this round's, of this run; manifests of older versions do not say."""
+        return "run" not in content or (content.get("round") == self.name and run in (None, content["run"]))
 
     @staticmethod
     def as_stored(content: Any) -> Any:
@@ -87,6 +113,8 @@ class Round:
         shards = {"shards": [file.name for file in self.shards(stage).values()]} if stage in STAGES else {}
         manifest["stages"][stage] = {"complete": True, **info, **shards}
         self._write_manifest(manifest)
+        if shards:
+            self._forget_notes(stage)
 
     def is_complete(self, stage: str) -> bool:
         return bool(self.manifest["stages"].get(stage, {}).get("complete"))
@@ -96,9 +124,39 @@ class Round:
         return self.manifest["stages"][stage]
 
     def shards(self, stage: str) -> dict[int, Path]:
-        """The shards that are there, by number, ascending."""
-        files = sorted((self.path / stage).glob("[0-9]*-*.parquet"))
-        return {int(file.name.split("-")[0]): file for file in files}
+        """The round's shards that are there, by number, ascending."""
+        there = {}
+        for name in self._known(stage, self.manifest):
+            if (self.path / stage / name).exists():
+                there[_number(name)] = self.path / stage / name
+        return dict(sorted(there.items()))
+
+    def _known(self, stage: str, manifest: dict[str, Any]) -> list[str]:
+        """Names of a stage's shards, whether they are there or not; of one number the newest comes last."""
+        info = manifest["stages"].get(stage, {})
+        names = [*info.get("shards", []), *info.get("kept", [])]
+        if info.get("complete"):
+            return names
+        if "run" not in manifest:  # of a version that wrote no notes
+            return [*names, *self._by_name(stage)]
+        for note in (self.path / stage).glob("_*.shard"):
+            content = read_checked(note)
+            if content is not None and content.get("stage") == stage and self.is_own(content, manifest["run"]):
+                names += content["shards"]
+        return names
+
+    def known(self, stage: str) -> set[str]:
+        """Names of the stage's shards; by a manifest that is damaged, all that have such names."""
+        try:
+            return set(self._known(stage, self.manifest))
+        except DamagedStoreError:
+            return set(self._known(stage, self._copy() or {"stages": {}}))
+
+    def _by_name(self, stage: str) -> list[str]:
+        """What is there under the name of a shard; of two with one number neither."""
+        names = [path.name for path in entries(self.path / stage) if SHARD.fullmatch(path.name)]
+        numbers = [_number(name) for name in names]
+        return [name for name in names if numbers.count(_number(name)) == 1]
 
     def await_shards(self, stage: str, count: int, seconds: float = 60.0) -> None:
         """Wait until all shards of a stage can be seen: a shared file system shows those of other hosts late.
@@ -119,68 +177,123 @@ class Round:
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         content = sink.getvalue()
-        for old in (self.path / stage).glob(f"{number:05d}-*.parquet"):  # damaged, or of another policy
-            old.unlink()
-        target = self.path / stage / f"{number:05d}-{_checksum(content)}.parquet"
+        target = self.path / stage / f"{number:05d}-{checksum(content)}.parquet"
+        manifest = self.manifest
+        known = [name for name in self._known(stage, manifest) if _number(name) == number and name != target.name]
+        olds = [self.path / stage / name for name in known]  # of another policy, or under another rule for failures
+        if "run" in manifest:
+            names = [*(old.name for old in olds if old.exists()), target.name]
+            note = {"run": manifest["run"], "round": self.name, "stage": stage, "shards": names}
+            write_checked(self.path / stage / f"_{number:05d}.shard", note)
         write_atomically(target, lambda file: file.write(content), content.size)
+        for old in olds:
+            old.unlink(missing_ok=True)
 
     def read(self, stage: str) -> pa.Table:
-        """All rows of a stage, in shard order."""
+        """All rows of a stage, in shard order.
+
+        Raises:
+            DamagedStoreError: A shard is missing or damaged.
+        """
+        for name in self.manifest["stages"].get(stage, {}).get("shards", []):
+            if not (self.path / stage / name).exists():
+                raise DamagedStoreError(_damaged(self.path / stage / name))
         return pa.concat_tables([self.read_shard(stage, number) for number in self.shards(stage)])
 
     def read_shard(self, stage: str, number: int) -> pa.Table:
         """One shard.
 
         Raises:
-            DamagedStoreError: Its content does not match its checksum.
+            DamagedStoreError: It is missing, or its content does not match its checksum.
         """
-        file = self.shards(stage)[number]
-        content = pa.py_buffer(file.read_bytes())
-        if not _matches(file, content):
+        file = self.shards(stage).get(number)
+        if file is None:
+            raise DamagedStoreError(_damaged(self.path / stage / f"{number:05d}-*.parquet"))
+        if not is_whole_shard(file):
             raise DamagedStoreError(_damaged(file))
-        return pq.read_table(pa.BufferReader(content))
+        try:
+            return pq.read_table(pa.BufferReader(file.read_bytes()))
+        except pa.ArrowException as error:
+            raise DamagedStoreError(_damaged(file)) from error
 
     def damage(self) -> list[Path]:
         """Files that are damaged or missing: the manifest first, then shards."""
-        bad = []
+        bad: list[Path] = []
         try:
             manifest = self.manifest
         except DamagedStoreError:
             bad.append(self.path / "manifest.json")
-            manifest = _read_manifest(self.path / _COPY) or {"stages": {}}
+            manifest = self._copy() or {"stages": {}}
         for stage in STAGES:
-            there = self.shards(stage)
-            damaged = [f for f in there.values() if not _matches(f, f.read_bytes())]
+            files = [self.path / stage / name for name in dict.fromkeys(self._known(stage, manifest))]
             info = manifest["stages"].get(stage, {})
-            listed = [*info.get("shards", []), *info.get("lost", [])]  # lost: to a repair that did not finish
-            missing = [self.path / stage / name for name in listed if not (self.path / stage / name).exists()]
-            bad += sorted({*damaged, *missing})
-        if not (self.path / "manifest.json").exists() and any(self.shards(stage) for stage in STAGES):
+            # lost: to a repair that did not finish
+            wanted = {*info.get("shards", []), *info.get("lost", [])}
+            files += [self.path / stage / name for name in info.get("lost", [])]
+            bad += sorted({f for f in files if (os.path.lexists(f) or f.name in wanted) and not is_whole_shard(f)})
+        if not manifest["stages"].get("rewards", {}).get("complete"):
+            bad += [file for file in sorted((self.path / "rewards").glob("_*.journal")) if not is_whole_journal(file)]
+        there = any(self._by_name(stage) for stage in STAGES)
+        if not os.path.lexists(self.path / "manifest.json") and there:
             bad.insert(0, self.path / "manifest.json")
         return bad
 
     def drop(self, file: Path) -> None:
         """Forget one damaged file, so that it is made again; its neighbours stay. The manifest comes from its copy."""
-        file.unlink(missing_ok=True)
-        if file.name == "manifest.json":
-            if (copy := _read_manifest(self.path / _COPY)) is not None:
-                self._write_manifest(copy)
+        if file.is_dir() and not file.is_symlink():
+            set_aside(self.run_dir, file)
+        elif JOURNAL.fullmatch(file.name):
+            cut_journal(file)
+        else:
+            file.unlink(missing_ok=True)
+        if file.name == "manifest.json" and (copy := self._copy()) is not None:
+            self._write_manifest(copy)
+        if not SHARD.fullmatch(file.name):
             return
         manifest = self.manifest
         stage = manifest["stages"].get(file.parent.name)
         if stage is not None:
             stage["complete"] = False
             stage["lost"] = [*stage.get("lost", []), file.name]
-            stage["shards"] = [name for name in stage.get("shards", []) if name != file.name]
+            for names in ("shards", "kept"):
+                stage[names] = [name for name in stage.get(names, []) if name != file.name]
             self._write_manifest(manifest)
+
+    def _copy(self) -> dict[str, Any] | None:
+        """The manifest's copy, if it is whole and this round's."""
+        copy = read_checked(self.path / _COPY)
+        return copy if copy is not None and self.is_own(copy, RoundStore(self.run_dir).noted_run) else None
+
+    def tidy(self) -> None:
+        """What a process that died has left behind; and a manifest of an older version says whose it is from here on.
+
+        To be called by the owner of the run directory alone.
+        """
+        manifest = self.manifest
+        if not manifest["stages"] and "settings" not in manifest:
+            return
+        if "run" not in manifest or self._copy() is None:
+            self._write_manifest(manifest)
+        for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
+            remove(left)
+        for stage in STAGES:
+            if self.is_complete(stage):
+                self._forget_notes(stage)
+
+    def _forget_notes(self, stage: str) -> None:
+        """Of a stage that is complete: the manifest has its list."""
+        for kind in ("_*.shard", "_*.journal"):
+            for file in (self.path / stage).glob(kind):
+                file.unlink()
 
     def reopen(self, stage: str) -> None:
         """Let `stage` go through its shards again, and make all after it anew."""
         self.clear(STAGES[STAGES.index(stage) + 1])
         manifest = self.manifest
         if stage in manifest["stages"]:
+            info = manifest["stages"][stage]
             # its shards may get other names, and a kill in between is no damage
-            manifest["stages"][stage] |= {"complete": False, "shards": []}
+            info |= {"complete": False, "kept": [*info.get("kept", []), *info.get("shards", [])], "shards": []}
             self._write_manifest(manifest)
 
     def clear(self, first: str = "responses") -> None:
@@ -200,10 +313,16 @@ class Round:
 
     def _write_manifest(self, content: dict[str, Any]) -> None:
         content = self.as_stored(content)
-        text = json.dumps({**content, "checksum": _manifest_checksum(content)}, indent=2)
+        if "run" not in content:  # a new one, or an older version's: what is there by then is its own
+            for stage, info in content["stages"].items():
+                if stage in STAGES and not info.get("complete"):
+                    info["kept"] = self._by_name(stage)
+            begun = {s: {"complete": False, "kept": self._by_name(s)} for s in STAGES if s not in content["stages"]}
+            content["stages"] |= {stage: info for stage, info in begun.items() if info["kept"]}
+            content |= {"run": RoundStore(self.run_dir).identify(), "round": self.name}
         # The copy first: what is killed before the manifest is written is done again, and clears up behind itself.
         for name in (_COPY, "manifest.json"):
-            write_atomically(self.path / name, lambda file: file.write(text.encode()))
+            write_checked(self.path / name, content)
 
 
 class RoundStore:
@@ -215,6 +334,38 @@ class RoundStore:
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
+
+    @property
+    def noted_run(self) -> str | None:
+        """Which run the store is of, as its file says; None if that says nothing."""
+        run = (read_checked(self.run_dir / STORE) or {}).get("run")
+        return run if isinstance(run, str) else None
+
+    @property
+    def run(self) -> str | None:
+        """Which run the store is of; where its file is lost, as most manifests say. None for older versions."""
+        if (noted := self.noted_run) is not None:
+            return noted
+        contents = [(stored, read_checked(stored.path / "manifest.json")) for stored in self.everything()]
+        runs = [c["run"] for stored, c in contents if c is not None and "run" in c and stored.is_own(c, None)]
+        return max(runs, key=runs.count) if runs else None
+
+    def identify(self) -> str:
+        """Which run the store is of, noted for good."""
+        run = self.run or secrets.token_hex(8)
+        if self.noted_run is None:
+            write_checked(self.run_dir / STORE, {"run": run})
+        return run
+
+    @property
+    def given_up(self) -> list[str]:
+        """Names of rounds that are lost, and without which the run goes on."""
+        return (read_checked(self.run_dir / STORE) or {}).get("given_up", [])
+
+    def give_up(self, stored: Round) -> None:
+        """Note that the run goes on without a round that was lost."""
+        given_up = sorted({*self.given_up, stored.name})
+        write_checked(self.run_dir / STORE, {"run": self.identify(), "given_up": given_up})
 
     def round(self, index: int) -> Round:
         """What the policy after `index` rounds generated for training."""
@@ -232,40 +383,31 @@ class RoundStore:
         """The evaluations that are there, ascending."""
         return dict(_numbered(self.run_dir / "heldout"))
 
+    def everything(self) -> list[Round]:
+        """The rounds and evaluations that are there."""
+        return [*self.rounds().values(), *self.evaluations().values()]
+
+    def tidy(self) -> None:
+        """What processes that died have left behind; to be called by the owner of the run directory alone."""
+        for stored in self.everything():
+            stored.tidy()
+
     def damage(self) -> list[tuple[Round, Path]]:
         """Every damaged or missing file, with its round."""
-        everything = [*self.rounds().values(), *self.evaluations().values()]
-        return [(stored, file) for stored in everything for file in stored.damage()]
+        return [(stored, file) for stored in self.everything() for file in stored.damage()]
 
 
 def _numbered(folder: Path) -> Iterator[tuple[int, Round]]:
-    if folder.is_dir():
-        for path in sorted(folder.iterdir()):
-            if path.name.isdigit() and path.is_dir():
-                yield int(path.name), Round(path)
+    for path in entries(folder):
+        if path.name.isdecimal() and path.name == f"{int(path.name):04d}" and path.is_dir():
+            yield int(path.name), Round(path)
 
 
-def _checksum(content: Any) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
-
-
-def _matches(file: Path, content: Any) -> bool:
-    return file.stem.split("-", 1)[1] == _checksum(content)
-
-
-def _manifest_checksum(content: dict[str, Any]) -> str:
-    return _checksum(json.dumps(content, sort_keys=True).encode())
-
-
-def _read_manifest(file: Path) -> dict[str, Any] | None:
-    """The manifest's content, or None if it is damaged."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        checksum = content.pop("checksum")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return None
-    return content if checksum == _manifest_checksum(content) else None
+def _number(name: str) -> int:
+    """Of a shard."""
+    return int(name.split("-")[0])
 
 
 def _damaged(file: Path) -> str:
-    return f"{file} is damaged: its checksum does not match. The same command with --repair makes it again."
+    what = "its checksum does not match" if os.path.lexists(file) else "it is missing"
+    return f"{file} is damaged: {what}. The same command with --repair makes it again."

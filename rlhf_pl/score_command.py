@@ -9,6 +9,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
+from rlhf_pl import config_text as _strict  # noqa: F401 - replaces jsonargparse's loader
 from rlhf_pl.chat import Message, Tools, message_text
 from rlhf_pl.console import console, phase
 from rlhf_pl.data.conversations import load_conversations

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 from rlhf_pl.errors import InputError
+from rlhf_pl.unique_keys import DuplicateKeyError, loads
 
 MAX_PROBLEMS = 10
 
@@ -140,7 +141,9 @@ def _read_jsonl(path: Path) -> Iterator[tuple[str, Any]]:
         for number, line in enumerate(file, 1):
             if line.strip():
                 try:
-                    yield f"line {number}", json.loads(line.strip())
+                    yield f"line {number}", loads(line.strip())
+                except DuplicateKeyError as error:
+                    yield f"line {number}", InputError(str(error))
                 except (ValueError, RecursionError) as error:
                     yield f"line {number}", InputError(f"found no JSON ({_reason(error)}); expected one object a line")
 
@@ -152,9 +155,11 @@ def _reason(error: Exception) -> str:
 def _read_json(path: Path) -> Iterable[tuple[str, Any]]:
     """A list of rows; a .json file that holds JSON Lines is read as such."""
     try:
-        rows = json.loads(path.read_text(encoding="utf-8-sig"))
+        rows = loads(path.read_text(encoding="utf-8-sig"))
     except UnicodeDecodeError:
         raise
+    except DuplicateKeyError as error:
+        raise InputError(f"{path}: {error}.") from error
     except (ValueError, RecursionError) as error:
         if isinstance(error, json.JSONDecodeError) and error.msg == "Extra data" and error.lineno > 1:
             return _read_jsonl(path)

@@ -10,6 +10,7 @@ from rlhf_pl.console import console
 from rlhf_pl.data.files import ArrowRow, Row
 from rlhf_pl.errors import InputError
 from rlhf_pl.template import CALLS
+from rlhf_pl.unique_keys import loads
 
 _TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 _LIKE_MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|content)['\"]\s*:")
@@ -129,7 +130,7 @@ class MessageReader:
         filled = isinstance(row, ArrowRow) and not isinstance(value, str)
         if isinstance(value, str) and value.strip():
             try:
-                value = json.loads(value)
+                value = loads(value)
             except (ValueError, RecursionError):
                 value = given
         if value is None or value == "" or value == []:
@@ -170,7 +171,7 @@ def _from_json(text: str, column: str) -> Any:
     if not text.lstrip().startswith(("[", "{", '"')):
         return None
     try:
-        value = json.loads(text)
+        value = loads(text)
     except (ValueError, RecursionError) as error:
         if _LIKE_MESSAGES.match(text) and not _goes_on(text, error):
             raise InputError(

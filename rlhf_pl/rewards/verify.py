@@ -12,6 +12,7 @@ from typing import Any, Literal
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.json_schema import schema_validator
+from rlhf_pl.unique_keys import loads
 
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
 _MARKED = (
@@ -184,7 +185,7 @@ class JSONSchema(RuleReward):
             raise InputError("`rollout.reward`: JSONSchema takes either `schema` or `column`.")
         if isinstance(schema, str):
             try:
-                schema = json.loads(Path(schema).read_text(encoding="utf-8"))
+                schema = loads(Path(schema).read_text(encoding="utf-8"))
             except (OSError, ValueError) as error:
                 raise InputError(f"`rollout.reward.schema`: cannot read {schema!r}: {error}.") from error
         self.schema, self.column = schema, column

@@ -4,7 +4,6 @@ import json
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,8 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from rlhf_pl.data.prompts import Prompt
-from rlhf_pl.disk import naming_a_full_disk, write_atomically
 from rlhf_pl.errors import InputError
+from rlhf_pl.journal import Entry, Journal
 from rlhf_pl.ranks import Ranks
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.guard import Outcome, ScoringConfig, guarded_scores
@@ -55,7 +54,7 @@ class ShardScorer:
         table = self.stored.read_shard("responses", number)
         made_of = [self.stored.shards("responses")[number].name, redact(self.reward.fingerprint())]
         made_of += [json.dumps(self.config.withheld)] if self.config.withheld else []
-        journal = _Journal(self.stored.path / "rewards" / f"_{number:05d}.journal", made_of)
+        journal = Journal(self.stored.path / "rewards" / f"_{number:05d}.journal", made_of)
         samples = _samples(table, self._by_id)
         if self.config.strip_thinking:
             prompts = [self.tokenizer.decode(ids[-_TAIL:]) for ids in table["prompt_tokens"].to_pylist()]
@@ -63,11 +62,11 @@ class ShardScorer:
                 without_thinking(sample, self.config.thinking_marks, prompt, self.tokenizer)
                 for sample, prompt in zip(samples, prompts, strict=True)
             ]
-        outcomes = journal.read()
+        outcomes = [_outcome(entry) for entry in journal.read()]
         report(len(outcomes), "")
 
         def keep(found: list[Outcome]) -> None:
-            journal.add(found)
+            journal.add([_entry(outcome) for outcome in found])
             report(len(found), "")
 
         while len(outcomes) < len(samples):
@@ -113,8 +112,6 @@ def score(
 
 def _complete(stored: Round, shards: int, reward: Reward, config: ScoringConfig, seconds: float) -> None:
     stored.await_shards("rewards", shards)
-    for journal_file in (stored.path / "rewards").glob("_*.journal"):
-        journal_file.unlink()
     stored.complete(
         "rewards",
         seconds=seconds,
@@ -180,41 +177,9 @@ def _reward_table(table: pa.Table, outcomes: list[Outcome], config: ScoringConfi
     return pa.table(columns)
 
 
-class _Journal:
-    """Outcomes of a shard that is not written yet: a line per call, bound to the answers and the reward."""
-
-    def __init__(self, path: Path, made_of: list[str]) -> None:
-        self.path, self.made_of = path, made_of
-
-    def read(self) -> list[Outcome]:
-        """What was kept; a last line that a crash cut off is dropped, as is a journal of other answers."""
-        if not self.path.exists():
-            return []
-        text = self.path.read_text(encoding="utf-8")
-        lines = text.split("\n")[:-1]
-        if not lines or lines[0] != json.dumps(self.made_of):
-            self.remove()
-            return []
-        outcomes: list[Outcome] = []
-        for line in lines[1:]:
-            for kind, *values in json.loads(line):
-                outcomes.append(RewardResult(*values) if kind == "result" else Failure(*values))
-        if not text.endswith("\n"):
-            whole = "".join(line + "\n" for line in lines).encode()
-            write_atomically(self.path, lambda file: file.write(whole))
-        return outcomes
-
-    def add(self, outcomes: list[Outcome]) -> None:
-        with naming_a_full_disk(self.path):
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            new = not self.path.exists()
-            with self.path.open("a", encoding="utf-8") as file:
-                if new:
-                    file.write(json.dumps(self.made_of) + "\n")
-                file.write(json.dumps([_entry(o) for o in outcomes]) + "\n")
-
-    def remove(self) -> None:
-        self.path.unlink(missing_ok=True)
+def _outcome(entry: Entry) -> Outcome:
+    kind, *values = entry
+    return RewardResult(*values) if kind == "result" else Failure(*values)
 
 
 def _entry(outcome: Outcome) -> list[Any]:
