@@ -17,8 +17,8 @@ from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
 from rlhf_pl.parser_errors import CommandParser
 from rlhf_pl.rounds import ORDER, STAGES, Round, RoundStore
-from rlhf_pl.terminal import print_error
 from rlhf_pl.store_check import find_problems
+from rlhf_pl.terminal import print_error
 
 KL_NOTE = "KL: mean log-ratio of answers drawn from the first policy named (k1), nats per answer"
 

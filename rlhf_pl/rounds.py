@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 
 from rlhf_pl.disk import write_atomically
 from rlhf_pl.errors import InputError
-from rlhf_pl.secrets import redacted
 from rlhf_pl.journal import cut_journal, is_whole_journal
+from rlhf_pl.secrets import redacted
 from rlhf_pl.store_files import (
     JOURNAL,
     SHARD,
