@@ -90,7 +90,7 @@ class DegenerationGuard(L.Callback):
             index = rounds_done(trainer)
             stored, first = data.store.round(index), data.store.round(0)
             if stored.is_complete("rewards"):
-                self._judge(trainer, stored, self._signs_of_answers(trainer, stored, first))
+                self._judge(trainer, stored, self._signs_of_answers(trainer, stored, first), trainer.global_step)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """How far the round's training went."""
@@ -109,7 +109,7 @@ class DegenerationGuard(L.Callback):
                     f"{', '.join(high)} nats per answer (k1), above {self.max_kl:g}; lower the learning rate or "
                     "`model.loss.eta`"
                 )
-                self._judge(trainer, stored, {"kl": sign})
+                self._judge(trainer, stored, {"kl": sign}, max(0, trainer.global_step - 1))
 
     def _signs_of_answers(self, trainer: L.Trainer, stored: Round, first: Round) -> dict[str, str]:
         seen = ranks_of(trainer).first(lambda: answer_statistics(stored.read("responses")))
@@ -146,14 +146,14 @@ class DegenerationGuard(L.Callback):
         }
         return {name: text for name, (bad, text) in signs.items() if bad}
 
-    def _judge(self, trainer: L.Trainer, stored: Round, signs: dict[str, str]) -> None:
+    def _judge(self, trainer: L.Trainer, stored: Round, signs: dict[str, str], step: int) -> None:
         known: dict[str, Any] = ranks_of(trainer).share(stored.manifest.get("warnings", {}))
         if signs and {**known, **signs} != known:
             ranks_of(trainer).first(lambda: stored.update(warnings=known | signs))
         number = int(stored.path.name) + 1
         for text in signs.values():
             warn(f"round {number}: {text}.")
-        publish(trainer, {"guard/warnings": float(len(signs))}, trainer.global_step)
+        publish(trainer, {"guard/warnings": float(len(signs))}, step)
         if fatal := [text for name, text in signs.items() if name in self.stop_on]:
             raise DegenerationError(
                 f"Stopped in round {number} (`guards.stop_on`): {'; '.join(fatal)}. The last policy is in "

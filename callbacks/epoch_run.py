@@ -14,7 +14,7 @@ from rlhf_pl.data.limits import (
     stop_at_max_steps,
     take_limits,
 )
-from rlhf_pl.data.progress import leaves_inside, rounds_done, stopped_inside
+from rlhf_pl.data.progress import at_rounds_end, leaves_inside, rounds_done, stopped_inside
 from rlhf_pl.lock import RunLock
 from rlhf_pl.monitors import check_monitors
 from rlhf_pl.ranks import forget_ranks, ranks_of, report_failure
@@ -50,7 +50,8 @@ class EpochRun(L.Callback):
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        stop_at_max_steps(trainer)  # which a resumed run may have reached
+        if not at_rounds_end(trainer):
+            stop_at_max_steps(trainer)  # which a resumed run may have reached
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = False
@@ -70,8 +71,9 @@ class EpochRun(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """After the epoch's validation, or where the run has stopped inside the epoch."""
-        save_resume_point(trainer)
+        stop_at_max_steps(trainer)
         if stopped_inside(trainer):
+            save_resume_point(trainer)
             set_monitors_aside(trainer)
         elif trainer.is_global_zero:
             console.print(f"epoch {rounds_done(trainer)}: {self._line(trainer, pl_module)}", soft_wrap=True)

@@ -97,6 +97,7 @@ class HFExport(L.Callback):
     def _write_present(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:
         """Write beside the target and rename, so that a folder of this name is always whole."""
         target = Path(trainer.default_root_dir) / name
+        temporary, old = (target.with_name(f".{target.name}.{end}") for end in ("tmp", "old"))
         assert isinstance(pl_module, Exportable)
         stamp = {
             "format": FORMAT,
@@ -105,9 +106,9 @@ class HFExport(L.Callback):
             "weights": weights_fingerprint(pl_module.weights().stream()),
         }
         ranks = ranks_of(trainer)
+        ranks.first(lambda: shutil.rmtree(old, ignore_errors=True))
         if ranks.share(_stamp_of(target) == stamp):
             return
-        temporary = target.with_name(f".{target.name}.tmp")
         with ranks.phase("exporting the model"), naming_a_full_disk(target):
             try:
                 ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
@@ -115,9 +116,10 @@ class HFExport(L.Callback):
                 if trainer.is_global_zero:
                     (temporary / STAMP).write_text(json.dumps(stamp))
                     _open_by_umask(temporary)
-                    if target.exists():
-                        shutil.rmtree(target)
+                    if target.exists():  # aside at once: a folder that is half deleted is no export
+                        os.replace(target, old)
                     os.replace(temporary, target)
+                    shutil.rmtree(old, ignore_errors=True)
             except OSError:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise

@@ -7,7 +7,7 @@ import lightning as L
 import numpy as np
 import pyarrow as pa
 
-from rlhf_pl.console import phase, warn
+from rlhf_pl.console import console, phase, warn
 from rlhf_pl.data.offline import OfflineDataModule, OfflinePair, as_table
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint

@@ -19,9 +19,10 @@ from rlhf_pl.checkpoints import (
     remove_checkpoint,
     save_sharded,
 )
-from rlhf_pl.data.progress import batches_done, rounds_done, stopped_inside
+from rlhf_pl.data.progress import at_rounds_end, batches_done, rounds_done, stopped_inside
 from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import ranks_of
+from rlhf_pl.round_end import RoundEnd, note_metrics
 from rlhf_pl.secrets import redacted
 from rlhf_pl.strategies import writes_sharded
 
@@ -41,6 +42,9 @@ class RunStopped(BaseException):
 
 class RoundCheckpoint(Checkpoint):
     """Keeps the run's resume points in `checkpoints/`, written atomically; `last.ckpt` points to the newest.
+
+    A round is saved after its last update, and again when its validation, its evaluation and what other callbacks do at
+    its end are done, which a run that goes on from the first does again.
 
     On SIGTERM (preemption, the end of a SLURM job) and on Ctrl-C the update in progress is finished, a checkpoint is
     written and the run ends with a message; while a round is prepared there is nothing to finish. A second Ctrl-C ends
@@ -65,6 +69,7 @@ class RoundCheckpoint(Checkpoint):
         self._at_once = True
         self._handlers: dict[int, Any] = {}
         self._owner = os.getpid()
+        self._end = RoundEnd()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
@@ -110,6 +115,7 @@ class RoundCheckpoint(Checkpoint):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.listen()  # for runs that prepare no rounds
+        self._end.begin(trainer)
 
     def on_train_batch_start(self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, idx: int) -> None:
         self._at_once = False  # from here on a stop has to wait for the end of an update
@@ -117,35 +123,36 @@ class RoundCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        if (batch_idx + 1) % trainer.accumulate_grad_batches or batch_idx + 1 == trainer.num_training_batches:
-            return  # inside an update; or at the end of the round, which `save_round` is for
+        last = at_rounds_end(trainer)
+        if (batch_idx + 1) % trainer.accumulate_grad_batches and not last:
+            return  # inside an update
         wanted = trainer.strategy.reduce_boolean_decision(self._requested is not None, all=False)
         stepped = trainer.global_step > self._saved_at  # a gradient scaler leaves steps out
         due = self.every_n_updates > 0 and stepped and trainer.global_step % self.every_n_updates == 0
-        if wanted or due:
+        if wanted or due or last:
             self._save(trainer, f"update-{trainer.global_step:08d}.ckpt")
         if wanted:
             self._requested = self._requested or signal.SIGTERM
             self._stop()
+        self._at_once = last  # validation and evaluation have nothing that a stop would have to wait for
 
-    def save_round(self, trainer: L.Trainer) -> None:
-        """After a round's training, before its evaluation; then a stop need not wait any longer.
-
-        Where the run has stopped inside the round, it is saved as it is after the last update.
-        """
+    def save_inside(self, trainer: L.Trainer) -> None:
+        """Where the run has stopped inside a round: as it is after the last update."""
         self._at_once = True
-        if not stopped_inside(trainer):
-            self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
-        elif batches_done(trainer) >= trainer.accumulate_grad_batches:
+        if batches_done(trainer) >= trainer.accumulate_grad_batches:
             self._save(trainer, f"update-{trainer.global_step:08d}.ckpt")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After all other callbacks: again, if one of them, or a schedule, has a state that has changed since."""
-        everything: Any = trainer.callbacks  # type: ignore[attr-defined]
-        by_metric = any(config.reduce_on_plateau for config in trainer.lr_scheduler_configs)
-        has_state = by_metric or any(c.state_dict() for c in everything if c is not self)
-        if has_state and not stopped_inside(trainer):
+        """After all other callbacks: only now is the round done, and its last update's checkpoint is not needed."""
+        self._end.finish(trainer)
+        if not stopped_inside(trainer):
             self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
+
+    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        note_metrics(trainer, checkpoint)
+
+    def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._end.load(checkpoint)
 
     def _save(self, trainer: L.Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
@@ -186,6 +193,12 @@ class RoundCheckpoint(Checkpoint):
             if name in checkpoint:
                 checkpoint[name] = redacted(checkpoint[name])
 
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """What a process that was killed before it could remove it has left."""
+        last = Path(trainer.default_root_dir) / FOLDER / "last.ckpt"
+        if trainer.is_global_zero and last.exists():
+            self._remove_old(last.resolve())
+
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         self._restore_handlers()
 
@@ -199,7 +212,7 @@ class RoundCheckpoint(Checkpoint):
 
 
 def save_resume_point(trainer: L.Trainer) -> None:
-    """Have the run's RoundCheckpoint, if there is one, save where a round or epoch ends or was left."""
+    """Have the run's RoundCheckpoint, if there is one, save where a round or epoch was left."""
     for callback in trainer.callbacks:  # type: ignore[attr-defined]
         if isinstance(callback, RoundCheckpoint):
-            callback.save_round(trainer)
+            callback.save_inside(trainer)

@@ -19,7 +19,7 @@ from rlhf_pl.data.limits import (
     stop_inside_round,
     take_limits,
 )
-from rlhf_pl.data.progress import inside_round, leaves_inside, rounds_done, stopped_inside
+from rlhf_pl.data.progress import at_rounds_end, inside_round, leaves_inside, rounds_done, stopped_inside
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule
 from rlhf_pl.errors import InputError, at_least, finite
@@ -140,6 +140,7 @@ class RoundRefresh(L.Callback):
         self._announced: int | None = None
         self._logged_version: int | None = None
         self._logged_round: int | None = None
+        self._at_end = False  # resumed after a round's last update
         self._training_since = time.monotonic()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -241,7 +242,8 @@ class RoundRefresh(L.Callback):
         if index > 0 and data.store.round(index - 1).is_complete("training"):  # perhaps by an earlier process
             keep(trainer, training_metrics(data.store.round(index - 1), data.passes))
         if inside_round(trainer):  # resumed: the policy is no longer the one that made the round
-            maker.check_inside(index)
+            if not at_rounds_end(trainer):
+                maker.check_inside(index)
             self._keep_metrics(trainer, index)
             return
         if self._announced != index and trainer.progress_bar_callback is not None and trainer.is_global_zero:
@@ -300,7 +302,9 @@ class RoundRefresh(L.Callback):
         return metrics
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        stop_at_max_steps(trainer)  # which a resumed run may have reached
+        self._at_end = at_rounds_end(trainer)
+        if not self._at_end:
+            stop_at_max_steps(trainer)  # which a resumed run may have reached
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training_since = time.monotonic()
@@ -325,7 +329,7 @@ class RoundRefresh(L.Callback):
         return_monitors(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After a round's training: note it, save it, and only then evaluate the new policy."""
+        """After a round's training, which RoundCheckpoint has saved: note it, and evaluate the new policy."""
         assert isinstance(pl_module, RebelModule)
         if stopped_inside(trainer):
             save_resume_point(trainer)
@@ -335,15 +339,21 @@ class RoundRefresh(L.Callback):
         data, version = _datamodule(trainer), rounds_done(trainer)
         stored = data.store.round(version - 1)
         seconds = time.monotonic() - self._training_since
-        summary = pl_module.round_summary()
-        ranks_of(trainer).first(lambda: stored.complete("training", seconds=seconds, **summary))
+        summary, noted = pl_module.round_summary(), self._at_end
+        self._at_end = False
+
+        def note() -> None:
+            if not (noted and stored.is_complete("training")):  # by a process that came no further
+                stored.complete("training", seconds=seconds, **summary)
+
+        ranks_of(trainer).first(note)
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)  # an engine that wakes on the same device needs the room
         publish(trainer, training_metrics(stored, data.passes), max(0, trainer.global_step - 1))
-        save_resume_point(trainer)
         if self.options is not None:
             self._evaluate(trainer, version)
         self._rest()
+        stop_at_max_steps(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         report_stop(trainer, "round")

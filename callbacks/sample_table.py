@@ -39,12 +39,13 @@ class SampleTable(L.Callback):
         if self.num_prompts == 0 or not trainer.is_global_zero or not store.held_out(version).is_complete("rewards"):
             return
         header, rows = sample_rows(store, version, self.num_prompts)
+        step = max(0, trainer.global_step - 1)  # of the last update: a run that goes on after it hides what is later
         for logger in trainer.loggers:
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
-                add_text("samples", to_markdown(header, rows), trainer.global_step)
+                add_text("samples", to_markdown(header, rows), step)
             elif hasattr(logger, "log_table"):
-                logger.log_table("samples", columns=header, data=rows, step=trainer.global_step)
+                logger.log_table("samples", columns=header, data=rows, step=step)
         page = Path(trainer.default_root_dir) / "samples.html"
         temporary = page.with_suffix(".tmp")
         temporary.write_text(to_html(header, rows), encoding="utf-8")

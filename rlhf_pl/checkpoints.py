@@ -34,11 +34,13 @@ class Progress:
         global_step: Optimizer updates.
         rounds_done: Rounds whose training was finished.
         inside_round: Whether the next round's training had begun.
+        ended: Whether what follows a round's last update (validation, evaluation, the hooks of its end) was done.
     """
 
     global_step: int
     rounds_done: int
     inside_round: bool
+    ended: bool = True
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -111,8 +113,12 @@ def read_progress(file: Path) -> Progress | None:
     part = file / META if is_sharded_checkpoint(file) else file
     try:
         content = torch.load(part, map_location="cpu", weights_only=True, mmap=True)
-        epochs = content["loops"]["fit_loop"]["epoch_progress"]["current"]
-        return Progress(content["global_step"], epochs["processed"], epochs["started"] > epochs["processed"])
+        loop = content["loops"]["fit_loop"]
+        epochs = loop["epoch_progress"]["current"]
+        steps, done, inside = content["global_step"], epochs["processed"], epochs["started"] > epochs["processed"]
+        if inside and loop["epoch_loop.batch_progress"]["is_last_batch"]:
+            return Progress(steps, done + 1, inside_round=False, ended=False)
+        return Progress(steps, done, inside)
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, AttributeError):
         return None
     except pickle.UnpicklingError as error:

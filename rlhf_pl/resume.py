@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from rlhf_pl.checkpoints import (
@@ -62,8 +63,9 @@ def find_resume_point(
     if not files:
         return ResumePoint(None)
     newest, progress = list(files.items())[-1]
+    unchanged = ResumePoint(newest, partial(link_last, newest))  # a process that was killed may have linked none
     if downstream is None or accept_changes:
-        return ResumePoint(newest)
+        return unchanged
     index = _round_at_hand(progress, max_epochs)
     stored = RoundStore(run_dir).round(index) if index is not None else None
     try:
@@ -71,14 +73,14 @@ def find_resume_point(
     except DamagedStoreError:  # which is reported, or repaired, before the round is used
         settings = None
     if stored is None or settings is None:
-        return ResumePoint(newest)
+        return unchanged
     before, now = settings, Round.as_stored(downstream)
     before = {stage: {k: v for k, v in before[stage].items() if k not in _OF_DATA} for stage in before}
     changed = first_change(before, now, ORDER[1:])
     if changed is None:
-        return ResumePoint(newest)
+        return unchanged
     starts = (f for f, p in files.items() if p.rounds_done == index and not p.inside_round)
-    start = next(filter(is_whole, starts), None)
+    start = next(filter(is_whole, reversed(list(starts))), None)
     lines = "; ".join(differences(before[changed], now[changed]))
     if start is None and index != 0:
         raise InputError(

@@ -107,8 +107,9 @@ def _comes_again(row: dict[str, str], progress: Progress | None) -> bool:
     """Whether a run that goes on logs a row anew: what follows its checkpoint, and a first evaluation."""
     if progress is None or int(row["step"]) >= progress.global_step:
         return True
-    evaluation = bool(row.get("val/reward_mean")) and int(row["step"]) == progress.global_step - 1
-    return evaluation and not progress.inside_round
+    if int(row["step"]) < progress.global_step - 1 or progress.inside_round:
+        return False
+    return bool(row.get("val/reward_mean")) or not (progress.ended or row.get("train/lr"))
 
 
 def _of_wandb(logger: Any, version: str) -> None:

@@ -12,7 +12,7 @@ from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 from rlhf_pl.checkpoints import FOLDER
 from rlhf_pl.console import console
 from rlhf_pl.data.pairs import NoBatches, RoundBatches
-from rlhf_pl.data.progress import batches_done, inside_round, rounds_done, stopped_inside
+from rlhf_pl.data.progress import at_rounds_end, batches_done, inside_round, rounds_done, stopped_inside
 
 
 @dataclass
@@ -80,7 +80,7 @@ def _at_max_steps(trainer: L.Trainer) -> bool:
 def is_over(trainer: L.Trainer) -> bool:
     """Whether nothing is left to train, before the next epoch's loader is made."""
     rounds = trainer.max_epochs
-    if _at_max_steps(trainer):
+    if _at_max_steps(trainer) and not at_rounds_end(trainer):
         return True
     if trainer.should_stop and trainer.fit_loop._can_stop_early:
         return True
@@ -96,7 +96,10 @@ def nothing_left(trainer: L.Trainer) -> NoBatches:
 
 
 def stop_at_max_steps(trainer: L.Trainer) -> None:
-    """After an update: end the run if it was the last one, whatever `min_steps` and `min_epochs` say."""
+    """After an update: end the run if it was the last one, whatever `min_steps` and `min_epochs` say.
+
+    A run that goes on at a round's end comes to that first.
+    """
     if _at_max_steps(trainer):
         loop: Any = trainer.fit_loop
         loop.min_epochs, loop.epoch_loop.min_steps = None, None

@@ -25,7 +25,12 @@ def stopped_inside(trainer: L.Trainer) -> bool:
     trained_on = getattr(loaders[0], "round_index", None) if loaders else None
     if trained_on is None or trained_on != loop.epoch_progress.current.processed - 1:
         return False
-    return batches_done(trainer) < loop.max_batches
+    return batches_done(trainer) < loop.max_batches and not loop.epoch_loop.batch_progress.is_last_batch
+
+
+def at_rounds_end(trainer: L.Trainer) -> bool:
+    """Whether all updates of an epoch (round) are made, and its validation and its end are not done."""
+    return inside_round(trainer) and trainer.fit_loop.epoch_loop.batch_progress.is_last_batch
 
 
 def leaves_inside(trainer: L.Trainer) -> bool:

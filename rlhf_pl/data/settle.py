@@ -24,10 +24,11 @@ def settle(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     if not loaders:
         return
     index, now, total = loaders[0]["round"], batches["current"], trainer.num_training_batches
-    left = epochs["current"]["processed"] == index + 1 and now["processed"] < total
+    last = now["processed"] >= total or batches["is_last_batch"]  # of other sizes, where a run goes on at the very end
+    left = epochs["current"]["processed"] == index + 1 and not last
     inside = epochs["current"]["processed"] == index < epochs["current"]["started"]
     done = now["processed"]
-    updated = done if done == total else done - done % trainer.accumulate_grad_batches
+    updated = done if last else done - done % trainer.accumulate_grad_batches
     if not left and not (inside and (now["ready"], done) != (updated, updated)):
         return
     for name in ("ready", "started", "processed"):

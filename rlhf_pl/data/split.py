@@ -39,7 +39,8 @@ def adapt_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     before = checkpoint.get(_KEY)
     loop = checkpoint["loops"]["fit_loop"]
     epochs = loop["epoch_progress"]["current"]
-    if before is None or epochs["started"] == epochs["processed"]:
+    progress = loop["epoch_loop.batch_progress"]
+    if before is None or epochs["started"] == epochs["processed"] or progress["is_last_batch"]:
         return
     data: Any = getattr(trainer, "datamodule", None)
     if isinstance(data, PairsDataModule) and (data.max_tokens_per_batch is not None or getattr(data, "passes", 1) > 1):
@@ -47,7 +48,6 @@ def adapt_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
     now = _split_of(trainer)
     if now is None or before == now:
         return
-    progress = loop["epoch_loop.batch_progress"]
     done = progress["current"]["processed"]
     rows, rest = divmod(done * before["rows_per_update"], before["accumulate"])
     if rest or done % before["accumulate"] or rows % now["rows_per_update"]:

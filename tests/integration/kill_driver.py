@@ -71,7 +71,7 @@ def instrument(tracer: Tracer) -> None:
     import torch
 
     from rlhf_pl import disk
-    from rlhf_pl.callbacks import HFExport, RoundCheckpoint
+    from rlhf_pl.callbacks import HFExport, RoundCheckpoint, RoundRefresh, SampleTable, hf_export, round_checkpoint
     from rlhf_pl.modules import RebelModule
     from rlhf_pl.rewards import FunctionReward
     from rlhf_pl.rollout import TransformersSampler, VLLMSampler
@@ -86,8 +86,14 @@ def instrument(tracer: Tracer) -> None:
     tracer.around(RebelModule, "validation_step", lambda *_: "validation step")
     tracer.around(torch.optim.AdamW, "step", lambda *_: "optimizer step")
     tracer.around(torch, "save", lambda *_: "checkpoint write")
-    tracer.around(RoundCheckpoint, "save_round", lambda *_: "round checkpoint")
+    kinds = {"after": "round", "update": "update"}
+    tracer.around(RoundCheckpoint, "_save", lambda *args: f"{kinds[args[2].split('-')[0]]} checkpoint")
+    tracer.around(RoundCheckpoint, "_remove_old", lambda *_: "removal of checkpoints")
+    tracer.around(round_checkpoint, "link_last", lambda *_: "link to a checkpoint")
+    tracer.around(RoundRefresh, "_evaluate", lambda *_: "evaluation")
+    tracer.around(SampleTable, "on_train_epoch_end", lambda *_: "samples")
     tracer.around(HFExport, "_write", lambda *_: "export")
+    tracer.around(hf_export.shutil, "rmtree", lambda *_: "removal of a folder")
     for sampler in (TransformersSampler, VLLMSampler):
         tracer.around(sampler, "load_weights", lambda *_: "weight sync")
         plain = sampler.generate

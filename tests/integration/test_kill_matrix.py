@@ -21,6 +21,11 @@ DRIVER = Path(__file__).with_name("kill_driver.py")
 TRANSFORMERS = ["--rollout.sampler", "TransformersSampler", "--rollout.sampler.dtype", "float32"]
 REWARD = "def score(response):\n    return len(set(response)) / 10\n"
 VARYING = ("train/pairs_per_s", "rollout/sampler_logp_error")  # times, and what is logged at every hand-over
+AT_ENDS = [
+    *("--export.every_round", "true", "--checkpoint.every_n_updates", "0"),
+    *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/reward_mean"),
+    *("--trainer.callbacks.patience=9", "--trainer.callbacks+=round_ends.Ends"),
+]
 TRIAL_CALLS = 6  # on made-up answers, at every start
 
 
@@ -85,10 +90,21 @@ def result(run: Path) -> dict[str, Any]:
     names = [n for n in everything if n.startswith(("train/", "val/", "rollout/")) and n not in VARYING]
     assert "train/loss" in names
     rounds = [stored.info("training") for stored in RoundStore(run).rounds().values()]
+    saved = torch.load(run / "checkpoints" / "last.ckpt", weights_only=True) if (run / "ends.jsonl").exists() else None
     return {
+        "tables": {name: sorted({e.step for e in curves.Tensors(name)}) for name in curves.Tags()["tensors"]},
+        "page": (run / "samples.html").read_text(),
+        "checkpoints": sorted(file.name for file in (run / "checkpoints").iterdir()),
+        "folders": sorted(folder.name for folder in run.iterdir() if folder.is_dir()),
+        "ends": sorted(set((run / "ends.jsonl").read_text().splitlines())) if saved else [],
+        "states": saved and str(sorted(saved["callbacks"].items())),
         "files": files,
         "curves": {name: [(event.step, event.value) for event in curves.Scalars(name)] for name in names},
-        "weights": {name: tensor.clone() for name, tensor in load_file(run / "model" / "model.safetensors").items()},
+        "weights": {
+            f"{file.parent.name}/{name}": tensor.clone()
+            for file in run.glob("model*/model.safetensors")
+            for name, tensor in load_file(file).items()
+        },
         "training": [{k: v for k, v in info.items() if k != "seconds"} for info in rounds],
         "leftovers": [str(file) for file in run.rglob(".*.tmp")] + [str(file) for file in run.rglob("*.journal")],
     }
@@ -99,6 +115,8 @@ def assert_same_result(run: Path, expected: dict[str, Any], what: str) -> None:
     assert found["files"] == expected["files"], what
     assert found["leftovers"] == [], what
     assert found["training"] == expected["training"], what
+    for name in ("tables", "page", "checkpoints", "folders", "ends", "states"):
+        assert found[name] == expected[name], (what, name)
     for name, tensor in expected["weights"].items():
         assert torch.equal(found["weights"][name], tensor), (what, name)
     for name, curve in expected["curves"].items():
@@ -106,6 +124,7 @@ def assert_same_result(run: Path, expected: dict[str, Any], what: str) -> None:
 
 
 AFTER = ("rename", "reward call", "weight sync", "optimizer step", "checkpoint write", "round checkpoint", "export",
+         "update checkpoint", "removal of checkpoints", "evaluation", "samples",
          "write responses of rounds", "write rewards of rounds", "complete training of rounds")  # fmt: skip
 
 
@@ -114,6 +133,15 @@ def boundaries(counts: Counter[str]) -> list[dict[str, Any]]:
     rng = random.Random(1)
     points = [{"event": name, "count": rng.randint(1, count), "delay": 0.0} for name, count in counts.items()]
     return [p for p in points if not p["event"].startswith("after ") or p["event"].removeprefix("after ") in AFTER]
+
+
+def rounds_end(trace: list[tuple[float, str, int]]) -> list[dict[str, Any]]:
+    """One event of every kind between a round's last update and its end."""
+    names = [name for _, name, _ in trace]
+    end = len(names) - names[::-1].index("after round checkpoint")
+    begin = max(i for i, name in enumerate(names[:end]) if name == "after optimizer step")
+    first = {name: count for _, name, count in reversed(trace[begin:end])}
+    return [{"event": name, "count": count, "delay": 0.0} for name, count in first.items()]
 
 
 def moments(trace: list[tuple[float, str, int]], number: int, seed: int) -> list[dict[str, Any]]:
@@ -167,7 +195,7 @@ def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None
         (
             {"event": "before write responses of heldout", "count": 2, "signal": signal.SIGTERM},
             "SIGTERM",
-            "after-round-0001",
+            "update-00000003",
         ),
     ]
     runs = [{"dir": str(tmp_path / f"run{i}"), "kill": stop | {"delay": 0.0}} for i, (stop, *_) in enumerate(stops)]
@@ -192,6 +220,20 @@ def test_killed_anywhere_and_started_again(tmp_path: Path, part: int) -> None:
     points = (boundaries(counts) + moments(trace, 12, seed=2))[part::3]
     hits = run_matrix(tmp_path, plan, points, tmp_path / "reference")
     assert hits >= 13
+
+
+@pytest.mark.slow(minutes=1)
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("part", range(2))
+def test_killed_at_a_rounds_end_and_started_again(tmp_path: Path, part: int) -> None:
+    """With callbacks that follow metrics, a user's own, samples and an export of every round."""
+    plan = make_plan(tmp_path, TRANSFORMERS)
+    plan["arguments"] += AT_ENDS
+    points = rounds_end(run_reference(tmp_path, plan))
+    assert {"before evaluation", "before draw", "before reward call", "after samples"} <= {p["event"] for p in points}
+    assert run_matrix(tmp_path, plan, points[part::2], tmp_path / "reference") == len(points[part::2])
+    ends = [json.loads(line) for line in (tmp_path / "reference" / "ends.jsonl").read_text().splitlines()]
+    assert [(end["round"], end["seen"]) for end in ends] == [(0, 1), (1, 2)]
 
 
 @pytest.mark.slow(minutes=2.5)

@@ -17,7 +17,7 @@ IN_TRAINING = {"rank": 1, "event": "before optimizer step", "count": 4, "delay":
 ELSEWHERE: dict[str, dict[str, Any]] = {  # which of two ranks dies, when; it dies as if it were pulled out
     "ddp": {"rank": 1, "event": "answers to a prompt", "count": 12, "delay": 0.0},
     "fsdp": {"rank": 0, "event": "before reward call", "count": 8, "delay": 0.0},
-    "fsdp2": {"rank": 0, "event": "after round checkpoint", "count": 1, "delay": 0.0},
+    "fsdp2": {"rank": 0, "event": "before evaluation", "count": 2, "delay": 0.0},  # at a round's end
 }
 
 
