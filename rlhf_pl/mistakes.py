@@ -15,6 +15,7 @@ from rlhf_pl.ranks import RanksError
 from rlhf_pl.rollout.self_check import StaleSamplerError
 
 _MISTAKES = (InputError, StaleSamplerError, RanksError, MisconfigurationException, PermissionError)
+_PARSERS = ("argparse", "jsonargparse")  # which end the process after `--help` and `--print_config`
 
 
 def mistake_behind(error: BaseException | None) -> BaseException | None:
@@ -30,6 +31,14 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
             return InputError(f"The Trainer refuses this config: {_in_a_line(error)}")
         error = error.__cause__ or error.__context__
     return error
+
+
+def early_exit(stop: SystemExit) -> str | None:
+    """Where users' code ended the process as if all were well; None for an exit with an error, or of a parser's."""
+    frames = [f for f, _ in traceback.walk_tb(stop.__traceback__) if f.f_globals.get("__name__") != "_sitebuiltins"]
+    if stop.code or not frames or frames[-1].f_globals.get("__name__", "").partition(".")[0] in _PARSERS:
+        return None
+    return f"{frames[-1].f_code.co_filename}, line {frames[-1].f_lineno}"
 
 
 def _raised_by(error: BaseException, package: str) -> bool:

@@ -154,6 +154,10 @@ class JudgeScoreReward(Reward):
     def is_remote(self) -> bool:
         return True
 
+    @property
+    def limits_itself(self) -> bool:
+        return True
+
     def check(self, samples: Sequence[Sample]) -> None:
         self._judge.service.check()
 
@@ -242,6 +246,10 @@ class JudgePairReward(Reward):
 
     @property
     def is_remote(self) -> bool:
+        return True
+
+    @property
+    def limits_itself(self) -> bool:
         return True
 
     @property
