@@ -8,6 +8,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.function import FunctionReward
 from rlhf_pl.rewards.results import CallFailed, Outcome, failure_of, scores_of
+from rlhf_pl.rewards.time_limit import RewardTimeout
 
 
 def as_reward(reward: Reward | str | Callable[..., Any]) -> Reward:
@@ -126,7 +127,9 @@ def _scores_of(part: Reward, name: str, batch: Sequence[Sample]) -> list[Outcome
     """What a part gives; a failure of the call names the part."""
     try:
         return scores_of(part, batch)
-    except BaseException as error:  # users' code may raise anything; an interrupt is the caller's, who knows of it
+    except RewardTimeout:
+        raise
+    except BaseException as error:  # users' code may raise anything
         failure = failure_of(error)
         raise CallFailed(replace(failure, detail=f"`{name}`: {failure.detail}")) from error
 

@@ -186,11 +186,18 @@ def _call(reward: Reward, batch: list[Sample], timeout_s: float) -> list[Outcome
     if ended.given_up:
         return _given_up(reward, timeout_s)
     if ended.timed_out:
-        return Failure("timeout", f"no result within {timeout_s:g} s (rollout.scoring.timeout_s).")
+        return _timed_out(ended.swallowed, timeout_s)
     if ended.error is not None:
         return failure_of(ended.error)
     assert ended.value is not None
     return ended.value
+
+
+def _timed_out(swallowed: bool, timeout_s: float) -> Failure:
+    """Not tried again if it would take any failure inside it for a score, as it did the interrupt."""
+    advice = " It was interrupted, and returned all the same: write `except Exception` there rather than `except`."
+    late = f"no result within {timeout_s:g} s (rollout.scoring.timeout_s)."
+    return Failure("timeout", late + advice * swallowed, final=swallowed)
 
 
 def _given_up(reward: Reward, timeout_s: float) -> Failure:

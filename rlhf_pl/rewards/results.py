@@ -57,13 +57,13 @@ def outcomes_of(values: Any, batch: Sequence[Sample]) -> list[Outcome]:
 
 def _items(values: Any, count: int) -> list[Any]:
     shape = getattr(values, "shape", None)
-    if shape is not None and not isinstance(values, type):
-        if len(shape) == 1:
-            return _of_array(values)
-        raise _wrong_type(f"an array of shape {tuple(shape)}", count)
-    if isinstance(values, Sequence) and not isinstance(values, _TEXT):
-        return list(values)
-    raise _wrong_type(shown(values), count)
+    if isinstance(values, _TEXT) or not isinstance(shape, tuple):
+        if isinstance(values, Sequence) and not isinstance(values, _TEXT):
+            return list(values)
+        raise _wrong_type(shown(values), count)
+    if len(shape) == 1:
+        return _of_array(values)
+    raise _wrong_type(f"an array of shape {tuple(shape)}", count)
 
 
 def _of_array(values: Any) -> list[Any]:
@@ -149,9 +149,10 @@ def failure_of(error: BaseException) -> Failure:
     if isinstance(error, InputError):
         return Failure("exception", str(error))
     kind, text = type(error).__name__, _text(error)
-    if isinstance(error, SystemExit):
-        return Failure("exception", f"tried to end the run: SystemExit({text}). Raise an ordinary exception instead.")
-    return Failure("exception", f"{kind}: {text}.")
+    if isinstance(error, Exception):
+        return Failure("exception", f"{kind}: {text}.")
+    advice = "Raise an `Exception`, and call nothing that ends the process, such as sys.exit()."
+    return Failure("exception", f"raised {kind}({text}), which is meant to end the run. {advice}", final=True)
 
 
 def _text(error: BaseException) -> str:

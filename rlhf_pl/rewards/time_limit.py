@@ -1,9 +1,9 @@
 """Calls of users' code under a time limit: over it, a call has failed, and a stop of the run is never swallowed.
 
 In the main thread a call is interrupted: sleeping, waiting for a socket or a lock, or computing in Python. The
-kernel's timer does it, which needs no thread of Python's; where a reward takes that timer for itself, a thread does it by
-SIGURG, which does nothing where nobody asks for it. In other threads, where signals don't arrive, a call runs in a thread
-that can be left behind.
+kernel's timer does it, which needs no thread of Python's; where a reward takes that timer for itself, a thread does it
+by SIGURG, which does nothing where nobody asks for it. In other threads, where signals don't arrive, a call runs in a
+thread that can be left behind.
 """
 
 import ctypes
@@ -39,12 +39,14 @@ class Ended(Generic[T]):
         value: What it returned.
         error: What it raised.
         timed_out: Whether it ran over its limit, whatever it returned or raised.
+        swallowed: Whether it returned although it had been interrupted.
         given_up: Whether it did not let itself be interrupted: it was ended by force, or is still running.
     """
 
     value: T | None = None
     error: BaseException | None = None
     timed_out: bool = False
+    swallowed: bool = False
     given_up: bool = False
 
 
@@ -71,10 +73,11 @@ def call_limited(call: Callable[[], T], seconds: float, name: str) -> Ended[T]:
     except BaseException as error:  # users' code may raise anything
         interrupter.active = False
         ended.error = error
+    ended.timed_out, ended.given_up = interrupter.is_over, interrupter.forced
     interrupter.close()
     if interrupter.stop is not None:
         raise interrupter.stop
-    ended.timed_out, ended.given_up = interrupter.is_over, interrupter.forced
+    ended.swallowed = ended.error is None and interrupter.raised
     return ended
 
 
@@ -89,7 +92,7 @@ class _Interrupter:
         self._trace: Any = None
         self._outer = _watched[0]
         self._since: float | None = None  # when it was interrupted first
-        self.active, self.forced = True, False
+        self.active, self.raised, self.forced = True, False, False
         self.stop: BaseException | None = None
 
     @property
@@ -144,6 +147,7 @@ class _Interrupter:
             if not self.forced:
                 self.forced, self._trace = True, sys.gettrace()
             _raise_everywhere(frame, self._error())
+        self.raised = True
         raise self._error()
 
     def _error(self) -> BaseException:
