@@ -7,6 +7,7 @@ from typing import Any
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.function import FunctionReward
+from rlhf_pl.rewards.process_state import KeptSettings
 from rlhf_pl.rewards.results import CallFailed, Outcome, failure_of, scores_of
 from rlhf_pl.rewards.time_limit import RewardTimeout
 
@@ -126,7 +127,8 @@ class CombinedReward(Reward):
 def _scores_of(part: Reward, name: str, batch: Sequence[Sample]) -> list[Outcome]:
     """What a part gives; a failure of the call names the part."""
     try:
-        return scores_of(part, batch)
+        with KeptSettings():
+            return scores_of(part, batch)
     except RewardTimeout:
         raise
     except BaseException as error:  # users' code may raise anything

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Failure, Reward, Sample
 from rlhf_pl.rewards.combine import CombinedReward
-from rlhf_pl.rewards.process_state import KeptProcess
+from rlhf_pl.rewards.process_state import KeptProcess, KeptSettings
 from rlhf_pl.rewards.results import Outcome, failure_of, scores_of
 from rlhf_pl.rewards.time_limit import call_limited, ends_if_locked
 
@@ -177,12 +177,14 @@ def _split(
 
 def _call(reward: Reward, batch: list[Sample], timeout_s: float) -> list[Outcome] | Failure:
     """One call: an outcome per sample, or the failure of the whole."""
-    opened = call_limited(reward.open, 0, reward.name)
+    with KeptSettings():
+        opened = call_limited(reward.open, 0, reward.name)
     if opened.error is not None:
         raise InputError(f"Reward `{reward.name}` can't be opened: {failure_of(opened.error).detail}") from opened.error
     if reward.limits_itself and threading.current_thread() is not threading.main_thread():
         timeout_s = 0
-    ended = call_limited(lambda: scores_of(reward, batch), timeout_s, reward.name)
+    with KeptSettings():
+        ended = call_limited(lambda: scores_of(reward, batch), timeout_s, reward.name)
     if ended.given_up:
         return _given_up(reward, timeout_s)
     if ended.timed_out:

@@ -43,7 +43,7 @@ class IsolatedFunction:
                 [sys.executable, "-m", "rlhf_pl.rewards.worker", self._path, str(theirs.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[theirs.fileno()],
-                env=os.environ | {"PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path)},
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
                 start_new_session=True,  # so that it can be killed with what it starts
             )
         self._connection = Connection(ours.detach())

@@ -11,7 +11,6 @@ from typing import Any
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.copies import own_copies
-from rlhf_pl.rewards.process_state import KeptSettings
 
 Outcome = RewardResult | Failure
 _TEXT = (str, bytes, bytearray, memoryview)
@@ -28,13 +27,12 @@ class CallFailed(Exception):
 
 
 def scores_of(reward: Reward, batch: Sequence[Sample]) -> list[Outcome]:
-    """Call a reward with copies of its own, in the process as it is, which is left as it was.
+    """Call a reward with copies of the samples, which it may change.
 
     Raises:
         CallFailed: What it returned is not one result per sample. Whatever the reward raises is not caught.
     """
-    with KeptSettings():
-        return outcomes_of(reward.score(own_copies(batch)), batch)
+    return outcomes_of(reward.score(own_copies(batch)), batch)
 
 
 def outcomes_of(values: Any, batch: Sequence[Sample]) -> list[Outcome]:

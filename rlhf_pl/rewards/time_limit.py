@@ -146,9 +146,24 @@ class _Interrupter:
         if time.monotonic() - self._since > GRACE_S:
             if not self.forced:
                 self.forced, self._trace = True, sys.gettrace()
-            _raise_everywhere(frame, self._error())
+            self._raise_everywhere(frame)
         self.raised = True
         raise self._error()
+
+    def _raise_everywhere(self, frame: FrameType | None) -> None:
+        """Have the next line of users' code raise too: that of the `except` which swallows the interrupt."""
+
+        def tracer(frame: FrameType, event: str, _arg: Any) -> Any:
+            if not self.active or frame.f_code.co_filename.startswith(_OURS):
+                return None
+            if event == "line":
+                raise self._error()
+            return tracer
+
+        while frame is not None and frame.f_code.co_filename != __file__:
+            frame.f_trace = tracer
+            frame = frame.f_back
+        sys.settrace(tracer)
 
     def _error(self) -> BaseException:
         return RewardTimeout() if self.stop is None else self.stop
@@ -205,24 +220,6 @@ def _remind() -> None:
                 faulthandler.cancel_dump_traceback_later()
         if (interrupter := _watched[0]) is not None:
             interrupter.remind()
-
-
-def _raise_everywhere(frame: FrameType | None, error: BaseException) -> None:
-    """Have the next line of users' code raise too: that of the `except` which swallows the interrupt."""
-
-    def tracer(_frame: FrameType, event: str, _arg: Any) -> Any:
-        if event == "line":
-            raise error
-        return tracer
-
-    while frame is not None:
-        file = frame.f_code.co_filename
-        if file == __file__:
-            break
-        if not file.startswith(_OURS):
-            frame.f_trace = tracer
-        frame = frame.f_back
-    sys.settrace(lambda frame, event, arg: None if frame.f_code.co_filename.startswith(_OURS) else tracer)
 
 
 def _run(call: Callable[[], T]) -> Ended[T]:

@@ -80,9 +80,10 @@ def spoils_lists(responses: list[str], samples: list[Sample], keys: list[Any]) -
     return values
 
 
-@pytest.mark.parametrize(
-    "reward", [Spoils(), SpoilsOne(), FunctionReward(spoils_arguments), FunctionReward(spoils_lists)]
-)
+SPOIL = [Spoils(), SpoilsOne(), FunctionReward(spoils_arguments), FunctionReward(spoils_lists)]
+
+
+@pytest.mark.parametrize("reward", SPOIL, ids=["class", "rule", "function", "batched function"])
 def test_a_reward_has_samples_of_its_own(reward: Reward) -> None:
     """The same before and after, for the next attempt, and for the other parts of a sum."""
     given = [sample(), sample()]

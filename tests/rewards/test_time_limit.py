@@ -100,8 +100,8 @@ def swallow(_: str) -> float:
     try:
         time.sleep(60)
     except:  # noqa: E722
-        pass
-    return 0.0
+        return 0.0
+    return 1.0
 
 
 @pytest.mark.parametrize("many", [False, True])
@@ -260,9 +260,10 @@ guarded_scores(FunctionReward(globals()[sys.argv[1]]), [sample], ScoringConfig(0
 """
 
 
-@pytest.mark.parametrize(
-    ("kind", "message"), [("locked", "line 7 in locked"), ("stuck", "error: Reward `stuck` did not")]
-)
+ENDS = [("locked", "line 7 in locked"), ("stuck", "error: Reward `stuck` did not")]
+
+
+@pytest.mark.parametrize(("kind", "message"), ENDS)
 def test_what_can_be_neither_interrupted_nor_given_up_ends_the_run(kind: str, message: str, tmp_path: Path) -> None:
     """C code in the main thread that keeps Python's lock, or waits for ever and is deaf to signals."""
     file = tmp_path / "locked.py"
