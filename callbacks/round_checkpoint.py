@@ -149,7 +149,11 @@ class RoundCheckpoint(Checkpoint):
             self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
+        """Note the metrics of the round's end, and leave keys, tokens and passwords out of modules' hyper-parameters."""
         note_metrics(trainer, checkpoint)
+        for name in ("hyper_parameters", "datamodule_hyper_parameters"):
+            if name in checkpoint:
+                checkpoint[name] = redacted(checkpoint[name])
 
     def on_load_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         self._end.load(checkpoint)
@@ -186,12 +190,6 @@ class RoundCheckpoint(Checkpoint):
         for file in files:
             if file not in keep:
                 remove_checkpoint(file)
-
-    def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Leave keys, tokens and passwords out of what modules have as hyper-parameters."""
-        for name in ("hyper_parameters", "datamodule_hyper_parameters"):
-            if name in checkpoint:
-                checkpoint[name] = redacted(checkpoint[name])
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """What a process that was killed before it could remove it has left."""

@@ -34,6 +34,7 @@ from rlhf_pl.policy_kl import has_reference
 from rlhf_pl.ranks import DEFAULT_TIMEOUT, forget_ranks, ranks_of, report_failure
 from rlhf_pl.repair import repair
 from rlhf_pl.rewards import Reward, Sample, ScoringConfig, as_reward
+from rlhf_pl.rewards.combine import isolate_functions
 from rlhf_pl.rewards.guard import try_reward
 from rlhf_pl.rollout import Sampler, SamplingConfig, VLLMSampler
 from rlhf_pl.rollout.link import SamplerLink
@@ -132,6 +133,8 @@ class RoundRefresh(L.Callback):
                 logps_batch_tokens=logps_batch_tokens,
                 old_logps=old_logps,
             )
+            if scoring.isolate:
+                isolate_functions(self.options.reward)
         self._link = SamplerLink(sampler)
         self._timeout = timeout_minutes
         self._maker: RoundMaker | None = None

@@ -56,7 +56,7 @@ def _run(argv: list[str]) -> int:
 
 def _with_one_error(argv: list[str]) -> int:
     """Run a command that loads models; a wrong input ends it with one message."""
-    from rlhf_pl.mistakes import mistake_behind
+    from rlhf_pl.mistakes import early_exit, mistake_behind
     from rlhf_pl.quiet import quiet_libraries
     from rlhf_pl.terminal import print_error
 
@@ -75,6 +75,15 @@ def _with_one_error(argv: list[str]) -> int:
         from rlhf_pl import cli
 
         return cli.run(argv)
+    except SystemExit as stop:
+        if (where := early_exit(stop)) is None:
+            raise
+        print(
+            f"error: sys.exit({stop.code or 0}) was called in {where}, before this command had done its work. What a "
+            "run calls, such as rewards and callbacks, must return or raise an ordinary exception.",
+            file=sys.stderr,
+        )
+        return 1
     except Exception as error:
         wrong = mistake_behind(error)
         if wrong is None:

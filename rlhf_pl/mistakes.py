@@ -26,6 +26,7 @@ _REFUSED = {
     errno.ESTALE: "The file server has lost it. What was written before is whole; the same command goes on from it.",
 }
 _WORKER = re.compile(r"DataLoader worker \(pid")
+_PARSERS = ("argparse", "jsonargparse")  # which end the process after `--help` and `--print_config`
 
 
 def mistake_behind(error: BaseException | None) -> BaseException | None:
@@ -53,6 +54,14 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
 def _name(error: OSError) -> str:
     """The file that an error is about."""
     return str(error.filename2 or error.filename or "A file")
+
+
+def early_exit(stop: SystemExit) -> str | None:
+    """Where users' code ended the process as if all were well; None for an exit with an error, or of a parser's."""
+    frames = [f for f, _ in traceback.walk_tb(stop.__traceback__) if f.f_globals.get("__name__") != "_sitebuiltins"]
+    if stop.code or not frames or frames[-1].f_globals.get("__name__", "").partition(".")[0] in _PARSERS:
+        return None
+    return f"{frames[-1].f_code.co_filename}, line {frames[-1].f_lineno}"
 
 
 def _raised_by(error: BaseException, package: str) -> bool:

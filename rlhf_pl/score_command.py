@@ -22,6 +22,7 @@ from rlhf_pl.option_numbers import refuse_not_finite
 from rlhf_pl.pair_metrics import PairMetrics, longer_text, pair_metrics
 from rlhf_pl.parser_errors import exit_with_error
 from rlhf_pl.rewards import Reward, RewardResult, Sample, ScoringConfig, as_reward
+from rlhf_pl.rewards.combine import isolate_functions
 from rlhf_pl.rewards.guard import guarded_scores, try_reward
 from rlhf_pl.rewards.withhold import without_thinking
 from rlhf_pl.run_date import take_run_date
@@ -91,6 +92,8 @@ def run(argv: Sequence[str]) -> int:
         given = parser.instantiate_classes(config)
     reward = as_reward(given.reward)
     scoring = given.scoring if isinstance(given.scoring, ScoringConfig) else ScoringConfig(**given.scoring)
+    if scoring.isolate:
+        isolate_functions(reward)
     if config.limit is not None and config.limit < 1:
         raise InputError(f"`limit` must be 1 or more, got {config.limit}.")
     if config.output is not None and not Path(config.output).resolve().parent.is_dir():

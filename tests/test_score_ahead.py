@@ -80,7 +80,7 @@ def test_answers_are_scored_once_while_others_are_drawn(
 ) -> None:
     reward, stored = ElsewhereReward(), Round(tmp_path / "rounds" / "0000")
     draw(stored, prompts, source, reward)
-    assert reward.threads == {"score-ahead"}
+    assert reward.threads == {"reward-call"}
     score(stored, prompts, reward, CONFIG)
     assert sorted(reward.seen) == sorted(p.prompt_id for p in prompts for _ in range(2))
     answers, rewards = stored.read("responses").to_pylist(), stored.read("rewards").to_pylist()

@@ -76,9 +76,9 @@ class Failure:
     """Why an answer has no reward. Rewards may return it in place of a result.
 
     Args:
-        kind: `timeout`, `exception`, `not_finite`, `wrong_count` or `unreachable`.
+        kind: `timeout`, `exception`, `not_finite`, `wrong_count`, `wrong_type` or `unreachable`.
         detail: A sentence. Secrets are left out, and what is longer than 1,000 characters goes to the log of errors.
-        final: Whether it was tried again already, so that there is no use in more attempts.
+        final: Whether there is no use in more attempts, such as because it was tried again already.
     """
 
     kind: str
@@ -93,9 +93,15 @@ class Failure:
 class Reward(ABC):
     """Scores answers. Subclass it and name your class in `rollout.reward.class_path`."""
 
+    _given_up = 0  # calls that did not let themselves be interrupted; counted by the guard
+
     @abstractmethod
     def score(self, batch: Sequence[Sample]) -> Sequence["RewardResult | Failure"]:
-        """One finite result per sample, in their order; a Failure for an answer that has none."""
+        """One finite result per sample, in their order; a Failure for an answer that has none.
+
+        The samples are copies, which may be changed. Plain numbers are taken for results, and an array or tensor of
+        them for a list. What is raised, SystemExit included, is the failure of the whole call.
+        """
 
     def check(self, samples: Sequence[Sample]) -> None:  # noqa: B027 - nothing to check is a fine default
         """Raise InputError for what can be known to fail before any model loads.
@@ -123,8 +129,13 @@ class Reward(ABC):
     def is_remote(self) -> bool:
         """Whether the scores are computed elsewhere: answers are then scored while others are still drawn.
 
-        `score` is called in a thread, and should have a time limit of its own.
+        `score` is called in a thread, which can't be interrupted while it waits: have it limit itself.
         """
+        return False
+
+    @property
+    def limits_itself(self) -> bool:
+        """Whether every call ends by a time limit of its own: then no other one counts for calls in a thread."""
         return False
 
     def open(self) -> None:  # noqa: B027 - nothing to load is a fine default

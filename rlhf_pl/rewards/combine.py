@@ -1,17 +1,36 @@
 """Several rewards as one: their weighted sum."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rlhf_pl.errors import InputError, finite
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.function import FunctionReward
+from rlhf_pl.rewards.process_state import KeptSettings
+from rlhf_pl.rewards.results import CallFailed, Outcome, failure_of, scores_of
+from rlhf_pl.rewards.time_limit import RewardTimeout
 
 
 def as_reward(reward: Reward | str | Callable[..., Any]) -> Reward:
     """A function, or the import path of one, becomes a `FunctionReward`."""
     return reward if isinstance(reward, Reward) else FunctionReward(reward)
+
+
+def isolate_functions(reward: Reward) -> None:
+    """Have the functions that a reward is, or consists of, run in processes of their own.
+
+    Raises:
+        InputError: It has none, or one that another process can't import.
+    """
+    functions = [part for part in getattr(reward, "parts", [reward]) if isinstance(part, FunctionReward)]
+    if not functions:
+        raise InputError(
+            f"`rollout.scoring.isolate` is for Python functions that are named by their import path; {reward.name} is "
+            "none. Leave it out."
+        )
+    for function in functions:
+        function.isolate()
 
 
 @dataclass
@@ -75,14 +94,15 @@ class CombinedReward(Reward):
     def is_remote(self) -> bool:
         return all(part.is_remote for part in self.parts)
 
-    def score(self, batch: Sequence[Sample]) -> list[RewardResult | Failure]:
-        scored = [part.score(batch) for part in self.parts]
-        for name, results in zip(self.names, scored, strict=True):
-            if len(results) != len(batch):
-                raise ValueError(f"`{name}` returned {len(results)} scores for {len(batch)} answers")
+    @property
+    def limits_itself(self) -> bool:
+        return all(part.limits_itself for part in self.parts)
+
+    def score(self, batch: Sequence[Sample]) -> list[Outcome]:
+        scored = [_scores_of(part, name, batch) for name, part in zip(self.names, self.parts, strict=True)]
         return [self._sum(results) for results in zip(*scored, strict=True)]
 
-    def _sum(self, results: Sequence[Any]) -> RewardResult | Failure:
+    def _sum(self, results: Sequence[Outcome]) -> Outcome:
         total, components, truncated = 0.0, {}, 0
         for name, weight, result in zip(self.names, self.weights, results, strict=True):
             if isinstance(result, Failure):
@@ -104,6 +124,18 @@ class CombinedReward(Reward):
     def close(self) -> None:
         for part in self.parts:
             part.close()
+
+
+def _scores_of(part: Reward, name: str, batch: Sequence[Sample]) -> list[Outcome]:
+    """What a part gives; a failure of the call names the part."""
+    try:
+        with KeptSettings():
+            return scores_of(part, batch)
+    except RewardTimeout:
+        raise
+    except BaseException as error:  # users' code may raise anything
+        failure = failure_of(error)
+        raise CallFailed(replace(failure, detail=f"`{name}`: {failure.detail}")) from error
 
 
 def _short_name(name: str) -> str:

@@ -10,9 +10,12 @@ from typing import Any
 from rlhf_pl.by_path import import_path, look_beside
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import code_fingerprint
-from rlhf_pl.rewards.base import Reward, RewardResult, Sample
+from rlhf_pl.rewards.base import Reward, Sample
+from rlhf_pl.rewards.isolated import IsolatedFunction
+from rlhf_pl.rewards.results import Outcome, outcomes_of
 
 _ONE = ("prompt", "response", "messages", "finished", "response_tokens", "prompt_id", "response_message", "tools")
+_GENERATORS = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
 _MANY = {"prompts": "prompt", "responses": "response", "samples": None}
 
 
@@ -31,7 +34,14 @@ class FunctionReward(Reward):
 
     def __init__(self, function: str | Callable[..., Any]) -> None:
         self._function = import_function(function) if isinstance(function, str) else function
+        self._path = function if isinstance(function, str) else None
+        self._isolated: IsolatedFunction | None = None
         self._name = function if isinstance(function, str) else getattr(function, "__qualname__", repr(function))
+        if any(check(self._function) for check in (inspect.iscoroutinefunction, *_GENERATORS)):
+            raise InputError(
+                f"Reward `{self._name}` is an `async` function or a generator. It must return its scores: call what is "
+                "asynchronous with asyncio.run(), and return a list rather than yield."
+            )
         parameters = inspect.signature(self._function).parameters.values()
         self._wants_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -68,24 +78,38 @@ class FunctionReward(Reward):
     def one_by_one(self) -> bool:
         return not self._batched
 
-    def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
+    def isolate(self) -> None:
+        """Run the function in a process of its own from now on.
+
+        Raises:
+            InputError: It was not named by its import path, so that another process can't find it.
+        """
+        if self._path is None:
+            raise InputError(
+                f"`rollout.scoring.isolate`: reward `{self._name}` is a function object. Name it by its import path "
+                "(package.module.function or path/to/file.py:function), so that another process can import it."
+            )
+        self._isolated = self._isolated or IsolatedFunction(self._path)
+
+    def open(self) -> None:
+        if self._isolated is not None:
+            self._isolated.open()
+
+    def close(self) -> None:
+        if self._isolated is not None:
+            self._isolated.close()
+
+    def score(self, batch: Sequence[Sample]) -> list[Outcome]:
         if not batch:
             return []
+        if self._isolated is not None:
+            return self._isolated.score(batch)
         look_beside(getattr(self._function, "__module__", None) or "")
         if not self._batched:
-            return [self._result(self._function(**self._arguments(s)), s) for s in batch]
+            return outcomes_of([self._function(**self._arguments(s)) for s in batch], batch)
         rows = [self._arguments(s, many=True) for s in batch]
         arguments: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
-        values = self._function(**arguments)
-        try:
-            values = list(values)
-        except TypeError:
-            raise InputError(
-                f"Reward `{self._name}` takes a batch, so it must return a list of {len(batch)} numbers; it returned "
-                f"{type(values).__name__}."
-            ) from None
-        # a wrong count is for the caller to notice
-        return [self._result(v, batch[min(i, len(batch) - 1)]) for i, v in enumerate(values)]
+        return outcomes_of(self._function(**arguments), batch)
 
     def _arguments(self, sample: Sample, many: bool = False) -> dict[str, Any]:
         values: dict[str, Any] = {**sample.columns, **{name: getattr(sample, name) for name in _ONE}}
@@ -94,17 +118,6 @@ class FunctionReward(Reward):
         if many:
             values |= {plural: getattr(sample, one) if one else sample for plural, one in _MANY.items()}
         return values if self._wants_all else {name: values[name] for name in self._names if name in values}
-
-    def _result(self, value: Any, sample: Sample) -> RewardResult:
-        if isinstance(value, RewardResult):
-            return value
-        try:
-            return RewardResult(float(value))
-        except (TypeError, ValueError):
-            raise InputError(
-                f"Reward `{self._name}` returned {value!r} ({type(value).__name__}) for prompt_id "
-                f"{sample.prompt_id!r}. It must return a number."
-            ) from None
 
 
 def import_function(path: str) -> Callable[..., Any]:

@@ -1,18 +1,21 @@
 """What stands between a reward and the round store: time limit, retries, finite numbers, a policy for failures."""
 
 import math
-import signal
+import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rlhf_pl.errors import LARGEST_REWARD, InputError
-from rlhf_pl.rewards.base import MAX_NAME, Failure, Reward, RewardResult, Sample
+from rlhf_pl.errors import InputError
+from rlhf_pl.rewards.base import Failure, Reward, Sample
 from rlhf_pl.rewards.combine import CombinedReward
-from rlhf_pl.terminal import summary
+from rlhf_pl.rewards.process_state import KeptProcess, KeptSettings
+from rlhf_pl.rewards.results import Outcome, failure_of, scores_of
+from rlhf_pl.rewards.time_limit import call_limited, ends_if_locked
+
+MOST_GIVEN_UP = 3  # calls of a reward that do not let themselves be interrupted, before the run stops
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class ScoringConfig:
 
     Args:
         timeout_s: Time limit of one call, seconds; 0 for none. A call scores one answer, or for rewards that take a
-            batch all answers of `prompts_per_call` prompts.
+            batch all answers of `prompts_per_call` prompts. A call that takes longer has failed, whatever it returns.
         retries: Further attempts after a failure.
         backoff_s: Pause before the second attempt, seconds; doubled before every further one.
         on_failure: What becomes of an answer whose reward failed: `error` stops the run, `drop` leaves the answer
@@ -30,6 +33,8 @@ class ScoringConfig:
         strip_thinking: Withhold from rewards what the policy thinks before it answers. An answer that ends inside its
             thinking counts as unfinished and empty.
         thinking_marks: What opens and what closes the thinking. It may be opened by the chat template.
+        isolate: Run Python functions that are named by their import path in a process of their own, which is killed
+            at the time limit and started anew: for code that can't be interrupted, crashes, or ends its process.
     """
 
     timeout_s: float = 600.0
@@ -39,6 +44,7 @@ class ScoringConfig:
     prompts_per_call: int = 16
     strip_thinking: bool = False
     thinking_marks: tuple[str, str] = ("<think>", "</think>")
+    isolate: bool = False
 
     def __post_init__(self) -> None:
         rules = [
@@ -69,35 +75,6 @@ class ScoringConfig:
         return None if isinstance(self.on_failure, str) else float(self.on_failure)
 
 
-class RewardTimeout(BaseException):
-    """The time limit is over. Not an Exception, so that a reward's own `except Exception` lets it through."""
-
-
-@contextmanager
-def time_limit(seconds: float) -> Iterator[None]:
-    """Raise RewardTimeout in the block after `seconds`; 0 for no limit. Only the main thread can be interrupted."""
-    if seconds == 0 or threading.current_thread() is not threading.main_thread():
-        yield
-        return
-
-    def stop(*_: object) -> None:
-        raise RewardTimeout
-
-    started = time.monotonic()
-    handler = signal.signal(signal.SIGALRM, stop)
-    remaining, interval = signal.setitimer(signal.ITIMER_REAL, seconds, 1.0)  # again, in case the first was swallowed
-    try:
-        yield
-    finally:
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        signal.signal(signal.SIGALRM, handler)
-        if remaining:  # somebody else's alarm
-            signal.setitimer(signal.ITIMER_REAL, max(0.001, remaining - (time.monotonic() - started)), interval)
-
-
-Outcome = RewardResult | Failure
-
-
 def guarded_scores(
     reward: Reward,
     samples: Sequence[Sample],
@@ -113,15 +90,16 @@ def guarded_scores(
         done: Gets the outcomes of each call as they come.
 
     Raises:
-        InputError: An answer has no reward and `on_failure` is `error`; names prompt_id, reason and the choices.
+        InputError: An answer has no reward and `on_failure` is `error`; names prompt_id, reason and the choices. Or
+            three calls did not let themselves be interrupted, or the reward can't be opened.
     """
-    reward.open()
     outcomes: list[Outcome] = []
     calls = [[sample] for sample in samples] if reward.one_by_one else [list(samples)]
-    for call in calls:
-        found = [_decide(reward, s, o, config) for s, o in zip(call, _score(reward, call, config), strict=True)]
-        done(found)
-        outcomes += found
+    with KeptProcess(), ends_if_locked(config.timeout_s):
+        for call in calls:
+            found = [_decide(reward, s, o, config) for s, o in zip(call, _score(reward, call, config), strict=True)]
+            done(found)
+            outcomes += found
     return outcomes
 
 
@@ -147,12 +125,12 @@ def _score(reward: Reward, batch: list[Sample], config: ScoringConfig) -> list[O
         if not isinstance(found, Failure):
             outcomes |= dict(zip(todo, found, strict=True))
             todo = _to_retry(reward, batch, outcomes)
-            if not todo:
-                break
+        if not todo or (whole is not None and whole.final):
+            break
     if whole is not None:
         rest = [batch[i] for i in todo]
         units = _units(reward, rest)
-        if len(units) == 1 or whole.kind == "wrong_count":  # nobody can tell whose scores these are
+        if len(units) == 1 or whole.final or whole.kind == "wrong_count":  # nobody can tell whose scores these are
             outcomes |= dict.fromkeys(todo, whole)
         else:
             outcomes |= dict(zip(todo, _split(reward, units, whole, config.timeout_s, []), strict=True))
@@ -185,7 +163,7 @@ def _split(
     reward: Reward, units: list[list[Sample]], failure: Failure, timeout_s: float, hung: list[Failure]
 ) -> list[Outcome]:
     """Halve a failed batch until the answers stand alone that fail. Three that hang alone speak for all the rest."""
-    if len(units) == 1 or len(hung) >= 3:
+    if len(units) == 1 or failure.final or len(hung) >= 3:
         if failure.kind == "timeout":
             hung.append(failure)
         return [failure] * sum(map(len, units))
@@ -199,38 +177,47 @@ def _split(
 
 def _call(reward: Reward, batch: list[Sample], timeout_s: float) -> list[Outcome] | Failure:
     """One call: an outcome per sample, or the failure of the whole."""
-    try:
-        with time_limit(timeout_s):
-            results = list(reward.score(batch))
-    except RewardTimeout:
-        return Failure("timeout", f"no result within {timeout_s:g} s (rollout.scoring.timeout_s).")
-    except Exception as error:  # users' code may raise anything
-        text = str(error)
-        return Failure("exception", text if isinstance(error, InputError) else f"{type(error).__name__}: {text}.")
-    if len(results) != len(batch):
-        return Failure(
-            "wrong_count",
-            f"returned {len(results)} scores for {len(batch)} answers (prompt_id {batch[0].prompt_id!r} to "
-            f"{batch[-1].prompt_id!r}); it must return one per answer, in their order.",
+    with KeptSettings():
+        opened = call_limited(reward.open, 0, reward.name)
+    if opened.error is not None:
+        raise InputError(f"Reward `{reward.name}` can't be opened: {failure_of(opened.error).detail}") from opened.error
+    if reward.limits_itself and threading.current_thread() is not threading.main_thread():
+        timeout_s = 0
+    with KeptSettings():
+        ended = call_limited(lambda: scores_of(reward, batch), timeout_s, reward.name)
+    if ended.given_up:
+        return _given_up(reward, timeout_s)
+    if ended.timed_out:
+        return _timed_out(ended.swallowed, timeout_s)
+    if ended.error is not None:
+        return failure_of(ended.error)
+    assert ended.value is not None
+    return ended.value
+
+
+def _timed_out(swallowed: bool, timeout_s: float) -> Failure:
+    """Not tried again if it would take any failure inside it for a score, as it did the interrupt."""
+    advice = " It was interrupted, and returned all the same: write `except Exception` there rather than `except`."
+    late = f"no result within {timeout_s:g} s (rollout.scoring.timeout_s)."
+    return Failure("timeout", late + advice * swallowed, final=swallowed)
+
+
+def _given_up(reward: Reward, timeout_s: float) -> Failure:
+    """A call that would not be interrupted: not tried again, and after some of these the run stops."""
+    reward._given_up += 1
+    what = (
+        f"no result within {timeout_s:g} s (rollout.scoring.timeout_s), and it did not let itself be interrupted, so "
+        "that the call was given up."
+    )
+    print(f"warning: Reward `{reward.name}`: {what}", file=sys.stderr)
+    if reward._given_up >= MOST_GIVEN_UP:
+        raise InputError(
+            f"Reward `{reward.name}`: {what} That was so {reward._given_up} times now, so the run stops, whatever the "
+            "policy for failures is. Let exceptions through that are no `Exception` (write `except Exception` rather "
+            "than `except`), or run the function in a process of its own with --rollout.scoring.isolate true. Answers "
+            "scored so far are kept."
         )
-    return [_finite(result) for result in results]
-
-
-def _finite(result: Any) -> Outcome:
-    """A result as plain floats; numbers are taken for rewards without components."""
-    if isinstance(result, Failure):
-        return result
-    try:
-        reward = float(getattr(result, "reward", result))
-        components = {summary(k, MAX_NAME): float(v) for k, v in getattr(result, "components", {}).items()}
-    except (TypeError, ValueError) as error:
-        return Failure("exception", f"returned {result!r}, which is no number ({error}).")
-    for name, value in (("", reward), *components.items()):
-        if not abs(value) <= LARGEST_REWARD:
-            which = f" as component `{name}`" if name else ""
-            rule = f"Every score must be a finite number, of at most {LARGEST_REWARD:g} in size."
-            return Failure("not_finite", f"returned {value}{which}. {rule}")
-    return RewardResult(reward, components, int(getattr(result, "truncated_tokens", 0)))
+    return Failure("timeout", what, final=True)
 
 
 _TRIED = 24  # samples that a reward is called with, of those it is checked with

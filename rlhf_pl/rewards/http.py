@@ -55,6 +55,10 @@ class HTTPReward(Reward):
     def is_remote(self) -> bool:
         return True
 
+    @property
+    def limits_itself(self) -> bool:
+        return True
+
     def fingerprint(self) -> str:
         return self.name
 

@@ -156,6 +156,10 @@ class JudgeScoreReward(Reward):
     def is_remote(self) -> bool:
         return True
 
+    @property
+    def limits_itself(self) -> bool:
+        return True
+
     def check(self, samples: Sequence[Sample]) -> None:
         self._judge.service.check()
 
@@ -244,6 +248,10 @@ class JudgePairReward(Reward):
 
     @property
     def is_remote(self) -> bool:
+        return True
+
+    @property
+    def limits_itself(self) -> bool:
         return True
 
     @property

@@ -81,6 +81,10 @@ class VLLMServerReward(Reward):
     def is_remote(self) -> bool:
         return True
 
+    @property
+    def limits_itself(self) -> bool:
+        return True
+
     def renderer(self) -> Renderer:
         """Renders conversations as the model reads them."""
         if self._renderer is None:

@@ -19,7 +19,7 @@ class ScoreAhead:
         self._scorer, self._enabled = scorer, enabled
         self._numbers: SimpleQueue[int | None] = SimpleQueue()
         self._stopped = threading.Event()
-        self._error: Exception | None = None
+        self._error: BaseException | None = None
         # a daemon: an interrupted run need not wait for a server
         self._thread = threading.Thread(target=self._work, name="score-ahead", daemon=True)
 
@@ -50,5 +50,5 @@ class ScoreAhead:
         try:
             while (number := self._numbers.get()) is not None and not self._stopped.is_set():
                 self._scorer(number, go_on=lambda: not self._stopped.is_set())
-        except Exception as error:  # for the thread that draws
+        except BaseException as error:  # for the thread that draws, whatever it is
             self._error = error

@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_pl.__main__ import main
-from rlhf_pl.rewards.guard import time_limit
+from rlhf_pl.rewards.time_limit import call_limited
 from rlhf_pl.rounds import RoundStore
 
 OPTIONS = [
@@ -90,11 +90,12 @@ def accepted_or_refused(arguments: list[str]) -> None:
     """Exit code 0; or 1 or 2 with one error of a few lines. No traceback; a run directory that is valid or absent."""
     shutil.rmtree("run", ignore_errors=True)
     out, err = io.StringIO(), io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), time_limit(120):
-        try:
-            code = main(arguments)
-        except SystemExit as stop:
-            code = stop.code  # type: ignore[assignment]
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        ended = call_limited(lambda: main(arguments), 120, "fit")
+    assert not ended.timed_out
+    if ended.error is not None and not isinstance(ended.error, SystemExit):
+        raise ended.error
+    code = ended.value if ended.error is None else ended.error.code
     text = err.getvalue()
     assert "Traceback" not in text
     if code != 0:

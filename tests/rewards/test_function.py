@@ -74,7 +74,7 @@ def test_components_are_kept() -> None:
         (lambda response: "good", "returned 'good'"),
         (lambda responses: [1.0], "returned 1 scores for 2 answers"),
         (lambda responses: [1.0] * 3, "returned 3 scores for 2 answers"),
-        (lambda responses: 1.0, "must return a list of 1 numbers"),
+        (lambda responses: 1.0, "must return a list of 2 numbers"),
     ],
 )
 def test_wrong_scores_are_refused(function: Callable[..., Any], message: str) -> None:

@@ -9,7 +9,8 @@ import pytest
 
 from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample, ScoringConfig
-from rlhf_pl.rewards.guard import Failure, guarded_scores, time_limit
+from rlhf_pl.rewards.guard import Failure, guarded_scores
+from rlhf_pl.rewards.time_limit import call_limited
 
 DROP = ScoringConfig(retries=0, backoff_s=0, on_failure="drop")
 
@@ -106,8 +107,7 @@ def test_the_time_limit_gives_back_another_alarm() -> None:
     handler = signal.signal(signal.SIGALRM, lambda *_: rang.set())
     before = signal.setitimer(signal.ITIMER_REAL, 0.3)
     try:
-        with time_limit(5):
-            pass
+        assert call_limited(lambda: 1, 5, "r").value == 1
         assert rang.wait(5)
     finally:
         signal.signal(signal.SIGALRM, handler)
