@@ -149,7 +149,7 @@ class RoundCheckpoint(Checkpoint):
             self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the metrics of the round's end, and leave keys, tokens and passwords out of modules' hyper-parameters."""
+        """Note the metrics of the round's end, and leave secrets out of modules' hyper-parameters."""
         note_metrics(trainer, checkpoint)
         for name in ("hyper_parameters", "datamodule_hyper_parameters"):
             if name in checkpoint:

@@ -1,14 +1,14 @@
 """What stands between a reward and the round store: time limit, retries, finite numbers, a policy for failures."""
 
 import math
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.console import warn
+from rlhf_pl.errors import LARGEST_REWARD, InputError
 from rlhf_pl.rewards.base import Failure, Reward, Sample
 from rlhf_pl.rewards.combine import CombinedReward
 from rlhf_pl.rewards.process_state import KeptProcess, KeptSettings
@@ -209,7 +209,7 @@ def _given_up(reward: Reward, timeout_s: float) -> Failure:
         f"no result within {timeout_s:g} s (rollout.scoring.timeout_s), and it did not let itself be interrupted, so "
         "that the call was given up."
     )
-    print(f"warning: Reward `{reward.name}`: {what}", file=sys.stderr)
+    warn(f"Reward `{reward.name}`: {what}")
     if reward._given_up >= MOST_GIVEN_UP:
         raise InputError(
             f"Reward `{reward.name}`: {what} That was so {reward._given_up} times now, so the run stops, whatever the "
