@@ -256,5 +256,5 @@ def test_a_run_exports_what_save_pretrained_writes(tmp_path: Path, write_jsonl: 
 def test_a_generation_config_that_transformers_refuses_to_read_is_named(tmp_path: Path, text: str) -> None:
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
     (source / "generation_config.json").write_text(text)
-    with pytest.raises(InputError, match=r"can't read the generation_config\.json of .*source'.*Correct that file"):
+    with pytest.raises(InputError, match=r"generation_config\.json.*orrect"):
         _ = PolicySource(str(source)).eos_token_ids
