@@ -82,6 +82,7 @@ class SFTModule(TrainedModule):
         self._like: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
         check_lm(self.source)

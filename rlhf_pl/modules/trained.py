@@ -10,6 +10,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from rlhf_pl.data.progress import stopped_inside
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.modules.optimization import Optimization
+from rlhf_pl.safe_checkpoints import guard_loads
 from rlhf_pl.strategies import clip_gradients
 
 
@@ -19,6 +20,9 @@ class TrainedModule(L.LightningModule):
     optimization: Optimization
     train_metrics: ClassVar[tuple[str, ...]] = ()  # logged with every update
     val_metrics: ClassVar[tuple[str, ...]] = ()  # logged with every validation on held-out rows
+
+    def setup(self, stage: str) -> None:
+        guard_loads(self.trainer)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         return self.optimization.configure(self)
