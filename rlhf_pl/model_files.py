@@ -80,6 +80,11 @@ def _broken_numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
         yield name, value
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a model's weights are in this folder, whole or not."""
+    return any((folder / name).exists() for name in WEIGHTS)
+
+
 def check_sizes(config: Mapping[str, Any]) -> None:
     """Raise ValueError for a number of a config that no model has, which could also take all memory to find out."""
     for name, value in config.items():
@@ -96,8 +101,9 @@ def check_token_ids(config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if name in ("bos_token_id", "eos_token_id", "pad_token_id") and value is not None:
             ids = value if isinstance(value, list) else [value]
-            if not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
-                raise ValueError(f"`{name}` is {value!r}; it must be a whole number, or a list of such")
+            least = 0 if name == "eos_token_id" else -1  # which stands for none in some
+            if not all(isinstance(i, int) and not isinstance(i, bool) and i >= least for i in ids):
+                raise ValueError(f"`{name}` is {value!r}; it must be a token's number, or a list of such")
 
 
 def file_to_blame(folder: Path, what: str) -> str:

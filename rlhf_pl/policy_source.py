@@ -112,6 +112,7 @@ class PolicySource:
             self._check_files(folder)
         try:
             text = config.get_text_config()
+            check_token_ids(vars(text))
             check_sizes(vars(text) | {name: getattr(text, name) for name in MOST if hasattr(text, name)})
         except (ValueError, TypeError, AttributeError, OverflowError) as error:
             raise self.unreadable("config", error) from error
