@@ -26,6 +26,8 @@ FORMAT = 3  # of the folder; those of an earlier one are written again
 class HFExport(L.Callback):
     """Writes the trained model as a folder that transformers and vLLM load: safetensors, tokenizer, template, configs.
 
+    Sizes and checksums of its files stand in its `rlhf_pl.json`; a folder that has changed since is written again.
+
     Args:
         folder: Where to, inside the run directory.
         dtype: Dtype of the weights; null for that of the checkpoint that the run started from, as its tensors have it,

@@ -36,7 +36,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--samples", type=int, default=0, metavar="K", help="with --round: K prompts with their answers"
     )
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
+    parser.add_argument(
+        "--verify", action="store_true", help="read every file, those of exported models too, and compare its checksum"
+    )
     arguments = parser.parse_args(argv)
     try:
         return show(Path(arguments.run_dir), arguments.round, arguments.samples, arguments.verify)

@@ -34,11 +34,11 @@ EVERY_FILE: dict[str, Damage] = {
 }
 EVERY_JSON = {"list": "[]", "null": "null", "text": '"x"', "nan": "NaN", "deep": '{"a":' + "[" * 100_000}
 NUMBERS: list[Any] = [0, -1, "x", 1e30, float("nan"), float("inf"), [], {}, 2**40, 1.5]
-SAME_BY_DESIGN = {  # what nobody could tell from what was meant
+SAME_BY_DESIGN = (  # what nobody could tell from what was meant
     *(("config.json", "eos_token_id", 0), ("generation_config.json", "eos_token_id", 0)),
     *(("generation_config.json", "eos_token_id", []), ("generation_config.json", "eos_token_id", 2**40)),
     *(("tokenizer_config.json", name, "x") for name in ("bos_token", "eos_token")),
-}
+)
 
 
 def without(name: str) -> Damage:
