@@ -37,7 +37,7 @@ def run(argv: Sequence[str]) -> int:
         "--samples", type=int, default=0, metavar="K", help="with --round: K prompts with their answers"
     )
     parser.add_argument(
-        "--verify", action="store_true", help="read every file, those of exported models too, and compare its checksum"
+        "--verify", action="store_true", help="compare every file, exported models too, with its checksum"
     )
     arguments = parser.parse_args(argv)
     try:
