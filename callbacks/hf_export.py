@@ -11,21 +11,23 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 
+from rlhf_pl.console import console
 from rlhf_pl.data.progress import stopped_inside
 from rlhf_pl.disk import check_space, naming_a_full_disk
 from rlhf_pl.divergence import refuse_diverged_weights
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import Exportable, export_dtype
+from rlhf_pl.export_files import NOT_EXPORTS, STAMP, damaged_files, file_records, stamp_of
 from rlhf_pl.fingerprints import weights_fingerprint
 from rlhf_pl.ranks import ranks_of
 
-STAMP = "rlhf_pl.json"
-FORMAT = 2  # of the folder; those of an earlier one are written again
-_TAKEN = {"rounds", "heldout", "checkpoints"}  # in the run directory
+FORMAT = 3  # of the folder; those of an earlier one are written again
 
 
 class HFExport(L.Callback):
     """Writes the trained model as a folder that transformers and vLLM load: safetensors, tokenizer, template, configs.
+
+    Sizes and checksums of its files stand in its `rlhf_pl.json`; a folder that has changed since is written again.
 
     Args:
         folder: Where to, inside the run directory.
@@ -41,10 +43,10 @@ class HFExport(L.Callback):
         every_round: bool = False,
     ) -> None:
         parts = Path(folder.strip()).parts
-        if not parts or Path(folder).is_absolute() or ".." in parts or len(folder) > 200 or parts[0] in _TAKEN:
+        if not parts or Path(folder).is_absolute() or ".." in parts or len(folder) > 200 or parts[0] in NOT_EXPORTS:
             raise InputError(
                 f"`export.folder` is a name of at most 200 letters inside the run directory, other than "
-                f"{', '.join(sorted(_TAKEN))}, got {folder!r}."
+                f"{', '.join(sorted(NOT_EXPORTS))}, got {folder!r}."
             )
         self.folder = folder
         self.dtype = dtype
@@ -107,14 +109,15 @@ class HFExport(L.Callback):
         }
         ranks = ranks_of(trainer)
         ranks.first(lambda: shutil.rmtree(old, ignore_errors=True))
-        if ranks.share(_stamp_of(target) == stamp):
+        if ranks.share(trainer.is_global_zero and _is_there(target, stamp)):
             return
         with ranks.phase("exporting the model"), naming_a_full_disk(target):
             try:
                 ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
                 pl_module.export(str(temporary), self.dtype)
                 if trainer.is_global_zero:
-                    (temporary / STAMP).write_text(json.dumps(stamp))
+                    text = json.dumps(stamp | {"files": file_records(temporary)}, indent=1)
+                    (temporary / STAMP).write_text(text)
                     _open_by_umask(temporary)
                     if target.exists():  # aside at once: a folder that is half deleted is no export
                         os.replace(target, old)
@@ -126,9 +129,19 @@ class HFExport(L.Callback):
             ranks.wait()
 
 
+def _is_there(target: Path, stamp: dict[str, Any]) -> bool:
+    """Whether this very export is there, and every file of it as it was written."""
+    found = stamp_of(target)
+    if found is None or {name: value for name, value in found.items() if name != "files"} != stamp:
+        return False
+    for file in (damaged := damaged_files(target, checksums=True)):
+        console.print(f"{file} is not as it was written; exporting anew.", soft_wrap=True, markup=False)
+    return not damaged
+
+
 def _check_place(target: Path) -> None:
     """Where a folder will be replaced, there must be an export, or nothing."""
-    is_ours = target.is_dir() and not target.is_symlink() and (_stamp_of(target) or not any(target.iterdir()))
+    is_ours = target.is_dir() and not target.is_symlink() and ((target / STAMP).exists() or not any(target.iterdir()))
     if (target.exists() or target.is_symlink()) and not is_ours:
         raise InputError(
             f"`export.folder`: {target} is there already, and is no export of this program that could be replaced. "
@@ -160,11 +173,3 @@ def _averaged(trainer: L.Trainer, module: L.LightningModule) -> Iterator[None]:
     finally:
         for callback in averages:
             callback._swap_models(module)
-
-
-def _stamp_of(folder: Path) -> Any:
-    """What the export that is there was made from, if there is one."""
-    try:
-        return json.loads((folder / STAMP).read_text())
-    except (OSError, ValueError):
-        return None

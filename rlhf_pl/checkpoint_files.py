@@ -3,7 +3,8 @@
 import hashlib
 import json
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,15 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
+from rlhf_pl.model_files import WEIGHTS
 from rlhf_pl.policy_source import PolicySource
 
-_NAMES = (
-    "model.safetensors",
-    "model.safetensors.index.json",
-    "pytorch_model.bin",
-    "pytorch_model.bin.index.json",
-)
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 _PIECES, _PIECE_BYTES = 64, 65536
 
@@ -62,13 +59,15 @@ class WeightFiles:
     def __init__(self, source: PolicySource) -> None:
         self.source = source
         folder = source.check_path()
-        name = next((n for n in _NAMES if self._file(n, quiet=True)), None)
+        name = next((n for n in WEIGHTS if self._file(n, quiet=True)), None)
         if name is None:
             found = sorted(f.name for f in folder.iterdir())[:12] if folder.is_dir() else []
             listed = f"; the folder holds {', '.join(found) or 'nothing'}" if folder.is_dir() else ""
-            raise InputError(f"`{source.option}`: {source.path!r} has no weights ({_NAMES[0]} or {_NAMES[2]}){listed}.")
+            raise InputError(
+                f"`{source.option}`: {source.path!r} has no weights ({WEIGHTS[0]} or {WEIGHTS[2]}){listed}."
+            )
         if name.endswith(".json"):
-            index = json.loads(Path(self._file(name)).read_text())["weight_map"]
+            index = self._read_index(Path(self._file(name)))
             self._where: dict[str, str] | None = index
             self._names = sorted(set(index.values()))
         else:
@@ -78,10 +77,47 @@ class WeightFiles:
     def _file(self, name: str, quiet: bool = False) -> str:
         return _cached(self.source, name, quiet)
 
+    def _read_index(self, file: Path) -> dict[str, str]:
+        """By each tensor's name its file, in the same folder."""
+        try:
+            index = json.loads(file.read_text())["weight_map"]
+            if not index or not all(Path(name).name == name for name in index.values()):
+                raise ValueError("`weight_map` must give the names of files in this folder")
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise InputError(
+                f"`{self.source.option}`: {file} is no index of weights: {type(error).__name__}: {error}. Download or "
+                "copy it again."
+            ) from error
+        return index
+
     @property
     def files(self) -> list[Path]:
-        """All weight files."""
-        return [Path(self._file(name)) for name in self._names]
+        """All weight files.
+
+        Raises:
+            InputError: One that the index names is missing.
+        """
+        found = {name: self._file(name, quiet=True) for name in self._names}
+        if lost := [name for name, file in found.items() if not file]:
+            raise InputError(
+                f"`{self.source.option}`: {self.source.path!r} lacks {', '.join(lost[:8])}, which its index names. "
+                "Download or copy what is missing."
+            )
+        return [Path(file) for file in found.values()]
+
+    @contextmanager
+    def _opened(self, file: Path) -> Iterator[Any]:
+        """A safetensors file, whose header says that it is whole."""
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(file, framework="pt") as opened:
+                yield opened
+        except (SafetensorError, OSError) as error:
+            raise InputError(
+                f"`{self.source.option}`: {file} is damaged or cut short ({size(file.stat().st_size)}): {error}. "
+                "Download or copy it again."
+            ) from error
 
     def file_of(self, name: str) -> str:
         """The file that has the tensor of that name; empty if none has it under that name."""
@@ -94,9 +130,7 @@ class WeightFiles:
         found: dict[str, tuple[int, ...]] = {}
         for file in self.files:
             if file.suffix == ".safetensors":
-                from safetensors import safe_open
-
-                with safe_open(file, framework="pt") as opened:
+                with self._opened(file) as opened:
                     found |= {name: tuple(opened.get_slice(name).get_shape()) for name in opened.keys()}  # noqa: SIM118
             else:
                 found |= {name: tuple(t.shape) for name, t in self._load_bin(file).items()}
@@ -108,9 +142,7 @@ class WeightFiles:
         numbers = dict.fromkeys(_DTYPES, 0)
         for file in self.files:
             if file.suffix == ".safetensors":
-                from safetensors import safe_open
-
-                with safe_open(file, framework="pt") as opened:
+                with self._opened(file) as opened:
                     for name in opened.keys():  # noqa: SIM118
                         stored = opened.get_slice(name)
                         if (kind := stored.get_dtype()) in numbers:
@@ -132,9 +164,7 @@ class WeightFiles:
             if not here:
                 continue
             if file.suffix == ".safetensors":
-                from safetensors import safe_open
-
-                with safe_open(file, framework="pt") as opened:
+                with self._opened(file) as opened:
                     found |= {n: opened.get_tensor(n) for n in here}
             else:
                 state = self._load_bin(file)

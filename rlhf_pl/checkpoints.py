@@ -19,6 +19,7 @@ from torch import Tensor
 from rlhf_pl.disk import naming_a_full_disk, sync_folder, write_atomically
 from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import Ranks
+from rlhf_pl.safe_checkpoints import DamagedError, check_folder, read_metadata, unsafe
 
 FOLDER = "checkpoints"
 SUPERSEDED = "superseded"
@@ -93,14 +94,19 @@ def save_sharded(trainer: L.Trainer, target: Path, ranks: Ranks) -> None:
 
 
 def is_whole(file: Path) -> bool:
-    """Whether every record of a checkpoint matches the checksum that torch wrote with it; of a folder, every size."""
+    """Whether every record of a checkpoint matches the checksum that torch wrote with it; of a folder, every size.
+
+    Raises:
+        UnsafeError: Loading the folder would run code.
+    """
     try:
         if is_sharded_checkpoint(file):
             sizes: dict[str, int] = json.loads((file / CONTENTS).read_text())
+            check_folder(file)
             return all((file / name).stat().st_size == size for name, size in sizes.items())
         with zipfile.ZipFile(file) as archive:
             return archive.testzip() is None
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError):
+    except (zipfile.BadZipFile, OSError, EOFError, ValueError, TypeError, AttributeError, DamagedError):
         return False
 
 
@@ -124,17 +130,12 @@ def read_progress(file: Path) -> Progress | None:
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(part):
             return None
-        raise InputError(
-            f"{file} holds objects that can't be loaded safely: a callback's `state_dict` must hold plain values and "
-            f"tensors only. {str(error).splitlines()[0]}"
-        ) from error
+        raise unsafe(part, error) from error
 
 
 def sharded_by(path: Path) -> str:
     """The group that a sharded checkpoint's weights are in: `model` from FSDP, `state_dict` from FSDP2."""
-    from torch.distributed.checkpoint import FileSystemReader
-
-    names = FileSystemReader(path).read_metadata().state_dict_metadata
+    names = read_metadata(path).state_dict_metadata
     return next(name.partition(".")[0] for name in names if not name.startswith("optimizer"))
 
 
@@ -171,6 +172,7 @@ def read_weights(file: Path, prefix: str, like: Mapping[str, Tensor]) -> dict[st
         return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
     from torch.distributed.checkpoint import FileSystemReader, load
 
+    check_folder(file)
     reader, group = FileSystemReader(file), sharded_by(file)
     wanted = {f"{group}.{prefix}{name}": torch.empty_like(t, device="cpu") for name, t in like.items()}
     load(wanted, storage_reader=reader, no_dist=True)

@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pl.checkpoint_files import WeightFiles, stored_config
-from rlhf_pl.classifier_head import empty_classifier, find_head
+from rlhf_pl.classifier_head import empty_classifier, find_head, has_head, is_of_head
 from rlhf_pl.compute import Compute
-from rlhf_pl.errors import InputError
 from rlhf_pl.finite import refuse_not_finite
 from rlhf_pl.layout import Layout
 from rlhf_pl.policy import train_in_eval_mode, without_autocast, without_dropout, working_copy
@@ -18,6 +17,7 @@ from rlhf_pl.rotary import row_positions, steady_rotary, thresholds
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.score_place import forget_mean, mean_score
 from rlhf_pl.shared_prompt import hidden_states, share_prompts
+from rlhf_pl.whole_model import TOLD, load_whole, refuse_gaps
 
 
 def load_classifier(
@@ -48,9 +48,9 @@ def load_classifier(
     config.num_labels = 1
     if mean := mean_score(stored_config(weights), weights.path):
         config.bias = mean
-    arguments = {"config": config, "attn_implementation": attn_implementation, "output_loading_info": True}
+    arguments = {"config": config, "attn_implementation": attn_implementation}
     if rename is None:
-        model, info = weights.read("weights", AutoModelForSequenceClassification, **arguments, dtype=dtype or "auto")
+        model = load_whole(weights, AutoModelForSequenceClassification, **arguments, dtype=dtype or "auto")
     else:
         state = {rename[name]: tensor for name, tensor in files.tensors(rename).items()}
         dtype = dtype or next(iter(state.values())).dtype
@@ -58,12 +58,10 @@ def load_classifier(
             state["score.weight"] = state["score.weight"].view(1, -1)
         bias = state.pop("score.bias", None)
         kind = type(empty_classifier(source))
-        model, info = kind.from_pretrained(None, state_dict=state, dtype=dtype, **arguments)
+        model, info = kind.from_pretrained(None, state_dict=state, dtype=dtype, **arguments, **TOLD)
+        refuse_gaps(weights, model, info)
         if bias is not None:  # transformers' own head has none
             model.score.bias = nn.Parameter(bias.view(1).to(dtype))
-    if info["missing_keys"]:
-        missing = ", ".join(sorted(info["missing_keys"])[:8])
-        raise InputError(f"`{weights.option}`: {weights.path!r} lacks {missing}; they would be random numbers.")
     return model.eval()
 
 
@@ -82,30 +80,23 @@ def new_classifier(
     """
     from transformers import AutoModelForSequenceClassification
 
-    try:
+    if has_head(source):
         model = load_classifier(source, None, dtype, attn_implementation)
-    except InputError:
-        files = WeightFiles(source)  # whose own error is clearer
-    else:
         refuse_not_finite(model, source)
         forget_mean(model.config)
         return model
     config = without_dropout(source.config)
     config.num_labels = 1
     forget_mean(config)
-    model, info = source.read(
-        "weights",
+    model = load_whole(
+        source,
         AutoModelForSequenceClassification,
+        is_of_head,
         config=config,
         dtype=dtype or "auto",
         attn_implementation=attn_implementation,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,
     )
     prefix = model.base_model_prefix + "."
-    lost = sorted(name for name in info["missing_keys"] if name.startswith(prefix) and ".pooler." not in name)
-    if lost:
-        raise InputError(f"`{source.option}`: {files.source.path!r} lacks {', '.join(lost[:8])}.")
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():

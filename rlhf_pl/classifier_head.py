@@ -9,6 +9,7 @@ import torch
 from rlhf_pl.checkpoint_files import WeightFiles
 from rlhf_pl.errors import InputError
 from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.whole_model import New, check_whole, refuse_gaps
 
 # what reward models call their head: transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
 HEADS = (
@@ -101,11 +102,8 @@ def empty_classifier(source: PolicySource) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=source.trust_remote_code)
-    except (ValueError, ImportError, OSError) as error:
-        raise InputError(
-            f"`{source.option}`: transformers has no sequence classifier of this architecture "
-            f"({type(source.config).__name__}, {source.path!r})."
-        ) from error
+    except Exception as error:  # numbers that fit no model come out of its layers as errors of every kind
+        raise source.unbuildable("sequence classifier", error) from error
 
 
 def has_head(source: PolicySource) -> bool:
@@ -117,7 +115,51 @@ def has_head(source: PolicySource) -> bool:
     return True
 
 
+def is_of_head(model: Any, name: str) -> bool:
+    """Whether a tensor of a classifier is its head's, or its pooler's: what a new one draws."""
+    return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
+
+
+def check_classifier(source: PolicySource, weights: PolicySource | None = None) -> None:
+    """Refuse a reward model whose files are damaged, lack weights or contradict each other; reads no weights.
+
+    Args:
+        source: Config and tokenizer.
+        weights: Where the weights are, if not in `source`.
+
+    Raises:
+        InputError: Names the file and what is wrong.
+    """
+    weights = weights or source
+    files = WeightFiles(weights)
+    rename = find_head(source, files).rename
+    if rename is None and weights is source:
+        _check_own(source)
+        return
+    model = empty_classifier(source)
+    own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    given = {ours: files.shapes[theirs] for theirs, ours in (rename or dict(zip(own, own, strict=True))).items()
+             if theirs in files.shapes}  # fmt: skip
+    wrong = [
+        (name, given[name], shape)
+        for name, shape in own.items()
+        if name in given and given[name] != shape and not is_of_head(model, name)  # a head may be flat
+    ]
+    refuse_gaps(weights, model, {"missing_keys": own.keys() - given.keys(), "mismatched_keys": wrong})
+
+
 def check_new_classifier(source: PolicySource) -> None:
-    """Raise InputError if transformers has no classifier of this architecture, or there are no weights."""
+    """The same of the backbone of a reward model that is to be trained, whose head may be missing."""
     empty_classifier(source)
-    WeightFiles(source)
+    if has_head(source):
+        check_classifier(source)
+    else:
+        _check_own(source, is_of_head)
+
+
+def _check_own(source: PolicySource, is_new: New = lambda model, name: False) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    config = deepcopy(source.config)
+    config.num_labels = 1
+    check_whole(source, AutoModelForSequenceClassification, is_new, config=config)

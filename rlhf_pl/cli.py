@@ -46,6 +46,7 @@ from rlhf_pl.resume import ResumePoint, chosen_resume_point, find_resume_point
 from rlhf_pl.round_settings import downstream_settings
 from rlhf_pl.run_files import RunConfig
 from rlhf_pl.run_loggers import RunLogger, adopt_loggers
+from rlhf_pl.safe_checkpoints import guard_loads
 from rlhf_pl.strategies import runnable_strategy
 from rlhf_pl.terminal import log_to, print_error
 from rlhf_pl.trainer_options import refuse_options
@@ -185,6 +186,7 @@ class RlhfCLI(LightningCLI):
             )
         else:
             point = ResumePoint(None)
+        guard_loads(self.trainer)  # for users' own modules too
         if point.checkpoint is not None:
             check_readable(point.checkpoint, self.trainer)
         progress = None if point.checkpoint is None else read_progress(point.checkpoint)

@@ -10,7 +10,6 @@ import lightning as L
 import torch
 
 from rlhf_pl.checkpoint_files import WeightFiles
-from rlhf_pl.disk import DiskFullError
 from rlhf_pl.errors import InputError
 from rlhf_pl.finite import first_not_finite
 from rlhf_pl.lora import LoRA, adapted_targets, adapter_targets, save_adapter
@@ -89,7 +88,7 @@ def try_export(model: Any, source: PolicySource, tokenizer: Any, dtype: str | No
     try:
         with tempfile.TemporaryDirectory() as folder:
             _save(_twin(model, source, export_dtype(source, dtype)), source, tokenizer, {}, folder)
-    except DiskFullError:
+    except InputError:  # which says itself what is wrong
         raise
     except Exception as error:  # whatever configs, tokenizers and code that comes with models may raise
         line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__

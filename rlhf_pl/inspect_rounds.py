@@ -15,6 +15,7 @@ from rlhf_pl.chat import message_text
 from rlhf_pl.console import console
 from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
+from rlhf_pl.export_files import damaged_files, exports
 from rlhf_pl.parser_errors import CommandParser
 from rlhf_pl.rounds import ORDER, STAGES, Round, RoundStore
 from rlhf_pl.store_check import find_problems
@@ -36,7 +37,9 @@ def run(argv: Sequence[str]) -> int:
     parser.add_argument(
         "--samples", type=int, default=0, metavar="K", help="with --round: K prompts with their answers"
     )
-    parser.add_argument("--verify", action="store_true", help="read every file and compare its checksum")
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every file, exported models too, with its checksum"
+    )
     arguments = parser.parse_args(argv)
     try:
         return show(Path(arguments.run_dir), arguments.round, arguments.samples, arguments.verify)
@@ -58,27 +61,39 @@ def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
         raise InputError(f"`--samples` must be 0 or more, got {samples}.")
     if not run_dir.is_dir():
         raise InputError(f"There is no folder {str(run_dir)!r}.")
-    if not store.rounds() and not store.evaluations():
+    found = list(exports(run_dir))
+    if not store.rounds() and not store.evaluations() and not (verify and found):
         raise InputError(f"{str(run_dir)!r} holds no rounds: it is no run directory, or its run has made none yet.")
-    if number is None:
+    if number is None and (store.rounds() or store.evaluations()):
         console.print(overview(store))
         if store.evaluations():
             console.print(evaluations(store))
-    else:
+    elif number is not None:
         if number - 1 not in store.rounds():
             there = ", ".join(str(index + 1) for index in store.rounds()) or "none"
             raise InputError(f"Round {number} is not in {str(run_dir)!r}; the rounds there: {there}.")
         console.print(details(store.round(number - 1)))
         for panel in sample_panels(store.round(number - 1), samples):
             console.print(panel)
+    models = [file for folder in found for file in damaged_files(folder, checksums=verify)]
+    for file in models:
+        console.print(f"damaged or missing: {file}", style="red", soft_wrap=True, markup=False)
+    if models:
+        console.print(
+            "The run's own command exports the final model again; that of an earlier round is in its checkpoint, as "
+            "long as that is kept.",
+            soft_wrap=True,
+        )
     if not verify:
         return 0
     problems = find_problems(store)
     for line in problems.lines():
         console.print(line, style="red", soft_wrap=True, markup=False)
-    console.print("Give the run's own command with --repair to make these again." if problems else
-                  "Every file matches its checksum.")  # fmt: skip
-    return 1 if problems else 0
+    if problems:
+        console.print("Give the run's own command with --repair to make these again.")
+    if not problems and not models:
+        console.print("Every file matches its checksum.")
+    return 1 if problems or models else 0
 
 
 def overview(store: RoundStore) -> Group:

@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,9 +15,13 @@ from rlhf_pl.devices import fast_precision
 from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
 from rlhf_pl.footprint import DTYPE_BYTES, Kernels, activation_bytes, head_bytes, kv_bytes, model_size, reward_bytes
+from rlhf_pl.model_files import has_weights
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.option_numbers import refuse_not_finite
 from rlhf_pl.parser_errors import CommandParser
+from rlhf_pl.policy import check_lm
+from rlhf_pl.rewards.armorm import ArmoRMReward
+from rlhf_pl.rewards.classifier import ClassifierReward
 from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
 from rlhf_pl.rollout.vllm import MARGIN_BYTES
 from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
@@ -65,9 +70,20 @@ def run(argv: Sequence[str]) -> int:
     cli = _PlannedCLI(["fit", *rest])
     if not isinstance(cli.model, RebelModule) or not isinstance(cli.datamodule, RoundDataModule) or not cli.options:
         raise InputError("`rlhf-pl plan` is for REBEL in rounds: RebelModule, RoundDataModule and a `rollout.reward`.")
+    _check_folders(cli.model, cli.options.reward)
     plan = _Plan(cli.model, cli.datamodule, cli.options, cli.settings, cli._get(cli.config_init, "rollout"))
     available = own.device_memory_gib * 2**30 if own.device_memory_gib else _memory_here(plan.on_gpu)
     return _show(plan, available, own)
+
+
+def _check_folders(module: RebelModule, reward: Any) -> None:
+    """Refuse damaged models as `fit` would, those whose weights are in a folder here; a plan needs no weights."""
+    for source in {id(s): s for s in (module.source, module.reference_source)}.values():
+        if has_weights(Path(source.path)):
+            check_lm(source)
+    for part in getattr(reward, "parts", [reward]):
+        if isinstance(part, ClassifierReward | ArmoRMReward) and has_weights(Path(part.model)):
+            part.check([])
 
 
 class _Plan:

@@ -23,6 +23,7 @@ from rlhf_pl.quantized import keep_as_quantized, quantization_config
 from rlhf_pl.rotary import steady_rotary
 from rlhf_pl.rows import padded
 from rlhf_pl.shared_prompt import hidden_states, is_shared, share_prompts
+from rlhf_pl.whole_model import check_whole, load_whole
 from rlhf_pl.working_copy import WorkingCopy
 
 Unit = TypeVar("Unit", bound=nn.Module)
@@ -186,11 +187,20 @@ def empty_lm(source: PolicySource) -> Any:
     """
     try:
         return meta_lm(source.config, source.trust_remote_code)
-    except (ValueError, ImportError, OSError) as error:
-        raise InputError(
-            f"`{source.option}`: transformers has no causal LM of this architecture ({type(source.config).__name__}, "
-            f"{source.path!r})."
-        ) from error
+    except Exception as error:  # numbers that fit no model come out of its layers as errors of every kind
+        raise source.unbuildable("causal LM", error) from error
+
+
+def check_lm(source: PolicySource) -> None:
+    """Refuse a policy whose files are damaged, lack weights or contradict each other; reads no weights.
+
+    Raises:
+        InputError: Names the file and what is wrong.
+    """
+    from transformers import AutoModelForCausalLM
+
+    empty_lm(source)
+    check_whole(source, AutoModelForCausalLM)
 
 
 def load_lm(
@@ -230,7 +240,7 @@ def load_lm(
         attn_implementation = "eager"  # what all such models have (gpt-oss, GPT-J, Bloom)
     arguments = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     if read_weights or quantized:
-        lm = source.read("weights", AutoModelForCausalLM, config=config, **arguments, **quantized)
+        lm = load_whole(source, AutoModelForCausalLM, config=config, **arguments, **quantized)
         refuse_not_finite(lm, source)
     else:
         lm = meta_lm(config, source.trust_remote_code, **arguments).eval()
@@ -309,6 +319,8 @@ def _has_known_logits(lm: Any, source: PolicySource, compute: Compute) -> bool:
         small = lm
     ids = torch.arange(8, device=small.device).unsqueeze(0) % small.config.get_text_config().vocab_size
     expected = small(input_ids=ids, use_cache=False).logits[0].float()
+    if not expected.isfinite().all():
+        raise source.unreadable("config", ValueError("its numbers make log-probs that are not finite"))
     hidden = small.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     actual = head_logits(small, hidden)
     return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-3, atol=1e-3)

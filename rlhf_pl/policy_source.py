@@ -9,7 +9,9 @@ from typing import Any
 
 from rlhf_pl.chat import eos_token_ids
 from rlhf_pl.errors import InputError
+from rlhf_pl.model_files import ADAPTER, CONFIG, MOST, check_sizes, check_token_ids, file_to_blame, small_file_problem
 from rlhf_pl.rotary import thresholds
+from rlhf_pl.template import variables_read
 
 
 @dataclass(frozen=True)
@@ -53,23 +55,67 @@ class PolicySource:
     def read(self, what: str, loader: Any, **kwargs: Any) -> Any:
         """`loader.from_pretrained`, with an error that names the option."""
         folder = self.check_path()
-        if folder.exists() and not (folder / "config.json").is_file():
-            raise InputError(f"`{self.option}`: {self.path!r} has no config.json; it is no Hugging Face model folder.")
+        if folder.exists() and not (folder / CONFIG).is_file():
+            hint = (
+                f" Its {ADAPTER} says that it holds adapters alone: merge them into their base model first."
+                if (folder / ADAPTER).exists()
+                else ""
+            )
+            raise InputError(
+                f"`{self.option}`: {self.path!r} has no config.json; it is no Hugging Face model folder.{hint}"
+            )
         try:
             return loader.from_pretrained(self.path, **self._hub_args, **kwargs)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            local = "" if folder.exists() else " It is no local folder, and the Hub did not give it."
-            raise InputError(
-                f"`{self.option}`: cannot read the {what} of {self.path!r}.{local} {first_line}"
-            ) from error
+        except Exception as error:  # a damaged file gets through transformers in errors of every kind
+            raise self.unreadable(what, error) from error
+
+    def unreadable(self, what: str, error: Exception) -> InputError:
+        """The error for what could not be read: names the option, the file at fault, and what was said about it."""
+        folder = self._folder()
+        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        if not isinstance(error, OSError | ValueError | ImportError):
+            first_line = f"{type(error).__name__}: {first_line}".removesuffix(": ")
+        local = "" if folder is not None else " It is no local folder, and the Hub did not give it."
+        file = "" if folder is None else f" Look at its {file_to_blame(folder, what)}:"
+        return InputError(f"`{self.option}`: cannot read the {what} of {self.path!r}.{local}{file} {first_line}")
+
+    def unbuildable(self, kind: str, error: Exception) -> InputError:
+        """The error for a config of which transformers can make no model of a kind, such as `causal LM`."""
+        if "Unrecognized configuration class" in str(error):
+            return InputError(
+                f"`{self.option}`: transformers has no {kind} of this architecture ({type(self.config).__name__}, "
+                f"{self.path!r})."
+            )
+        return self.unreadable("config", error)
+
+    def _folder(self) -> Path | None:
+        """Where its files are: the folder itself, or what is here of the Hub's."""
+        if os.path.isdir(self.path):
+            return Path(self.path)
+        from transformers.utils import cached_file
+
+        quiet = dict.fromkeys(
+            f"_raise_exceptions_for_{what}" for what in ("missing_entries", "gated_repo", "connection_errors")
+        ) | {"local_files_only": True}
+        found = cached_file(self.path, CONFIG, revision=self.revision, **quiet)
+        return Path(found).parent if found else None
 
     @cached_property
     def config(self) -> Any:
         from transformers import AutoConfig
 
+        if os.path.isdir(self.path):
+            self._check_files(Path(self.path))
         config = self.read("config", AutoConfig)
-        text = config.get_text_config()
+        config._attn_implementation = None  # which could name code on the Hub; options say what is used
+        if not os.path.isdir(self.path) and (folder := self._folder()) is not None:
+            self._check_files(folder)
+        try:
+            text = config.get_text_config()
+            check_token_ids(vars(text))
+            check_sizes(vars(text) | {name: getattr(text, name) for name in MOST if hasattr(text, name)})
+        except (ValueError, TypeError, AttributeError, OverflowError) as error:
+            raise self.unreadable("config", error) from error
         padding, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
         if isinstance(padding, int) and isinstance(size, int) and padding >= size:
             raise InputError(
@@ -78,16 +124,29 @@ class PolicySource:
             )
         return config
 
+    def _check_files(self, folder: Path) -> None:
+        """Refuse small files that are damaged, and adapters that transformers would put on the model unasked."""
+        if problem := small_file_problem(folder):
+            raise InputError(f"`{self.option}`: {problem}. Download or copy that file again, or correct it.")
+        if (folder / CONFIG).is_file() and (folder / ADAPTER).exists():
+            raise InputError(
+                f"`{self.option}`: {folder / ADAPTER} stands beside a model, and transformers would put its adapters "
+                "on it. Merge them into the model, or move them to a folder of their own."
+            )
+
     @cached_property
     def generation_config(self) -> Any:
         from transformers import GenerationConfig
 
+        _ = self.config  # by then the file is seen to be whole: transformers takes a damaged one for an absent one
         try:
-            return GenerationConfig.from_pretrained(self.path, revision=self.revision)
+            found = GenerationConfig.from_pretrained(self.path, revision=self.revision)
+            check_token_ids(found.to_dict())
+            return found
         except OSError:  # the file is optional
             return GenerationConfig.from_model_config(self.config)
-        except (ValueError, TypeError, AttributeError) as error:  # and transformers checks some of its values
-            line = str(error).strip().splitlines()[0].rstrip(".")
+        except Exception as error:  # and a damaged one gets through transformers in errors of every kind
+            line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
             raise InputError(
                 f"`{self.option}`: transformers can't read the generation_config.json of {self.path!r}: {line}. "
                 "Correct that file."
@@ -118,11 +177,26 @@ class PolicySource:
 
         _ = self.config  # its errors are clearer, and a Hub that is out of reach is asked for one file only
         tokenizer = self.read("tokenizer", AutoTokenizer)
+        try:
+            tokenizer("word")
+        except Exception as error:  # what a wrong option of its own makes of a call
+            raise self.unreadable("tokenizer", error) from error
         if self.chat_template is not None:
             file = Path(self.chat_template)
             if not file.is_file():
                 raise InputError(f"`{self._group}.chat_template`: no file {self.chat_template!r}.")
-            tokenizer.chat_template = file.read_text()
+            try:
+                tokenizer.chat_template = file.read_text(encoding="utf-8")
+            except (OSError, UnicodeDecodeError) as error:
+                raise InputError(
+                    f"`{self._group}.chat_template`: {self.chat_template!r} is no UTF-8 text: {error}."
+                ) from error
+        if tokenizer.chat_template is not None:
+            try:
+                variables_read(tokenizer.chat_template)
+            except InputError as error:
+                where = self.chat_template or f"{self.path}, chat_template.jinja or tokenizer_config.json"
+                raise InputError(f"`{self.option}`: {error} ({where}).") from error
         if tokenizer.chat_template is None:
             raise InputError(
                 f"`{self.option}`: the tokenizer of {self.path!r} has no chat template. Choose a chat model, or give a "

@@ -108,9 +108,9 @@ class _Source(PolicySource):
         object.__setattr__(self, "lm", lm)
 
     def read(self, what: str, loader: Any, **kwargs: Any) -> Any:
-        model = loader.from_config(kwargs.pop("config"), **kwargs)
+        model = loader.from_config(kwargs["config"], **{n: kwargs[n] for n in ("dtype", "attn_implementation")})
         model.load_state_dict(self.lm.state_dict())  # type: ignore[attr-defined]
-        return model.eval()
+        return model.eval(), {"missing_keys": (), "mismatched_keys": ()}
 
 
 def _tiny(model_type: str, changes: dict[str, Any]) -> Any:

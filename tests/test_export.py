@@ -1,5 +1,6 @@
 """Exported folders are what `save_pretrained` of transformers writes of the same model in that dtype."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -13,9 +14,11 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from rlhf_pl.__main__ import main
 from rlhf_pl.callbacks import HFExport
 from rlhf_pl.errors import InputError
 from rlhf_pl.export import export_dtype, export_folder, try_export
+from rlhf_pl.export_files import STAMP, damaged_files, exports
 from rlhf_pl.policy import empty_lm, load_lm
 from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.weights import weights_of
@@ -256,5 +259,55 @@ def test_a_run_exports_what_save_pretrained_writes(tmp_path: Path, write_jsonl: 
 def test_a_generation_config_that_transformers_refuses_to_read_is_named(tmp_path: Path, text: str) -> None:
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
     (source / "generation_config.json").write_text(text)
-    with pytest.raises(InputError, match=r"can't read the generation_config\.json of .*source'.*Correct that file"):
+    with pytest.raises(InputError, match=r"generation_config\.json.*orrect"):
         _ = PolicySource(str(source)).eos_token_ids
+
+
+def test_a_damaged_export_is_noticed_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Cut files by their sizes, changed bytes by checksums; the same run writes the same folder once more."""
+    source, run = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16), tmp_path / "run"
+    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        *("fit", "--model=SFTModule", f"--model.policy={source}", "--data=SFTDataModule", "--data.max_tokens=64"),
+        *(f"--data.conversations={tmp_path / 'rows.jsonl'}", "--data.batch_size=2", "--trainer.max_epochs=1"),
+        *("--trainer.accelerator=cpu", f"--trainer.default_root_dir={run}", "--trainer.enable_progress_bar=false"),
+    ]
+    assert main(arguments) == 0
+    model = run / "model"
+    whole = {f.name: f.read_bytes() for f in model.iterdir()}
+    written = json.loads(whole[STAMP])["files"]
+    assert written.keys() == whole.keys() - {STAMP}
+    name = "model.safetensors"
+    assert written[name] == {"size": len(whole[name]), "sha256": hashlib.sha256(whole[name]).hexdigest()}
+    assert main(["rounds", str(run), "--verify"]) == 0
+
+    def cut(file: Path) -> None:
+        file.write_bytes(file.read_bytes()[:-1])
+
+    def flip(file: Path) -> None:
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+
+    for file, damage in (
+        (name, cut),
+        (name, flip),
+        ("tokenizer.json", cut),
+        ("config.json", Path.unlink),
+        (STAMP, cut),
+    ):
+        damage(model / file)
+        assert [f.name for f in damaged_files(model, checksums=True)] == [file]
+        assert bool(damaged_files(model, checksums=False)) == (damage is not flip)
+        assert list(exports(run)) == [model]
+        capsys.readouterr()
+        assert main(["rounds", str(run), "--verify"]) == 1
+        assert file in capsys.readouterr().out.replace("\n", "")
+        assert main(arguments) == 0
+        assert {f.name: f.read_bytes() for f in model.iterdir()} == whole
+
+
+def test_an_export_of_an_earlier_version_has_no_list_and_is_no_damage(tmp_path: Path) -> None:
+    (tmp_path / STAMP).write_text(json.dumps({"format": 2, "updates": 3, "dtype": None, "weights": "x"}))
+    assert damaged_files(tmp_path, checksums=True) == []

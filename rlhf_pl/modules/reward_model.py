@@ -130,6 +130,7 @@ class RewardModelModule(TrainedModule):
         return self.classifier is not None and self.classifier.shares_prompts and not self.pair_encoding
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name)
         check_new_classifier(self.source)

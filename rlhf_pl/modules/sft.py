@@ -18,7 +18,7 @@ from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.placement import reads_weights
-from rlhf_pl.policy import DType, PolicyLM, empty_lm, load_lm
+from rlhf_pl.policy import DType, PolicyLM, check_lm, empty_lm, load_lm
 from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.rotary import longest_row
@@ -82,8 +82,10 @@ class SFTModule(TrainedModule):
         self._like: dict[str, Tensor] = {}
 
     def setup(self, stage: str) -> None:
+        super().setup(stage)
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
+        check_lm(self.source)
         if self.lora is not None:
             adapter_targets(empty_lm(self.source), self.lora)
 

@@ -12,6 +12,7 @@ from rlhf_pl.data.progress import stopped_inside
 from rlhf_pl.data.split import adapt_split, note_split
 from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.optimization import Optimization
+from rlhf_pl.safe_checkpoints import guard_loads
 from rlhf_pl.strategies import clip_gradients
 
 
@@ -23,6 +24,9 @@ class TrainedModule(L.LightningModule):
     val_metrics: ClassVar[tuple[str, ...]] = ()  # logged with every validation on held-out rows
 
     gradient_norm: Tensor | None = None  # of the last update, before clipping; None where it is not computed
+
+    def setup(self, stage: str) -> None:
+        guard_loads(self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Also of a run in Python."""

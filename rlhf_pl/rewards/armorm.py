@@ -24,6 +24,7 @@ from rlhf_pl.rewards.local_model import LocalModel, ModelDType
 from rlhf_pl.rotary import row_positions, steady_rotary, thresholds
 from rlhf_pl.rows import Tree, lay_out
 from rlhf_pl.shared_prompt import hidden_states, share_prompts
+from rlhf_pl.whole_model import check_whole, load_whole
 
 # in the order of the regression layer's outputs, as the model card names them
 OBJECTIVES = (
@@ -217,7 +218,10 @@ class ArmoRMReward(Reward):
         return self._renderer
 
     def check(self, samples: Sequence[Sample]) -> None:
+        from transformers import AutoModel
+
         _heads(self.source)
+        check_whole(self.source, AutoModel)
         for sample in samples:
             self._row(sample)
 
@@ -306,16 +310,13 @@ def load_armorm(
     from transformers import AutoModel
 
     names = _heads(source)
-    backbone, info = source.read(
-        "weights",
+    backbone = load_whole(
+        source,
         AutoModel,
         config=without_dropout(source.config),
         dtype="auto" if dtype is None else getattr(torch, dtype),
         attn_implementation=attn_implementation,
-        output_loading_info=True,
     )
-    if info["missing_keys"]:
-        raise InputError(f"`{source.option}`: {source.path!r} lacks {', '.join(sorted(info['missing_keys'])[:8])}.")
     model = ArmoRM(backbone, source.config)
     heads = {names[name]: tensor.float() for name, tensor in WeightFiles(source).tensors(names).items()}
     own = model.state_dict()

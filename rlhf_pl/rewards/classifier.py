@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from rlhf_pl.checkpoint_files import WeightFiles, stored_config
 from rlhf_pl.classifier import ClassifierLM, load_classifier, tree_inputs
-from rlhf_pl.classifier_head import find_head
+from rlhf_pl.classifier_head import check_classifier
 from rlhf_pl.compute import Compute
 from rlhf_pl.devices import fast_dtype
 from rlhf_pl.fingerprints import describe
@@ -116,7 +116,7 @@ class ClassifierReward(Reward):
         return self._renderer
 
     def check(self, samples: Sequence[Sample]) -> None:
-        find_head(self.source, WeightFiles(self.weights))
+        check_classifier(self.source, self.weights)
         _ = self._mean
         if self._score_at is None:
             warn_of_other_reading(self.renderer(), self.source)
