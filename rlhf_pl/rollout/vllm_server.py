@@ -39,9 +39,11 @@ class VLLMServerSampler(Sampler):
         dtype: What the servers compute in (their `--dtype`); weights are sent in it.
         transport: `tcp` for servers started with backend rlhf_pl, which need this package beside vLLM; `nccl` for GPUs
             that NCCL connects, with vLLM's own backend of that name.
-        address: Where the servers reach rank 0 of the trainer; null for its address towards the first server.
+        address: Of rank 0's host, where the servers reach it; null for its address towards the first server. Rank 0
+            listens there alone, while they connect, and lets nobody in who was not given the run's token.
         concurrency: Prompts under way at a time, per server and rank.
-        timeout_s: Time limit of a request, seconds: of a prompt's answers, or of a part of the weights.
+        timeout_s: Time limit of a request, seconds: of a prompt's answers, of a part of the weights on every
+            connection, or for the servers' workers to connect.
         retries: Further attempts for a prompt after a failure.
         backoff_s: Pause before the second attempt, seconds; doubled before every further one.
         api_key_env: Environment variable with the servers' API key; null for none.
@@ -265,7 +267,13 @@ class VLLMServerSampler(Sampler):
 
     def _connect(self) -> None:
         address = self.address or _own_address(self.urls[0])
-        push = self._push = _PUSHES[self.transport](address)
+        try:
+            push = self._push = _PUSHES[self.transport](address, self.timeout_s)
+        except OSError as error:
+            raise InputError(
+                f"`rollout.sampler.address`: can't listen at {address}: {error.strerror or error}. The servers' "
+                "workers must reach the trainer at an address of this host; give one."
+            ) from error
         counts = [int(self._call(url, "/get_world_size", get=True)["world_size"]) for url in self.urls]
         pool = ThreadPoolExecutor(len(self.urls))
         told: list[Future[Any]] = []
@@ -288,6 +296,12 @@ class VLLMServerSampler(Sampler):
         except _ServerError:
             failed()
             raise
+        except OSError as error:
+            failed()
+            raise InputError(
+                f"`rollout.sampler`: not all workers of the servers came to the trainer at {address}: {error}. Set "
+                "rollout.sampler.address to an address of this host that they can reach, and see the servers' logs."
+            ) from error
         finally:
             pool.shutdown(wait=False)
 
@@ -394,7 +408,8 @@ _PUSHES: dict[str, type[TCPPush] | type[NCCLPush]] = {"tcp": TCPPush, "nccl": NC
 def _own_address(url: str) -> str:
     """This host's address on the way to a server."""
     parts = urlsplit(url)
-    with socket.create_connection((parts.hostname, parts.port or 80), timeout=10) as connection:
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with socket.create_connection((parts.hostname, port), timeout=10) as connection:
         return connection.getsockname()[0]
 
 
