@@ -13,6 +13,7 @@ from rlhf_pl.console import console
 from rlhf_pl.errors import InputError
 from rlhf_pl.listener import Listener, join, make_token
 
+GIVE_WAY = 0.5  # seconds that a failure waits for word of a death that may have caused it
 GRACE = 3.0  # seconds that a rank has to report the same failure in its own words
 PATIENCE = 20.0  # seconds that the others wait for rank 0 to print why, and to end
 JOIN_SECONDS = 60.0  # until all ranks must have connected to rank 0
@@ -91,6 +92,7 @@ class RankWatch:
 
     def fail(self, message: str, code: int) -> None:
         """Tell the others why this rank ends, and give rank 0 the time to print it."""
+        time.sleep(GIVE_WAY)  # where another rank has died, the thread that hears of it ends this process here
         self._closing = True
         self._tell({"failed": message[:MAX_REASON], "code": code})
         if self.rank > 0:

@@ -2,8 +2,11 @@
 
 import importlib.util
 import json
+import random
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -14,10 +17,14 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_pl.errors import InputError
+from rlhf_pl.listener import make_token
+from rlhf_pl.policy import load_lm
 from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.rollout import EngineSpec, VLLMServerSampler
+from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMServerSampler
+from rlhf_pl.rollout.push import TCPPush
 from rlhf_pl.rounds import RoundStore
 from tests.integration.test_fit import PROMPTS
+from tests.strangers import KINDS, is_turned_away, visit
 
 pytestmark = [
     pytest.mark.xdist_group("samplers"),  # they share what takes long to start
@@ -96,3 +103,44 @@ def test_a_run_with_servers_that_do_not_fit_ends_with_one_line(
     assert said.startswith("FAILED")
     assert "`rollout.sampler.dtype` is bfloat16, but the server" in " ".join(said.split()), said
     assert "Traceback" not in said
+
+
+def test_a_server_outlives_strangers_at_both_ends(servers: list[str], source: PolicySource) -> None:
+    """At the trainer's port, and where a server is told to connect to one: the next run is served as ever."""
+    import httpx
+
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        info = {"address": "127.0.0.1", "port": stranger.getsockname()[1], "token": "GET / HTTP/1.1", "timeout_s": 1.0}
+        told = httpx.post(servers[0] + "/init_weight_transfer_engine", json={"init_info": info}, timeout=60)
+        assert told.status_code >= 400  # and nothing was sent: the next connection is the first
+        info["token"] = make_token()
+        told = httpx.post(servers[0] + "/init_weight_transfer_engine", json={"init_info": info}, timeout=60)
+        assert told.status_code == 200
+        connection, _ = stranger.accept()
+        connection.settimeout(10)
+        assert connection.recv(100).decode() == info["token"]
+        update = {"names": ["model.norm.weight"], "dtype_names": ["float32"], "shapes": [[64]]}
+        start = time.monotonic()
+        told = httpx.post(servers[0] + "/update_weights", json={"update_info": update}, timeout=60)
+        assert told.status_code >= 400
+        assert time.monotonic() - start < 10
+        assert is_turned_away(connection, 5)
+
+    plain = TCPPush.init_info
+    connections = []
+
+    def init_info(push: TCPPush, first_worker: int, workers: int) -> dict[str, Any]:
+        info = plain(push, first_worker, workers)
+        connections.extend(visit(kind, info["port"], info["token"], random.Random(0)) for kind in KINDS)
+        return info
+
+    with pytest.MonkeyPatch.context() as patch, closing(VLLMServerSampler(servers, dtype="float32")) as sampler:
+        patch.setattr(TCPPush, "init_info", init_info)
+        sampler.start(EngineSpec(source, max_model_tokens=64, max_sequences=8))
+        weights = load_lm(source).state_dict()
+        sampler.forget(weights)
+        sampler.load_weights(weights.items())
+        found = dict(sampler.generate([PromptTokens([5, 6, 7], 1)], SamplingConfig(max_response_tokens=4)))
+    for connection in connections:
+        connection.close()
+    assert all(response.token_ids for response in found[0])
