@@ -15,6 +15,7 @@ from urllib.parse import urlsplit
 import torch
 from torch import Tensor
 
+from rlhf_pl.addresses import resolve
 from rlhf_pl.errors import InputError, at_least
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
@@ -274,6 +275,8 @@ class VLLMServerSampler(Sampler):
                 f"`rollout.sampler.address`: can't listen at {address}: {error.strerror or error}. The servers' "
                 "workers must reach the trainer at an address of this host; give one."
             ) from error
+        known_as = resolve(address)
+        place = address if known_as == address else f"{address} ({known_as})"
         counts = [int(self._call(url, "/get_world_size", get=True)["world_size"]) for url in self.urls]
         pool = ThreadPoolExecutor(len(self.urls))
         told: list[Future[Any]] = []
@@ -285,7 +288,7 @@ class VLLMServerSampler(Sampler):
             for call in told:
                 if call.done() and (error := call.exception()) is not None:
                     raise InputError(
-                        f"`rollout.sampler`: {error} Its workers must reach the trainer at {address}; set "
+                        f"`rollout.sampler`: {error} Its workers must reach the trainer at {place}; set "
                         "rollout.sampler.address to one that they can, and see the server's log."
                     ) from error
 
@@ -299,7 +302,7 @@ class VLLMServerSampler(Sampler):
         except OSError as error:
             failed()
             raise InputError(
-                f"`rollout.sampler`: not all workers of the servers came to the trainer at {address}: {error}. Set "
+                f"`rollout.sampler`: not all workers of the servers came to the trainer at {place}: {error}. Set "
                 "rollout.sampler.address to an address of this host that they can reach, and see the servers' logs."
             ) from error
         finally:

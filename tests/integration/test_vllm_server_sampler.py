@@ -120,6 +120,8 @@ def test_a_server_outlives_strangers_at_both_ends(servers: list[str], source: Po
         connection.settimeout(10)
         assert connection.recv(100).decode() == info["token"]
         update = {"names": ["model.norm.weight"], "dtype_names": ["float32"], "shapes": [[64]]}
+        for path in ("/pause?mode=wait", "/start_weight_update"):
+            assert httpx.post(servers[0] + path, timeout=60).status_code == 200
         start = time.monotonic()
         told = httpx.post(servers[0] + "/update_weights", json={"update_info": update}, timeout=60)
         assert told.status_code >= 400

@@ -111,7 +111,9 @@ def commands(launcher: str, arguments: list[str]) -> list[list[str]]:
         port = free.getsockname()[1]
     agent = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc-per-node", "1"]
     agent += ["--rdzv-backend", "c10d", "--rdzv-endpoint", f"127.0.0.1:{port}", "--rdzv-id", "soak"]
-    return [[*agent, "--local-addr", "127.0.0.1", *script]] * 2
+    agent += ["--local-addr", "127.0.0.1", "--rdzv-conf"]
+    # the first node hosts the rendezvous, as usual: its agent has the lower process id, and so rank 0
+    return [[*agent, f"is_host={host}", *script] for host in ("true", "false")]
 
 
 def alive(pid: int) -> bool:
