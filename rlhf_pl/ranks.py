@@ -11,6 +11,7 @@ import lightning as L
 import torch.distributed as dist
 from torch import Tensor
 
+from rlhf_pl.addresses import resolve, seen_from_others
 from rlhf_pl.errors import InputError
 from rlhf_pl.secrets import redact
 from rlhf_pl.terminal import MAX_PRINTED, shortened
@@ -34,7 +35,7 @@ class Ranks:
         rank: This process.
         size: Number of processes.
         timeout: Minutes that a rank waits for the others.
-        address: Where the other ranks reach rank 0.
+        address: Of rank 0's host, where the other ranks reach it.
         local: Whether all ranks are on one host.
     """
 
@@ -47,6 +48,8 @@ class Ranks:
         self._watch: RankWatch | None = None
         if size > 1:
             self._group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout))
+            if not local:
+                address = seen_from_others(self.gather(resolve(address)))
             self._watch = RankWatch(rank, size, self.share, address, local)
 
     @property

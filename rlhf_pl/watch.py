@@ -1,26 +1,33 @@
 """Ranks hear of each other's end: one that dies or fails ends the others at once, with a message."""
 
-import contextlib
 import json
 import os
-import secrets
 import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, BinaryIO
 
 from rlhf_pl.console import console
+from rlhf_pl.errors import InputError
+from rlhf_pl.listener import Listener, join, make_token
 from rlhf_pl.terminal import print_error
 
+GIVE_WAY = 0.5  # seconds that a failure waits for word of a death that may have caused it
 GRACE = 3.0  # seconds that a rank has to report the same failure in its own words
 PATIENCE = 20.0  # seconds that the others wait for rank 0 to print why, and to end
-_KEEPALIVE = (("TCP_KEEPIDLE", 10), ("TCP_KEEPINTVL", 5), ("TCP_KEEPCNT", 4))  # a host that is gone: 30 seconds
+JOIN_SECONDS = 60.0  # until all ranks must have connected to rank 0
+MAX_REASON = 8000  # characters of a failure that the others are told
+MAX_LINE = 2**17  # bytes of a message; a failure's characters take up to twelve each
+_KINDS = {"is": str, "at": str, "bye": bool, "failed": str, "code": int}  # what a message may say
+
+
+_REMEDY = "Give the address of the first node that the others reach (MASTER_ADDR), and open its ports to them."
 
 
 class RankWatch:
-    """A connection from every rank to rank 0, by a thread beside the training.
+    """A connection from every rank to rank 0, read by a thread beside the training.
 
     A collective call whose partner has died may hang, and a process that generates does not look at its partners. So
     every rank keeps a TCP connection to rank 0, which tells the others when one breaks without a goodbye. A rank that
@@ -30,8 +37,11 @@ class RankWatch:
         rank: This process.
         size: Number of processes.
         share: Gives every rank the value of rank 0.
-        address: Where the other ranks reach rank 0.
-        local: Whether all ranks are on one host.
+        address: Of rank 0's host, where the other ranks reach it.
+        local: Whether all ranks are on one host: rank 0 then listens on the loopback address.
+
+    Raises:
+        InputError: Rank 0 can't listen there, or the ranks can't reach it.
     """
 
     def __init__(self, rank: int, size: int, share: Callable[[Any], Any], address: str, local: bool) -> None:
@@ -40,41 +50,40 @@ class RankWatch:
         self._lock = threading.Lock()
         self._closing = False
         self._done: set[int] = set()
-        self._links: dict[int, socket.socket] = {}
-        self._names = {0: "rank 0"}
-        listener = None
-        if rank == 0:
-            listener = socket.create_server(("127.0.0.1" if local else "", 0), backlog=size)
-        token, port = share((secrets.token_hex(16), listener.getsockname()[1] if listener else 0))
-        if listener is not None:
-            self._accept(listener, token)
-            listener.close()
-        else:
-            link = socket.create_connection(("127.0.0.1" if local else address, port), timeout=60)
-            me = {"token": token, "rank": rank, "host": socket.gethostname(), "pid": os.getpid()}
-            _send(link, me)
-            self._links[0] = link
+        self._names = {other: f"rank {other}" for other in range(size)}
+        address = "127.0.0.1" if local else address
+        self._links = self._welcome(share, address) if rank == 0 else {0: self._join(share, address)}
         for other, link in self._links.items():
-            link.settimeout(None)
-            _keep_alive(link)
             threading.Thread(target=self._listen, args=(other, link), daemon=True, name=f"watch-{other}").start()
+        self._tell({"is": f"rank {rank} (process {os.getpid()} on {socket.gethostname()})"})
 
-    def _accept(self, listener: socket.socket, token: str) -> None:
-        """Take the connections of all other ranks; strangers are turned away."""
-        listener.settimeout(60)
-        while len(self._links) < self.size - 1:
-            link, _ = listener.accept()
-            link.settimeout(10)
-            try:
-                hello = json.loads(_read_line(link))
-            except (OSError, ValueError):
-                hello = {}
-            if hello.get("token") != token:
-                link.close()
-                continue
-            other = int(hello["rank"])
-            self._links[other] = link
-            self._names[other] = f"rank {other} (process {hello['pid']} on {hello['host']})"
+    def _welcome(self, share: Callable[[Any], Any], address: str) -> dict[int, socket.socket]:
+        """Have every other rank connect with a token of its own, which says who it is; strangers are turned away."""
+        tokens = [make_token() for _ in range(self.size)]
+        try:
+            listener = Listener(address, "the ranks")
+        except OSError as error:
+            refused = f"Rank 0 can't listen at {address}: {error.strerror or error}. " + _REMEDY
+            share((tokens, 0, refused))
+            raise InputError(refused) from error
+        try:
+            share((tokens, listener.port, ""))
+            links = listener.welcome(tokens[1:], JOIN_SECONDS)
+        except TimeoutError as error:
+            raise InputError(f"Rank 0 listens at {address}, port {listener.port}, but {error}. " + _REMEDY) from error
+        finally:
+            listener.close()
+        return dict(enumerate(links, 1))
+
+    def _join(self, share: Callable[[Any], Any], address: str) -> socket.socket:
+        tokens, port, refused = share(None)
+        try:
+            if not refused:
+                return join(address, port, tokens[self.rank])
+        except OSError as error:
+            reason = error.strerror or error
+            refused = f"Rank {self.rank} can't reach rank 0 at {address}, port {port}: {reason}. " + _REMEDY
+        raise InputError(refused)
 
     def at(self, place: str) -> None:
         """Tell rank 0 what this rank is doing."""
@@ -84,8 +93,9 @@ class RankWatch:
 
     def fail(self, message: str, code: int) -> None:
         """Tell the others why this rank ends, and give rank 0 the time to print it."""
+        time.sleep(GIVE_WAY)  # where another rank has died, the thread that hears of it ends this process here
         self._closing = True
-        self._tell({"failed": message, "code": code})
+        self._tell({"failed": message[:MAX_REASON], "code": code})
         if self.rank > 0:
             end = time.monotonic() + PATIENCE
             while time.monotonic() < end and 0 not in self._done:
@@ -105,16 +115,20 @@ class RankWatch:
                     continue  # its end is noticed by whoever listens to it
 
     def _listen(self, other: int, link: socket.socket) -> None:
-        reader = link.makefile("r", encoding="utf-8")
-        while True:
-            try:
-                line = reader.readline()
-            except (OSError, ValueError):
-                line = ""
-            if not line:
-                break
-            message = json.loads(line)
-            if "at" in message:
+        heard_nonsense = False
+        for line in _lines(link.makefile("rb")):
+            message = _message(line)
+            if message is None:
+                if not heard_nonsense:
+                    heard_nonsense = True
+                    console.print(
+                        f"[yellow]warning[/yellow]: {self._names[other]} has sent what is not a message of this run; "
+                        "such lines are ignored.",
+                        soft_wrap=True,
+                    )
+            elif "is" in message:
+                self._names[other] = message["is"]
+            elif "at" in message:
                 self.places[other] = message["at"]
             elif "bye" in message:
                 self._done.add(other)
@@ -122,10 +136,7 @@ class RankWatch:
                 self._done.add(other)
                 if self.rank > 0:
                     # Lightning's launcher kills rank 0 soon after another process has failed: let it end first
-                    link.settimeout(PATIENCE)
-                    with contextlib.suppress(OSError):
-                        while reader.readline():
-                            pass
+                    _wait_for_end(link)
                 reason = f"rank {other}: {message['failed']}" if self.rank == 0 else message["failed"]
                 self._end(reason, message["code"], GRACE if self.rank == 0 else 0.0)
         if other not in self._done and not self._closing:
@@ -142,7 +153,7 @@ class RankWatch:
         if self._closing:
             return
         if self.rank == 0:
-            self._tell({"failed": message, "code": code})
+            self._tell({"failed": message[:MAX_REASON], "code": code})
         if self.rank == 0 or (self.rank == 1 and 0 not in self._done):
             console.show_cursor()
             sys.stdout.flush()
@@ -154,18 +165,38 @@ def _send(link: socket.socket, message: dict[str, Any]) -> None:
     link.sendall((json.dumps(message) + "\n").encode())
 
 
-def _read_line(link: socket.socket) -> str:
-    text = b""
-    while not text.endswith(b"\n"):
-        part = link.recv(1)
-        if not part:
-            break
-        text += part
-    return text.decode()
+def _lines(reader: BinaryIO) -> Iterator[bytes]:
+    """Whole lines until the connection ends; an empty one for each that is too long."""
+    try:
+        while line := reader.readline(MAX_LINE):
+            whole = line.endswith(b"\n")
+            while line and not line.endswith(b"\n"):
+                line = reader.readline(MAX_LINE)
+            yield line if whole else b""
+    except OSError:
+        return
 
 
-def _keep_alive(link: socket.socket) -> None:
-    link.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for name, value in _KEEPALIVE:
-        if hasattr(socket, name):
-            link.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+def _message(line: bytes) -> dict[str, Any] | None:
+    """What a rank says; None for anything else."""
+    try:
+        message = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    if not isinstance(message, dict) or any(type(value) is not _KINDS.get(key) for key, value in message.items()):
+        return None
+    if "failed" in message and not 0 < message.get("code", 0) < 256:
+        return None
+    return message
+
+
+def _wait_for_end(link: socket.socket) -> None:
+    """Until the other end has closed, but not for longer than the patience."""
+    end = time.monotonic() + PATIENCE
+    try:
+        while (seconds := end - time.monotonic()) > 0:
+            link.settimeout(seconds)
+            if not link.recv(4096):
+                return
+    except OSError:
+        return

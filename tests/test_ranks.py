@@ -50,6 +50,12 @@ elif what == "dies":
         with ranks.phase("scoring answers"):
             time.sleep(1)
             os.kill(os.getpid(), 9)
+    try:
+        if rank == 2:
+            dist.barrier()  # fails of the death before anybody has said so
+    except RuntimeError:
+        ranks.fail("its collective failed", 3)
+        sys.exit(3)
     time.sleep(40)
 """
 
@@ -102,6 +108,7 @@ def test_a_rank_that_dies_ends_the_others(dead: int) -> None:
     assert len(said) == 1
     assert f"rank {dead}" in said[0]
     assert dead == 0 or "in the phase 'scoring answers'" in said[0]
+    assert not any("its collective failed" in errors for _, _, errors in outcomes)
 
 
 def test_one_process_needs_nothing_of_it() -> None:

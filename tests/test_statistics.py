@@ -18,6 +18,7 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.modules.logging import Means, with_variance
 from rlhf_pl.ranks import Ranks
 from rlhf_pl.rollout import VLLMServerSampler
+from rlhf_pl.rollout.served_engine import ServedEngine
 from rlhf_pl.rounds import Round, RoundStore
 from rlhf_pl.shaping import without_ties
 from rlhf_pl.stages.kl import estimate_kl
@@ -319,7 +320,7 @@ def test_servers_say_how_they_reshape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by defaults of their own, since requests name every option."""
     sampler = VLLMServerSampler(urls=["http://one:1"])
     engine = {"logprobs_mode": "raw_logprobs", "override_generation_config": {"repetition_penalty": 1.1}}
-    monkeypatch.setattr(sampler, "_server_config", lambda url: {"model_config": engine})
+    monkeypatch.setattr(ServedEngine, "config", lambda served, backend: {"model_config": engine})
     assert sampler.reshapes() == []
     engine["logits_processors"] = ["package:Processor"]  # type: ignore[assignment]
     assert sampler.reshapes() == ["the server at http://one:1 runs with logits_processors ['package:Processor']"]

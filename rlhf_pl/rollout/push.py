@@ -1,6 +1,6 @@
 """The trainer's end of vLLM's weight transfer: bytes on their way to the workers of running servers."""
 
-import secrets
+import contextlib
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from rlhf_pl.rollout.vllm_plugin import BACKEND, read_exactly
+from rlhf_pl.listener import Listener, make_token
+from rlhf_pl.rollout.vllm_plugin import BACKEND, PART_SECONDS, left
 
 
 class Push(Protocol):
@@ -22,10 +23,18 @@ class Push(Protocol):
         """What a server is told whose first worker has that number, of all `workers`."""
 
     def connect(self, workers: int, check: Callable[[], None]) -> None:
-        """Until all workers are there; `check` is called now and then, and raises if they can't come."""
+        """Until all workers are there; `check` is called now and then, and raises if they can't come.
+
+        Raises:
+            OSError: They did not come in time.
+        """
 
     def send(self, tensors: Sequence[Tensor]) -> None:
-        """To all workers, in this order."""
+        """To all workers, in this order.
+
+        Raises:
+            OSError: A worker has gone, or does not read.
+        """
 
     def close(self) -> None:
         """The workers go on without."""
@@ -35,47 +44,38 @@ class TCPPush:
     """Plain connections, for servers anywhere, with or without a GPU; this package must be installed there too.
 
     Args:
-        address: Where the servers' workers reach this process.
+        address: Of this host, where the servers' workers reach it; the port is open there alone, until all have come.
+        timeout_s: Seconds until all workers must have connected, and for a part of the weights to reach a worker.
+
+    Raises:
+        OSError: The address is not one of this host.
     """
 
     backend = BACKEND
 
-    def __init__(self, address: str) -> None:
-        self._address, self._token = address, secrets.token_hex(16)
-        self._listener = socket.create_server(("", 0))
+    def __init__(self, address: str, timeout_s: float = PART_SECONDS) -> None:
+        self._address, self._timeout_s, self._token = address, timeout_s, make_token()
+        self._listener = Listener(address, "the servers' workers")
+        self._port = self._listener.port
         self._connections: list[socket.socket] = []
         self._threads: ThreadPoolExecutor | None = None
 
     def init_info(self, first_worker: int, workers: int) -> dict[str, Any]:
-        return {"address": self._address, "port": self._listener.getsockname()[1], "token": self._token}
+        return {"address": self._address, "port": self._port, "token": self._token, "timeout_s": self._timeout_s}
 
     def connect(self, workers: int, check: Callable[[], None]) -> None:
-        self._listener.settimeout(0.5)
-        while len(self._connections) < workers:
-            try:
-                connection, _ = self._listener.accept()
-            except TimeoutError:
-                check()
-                continue
-            connection.settimeout(10)
-            word = bytearray(len(self._token))
-            try:
-                read_exactly(connection, memoryview(word))
-            except OSError:
-                word.clear()
-            if not secrets.compare_digest(bytes(word), self._token.encode()):
-                connection.close()
-                continue
-            connection.settimeout(None)
-            self._connections.append(connection)
+        self._connections = self._listener.welcome([self._token] * workers, self._timeout_s, check)
+        self._listener.close()
         self._threads = ThreadPoolExecutor(workers)
 
     def send(self, tensors: Sequence[Tensor]) -> None:
         assert self._threads is not None
         parts = [t.cpu().contiguous().view(-1).view(torch.uint8).numpy().data for t in tensors]
+        end = time.monotonic() + self._timeout_s
 
         def to(connection: socket.socket) -> None:
             for part in parts:
+                connection.settimeout(left(end))
                 connection.sendall(part)
 
         list(self._threads.map(to, self._connections))
@@ -91,15 +91,21 @@ class TCPPush:
 class NCCLPush:
     """vLLM's own engine for GPUs that NCCL connects; no GPU of the trainer's may be a server's.
 
+    The rendezvous at `address` is vLLM's own: it asks for no token, so it belongs on a network that is trusted.
+
     Args:
-        address: Where the servers' workers reach this process.
+        address: Of this host, where the servers' workers reach it.
+        timeout_s: Of no effect here; vLLM and NCCL have limits of their own.
+
+    Raises:
+        OSError: The address is not one of this host.
     """
 
     backend = "nccl"
 
-    def __init__(self, address: str) -> None:
-        with socket.create_server(("", 0)) as free:
-            self._rendezvous = {"master_address": address, "master_port": free.getsockname()[1]}
+    def __init__(self, address: str, timeout_s: float = PART_SECONDS) -> None:
+        with contextlib.closing(Listener(address, "the servers' workers")) as free:
+            self._rendezvous = {"master_address": address, "master_port": free.port}
         self._group: Any = None
 
     def init_info(self, first_worker: int, workers: int) -> dict[str, Any]:

@@ -1,23 +1,26 @@
 """A vLLM worker's end of the weight transfer by TCP."""
 
 import socket
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.distributed.weight_transfer import base
 
+from rlhf_pl.listener import join
 from rlhf_pl.rollout.vllm_experts import Kernels, check_kernels, take_kernels
-from rlhf_pl.rollout.vllm_plugin import read_exactly
+from rlhf_pl.rollout.vllm_plugin import PART_SECONDS, read_exactly
 
 
 @dataclass
 class InitInfo(base.WeightTransferInitInfo):
-    """Where the trainer listens, and the word that tells its connections from others."""
+    """Where the trainer listens, the token that it lets workers in by, and its limit for a part of the weights."""
 
     address: str
     port: int
     token: str
+    timeout_s: float = PART_SECONDS
 
 
 @dataclass
@@ -35,13 +38,13 @@ class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     _connection: socket.socket | None = None
+    _timeout_s = PART_SECONDS
     _kernels: Kernels = []  # noqa: RUF012 - replaced, never changed
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
-        self._connection = socket.create_connection((init_info.address, init_info.port), timeout=30)
-        self._connection.settimeout(None)
-        self._connection.sendall(init_info.token.encode())
+        self._connection = join(init_info.address, init_info.port, init_info.token)
+        self._timeout_s = init_info.timeout_s
 
     def start_weight_update(self) -> None:
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
@@ -62,10 +65,11 @@ class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
     def receive_weights(self, update_info: UpdateInfo) -> None:
         if self._connection is None:
             raise RuntimeError("No trainer is connected.")
+        end = time.monotonic() + self._timeout_s
         try:
             for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
                 weight = torch.empty(shape, dtype=getattr(torch, dtype))
-                read_exactly(self._connection, weight.view(-1).view(torch.uint8).numpy().data)
+                read_exactly(self._connection, weight.view(-1).view(torch.uint8).numpy().data, end)
                 if (
                     name != "lm_head.weight" or not self._is_tied() or hasattr(self.model, "lm_head")
                 ):  # Gemma-2 has none

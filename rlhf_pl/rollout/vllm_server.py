@@ -6,6 +6,7 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal
 from urllib.parse import urlsplit
 
@@ -46,9 +47,11 @@ class VLLMServerSampler(Sampler):
         dtype: What the servers compute in (their `--dtype`); weights are sent in it.
         transport: `tcp` for servers started with backend rlhf_pl, which need this package beside vLLM; `nccl` for GPUs
             that NCCL connects, with vLLM's own backend of that name.
-        address: Where the servers reach rank 0 of the trainer; null for its address towards the first server.
+        address: Of rank 0's host, where the servers reach it; null for its address towards the first server. Rank 0
+            listens there alone, while they connect, and lets nobody in who was not given the run's token.
         concurrency: Prompts under way at a time, per server and rank.
-        timeout_s: Time limit of a request, seconds: of a prompt's answers, or of a part of the weights.
+        timeout_s: Time limit of a request, seconds: of a prompt's answers, of a part of the weights on every
+            connection, or for the servers' workers to connect.
         retries: Further attempts for a prompt after a failure, and to reach a server before it is given up.
         backoff_s: Pause before the second attempt, seconds; doubled before every further one.
         api_key_env: Environment variable with the servers' API key; null for none.
@@ -128,7 +131,8 @@ class VLLMServerSampler(Sampler):
             address = self.address or _own_address(self._fleet.there[0].url)
             engines = self._fleet.engines
             groups = [[engine] for engine in engines] if self.transport == "tcp" else [engines]
-            routes = [WeightRoute(group, _PUSHES[self.transport], address) for group in groups]
+            push = partial(_PUSHES[self.transport], address, self.timeout_s)
+            routes = [WeightRoute(group, push, address) for group in groups]
             self._routes = WeightRoutes(self._fleet, routes)
             self._routes.connect(self._vet, None)
 
@@ -319,7 +323,8 @@ class VLLMServerSampler(Sampler):
 def _own_address(url: str) -> str:
     """This host's address on the way to a server."""
     parts = urlsplit(url)
-    with socket.create_connection((parts.hostname, parts.port or 80), timeout=10) as connection:
+    port = parts.port or (443 if parts.scheme == "https" else 80)
+    with socket.create_connection((parts.hostname, port), timeout=10) as connection:
         return connection.getsockname()[0]
 
 

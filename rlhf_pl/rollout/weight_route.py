@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from rlhf_pl.addresses import resolve
 from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.fleet import Fleet
 from rlhf_pl.rollout.push import Push
@@ -24,7 +25,7 @@ class WeightRoute:
         address: Where the servers reach this process.
     """
 
-    def __init__(self, engines: Sequence[ServedEngine], make_push: Callable[[str], Push], address: str) -> None:
+    def __init__(self, engines: Sequence[ServedEngine], make_push: Callable[[], Push], address: str) -> None:
         self.engines, self._make_push, self.address = list(engines), make_push, address
         self._push: Push | None = None
 
@@ -46,8 +47,16 @@ class WeightRoute:
             InputError: They do not come.
         """
         self.close()
+        try:
+            push = self._push = self._make_push()
+        except OSError as error:
+            raise InputError(
+                f"`rollout.sampler.address`: can't listen at {self.address}: {error.strerror or error}. The servers' "
+                "workers must reach the trainer at an address of this host; give one."
+            ) from error
+        known_as = resolve(self.address)
+        place = self.address if known_as == self.address else f"{self.address} ({known_as})"
         counts = [engine.workers() for engine in self.engines]
-        push = self._push = self._make_push(self.address)
         pool = ThreadPoolExecutor(len(self.engines))
         told: list[Future[Any]] = []
         for number, engine in enumerate(self.engines):
@@ -58,7 +67,7 @@ class WeightRoute:
             for call in told:
                 if call.done() and (error := call.exception()) is not None:
                     raise InputError(
-                        f"`rollout.sampler`: {error} Its workers must reach the trainer at {self.address}; set "
+                        f"`rollout.sampler`: {error} Its workers must reach the trainer at {place}; set "
                         "rollout.sampler.address to one that they can, and see the server's log."
                     ) from error
 
@@ -66,6 +75,13 @@ class WeightRoute:
             push.connect(sum(counts), failed)
             for call in told:
                 call.result()
+        except OSError as error:
+            self.close()
+            failed()
+            raise InputError(
+                f"`rollout.sampler`: not all workers of the servers came to the trainer at {place}: {error}. Set "
+                "rollout.sampler.address to an address of this host that they can reach, and see the servers' logs."
+            ) from error
         except BaseException as error:
             self.close()
             if isinstance(error, ServerError):

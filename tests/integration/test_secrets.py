@@ -243,7 +243,7 @@ def test_no_secret_is_in_what_a_samplers_server_answers(url: str, monkeypatch: p
         [f"http://{user}{url.rpartition('@')[2].partition('/')[0]}"], api_key_env="JUDGE_ACCESS"
     )
     with pytest.raises(InputError, match=r"status 403: x+") as refused:
-        sampler._call(sampler.urls[0], f"/v1/models?token={QUERY}", get=True)
+        sampler._fleet.engines[0].call(f"/v1/models?token={QUERY}", get=True)
     assert leaks(str(refused.value)) == []
     assert leaks(describe(sampler)) == []
     assert ("<secret>@" in describe(sampler)) == bool(user)

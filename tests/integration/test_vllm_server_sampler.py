@@ -2,9 +2,12 @@
 
 import importlib.util
 import json
+import random
+import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -15,13 +18,15 @@ import torch
 from safetensors.torch import load_file
 
 from rlhf_pl.errors import InputError
+from rlhf_pl.listener import make_token
 from rlhf_pl.policy import load_lm
 from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.rollout import EngineSpec, SamplingConfig, VLLMServerSampler
-from rlhf_pl.rollout.base import PromptTokens
+from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMServerSampler
+from rlhf_pl.rollout.push import TCPPush
 from rlhf_pl.rounds import RoundStore
 from tests.integration.test_fit import PROMPTS
 from tests.soak.servers import Member
+from tests.strangers import KINDS, is_turned_away, visit
 
 pytestmark = [
     pytest.mark.xdist_group("samplers"),  # they share what takes long to start
@@ -156,3 +161,46 @@ def test_a_fleet_that_is_not_there_is_refused() -> None:
         pytest.raises(InputError, match="none of the 2 servers is left"),
     ):
         sampler.check()
+
+
+def test_a_server_outlives_strangers_at_both_ends(servers: list[str], source: PolicySource) -> None:
+    """At the trainer's port, and where a server is told to connect to one: the next run is served as ever."""
+    import httpx
+
+    with socket.create_server(("127.0.0.1", 0)) as stranger:
+        info = {"address": "127.0.0.1", "port": stranger.getsockname()[1], "token": "GET / HTTP/1.1", "timeout_s": 1.0}
+        told = httpx.post(servers[0] + "/init_weight_transfer_engine", json={"init_info": info}, timeout=60)
+        assert told.status_code >= 400  # and nothing was sent: the next connection is the first
+        info["token"] = make_token()
+        told = httpx.post(servers[0] + "/init_weight_transfer_engine", json={"init_info": info}, timeout=60)
+        assert told.status_code == 200
+        connection, _ = stranger.accept()
+        connection.settimeout(10)
+        assert connection.recv(100).decode() == info["token"]
+        update = {"names": ["model.norm.weight"], "dtype_names": ["float32"], "shapes": [[64]]}
+        for path in ("/pause?mode=wait", "/start_weight_update"):
+            assert httpx.post(servers[0] + path, timeout=60).status_code == 200
+        start = time.monotonic()
+        told = httpx.post(servers[0] + "/update_weights", json={"update_info": update}, timeout=60)
+        assert told.status_code >= 400
+        assert time.monotonic() - start < 10
+        assert is_turned_away(connection, 5)
+
+    plain = TCPPush.init_info
+    connections = []
+
+    def init_info(push: TCPPush, first_worker: int, workers: int) -> dict[str, Any]:
+        info = plain(push, first_worker, workers)
+        connections.extend(visit(kind, info["port"], info["token"], random.Random(0)) for kind in KINDS)
+        return info
+
+    with pytest.MonkeyPatch.context() as patch, closing(VLLMServerSampler(servers, dtype="float32")) as sampler:
+        patch.setattr(TCPPush, "init_info", init_info)
+        sampler.start(EngineSpec(source, max_model_tokens=64, max_sequences=8))
+        weights = load_lm(source).state_dict()
+        sampler.forget(weights)
+        sampler.load_weights(weights.items())
+        found = dict(sampler.generate([PromptTokens([5, 6, 7], 1)], SamplingConfig(max_response_tokens=4)))
+    for connection in connections:
+        connection.close()
+    assert all(response.token_ids for response in found[0])

@@ -1,0 +1,26 @@
+"""Whichever rank is killed, whenever and under whichever launcher: the others end in time, and it is named."""
+
+import itertools
+from pathlib import Path
+
+import pytest
+
+from tests.soak.kill_ranks import LAUNCHERS, PHASES, RANKS, kill_one
+
+WITHIN = 30.0  # seconds
+pytestmark = [pytest.mark.slow(minutes=3), pytest.mark.xdist_group("ranks")]
+
+
+@pytest.mark.parametrize(("launcher", "phase", "rank"), itertools.product(LAUNCHERS, PHASES, RANKS))
+def test_the_other_rank_ends_and_names_the_dead_one(launcher: str, phase: str, rank: int, tmp_path: Path) -> None:
+    outcome = kill_one(tmp_path, launcher, phase, rank, "on", WITHIN)
+    assert outcome.seconds is not None, outcome.log
+    assert outcome.named.startswith(f"error: rank {rank} (process "), outcome.log
+    assert outcome.log.count("has died") == 1, outcome.log
+
+
+def test_without_the_watch_a_rank_lives_on_when_rank_0_was_killed(tmp_path: Path) -> None:
+    """Why there is a watch: should this fail one day, ask whether it is still needed."""
+    outcome = kill_one(tmp_path, "lightning", "generation", 0, "off", WITHIN)
+    assert outcome.seconds is None, outcome.log
+    assert not outcome.named, outcome.log
