@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO
 
-from rlhf_pl.console import console
+from rlhf_pl.console import console, warn
 from rlhf_pl.errors import InputError
 from rlhf_pl.listener import Listener, join, make_token
 from rlhf_pl.terminal import print_error
@@ -121,11 +121,7 @@ class RankWatch:
             if message is None:
                 if not heard_nonsense:
                     heard_nonsense = True
-                    console.print(
-                        f"[yellow]warning[/yellow]: {self._names[other]} has sent what is not a message of this run; "
-                        "such lines are ignored.",
-                        soft_wrap=True,
-                    )
+                    warn(f"{self._names[other]} has sent what is not a message of this run; such lines are ignored.")
             elif "is" in message:
                 self._names[other] = message["is"]
             elif "at" in message:
