@@ -195,7 +195,7 @@ def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None
         (
             {"event": "before write responses of heldout", "count": 2, "signal": signal.SIGTERM},
             "SIGTERM",
-            "update-00000003",
+            "update-00000006",
         ),
     ]
     runs = [{"dir": str(tmp_path / f"run{i}"), "kill": stop | {"delay": 0.0}} for i, (stop, *_) in enumerate(stops)]
@@ -234,6 +234,17 @@ def test_killed_at_a_rounds_end_and_started_again(tmp_path: Path, part: int) -> 
     assert run_matrix(tmp_path, plan, points[part::2], tmp_path / "reference") == len(points[part::2])
     ends = [json.loads(line) for line in (tmp_path / "reference" / "ends.jsonl").read_text().splitlines()]
     assert [(end["round"], end["seen"]) for end in ends] == [(0, 1), (1, 2)]
+
+
+@pytest.mark.slow(minutes=1)
+def test_killed_with_loader_workers_alive_and_started_again_at_once(tmp_path: Path) -> None:
+    """They outlive it for some seconds, and do not keep its lock."""
+    plan = make_plan(tmp_path, [*TRANSFORMERS, "--data.num_workers", "2"])
+    run_reference(tmp_path, plan)
+    kill = {"event": "after optimizer step", "count": 3, "delay": 0.0}
+    run = str(tmp_path / "run")
+    assert drive(tmp_path, plan, [{"dir": run, "kill": kill}, {"dir": run}]) == [-9, 0]
+    assert_same_result(tmp_path / "run", result(tmp_path / "reference"), "workers")
 
 
 @pytest.mark.slow(minutes=2.5)
