@@ -120,3 +120,55 @@ def test_calibration_of_a_coin() -> None:
 
     metrics = pair_metrics([1.0, -1.0] * 50, [0.5] * 100)
     assert metrics.calibration_error == pytest.approx(1 / (1 + math.exp(-1)) - 0.5, abs=1e-4)
+
+
+ENDS = """
+import os, sys
+calls = []
+def leaves(response):
+    calls.append(response)
+    if len(calls) == 8:
+        sys.exit(0)
+    return 1.0
+def moves(response):
+    os.chdir("/")
+    return float(len(response))
+def late(responses):
+    return {i: 1.0 for i in range(len(responses))}
+"""
+
+
+@pytest.mark.parametrize("reward", ["leaves", "late"])
+def test_a_reward_cannot_end_the_command_as_if_all_were_well(
+    reward: str, write_jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "ends.py").write_text(ENDS)
+    output = tmp_path / "out.jsonl"
+    assert run("--reward", f"{tmp_path}/ends.py:{reward}", "--data", write_jsonl(PAIRS), "--output", str(output)) == 1
+    assert f"ends.py:{reward}` failed for prompt_id" in capsys.readouterr().err
+    assert not output.exists()
+
+
+def test_a_reward_that_changes_the_folder_has_its_output_where_it_was_asked_for(
+    write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "ends.py").write_text(ENDS)
+    monkeypatch.chdir(tmp_path)
+    assert run("--reward", "ends.py:moves", "--data", write_jsonl(PAIRS), "--output", "out.jsonl") == 0
+    assert (tmp_path / "out.jsonl").exists()
+
+
+def test_an_exit_without_an_error_is_one_before_the_work_is_done(
+    write_jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also outside of calls: in a constructor. `--help` goes on to end with 0."""
+    (tmp_path / "leaving_reward.py").write_text(
+        "import sys\nfrom rlhf_pl import Reward\nclass Leaving(Reward):\n"
+        "    def __init__(self):\n        sys.exit(0)\n    def score(self, batch):\n        return []\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert run("--reward", "leaving_reward.Leaving", "--data", write_jsonl(PAIRS)) == 1
+    assert "error: sys.exit(0) was called in" in capsys.readouterr().err
+    with pytest.raises(SystemExit) as stop:
+        main(["score", "--help"])
+    assert not stop.value.code

@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar
 T = TypeVar("T")
 GRACE_S = 5.0  # a call that is interrupted may clean up so long; then it is ended by force, or given up
 STUCK_S = 30.0  # a call that has not even then come back after so long ends the run: it is in the main thread's way
+LONGEST_S = 1e8  # three years; a longer limit counts as this
 _AGAIN_S = 1.0  # an interrupt that was swallowed is repeated
 _OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -60,6 +61,7 @@ def call_limited(call: Callable[[], T], seconds: float, name: str) -> Ended[T]:
         seconds: The limit.
         name: Of the reward, for the message if the run must end.
     """
+    seconds = min(seconds, LONGEST_S)
     if threading.current_thread() is not threading.main_thread():
         return _in_a_thread(call, seconds) if seconds else _run(call)
     interrupter = _Interrupter(seconds, name)
@@ -189,7 +191,7 @@ def ends_if_locked(seconds: float) -> Iterator[None]:
     if seconds == 0 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _patience[0] = seconds + GRACE_S + STUCK_S
+    _patience[0] = min(seconds, LONGEST_S) + GRACE_S + STUCK_S
     faulthandler.dump_traceback_later(_patience[0], exit=True, file=2)
     try:
         yield

@@ -144,7 +144,7 @@ def test_a_call_that_does_not_let_itself_be_interrupted_is_given_up(capsys: pyte
     reward = FunctionReward(lambda response: never_let_go(response) if response == "answer 1" else 0.5)
     found = guarded_scores(reward, samples(3), QUICK)
     assert [isinstance(o, Failure) and o.kind for o in found] == [False, "timeout", False]
-    assert "warning: Reward `" in capsys.readouterr().err
+    assert "warning: Reward `" in capsys.readouterr().out
     assert "given up" in found[1].detail  # type: ignore[union-attr]
 
 
