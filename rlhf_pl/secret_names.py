@@ -5,7 +5,7 @@ import re
 
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _ALWAYS = {
-    *("password", "passwd", "passphrase", "pwd", "pass", "secret", "credential", "authorization", "cookie"),
+    *("password", "passwd", "passphrase", "pwd", "pass", "secret", "credential", "authorization", "cookie", "bearer"),
     *("sig", "signature"),
     *("apikey", "accesskey", "secretkey", "privatekey", "authtoken", "accesstoken", "apitoken"),
 }
@@ -42,6 +42,8 @@ def is_secret(name: str, value: str, any_key: bool = False) -> bool:
         named = before not in _TOKENS_OF and not re.search(r"[<>|\[\]\s]", value)
     elif single == "key":
         named = any_key or before in _KEYS_OF or (before != "experiment" and _looks_random(value))
+    elif last == "auth":
+        named = not value.isalpha()  # `basic`, and the user in [user, password]
     else:
         named = last in _ALWAYS or single in _ALWAYS
     return named and not ("/" in value and os.path.exists(value[:1000]))  # the name of a file with a secret is none

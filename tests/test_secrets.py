@@ -129,6 +129,8 @@ def test_a_longer_word_is_hidden_as_a_word() -> None:
         ("api_key_env", "sk-0123", True),
         ("ssh_key", "/etc/hostname", False),
         ("token", "", False),
+        ("auth", "hunter2", True),
+        ("auth", "basic", False),
     ],
 )
 def test_names_tell_what_is_secret(name: str, value: str, expected: bool) -> None:
