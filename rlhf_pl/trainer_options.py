@@ -66,6 +66,10 @@ def check_trainer(trainer: L.Trainer, in_rounds: bool) -> None:
             f"`trainer.overfit_batches` is {options.overfit_batches}, but every {what} has an order of its own, so its "
             "first batches are other ones. Give a file of a few rows instead, and more epochs."
         )
+    if options.accumulate_grad_batches < 1:
+        raise InputError(
+            f"`trainer.accumulate_grad_batches` is {options.accumulate_grad_batches}; it must be 1 or more."
+        )
     if options.limit_train_batches == 0:
         raise InputError("`trainer.limit_train_batches` is 0, so nothing would be trained. Leave it out, or give 1.")
     if options.reload_dataloaders_every_n_epochs not in (0, 1):

@@ -35,6 +35,7 @@ REFUSED = {
     "barebones": {"barebones": True},
     "overfit_batches": {"overfit_batches": 2},
     "limit_train_batches": {"limit_train_batches": 0},
+    "accumulate_grad_batches": {"accumulate_grad_batches": 0},
     "reload_dataloaders_every_n_epochs": {"reload_dataloaders_every_n_epochs": 3},
     "val_check_interval": {"val_check_interval": 5},
     "AsyncCheckpointIO": {"plugins": [AsyncCheckpointIO()]},
