@@ -25,6 +25,12 @@ _REFUSED = {
     errno.EIO: "The disk or its connection fails. What was written before is whole; the same command goes on from it.",
     errno.ESTALE: "The file server has lost it. What was written before is whole; the same command goes on from it.",
 }
+_REFUSED |= {
+    errno.EISDIR: "A folder stands in the place of a file: move it away.",
+    errno.ENOTDIR: "A file or a link to nothing stands in the place of a folder: move it away.",
+    errno.EEXIST: "A file or a link to nothing stands in the place of a folder: move it away.",
+    errno.ELOOP: "Links lead in a circle: remove them.",
+}
 _WORKER = re.compile(r"DataLoader worker \(pid")
 _PARSERS = ("argparse", "jsonargparse")  # which end the process after `--help` and `--print_config`
 

@@ -18,7 +18,7 @@ LAUGHS = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range(1, 30)
 )
 WRONG = {
-    "model: {policy: m}\ndata:\n  batch_size: 1\ndata:\n  batch_size: 2\n": "line 4: `data` is given twice, first in",
+    "model: {policy: m}\ndata:\n  batch_size: 1\ndata:\n  batch_size: 2\n": "line 4: `data` is given twice",
     "model:\n  policy: a\n  optimizer: {lr: 1, lr: 2}\n": "line 3: `lr` is given twice, first in line 3",
     '{"model": {"policy": "a"},\n "model": {"policy": "b"}}': "line 2: `model` is given twice",
     "a: 1\n? a\n: 2\n": "line 2: `a` is given twice",

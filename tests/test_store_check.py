@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -362,3 +363,21 @@ def test_of_two_shards_with_one_number_an_unfinished_stage_of_older_versions_tak
     store.tidy()
     assert list(stored.shards("responses")) == [0]
     assert len(find_problems(store).strangers) == 2
+
+
+def test_a_stored_run_of_an_older_version_opens_as_it_is(tmp_path: Path) -> None:
+    """Two rounds of 12 prompts with 3 responses each, by a version whose manifests named neither run nor round."""
+    with tarfile.open(Path(__file__).with_name("store_without_notes.tar.gz")) as archive:
+        archive.extractall(tmp_path, filter="data")
+    store = RoundStore(tmp_path)
+    assert not find_problems(store, rounds_done=2)
+    shards = {file: file.read_bytes() for file in tmp_path.rglob("*.parquet")}
+    rewards = [store.round(index).read("rewards")["reward"].to_pylist() for index in range(2)]
+    assert [sum(numbers) / 36 for numbers in rewards] == pytest.approx(
+        [store.round(index).info("rewards")["mean"] for index in range(2)]
+    )
+    store.tidy()
+    assert not find_problems(store, rounds_done=2)
+    assert shards == {file: file.read_bytes() for file in tmp_path.rglob("*.parquet")}
+    foreign = shutil.copy(store.round(0).shards("responses")[1], store.round(1).path / "responses")
+    assert find_problems(store, rounds_done=2).strangers == [Path(foreign)]

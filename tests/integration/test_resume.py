@@ -1,6 +1,7 @@
 """What is done again when a run directory is used again: only what changed, what is damaged, or nothing."""
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -210,6 +211,51 @@ def test_damaged_files_are_named_and_repaired_one_by_one(
     assert draws.prompts == drawn + 2  # the prompts of one shard
     assert main(["rounds", "run", "--verify"]) == 0
     assert "repair: false" in Path("run/config.yaml").read_text()
+
+
+def test_a_foreign_shard_is_refused_moved_aside_and_the_real_one_made_again(
+    fit: Fit, draws: Draws, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its name carries its own checksum, and sorts after that of the real one or stands alone."""
+    assert fit("run") == 0
+    before, model, drawn = files("run"), exported("run"), draws.prompts
+    own, others = (Path("run/rounds", name, "responses") for name in ("0001", "0000"))
+    real, foreign = sorted(own.glob("00001-*"))[0], sorted(others.glob("00001-*"))[0]
+    shutil.copy(foreign, own)
+    assert fit("run") == 1
+    error = capsys.readouterr().err
+    assert f"not of this run: {own / foreign.name}" in error
+    assert "--repair" in error
+    real.unlink()
+    assert main(["rounds", "run", "--verify"]) == 1
+    assert fit("run", "--repair") == 0
+    assert (files("run"), exported("run")) == (before, model)
+    assert draws.prompts == drawn + 2  # the prompts of the real shard
+    assert Path("run/set_aside/rounds/0001/responses", foreign.name).exists()
+
+
+@pytest.mark.parametrize("gone", ["rounds/0000", "rounds/0001", "heldout"])
+def test_rounds_that_are_gone_are_named_and_made_again(fit: Fit, gone: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Those of policies that are the starting model or in a checkpoint."""
+    assert fit("run") == 0
+    before, held_out, model = files("run"), files("run", "heldout"), exported("run")
+    shutil.rmtree(Path("run", gone))
+    assert fit("run") == 1
+    assert f"missing: run/{gone}" in capsys.readouterr().err
+    assert fit("run", "--repair") == 0
+    assert (files("run"), files("run", "heldout"), exported("run")) == (before, held_out, model)
+    assert fit("run") == 0
+
+
+def test_the_run_goes_on_without_a_round_whose_policy_is_gone(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit("run", checkpoint__keep_rounds=1) == 0
+    for folder in ("rounds/0001", "heldout/0001"):
+        shutil.rmtree(Path("run", folder))
+    assert fit("run", checkpoint__keep_rounds=1) == 1
+    assert fit("run", "--repair", checkpoint__keep_rounds=1) == 0
+    assert "run/rounds/0001 is lost; the run has trained on it and goes on without it." in capsys.readouterr().out
+    assert fit("run", trainer__max_epochs=3) == 0
+    assert main(["rounds", "run", "--verify"]) == 0
 
 
 def test_a_lost_manifest_is_made_from_its_neighbour(fit: Fit, draws: Draws) -> None:
