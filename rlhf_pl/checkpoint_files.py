@@ -66,7 +66,9 @@ class WeightFiles:
             raise InputError(
                 f"`{source.option}`: {source.path!r} has no weights ({WEIGHTS[0]} or {WEIGHTS[2]}){listed}."
             )
+        self._index: list[str] = []
         if name.endswith(".json"):
+            self._index = [name]
             index = self._read_index(Path(self._file(name)))
             self._where: dict[str, str] | None = index
             self._names = sorted(set(index.values()))
@@ -76,6 +78,11 @@ class WeightFiles:
 
     def _file(self, name: str, quiet: bool = False) -> str:
         return _cached(self.source, name, quiet)
+
+    @property
+    def names(self) -> list[str]:
+        """The index, where there is one, and all weight files."""
+        return [*self._index, *self._names]
 
     def _read_index(self, file: Path) -> dict[str, str]:
         """By each tensor's name its file, in the same folder."""

@@ -134,9 +134,16 @@ def read_progress(file: Path) -> Progress | None:
 
 
 def sharded_by(path: Path) -> str:
-    """The group that a sharded checkpoint's weights are in: `model` from FSDP, `state_dict` from FSDP2."""
+    """The group that a sharded checkpoint's weights are in: `model` from FSDP, `state_dict` from FSDP2.
+
+    Raises:
+        InputError: There are none.
+    """
     names = read_metadata(path).state_dict_metadata
-    return next(name.partition(".")[0] for name in names if not name.startswith("optimizer"))
+    groups = {name.partition(".")[0] for name in names} & {"model", "state_dict"}
+    if len(groups) != 1:
+        raise DamagedError(f"{path} holds no weights in the form of FSDP or FSDP2. Go on from another checkpoint.")
+    return groups.pop()
 
 
 def check_readable(path: Path, trainer: L.Trainer) -> None:

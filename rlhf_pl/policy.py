@@ -185,8 +185,9 @@ def empty_lm(source: PolicySource) -> Any:
     Raises:
         InputError: transformers has no causal LM of it.
     """
+    config = source.config
     try:
-        return meta_lm(source.config, source.trust_remote_code)
+        return meta_lm(config, source.trust_remote_code)
     except Exception as error:  # numbers that fit no model come out of its layers as errors of every kind
         raise source.unbuildable("causal LM", error) from error
 

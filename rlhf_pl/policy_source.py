@@ -97,7 +97,10 @@ class PolicySource:
         quiet = dict.fromkeys(
             f"_raise_exceptions_for_{what}" for what in ("missing_entries", "gated_repo", "connection_errors")
         ) | {"local_files_only": True}
-        found = cached_file(self.path, CONFIG, revision=self.revision, **quiet)
+        try:
+            found = cached_file(self.path, CONFIG, revision=self.revision, **quiet)
+        except OSError:  # no name that a model on the Hub could have
+            return None
         return Path(found).parent if found else None
 
     @cached_property

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
+from copy import deepcopy
 from typing import Any
 
 from rlhf_pl.checkpoint_files import WeightFiles
@@ -43,7 +44,8 @@ def check_whole(source: PolicySource, loader: Any, is_new: New = lambda model, n
     """
     _ = WeightFiles(source).shapes  # of a damaged file it says which one
     if getattr(source.config, "quantization_config", None) is None:
-        load_whole(source, loader, is_new, device_map={"": "meta"}, **kwargs)
+        # the config as it was checked, not as transformers would read it once more
+        load_whole(source, loader, is_new, **{"config": deepcopy(source.config), "device_map": {"": "meta"}, **kwargs})
 
 
 def refuse_gaps(
@@ -94,7 +96,7 @@ def _layers_left_out(model: Any, unexpected: Iterable[str]) -> list[str]:
 
 
 def _files(source: PolicySource) -> str:
-    return ", ".join(file.name for file in WeightFiles(source).files[:_MOST_NAMES])
+    return ", ".join(WeightFiles(source).names[:_MOST_NAMES])
 
 
 def _listed(names: list[str]) -> str:

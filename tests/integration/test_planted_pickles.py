@@ -43,7 +43,8 @@ def fit(model: Path, run: str = "run", **options: Any) -> int:
         **{"trainer.max_epochs": 1, "trainer.accelerator": "cpu", "trainer.default_root_dir": run},
         **{"trainer.enable_progress_bar": "false", **options},
     }
-    return main(["fit", *(f"--{name}={value}" for name, value in given.items())])
+    flags = ["--repair"] if given.pop("repair", False) else []
+    return main(["fit", *flags, *(f"--{name}={value}" for name, value in given.items())])
 
 
 def score(reward: str, data: str = "rows.jsonl") -> int:
@@ -159,9 +160,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("plant", [plant_ckpt_zip, plant_ckpt_raw, plant_folder, plant_everywhere_else])
-@pytest.mark.parametrize("repair", ["false", "true"])
+@pytest.mark.parametrize("repair", [False, True])
 def test_a_run_directory_with_pickles_is_opened_without_running_them(
-    place: Path, finished: Path, plant: Callable[[Path, Path], None], repair: str, capsys: pytest.CaptureFixture[str]
+    place: Path, finished: Path, plant: Callable[[Path, Path], None], repair: bool, capsys: pytest.CaptureFixture[str]
 ) -> None:
     mark = place / "ran"
     shutil.copytree(finished / "run", place / "run", symlinks=True)
