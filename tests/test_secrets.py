@@ -9,13 +9,14 @@ from urllib.parse import quote, quote_plus
 
 import pytest
 
-from rlhf_pl import rounds, secrets
+from rlhf_pl import secrets
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import describe
 from rlhf_pl.rewards import Failure
 from rlhf_pl.rounds import RoundStore
 from rlhf_pl.secret_names import is_secret
 from rlhf_pl.secrets import HIDDEN, learn, learn_arguments, redact, redacted, register, register_url
+from rlhf_pl.store_files import write_checked
 
 KEY = "sk-live_0123456789abcdefXYZ"
 PASSWORD = "p\"a\\s/s'w <ö&d>+=1 2%"
@@ -194,9 +195,7 @@ def test_manifests_of_earlier_versions_count_as_written_without_secrets(tmp_path
     stored = RoundStore(tmp_path).round(0)
     settings = {"rewards": {"reward": f"HTTPReward(http://me:{KEY}@host)"}, "responses": {"sampler": f"S(key='{KEY}')"}}
     content = {"schema_version": 2, "stages": {}, "settings": settings}
-    text = json.dumps(content | {"checksum": rounds._manifest_checksum(content)})
-    stored.path.mkdir(parents=True)
-    (stored.path / "manifest.json").write_text(text)
+    write_checked(stored.path / "manifest.json", content)
     register(KEY)
     assert stored.manifest["settings"] == stored.as_stored(settings)
     stored.update(settings=settings, warnings={"x": KEY})

@@ -10,6 +10,7 @@ def dataset(count: int, reference: bool = False) -> PairDataset:
     """Pair i: prompt [i, i], chosen [100 + i], rejected [200 + i] * (i + 1)."""
     pairs = pa.table(
         {
+            "prompt_id": [f"p{i}" for i in range(count)],
             "prompt_tokens": [[i, i] for i in range(count)],
             "chosen_tokens": [[100 + i] for i in range(count)],
             "rejected_tokens": [[200 + i] * (i + 1) for i in range(count)],
