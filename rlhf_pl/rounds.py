@@ -123,27 +123,30 @@ class Round:
         """What `complete` recorded."""
         return self.manifest["stages"][stage]
 
-    def shards(self, stage: str) -> dict[int, Path]:
-        """The round's shards that are there, by number, ascending."""
+    def shards(self, stage: str, number: int | None = None) -> dict[int, Path]:
+        """The round's shards that are there, by number, ascending; or just the one of a number."""
         there = {}
-        for name in self._known(stage, self.manifest):
+        for name in self._known(stage, self.manifest, number):
             if (self.path / stage / name).exists():
                 there[_number(name)] = self.path / stage / name
         return dict(sorted(there.items()))
 
-    def _known(self, stage: str, manifest: dict[str, Any]) -> list[str]:
+    def _known(self, stage: str, manifest: dict[str, Any], number: int | None = None) -> list[str]:
         """Names of a stage's shards, whether they are there or not; of one number the newest comes last."""
         info = manifest["stages"].get(stage, {})
         names = [*info.get("shards", []), *info.get("kept", [])]
-        if info.get("complete"):
-            return names
-        if "run" not in manifest:  # of a version that wrote no notes
-            return [*names, *self._by_name(stage)]
-        for note in (self.path / stage).glob("_*.shard"):
-            content = read_checked(note)
-            if content is not None and content.get("stage") == stage and self.is_own(content, manifest["run"]):
-                names += content["shards"]
-        return names
+        if not info.get("complete") and "run" not in manifest:  # of a version that wrote no notes
+            names += self._by_name(stage)
+        elif not info.get("complete"):
+            notes = (self.path / stage).glob("_*.shard") if number is None else [self._note(stage, number)]
+            for content in filter(None, map(read_checked, notes)):
+                if content.get("stage") == stage and self.is_own(content, manifest["run"]):
+                    names += content["shards"]
+        return [name for name in names if number in (None, _number(name))]
+
+    def _note(self, stage: str, number: int) -> Path:
+        """Where the shards of a number are named until their stage is complete."""
+        return self.path / stage / f"_{number:05d}.shard"
 
     def known(self, stage: str) -> set[str]:
         """Names of the stage's shards; by a manifest that is damaged, all that have such names."""
@@ -179,12 +182,12 @@ class Round:
         content = sink.getvalue()
         target = self.path / stage / f"{number:05d}-{checksum(content)}.parquet"
         manifest = self.manifest
-        known = [name for name in self._known(stage, manifest) if _number(name) == number and name != target.name]
+        known = [name for name in self._known(stage, manifest, number) if name != target.name]
         olds = [self.path / stage / name for name in known]  # of another policy, or under another rule for failures
         if "run" in manifest:
             names = [*(old.name for old in olds if old.exists()), target.name]
             note = {"run": manifest["run"], "round": self.name, "stage": stage, "shards": names}
-            write_checked(self.path / stage / f"_{number:05d}.shard", note)
+            write_checked(self._note(stage, number), note)
         write_atomically(target, lambda file: file.write(content), content.size)
         for old in olds:
             old.unlink(missing_ok=True)
@@ -206,7 +209,7 @@ class Round:
         Raises:
             DamagedStoreError: It is missing, or its content does not match its checksum.
         """
-        file = self.shards(stage).get(number)
+        file = self.shards(stage, number).get(number)
         if file is None:
             raise DamagedStoreError(_damaged(self.path / stage / f"{number:05d}-*.parquet"))
         if not is_whole_shard(file):

@@ -52,7 +52,7 @@ class ShardScorer:
     ) -> None:
         """Score and write a shard. `report` gets (answers done, note); `go_on` is asked before every call."""
         table = self.stored.read_shard("responses", number)
-        made_of = [self.stored.shards("responses")[number].name, redact(self.reward.fingerprint())]
+        made_of = [self.stored.shards("responses", number)[number].name, redact(self.reward.fingerprint())]
         made_of += [json.dumps(self.config.withheld)] if self.config.withheld else []
         journal = Journal(self.stored.path / "rewards" / f"_{number:05d}.journal", made_of)
         samples = _samples(table, self._by_id)
