@@ -12,7 +12,7 @@ import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 
 from rlhf_pl.console import console
-from rlhf_pl.data.progress import stopped_inside
+from rlhf_pl.data.progress import inside_round, rounds_done, stopped_inside
 from rlhf_pl.disk import check_space, naming_a_full_disk
 from rlhf_pl.divergence import refuse_diverged_weights
 from rlhf_pl.errors import InputError
@@ -51,6 +51,11 @@ class HFExport(L.Callback):
         self.folder = folder
         self.dtype = dtype
         self.every_round = every_round
+        self._latest = 0  # of the rounds whose models were written by this process
+
+    def _of_round(self, number: int) -> str:
+        """Where the model after a round, counted from 1, is written."""
+        return f"{self.folder}-round-{number}"
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Try everything that an export needs, before anything loads.
@@ -63,7 +68,7 @@ class HFExport(L.Callback):
         if not isinstance(pl_module, Exportable):
             raise InputError(f"HFExport works with this package's modules, got {type(pl_module).__name__}.")
         rounds = range(trainer.max_epochs or 0) if self.every_round else ()
-        for name in (self.folder, *(f"{self.folder}-round-{index + 1}" for index in rounds)):
+        for name in (self.folder, *(self._of_round(index + 1) for index in rounds)):
             _check_place(Path(trainer.default_root_dir) / name)
         self._try(pl_module)
 
@@ -85,10 +90,19 @@ class HFExport(L.Callback):
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if self.every_round and not stopped_inside(trainer):
-            self._write(trainer, pl_module, f"{self.folder}-round-{trainer.current_epoch + 1}")
+            self._latest = trainer.current_epoch + 1
+            self._write(trainer, pl_module, self._of_round(self._latest))
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Not at the end of training: a run that was killed while it exported has nothing left to train."""
+        """Not at the end of training: a run that was killed while it exported has nothing left to train.
+
+        A run that was finished before looks at its last round's model again, whose weights it has.
+        """
+        done = rounds_done(trainer)
+        target = Path(trainer.default_root_dir) / self._of_round(done)
+        again = self.every_round and done != self._latest and not inside_round(trainer)
+        if again and ranks_of(trainer).share(target.exists()):
+            self._write(trainer, pl_module, self._of_round(done))
         self._write(trainer, pl_module, self.folder)
 
     def _write(self, trainer: L.Trainer, pl_module: L.LightningModule, name: str) -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import zipfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import cached_property
@@ -180,11 +181,16 @@ class WeightFiles:
 
     def _load_bin(self, file: Path) -> dict[str, Tensor]:
         try:
-            state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+            mmap = zipfile.is_zipfile(file)  # which files of torch before 1.6 are not
+            state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # pickle and zip errors of many kinds
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
             raise InputError(f"`{self.source.option}`: cannot read {file} as weights alone: {line}") from error
-        return {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        if not isinstance(state, dict):
+            raise InputError(
+                f"`{self.source.option}`: {file} holds a {type(state).__name__}; it must be tensors by name"
+            )
+        return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
     def fingerprint(self) -> str:
         """A short hash of the files: their sizes, and pieces from all over them."""

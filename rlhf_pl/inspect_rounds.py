@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pl.chat import message_text
+from rlhf_pl.checkpoints import FOLDER
 from rlhf_pl.console import console
 from rlhf_pl.disk import size
 from rlhf_pl.errors import InputError
@@ -80,8 +81,9 @@ def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
         console.print(f"damaged or missing: {file}", style="red", soft_wrap=True, markup=False)
     if models:
         console.print(
-            "The run's own command exports the final model again; that of an earlier round is in its checkpoint, as "
-            "long as that is kept.",
+            "The run's own command exports the final model and the last round's again. That of round N is made from "
+            "its checkpoint, as long as that is kept, by the same command with --trainer.max_epochs N, --ckpt_path "
+            f"{run_dir / FOLDER}/after-round-N.ckpt (N of 4 digits) and another --trainer.default_root_dir.",
             soft_wrap=True,
         )
     if not verify:

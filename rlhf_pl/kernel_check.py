@@ -19,7 +19,16 @@ FLOOR = 2e-5  # and this far, relative, in any case
 MOST_PARAMETERS = 250_000_000
 
 # of a model that is not made for something
-FAILURES = (TypeError, ValueError, RuntimeError, NotImplementedError, IndexError, AttributeError, KeyError)
+FAILURES = (
+    TypeError,
+    ValueError,
+    RuntimeError,
+    NotImplementedError,
+    IndexError,
+    AttributeError,
+    KeyError,
+    AssertionError,
+)
 _done: dict[tuple[str, ...], Any] = {}
 
 

@@ -30,8 +30,6 @@ _OBJECTS = (
     "chat_template.json",
     "processor_config.json",
     "preprocessor_config.json",
-    WEIGHTS[1],
-    WEIGHTS[3],
 )
 _TEMPLATE = "chat_template.jinja"
 _OF_TOKENIZERS = ("tokenizer.model", "spiece.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -90,9 +88,10 @@ def check_sizes(config: Mapping[str, Any]) -> None:
     for name, value in config.items():
         if isinstance(value, bool) or not isinstance(value, int | float):
             continue
-        if name in MOST and not 0 < value <= MOST[name]:
+        unlimited = name == "max_position_embeddings" and value == -1
+        if name in MOST and not unlimited and not 0 < value <= MOST[name]:
             raise ValueError(f"`{name}` is {value}; it must be 1 or more, and at most {MOST[name]}.")
-        if name.endswith(("eps", "epsilon")) and not 0 <= value <= 0.1:
+        if name.split("_")[-1] in ("eps", "epsilon") and not 0 <= value <= 0.1:
             raise ValueError(f"`{name}` is {value}; it must be small, and not negative.")
 
 

@@ -14,7 +14,7 @@ from rlhf_pl.compute import Compute
 from rlhf_pl.errors import InputError
 from rlhf_pl.finite import refuse_not_finite
 from rlhf_pl.gpu_head import available, gpu_logps
-from rlhf_pl.kernel_check import NoCopyError, once, small_copies
+from rlhf_pl.kernel_check import FAILURES, NoCopyError, once, small_copies
 from rlhf_pl.layout import Layout
 from rlhf_pl.liger import apply_liger
 from rlhf_pl.logprobs import Head, chunked_logps, linear_logps
@@ -297,7 +297,12 @@ def without_dropout(config: Any) -> Any:
 
 def _check_logits(lm: Any, source: PolicySource, compute: Compute) -> None:
     """Our logits must be the model's own: a head that is scaled in some new way would train on wrong log-probs."""
-    same = once(lm.config, compute, lm.dtype, "logits", lambda: _has_known_logits(lm, source, compute))
+    try:
+        same = once(lm.config, compute, lm.dtype, "logits", lambda: _has_known_logits(lm, source, compute))
+    except torch.OutOfMemoryError:
+        raise
+    except FAILURES as error:
+        raise source.unreadable("config", error) from error
     if not same:
         raise InputError(
             f"`{source.option}`: {source.path!r} ({type(lm).__name__}) changes its logits after the output head in a "

@@ -72,7 +72,8 @@ class PolicySource:
     def unreadable(self, what: str, error: Exception) -> InputError:
         """The error for what could not be read: names the option, the file at fault, and what was said about it."""
         folder = self._folder()
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
+        lines = [line.strip() for line in str(error).strip().splitlines()] or [""]
+        first_line = " ".join(lines[:2] if lines[0].endswith(":") else lines[:1])
         if not isinstance(error, OSError | ValueError | ImportError):
             first_line = f"{type(error).__name__}: {first_line}".removesuffix(": ")
         local = "" if folder is not None else " It is no local folder, and the Hub did not give it."
@@ -110,10 +111,10 @@ class PolicySource:
         if os.path.isdir(self.path):
             self._check_files(Path(self.path))
         config = self.read("config", AutoConfig)
-        config._attn_implementation = None  # which could name code on the Hub; options say what is used
         if not os.path.isdir(self.path) and (folder := self._folder()) is not None:
             self._check_files(folder)
         try:
+            config._attn_implementation = None  # which could name code on the Hub; options say what is used
             text = config.get_text_config()
             check_token_ids(vars(text))
             check_sizes(vars(text) | {name: getattr(text, name) for name in MOST if hasattr(text, name)})
@@ -244,7 +245,9 @@ class PolicySource:
     def max_context_tokens(self) -> int:
         """Positions the model was built for."""
         text = self.config.get_text_config()
-        positions = int(getattr(text, "max_position_embeddings", 0) or 2**31)
+        positions = int(getattr(text, "max_position_embeddings", 0) or -1)
+        if positions < 0:  # as XLNet says, which has no limit
+            return 2**31
         if "dynamic" in thresholds(self.config):  # whose factors stretch what it was trained for
             positions = int(positions * (getattr(text, "rope_parameters", None) or {}).get("factor", 1.0))
         return positions

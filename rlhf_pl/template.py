@@ -58,7 +58,9 @@ def variables_read(chat_template: str | Mapping[str, str]) -> set[str]:
     from jinja2.meta import find_undeclared_variables
     from transformers.utils.chat_template_utils import _compile_jinja_template
 
-    sources = [chat_template] if isinstance(chat_template, str) else chat_template.values()
+    sources = list(chat_template.values()) if isinstance(chat_template, Mapping) else [chat_template]
+    if not sources or not all(isinstance(source, str) for source in sources):
+        raise InputError("the chat template is no text")
     try:
         parsed = [_compile_jinja_template(source).environment.parse(source) for source in sources]
     except TemplateError as error:

@@ -37,15 +37,28 @@ def load_whole(source: PolicySource, loader: Any, is_new: New = lambda model, na
 def check_whole(source: PolicySource, loader: Any, is_new: New = lambda model, name: False, **kwargs: Any) -> None:
     """Whether `load_whole` will find everything, told by names and shapes: no weights are read.
 
-    Checkpoints with quantized weights, which transformers turns into others, are left to `load_whole`.
+    Checkpoints with quantized weights, which transformers turns into others, are left to `load_whole`, but for what
+    their config says of that.
 
     Raises:
         InputError: As `load_whole`.
     """
     _ = WeightFiles(source).shapes  # of a damaged file it says which one
-    if getattr(source.config, "quantization_config", None) is None:
+    quantization = getattr(source.config, "quantization_config", None)
+    if quantization is not None:
+        _check_quantization(source, quantization)
+    else:
         # the config as it was checked, not as transformers would read it once more
         load_whole(source, loader, is_new, **{"config": deepcopy(source.config), "device_map": {"": "meta"}, **kwargs})
+
+
+def _check_quantization(source: PolicySource, settings: Any) -> None:
+    from transformers.quantizers.auto import AutoQuantizationConfig
+
+    try:
+        AutoQuantizationConfig.from_dict(deepcopy(settings))
+    except Exception as error:  # its values get through transformers in errors of every kind
+        raise source.unreadable("config", error) from error
 
 
 def refuse_gaps(

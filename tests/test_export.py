@@ -311,3 +311,28 @@ def test_a_damaged_export_is_noticed_and_made_again(tmp_path: Path, capsys: pyte
 def test_an_export_of_an_earlier_version_has_no_list_and_is_no_damage(tmp_path: Path) -> None:
     (tmp_path / STAMP).write_text(json.dumps({"format": 2, "updates": 3, "dtype": None, "weights": "x"}))
     assert damaged_files(tmp_path, checksums=True) == []
+
+
+def test_a_damaged_model_of_a_round_is_made_again(tmp_path: Path) -> None:
+    """That of the last round by the same command, an earlier one from its checkpoint in another run directory."""
+    source, run = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16), tmp_path / "run"
+    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(4)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    arguments = [
+        *("fit", "--model=SFTModule", f"--model.policy={source}", "--data=SFTDataModule", "--data.max_tokens=64"),
+        *(f"--data.conversations={tmp_path / 'rows.jsonl'}", "--data.batch_size=2", "--export.every_round=true"),
+        *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--model.optimizer.lr=0.01"),
+    ]
+    common = [*arguments, "--trainer.max_epochs=2", f"--trainer.default_root_dir={run}"]
+    assert main(common) == 0
+    first, last = (run / f"model-round-{n}" / "model.safetensors" for n in (1, 2))
+    before, wanted = first.read_bytes(), last.read_bytes()
+    assert before != wanted
+    first.write_bytes(before[:-1])
+    last.write_bytes(wanted[:-1])
+    assert main(common) == 0
+    assert last.read_bytes() == wanted
+    assert main(["rounds", str(run), "--verify"]) == 1  # the first round's
+    other = ["--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path / 'other'}"]
+    assert main([*arguments, *other, f"--ckpt_path={run}/checkpoints/after-round-0001.ckpt"]) == 0
+    assert (tmp_path / "other" / "model" / "model.safetensors").read_bytes() == before
