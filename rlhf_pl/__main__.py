@@ -93,5 +93,19 @@ def _with_one_error(argv: list[str]) -> int:
         return 1
 
 
+def command() -> None:
+    """The command as a process: it ends when its work is done, whatever rewards have left running."""
+    status: int | str | None = 1
+    try:
+        status = main()
+    except SystemExit as stop:
+        status = stop.code
+        raise
+    finally:
+        if left_behind := sys.modules.get("rlhf_pl.rewards.left_behind"):  # if a reward was there
+            left_behind.end_at_last(status if isinstance(status, int) else int(status is not None))
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

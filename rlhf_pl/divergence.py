@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import lightning as L
 from torch import Tensor
@@ -17,6 +18,8 @@ from rlhf_pl.ranks import ranks_of
 # float16's largest number. Weights of language models are below 1,000; those that a learning rate has thrown beyond
 # this may still give finite numbers, such as the same logits for every token.
 LARGEST_WEIGHT = 65504.0
+# of a module the tensors that were beyond it, and the buffers that were not finite, when it was looked at first
+_born_so: "WeakKeyDictionary[L.LightningModule, set[str]]" = WeakKeyDictionary()
 
 
 class DivergedError(InputError):
@@ -73,9 +76,19 @@ def refuse_diverged_weights(trainer: L.Trainer, module: L.LightningModule) -> No
     Every rank looks at its own part. All of them must call it together, and all raise if one finds something.
 
     Raises:
-        DivergedError: Names the tensor that holds a NaN or an infinity, or a weight beyond `LARGEST_WEIGHT`.
+        DivergedError: Names the tensor that holds a NaN or an infinity, or a weight beyond `LARGEST_WEIGHT`. Weights
+            that were beyond it at the first look may stay so, and buffers that held infinities or NaN.
     """
-    name = first_not_finite(_weights(module), LARGEST_WEIGHT) or first_not_finite(_buffers(module))
+    born_so = _born_so.get(module)
+    if born_so is None:  # before it trains: what a model comes with has not diverged
+        born_so = {name for name, tensor in _weights(module) if first_not_finite([(name, tensor)], LARGEST_WEIGHT)}
+        born_so |= {name for name, tensor in _buffers(module) if first_not_finite([(name, tensor)])}
+        _born_so[module] = born_so
+    name = (
+        first_not_finite(_weights(module))
+        or first_not_finite(((n, t) for n, t in _weights(module) if n not in born_so), LARGEST_WEIGHT)
+        or first_not_finite((n, t) for n, t in _buffers(module) if n not in born_so)
+    )
     _agree(trainer, f"`{name}` holds numbers that are not finite, or beyond {LARGEST_WEIGHT:g}" if name else "")
 
 

@@ -162,7 +162,15 @@ class PoisonAt(L.Callback):
         trainer.optimizers[0].register_step_post_hook(poison)
 
 
-def tune(folder: Path, llama: Path, rows: str, callbacks: list[L.Callback], every: int = 2, **options: Any) -> None:
+def tune(
+    folder: Path,
+    llama: Path,
+    rows: str,
+    callbacks: list[L.Callback],
+    every: int = 2,
+    module: Any = SFTModule,
+    **options: Any,
+) -> None:
     L.seed_everything(1, verbose=False)
     trainer = L.Trainer(
         accelerator="cpu",
@@ -173,9 +181,9 @@ def tune(folder: Path, llama: Path, rows: str, callbacks: list[L.Callback], ever
         enable_model_summary=False,
         callbacks=[EpochRun(), RoundCheckpoint(every), HFExport(), *callbacks],
     )
-    module = SFTModule(str(llama), optimizer=lambda p: AdamW(p, lr=1e-3))
+    trained = module(str(llama), optimizer=lambda p: AdamW(p, lr=1e-3))
     data = SFTDataModule(rows, val_conversations=0, max_tokens=64, batch_size=2)
-    trainer.fit(module, datamodule=data, **options)
+    trainer.fit(trained, datamodule=data, **options)
 
 
 @pytest.fixture
@@ -349,3 +357,32 @@ def test_the_first_tensor_that_is_not_finite() -> None:
                 tensor = torch.tensor([0.0, wrong, 1.0]).to(dtype)
                 assert first_not_finite([*good, ("x", tensor), ("y", tensor)]) == "x"
     assert first_not_finite([("x", torch.tensor([-3.0, 1.0]))], largest=2.0) == "x"
+
+
+def test_what_a_model_comes_with_has_not_diverged(tmp_path: Path, llama: Path, talks: str) -> None:
+    """Weights beyond float16's range, and buffers that mark with infinity or NaN what is not known yet."""
+
+    class Large(SFTModule):
+        def configure_model(self) -> None:
+            first = self.policy is None
+            super().configure_model()
+            if first:
+                self.table = torch.nn.Parameter(torch.full((3,), 1e6))
+                self.register_buffer("best", torch.full((3,), math.inf))
+                self.register_buffer("unknown", torch.tensor(math.nan))
+
+        def export(self, folder: str, dtype: str | None = None) -> None:
+            del self.table
+            super().export(folder, dtype)
+
+    tune(tmp_path, llama, talks, [], module=Large)
+    assert (tmp_path / "model").exists()
+
+
+def test_a_run_without_an_update_says_so(
+    tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
+    fit(tmp_path, llama, write_jsonl(PROMPTS), None, {"loss": Strange("gradient")},
+        {"val_prompts": 0}, max_epochs=1, plugins=[plugin])  # fmt: skip
+    assert "No update was made" in " ".join(capsys.readouterr().out.split())

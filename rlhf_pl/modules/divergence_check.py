@@ -10,6 +10,7 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rlhf_pl.console import warn
 from rlhf_pl.divergence import diverged, refuse_diverged_moments, refuse_diverged_weights
 from rlhf_pl.finite import first_not_finite
 from rlhf_pl.modules.logging import is_update
@@ -91,6 +92,13 @@ class DivergenceCheck(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._refuse(trainer, pl_module)
+        skipped = getattr(getattr(pl_module, "optimization", None), "skipped", None)
+        if trainer.is_global_zero and trainer.global_step == 0 and skipped is not None and skipped.in_run:
+            warn(
+                f"No update was made, so the model is as it was: gradients overflowed float16 in all {skipped.in_run} "
+                "steps, and the gradient scaler left them out. It halves its scale each time: train for longer, or "
+                "take --trainer.precision bf16-mixed."
+            )
 
     def _refuse(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         """Raise if anything up to the present update is not finite; all ranks call it together."""

@@ -11,6 +11,7 @@ from rlhf_pl.console import warn
 from rlhf_pl.errors import LARGEST_REWARD, InputError
 from rlhf_pl.rewards.base import Failure, Reward, Sample
 from rlhf_pl.rewards.combine import CombinedReward
+from rlhf_pl.rewards.left_behind import contained
 from rlhf_pl.rewards.process_state import KeptProcess, KeptSettings
 from rlhf_pl.rewards.results import Outcome, failure_of, scores_of
 from rlhf_pl.rewards.time_limit import call_limited, ends_if_locked
@@ -180,19 +181,31 @@ def _call(reward: Reward, batch: list[Sample], timeout_s: float) -> list[Outcome
     with KeptSettings():
         opened = call_limited(reward.open, 0, reward.name)
     if opened.error is not None:
-        raise InputError(f"Reward `{reward.name}` can't be opened: {failure_of(opened.error).detail}") from opened.error
+        failure = _failure(opened.error, timeout_s, reward.name)
+        raise InputError(f"Reward `{reward.name}` can't be opened: {failure.detail}") from opened.error
     if reward.limits_itself and threading.current_thread() is not threading.main_thread():
         timeout_s = 0
     with KeptSettings():
-        ended = call_limited(lambda: scores_of(reward, batch), timeout_s, reward.name)
+        ended = call_limited(lambda: _contained(reward, batch), timeout_s, reward.name)
     if ended.given_up:
         return _given_up(reward, timeout_s)
     if ended.timed_out:
         return _timed_out(ended.swallowed, timeout_s)
     if ended.error is not None:
-        return failure_of(ended.error)
+        return _failure(ended.error, timeout_s, reward.name)
     assert ended.value is not None
     return ended.value
+
+
+def _contained(reward: Reward, batch: list[Sample]) -> list[Outcome]:
+    with contained():
+        return scores_of(reward, batch)
+
+
+def _failure(error: BaseException, timeout_s: float, name: str) -> Failure:
+    """What a call has failed of; to tell an exception's text is users' code as well."""
+    told = call_limited(lambda: failure_of(error), timeout_s, name)
+    return told.value or Failure("exception", f"{type(error).__name__}, whose text can't be had.")
 
 
 def _timed_out(swallowed: bool, timeout_s: float) -> Failure:

@@ -59,7 +59,9 @@ def _items(values: Any, count: int) -> list[Any]:
         if isinstance(values, Sequence) and not isinstance(values, _TEXT):
             return list(values)
         raise _wrong_type(shown(values), count)
-    if len(shape) == 1:
+    if len(shape) == 2 and shape[1] == 1 and hasattr(values, "reshape"):  # as the heads of reward models give them
+        values = values.reshape(-1)
+    if len(values.shape) == 1:
         return _of_array(values)
     raise _wrong_type(f"an array of shape {tuple(shape)}", count)
 
@@ -118,12 +120,13 @@ def _count(found: Any) -> int:
 
 
 def number(value: Any, component: str) -> float:
-    """One number as a float: Python's or numpy's, a Decimal or a Fraction, or an array or tensor without dimensions.
+    """One number as a float: Python's or numpy's, a Decimal or a Fraction, or an array or tensor that holds one.
 
     Raises:
         CallFailed: It is something else, or larger than floats are.
     """
-    if getattr(value, "shape", None) == () and hasattr(value, "item"):
+    shape = getattr(value, "shape", None)
+    if isinstance(shape, tuple) and all(length == 1 for length in shape) and hasattr(value, "item"):
         value = value.item()
     which = f" as component `{component}`" if component else ""
     if not isinstance(value, numbers.Real | Decimal):

@@ -100,6 +100,8 @@ def test_a_reward_has_samples_of_its_own(reward: Reward) -> None:
 def state() -> list[Any]:
     return [
         os.getcwd(),
+        (mask := os.umask(0), os.umask(mask))[0],
+        signal.pthread_sigmask(signal.SIG_BLOCK, ()),
         locale.setlocale(locale.LC_ALL),
         sys.getrecursionlimit(),
         socket.getdefaulttimeout(),
@@ -119,6 +121,8 @@ def state() -> list[Any]:
 
 def upset(response: str) -> float:
     os.chdir("/")
+    os.umask(0o777)
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     locale.setlocale(locale.LC_ALL, "C.UTF-8")
     sys.setrecursionlimit(5000)
     socket.setdefaulttimeout(1.0)
