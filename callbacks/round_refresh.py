@@ -40,6 +40,7 @@ from rlhf_pl.rollout import Sampler, SamplingConfig, VLLMSampler
 from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.round_maker import RoundMaker
 from rlhf_pl.round_settings import RoundOptions, check_noted_logps, held_out_sampling
+from rlhf_pl.round_space import check_room
 from rlhf_pl.shaping import RewardShaping
 from rlhf_pl.store_check import find_problems
 from rlhf_pl.trainer_options import check_trainer
@@ -253,7 +254,7 @@ class RoundRefresh(L.Callback):
             of = "" if trainer.max_epochs == -1 else f" of {trainer.max_epochs}"
             console.print(f"\nRound {index + 1}{of}", style="bold")
             self._announced = index
-        maker.check_space(index)
+        maker.ranks.first(lambda: check_room(trainer, maker.module, data, maker.options.sampling, index))
         self._evaluate(trainer, index)
         if maker.pairs_held_out:
             maker.pair_held_out(index)

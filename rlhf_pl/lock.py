@@ -137,6 +137,9 @@ class RunLock:
         try:
             yield
         except OSError as error:
+            lock = self.folder / NAME
+            if lock.is_dir():
+                raise InputError(f"{lock} is a folder, and the lock is a file: move it away.") from error
             raise InputError(
                 f"`trainer.default_root_dir`: cannot write to {self.folder}: {error.strerror}. Give another directory."
             ) from error

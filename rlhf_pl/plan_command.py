@@ -25,6 +25,7 @@ from rlhf_pl.rewards.classifier import ClassifierReward
 from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
 from rlhf_pl.rollout.vllm import MARGIN_BYTES
 from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
+from rlhf_pl.round_space import CHECKPOINTS
 
 _PHASES = ("train", "generate", "score", "sync")
 _HINTS = {
@@ -48,6 +49,7 @@ class _PlannedCLI(RlhfCLI):
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         self.settings = {**self._get(self.config_init, "trainer", default={})}
         self.options = self._get(self.config_init, "rollout").options
+        self.keep_rounds = self._get(self.config_init, "checkpoint").keep_rounds
         return None
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -73,7 +75,7 @@ def run(argv: Sequence[str]) -> int:
     _check_folders(cli.model, cli.options.reward)
     plan = _Plan(cli.model, cli.datamodule, cli.options, cli.settings, cli._get(cli.config_init, "rollout"))
     available = own.device_memory_gib * 2**30 if own.device_memory_gib else _memory_here(plan.on_gpu)
-    return _show(plan, available, own)
+    return _show(plan, available, own, cli.keep_rounds)
 
 
 def _check_folders(module: RebelModule, reward: Any) -> None:
@@ -184,6 +186,10 @@ class _Plan:
         whole = DTYPE_BYTES[self.module.dtype_name] * self.model.total
         return whole, whole if self.reads_everywhere else 0
 
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint: weights, and AdamW's two moments of what trains."""
+        return DTYPE_BYTES[self.module.dtype_name] * (self.model.total + 2 * self.model.trainable)
+
     def kept(self) -> int:
         """What each rank keeps in the CPU's memory of the policy before the round, for the KL on held-out prompts."""
         held_out = self.data.val_prompts_source not in (0, 0.0)
@@ -223,7 +229,7 @@ class _Plan:
         }
 
 
-def _show(plan: _Plan, available: float, own: argparse.Namespace) -> int:
+def _show(plan: _Plan, available: float, own: argparse.Namespace, keep_rounds: int) -> int:
     memory = plan.memory(available)
     model = plan.model
     where = "GPU" if plan.on_gpu else "CPU process"
@@ -243,6 +249,7 @@ def _show(plan: _Plan, available: float, own: argparse.Namespace) -> int:
     host.add_row(f"{plan.module.source.path} while loading", *(size(n) for n in plan.host_memory()))
     host.add_row("the policy before the round, while it trains", *[size(plan.kept())] * 2)
     console.print(host)
+    console.print(_disk(plan.checkpoint(), keep_rounds))
     tokens_per_s = own.generate_tokens_per_s or (3000.0 if plan.on_gpu else 200.0)
     tflops = own.tflops or (150.0 if plan.on_gpu else 0.05)
     mean = own.response_tokens or plan.options.sampling.max_response_tokens / 2
@@ -269,6 +276,19 @@ def _show(plan: _Plan, available: float, own: argparse.Namespace) -> int:
         soft_wrap=True,
     )
     return 1
+
+
+def _disk(checkpoint: int, keep_rounds: int) -> Table:
+    """Of the run directory's file system; every round writes at least two checkpoints."""
+    table = Table("disk", "size")
+    table.add_row("a checkpoint", size(checkpoint))
+    if keep_rounds == -1:
+        table.add_row("checkpoints, one a round", size(checkpoint))
+        table.add_row(f"{CHECKPOINTS} more at a round's end", size(CHECKPOINTS * checkpoint))
+    else:
+        most = keep_rounds + CHECKPOINTS
+        table.add_row(f"checkpoints at a round's end, at most {most}", size(most * checkpoint))
+    return table
 
 
 def _number(devices: Any) -> int:

@@ -1,10 +1,8 @@
 """Makes rounds: answers, rewards, pairs, log-probs; and evaluates policies on the held-out prompts."""
 
-import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -13,7 +11,6 @@ from torch import Tensor
 from rlhf_pl.console import Advance, phase
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.rounds import RoundDataModule
-from rlhf_pl.disk import check_space
 from rlhf_pl.divergence import diverged, refuse_diverged_weights
 from rlhf_pl.errors import InputError
 from rlhf_pl.fingerprints import rows_fingerprint
@@ -27,7 +24,7 @@ from rlhf_pl.rollout.link import SamplerLink
 from rlhf_pl.rollout.self_check import tolerance
 from rlhf_pl.rotary import describe_factors
 from rlhf_pl.round_settings import RoundOptions, downstream_settings, takes_noted_logps
-from rlhf_pl.rounds import ORDER, STAGES, DamagedStoreError, Round
+from rlhf_pl.rounds import ORDER, DamagedStoreError, Round
 from rlhf_pl.rows import RowBatch, Tree, lay_out
 from rlhf_pl.snapshot import PolicySnapshot, find_past_policy, logps_function, present_policy, steady
 from rlhf_pl.stages import generate, pair_logps, score, select
@@ -368,17 +365,6 @@ class RoundMaker:
         held = trainer_bytes(self.module, self.trainer.strategy.root_device) + reward_bytes(options.reward)
         return EngineSpec(self.module.source, data.longest_tokens, most, held)
 
-    def check_space(self, index: int) -> None:
-        """Refuse a round whose answers, checkpoint or final model would not fit on the disk."""
-        run_dir = self.data.store.run_dir
-        parts = {"answers": _answers_bytes(self.data, self.options.sampling, index)}
-        weights = sum(t.numel() * t.element_size() for t in self.module.weights().like.values())
-        if self.trainer.checkpoint_callbacks:
-            parts["checkpoint"] = 3 * weights  # with AdamW's two moments
-        if self.trainer.max_epochs == index + 1:
-            parts["final model"] = weights
-        self.ranks.first(lambda: check_space(Path(run_dir), parts, f"round {index + 1}"))
-
 
 def _unrendered(prompts: Sequence[Prompt]) -> dict[str, str]:
     """A hash of messages with further keys, which rewards see and the policy's tokens may not show."""
@@ -398,14 +384,3 @@ def _refuse_inside(stored: Round, now: StageSettings) -> None:
             + "\nResume from the checkpoint before that round, or give --accept_changes to go on with the new ones "
             "in its middle."
         )
-
-
-def _answers_bytes(data: RoundDataModule, sampling: SamplingConfig, index: int) -> int:
-    """Bytes of a round's files: twice those of the round before, or what the longest answers could take."""
-    before = data.store.round(index - 1)
-    sizes = [f.stat().st_size for stage in STAGES for f in before.shards(stage).values()] if index else []
-    if sizes:
-        return 2 * sum(sizes)
-    prompts = data.round_prompts(index)
-    of_prompts = sum(len(json.dumps(p.messages, default=str)) + 4 * len(p.token_ids) for p in prompts)
-    return sampling.num_responses * (of_prompts + len(prompts) * (200 + 8 * sampling.max_response_tokens))

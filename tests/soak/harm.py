@@ -58,7 +58,7 @@ def dangling_link(file: Path, rng: random.Random) -> None:
 
 def neighbour(file: Path, rng: random.Random) -> None:
     """The content of another file of its kind, or of its folder."""
-    others = sorted(f for f in file.parent.iterdir() if f.is_file() and f != file)
+    others = sorted(f for f in file.parent.iterdir() if f.is_file() and not f.is_symlink() and f != file)
     same = [f for f in others if f.suffix == file.suffix] or others
     if same:
         shutil.copy(rng.choice(same), file)
