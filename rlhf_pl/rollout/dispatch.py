@@ -8,7 +8,8 @@ class Dispatch:
     """Prompts on their way through servers, each at one server at a time.
 
     Every server begins with an even share. One that has room takes over what waits for another that has none, or that
-    is lost. Called by the threads of all servers.
+    is lost. A prompt at which a server has failed is for the others, until it has failed at all of them. Called by the
+    threads of all servers.
 
     Args:
         prompts: How many there are.
@@ -25,6 +26,7 @@ class Dispatch:
         self._room = concurrency
         self._lost: set[int] = set()
         self._tries = [0] * prompts
+        self._failed_at: list[set[int]] = [set() for _ in range(prompts)]
         self._change = threading.Condition()
         self._stopped = False
 
@@ -46,31 +48,29 @@ class Dispatch:
             self._busy[server] -= 1
             self._change.notify_all()
 
-    def give_back(self, server: int, index: int, failed: bool) -> int:
-        """A server has no answers to a prompt it took.
-
-        Args:
-            server: Which one.
-            index: The prompt.
-            failed: Whether that counts against the prompt: not where the server itself is lost.
-
-        Returns:
-            How often the prompt has failed.
-        """
+    def failed(self, server: int, index: int) -> int:
+        """Note that a server has failed at a prompt it took, and still has; gives how often the prompt has failed."""
         with self._change:
-            self._busy[server] -= 1
-            self._waiting[server].appendleft(index)
-            self._tries[index] += failed
-            self._change.notify_all()
+            self._tries[index] += 1
+            self._failed_at[index].add(server)
             return self._tries[index]
 
-    def lose(self, server: int) -> bool:
-        """A server takes no more. Returns whether that is news."""
+    def give_back(self, server: int, index: int) -> None:
+        """A server has no answers to a prompt it took."""
         with self._change:
-            is_news = server not in self._lost
+            self._busy[server] -= 1
+            if not (untried := self._untried(index)):
+                self._failed_at[index].clear()
+            elif server in self._failed_at[index]:
+                server = min(untried, key=lambda other: len(self._waiting[other]))
+            self._waiting[server].appendleft(index)
+            self._change.notify_all()
+
+    def lose(self, server: int) -> None:
+        """A server takes no more."""
+        with self._change:
             self._lost.add(server)
             self._change.notify_all()
-            return is_news
 
     def is_lost(self, server: int) -> bool:
         with self._change:
@@ -89,6 +89,12 @@ class Dispatch:
         left = [
             queue
             for owner, queue in enumerate(self._waiting)
-            if queue and (owner in self._lost or self._busy[owner] >= self._room)
+            if queue
+            and (owner in self._lost or self._busy[owner] >= self._room)
+            and (server not in self._failed_at[queue[0]] or not self._untried(queue[0]))
         ]
         return max(left, key=len, default=None)
+
+    def _untried(self, index: int) -> set[int]:
+        """The servers that have not failed at a prompt."""
+        return set(range(len(self._waiting))) - self._lost - self._failed_at[index]

@@ -92,12 +92,13 @@ class Fleet:
         Args:
             engine: The server.
             version: Of the weights that it must have.
-            failure: What a request to it ended with.
+            failure: What a request to it ended with; None if with answers.
             known: Whether it was found lost in the meantime.
         """
         error = failure
         pauses = [self.backoff_s * 2**attempt for attempt in range(self.retries)]
-        for pause in pauses if failure else [0.0, *pauses]:
+        reached = not isinstance(failure, ServerError) or failure.status is not None
+        for pause in [0.0, *pauses] if reached else pauses:
             if error is not None and known():
                 break
             time.sleep(pause)

@@ -4,13 +4,13 @@ import contextlib
 import socket
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from rlhf_pl.listener import Listener, make_token
+from rlhf_pl.rollout.background import at_once
 from rlhf_pl.rollout.vllm_plugin import BACKEND, PART_SECONDS, left
 
 
@@ -58,7 +58,6 @@ class TCPPush:
         self._listener = Listener(address, "the servers' workers")
         self._port = self._listener.port
         self._connections: list[socket.socket] = []
-        self._threads: ThreadPoolExecutor | None = None
 
     def init_info(self, first_worker: int, workers: int) -> dict[str, Any]:
         return {"address": self._address, "port": self._port, "token": self._token, "timeout_s": self._timeout_s}
@@ -66,10 +65,8 @@ class TCPPush:
     def connect(self, workers: int, check: Callable[[], None]) -> None:
         self._connections = self._listener.welcome([self._token] * workers, self._timeout_s, check)
         self._listener.close()
-        self._threads = ThreadPoolExecutor(workers)
 
     def send(self, tensors: Sequence[Tensor]) -> None:
-        assert self._threads is not None
         parts = [t.cpu().contiguous().view(-1).view(torch.uint8).numpy().data for t in tensors]
         end = time.monotonic() + self._timeout_s
 
@@ -78,14 +75,12 @@ class TCPPush:
                 connection.settimeout(left(end))
                 connection.sendall(part)
 
-        list(self._threads.map(to, self._connections))
+        at_once(to, self._connections)
 
     def close(self) -> None:
         for connection in self._connections:
             connection.close()
         self._listener.close()
-        if self._threads is not None:
-            self._threads.shutdown(wait=False)
 
 
 class NCCLPush:

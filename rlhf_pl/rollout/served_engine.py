@@ -1,5 +1,6 @@
 """One running `vllm serve`, as the trainer talks to it over HTTP."""
 
+from collections.abc import Callable
 from typing import Any
 
 from rlhf_pl.errors import InputError
@@ -7,7 +8,7 @@ from rlhf_pl.secrets import environment_key, redact
 
 LAUNCH = 'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "%s"}\''
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}
-_QUESTION_S = 60.0  # a server that answers at all says in this time what weights it has
+_QUESTION_S = 60.0  # a server that answers at all says in this time what it is and what weights it has
 
 
 class ServerError(InputError):
@@ -38,15 +39,23 @@ class ServedEngine:
         self.model = ""  # the name its model has
         self._http: Any = None
 
-    def call(self, path: str, body: Any = None, get: bool = False, timeout_s: float | None = None) -> Any:
+    def call(
+        self, path: str, body: Any = None, get: bool = False, read: Callable[[Any], Any] = lambda answer: answer
+    ) -> Any:
         """What the server answers.
 
+        Args:
+            path: Of the request.
+            body: JSON.
+            get: Whether it is a question, which has a limit of its own.
+            read: Takes what is wanted out of the answer's JSON.
+
         Raises:
-            ServerError: Nothing, or an error.
+            ServerError: Nothing, an error, or what vLLM would not answer.
         """
         import httpx
 
-        limit = timeout_s or self.timeout_s
+        limit = min(_QUESTION_S, self.timeout_s) if get else self.timeout_s
         timeout = httpx.Timeout(limit, connect=min(10.0, limit))
         try:
             if get:
@@ -65,9 +74,11 @@ class ServedEngine:
                 status=response.status_code,
             )
         try:
-            return response.json() if response.content else None
-        except ValueError as error:
-            raise ServerError(f"{self.url}{path} answered with what is no JSON.", again=True, status=200) from error
+            return read(response.json() if response.content else None)
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            said = redact(response.text)[:100]
+            message = f"{self.url}{path} answered with what vLLM does not: {said!r}."
+            raise ServerError(message, again=True, status=200) from error
 
     def config(self, backend: str) -> dict[str, Any]:
         """The engine's settings.
@@ -79,7 +90,7 @@ class ServedEngine:
             InputError: It gives none: it was started in another way.
         """
         try:
-            return self.call("/server_info?config_format=json", get=True)["vllm_config"]
+            return self.call("/server_info?config_format=json", get=True, read=lambda told: dict(told["vllm_config"]))
         except ServerError as error:
             if error.status is None:
                 raise
@@ -90,16 +101,15 @@ class ServedEngine:
 
     def served(self) -> dict[str, Any]:
         """What it says of its model: `id`, and `max_model_len` where it knows."""
-        return self.call("/v1/models", get=True)["data"][0]
+        return self.call("/v1/models", get=True, read=lambda told: {"id": None} | told["data"][0])
 
     def workers(self) -> int:
         """Processes that hold weights."""
-        return int(self.call("/get_world_size", get=True)["world_size"])
+        return self.call("/get_world_size", get=True, read=lambda told: int(told["world_size"]))
 
     def weight_version(self) -> str:
         """What it calls its weights: the version that came with the last push to this very process."""
-        limit = min(_QUESTION_S, self.timeout_s)
-        return self.call("/weight_info", get=True, timeout_s=limit)["weight_version"]
+        return self.call("/weight_info", get=True, read=lambda told: told["weight_version"])
 
     def close(self) -> None:
         if self._http is not None:

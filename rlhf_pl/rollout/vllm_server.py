@@ -4,8 +4,8 @@ import math
 import queue
 import secrets
 import socket
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from rlhf_pl.errors import InputError, at_least, finite
 from rlhf_pl.exposure import warn_of_open_servers
+from rlhf_pl.rollout.background import start
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.dispatch import Dispatch
@@ -186,44 +187,43 @@ class VLLMServerSampler(Sampler):
                 self._fleet.lose([engine], problem)
         self._fleet.require_one()
         engines = self._fleet.there
-        answered: queue.Queue[tuple[int, list[Response] | Exception]] = queue.Queue()
+        answered: queue.Queue[tuple[int, list[Response]] | Exception] = queue.Queue()
         dispatch = Dispatch(len(prompts), len(engines), self.concurrency, self._rank)
 
         def serve(place: int) -> None:
-            engine, index = engines[place], -1
+            engine = engines[place]
             try:
-                while (taken := dispatch.take(place)) is not None:
-                    index = taken
+                while (index := dispatch.take(place)) is not None:
                     found = self._draw(engine, prompts[index], sampling)
                     failure = found if isinstance(found, ServerError) else None
                     # after the answers: a server that has the version now had it all along
                     if problem := self._fleet.problem(engine, version, failure, lambda: dispatch.is_lost(place)):
                         self._fleet.lose([engine], problem)
                         dispatch.lose(place)
-                        dispatch.give_back(place, index, failed=False)
+                        dispatch.give_back(place, index)
                         self._fleet.require_one()
                     elif isinstance(found, ServerError):
-                        if dispatch.give_back(place, index, failed=True) > self.retries:
+                        tries = dispatch.failed(place, index)
+                        if tries > self.retries or not found.again:
                             raise found
+                        time.sleep(self.backoff_s * 2 ** (tries - 1))
+                        dispatch.give_back(place, index)
                     else:
                         dispatch.done(place)
                         answered.put((index, found))
             except Exception as error:
-                answered.put((index, error))
+                answered.put(error)
 
-        threads = min(self.concurrency, len(prompts))
-        pool = ThreadPoolExecutor(threads * len(engines))
         try:
-            for number in range(threads * len(engines)):
-                pool.submit(serve, number % len(engines))
+            for number in range(min(self.concurrency, len(prompts)) * len(engines)):
+                start(serve, number % len(engines))
             for _ in prompts:
-                index, found = answered.get()
-                if isinstance(found, Exception):
-                    raise found
-                yield index, found
+                told = answered.get()
+                if isinstance(told, Exception):
+                    raise told
+                yield told
         finally:
             dispatch.stop()
-            pool.shutdown(wait=False, cancel_futures=True)
 
     def close(self) -> None:
         if self._routes is not None:
@@ -294,7 +294,7 @@ class VLLMServerSampler(Sampler):
     def _draw(
         self, engine: ServedEngine, prompt: PromptTokens, sampling: SamplingConfig
     ) -> list[Response] | ServerError:
-        """A prompt's answers, or what the request ended with, if another attempt may help."""
+        """A prompt's answers, or what the request ended with."""
         body = {
             "model": engine.model,
             "prompt": prompt.token_ids,
@@ -311,13 +311,11 @@ class VLLMServerSampler(Sampler):
             "return_token_ids": True,
             "skip_special_tokens": False,
         }
+        read = partial(_responses, count=sampling.num_responses, wanted=prompt.logps)
         try:
-            choices = engine.call("/v1/completions", body)["choices"]
+            return engine.call("/v1/completions", body, read=read)
         except ServerError as error:
-            if not error.again:
-                raise
             return error
-        return [_response(c, prompt.logps) for c in sorted(choices, key=lambda c: c["index"])]
 
 
 def _own_address(url: str) -> str:
@@ -328,9 +326,17 @@ def _own_address(url: str) -> str:
         return connection.getsockname()[0]
 
 
+def _responses(told: Mapping[str, Any], count: int, wanted: bool) -> list[Response]:
+    """The answers in a completion; raises IndexError if there are not so many."""
+    choices = {choice["index"]: choice for choice in told["choices"]}
+    if set(choices) != set(range(count)):
+        raise IndexError(f"{sorted(choices)} are not {count} answers")
+    return [_response(choices[i], wanted) for i in range(count)]
+
+
 def _response(choice: Mapping[str, Any], wanted: bool) -> Response:
-    ids = list(choice["token_ids"])
-    logps = list(choice["logprobs"]["token_logprobs"]) if choice.get("logprobs") else []
+    ids = list(map(int, choice["token_ids"]))
+    logps = list(map(float, choice["logprobs"]["token_logprobs"])) if choice.get("logprobs") else []
     if wanted and len(ids) != len(logps):
         raise InputError(
             f"`rollout.sampler`: a server gave {len(logps)} log-probs for {len(ids)} tokens. Its vLLM is of a version "

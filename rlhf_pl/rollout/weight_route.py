@@ -2,13 +2,14 @@
 
 import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 from torch import Tensor
 
 from rlhf_pl.addresses import resolve
 from rlhf_pl.errors import InputError
+from rlhf_pl.rollout.background import at_once, start
 from rlhf_pl.rollout.fleet import Fleet
 from rlhf_pl.rollout.push import Push
 from rlhf_pl.rollout.served_engine import ServedEngine, ServerError
@@ -57,11 +58,10 @@ class WeightRoute:
         known_as = resolve(self.address)
         place = self.address if known_as == self.address else f"{self.address} ({known_as})"
         counts = [engine.workers() for engine in self.engines]
-        pool = ThreadPoolExecutor(len(self.engines))
         told: list[Future[Any]] = []
         for number, engine in enumerate(self.engines):
             info = push.init_info(sum(counts[:number]), sum(counts))
-            told.append(pool.submit(engine.call, "/init_weight_transfer_engine", {"init_info": info}))
+            told.append(start(engine.call, "/init_weight_transfer_engine", {"init_info": info}))
 
         def failed() -> None:
             for call in told:
@@ -87,13 +87,11 @@ class WeightRoute:
             if isinstance(error, ServerError):
                 failed()
             raise
-        finally:
-            pool.shutdown(wait=False)
 
     def open(self) -> None:
         """Begin an update; answers that are under way come first."""
         self._all("/pause?mode=wait")
-        self._each(_start_update)
+        at_once(_start_update, self.engines)
 
     def send(self, bucket: Bucket) -> None:
         """A bucket of weights: described over HTTP, while the bytes go by the push."""
@@ -139,11 +137,7 @@ class WeightRoute:
 
     def _all(self, path: str, body: Any = None) -> None:
         """The same call to every server, at once."""
-        self._each(lambda engine: engine.call(path, body))
-
-    def _each(self, action: Callable[[ServedEngine], Any]) -> None:
-        with ThreadPoolExecutor(len(self.engines)) as pool:
-            list(pool.map(action, self.engines))
+        at_once(lambda engine: engine.call(path, body), self.engines)
 
 
 def _start_update(engine: ServedEngine) -> None:
@@ -207,6 +201,5 @@ class WeightRoutes:
                 route.close()
                 self.fleet.lose(route.engines, error)
 
-        with ThreadPoolExecutor(max(1, len(routes))) as pool:
-            list(pool.map(attempt, routes))
+        at_once(attempt, routes)
         self.fleet.require_one()

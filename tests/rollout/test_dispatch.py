@@ -71,10 +71,9 @@ def test_the_prompts_of_a_lost_server_go_to_others_which_wait_for_them() -> None
     while len(drawn) < 3:
         time.sleep(0.001)
     assert all(thread.is_alive() for thread in others), "something may still be given back"
-    assert dispatch.lose(0)
-    assert not dispatch.lose(0), "no news"
+    dispatch.lose(0)
     for index in (0, 2, 4):
-        assert dispatch.give_back(0, index, failed=False) == 0
+        dispatch.give_back(0, index)
     join(others)
     assert sorted(drawn) == list(range(6))
     assert dispatch.take(0) is None
@@ -82,10 +81,40 @@ def test_the_prompts_of_a_lost_server_go_to_others_which_wait_for_them() -> None
 
 def test_failures_count_against_a_prompt_unless_the_server_is_lost() -> None:
     dispatch = Dispatch(1, 1, 1)
-    for tries, failed in enumerate((True, True), 1):
+    for tries in (1, 2):
         assert dispatch.take(0) == 0
-        assert dispatch.give_back(0, 0, failed) == tries
+        assert dispatch.failed(0, 0) == tries
+        dispatch.give_back(0, 0)
     assert dispatch.take(0) == 0
-    assert dispatch.give_back(0, 0, failed=False) == 2
+    dispatch.give_back(0, 0)
+    assert dispatch.take(0) == 0
+    assert dispatch.failed(0, 0) == 3
     dispatch.stop()
     assert dispatch.take(0) is None
+
+
+def test_a_prompt_that_fails_at_a_server_goes_to_one_where_it_has_not() -> None:
+    """The first server fails at whatever it is given, and is the quicker one."""
+    dispatch = Dispatch(20, 2, 1)
+    tries: list[int] = []
+    drawn: list[int] = []
+
+    def fail() -> None:
+        while (index := dispatch.take(0)) is not None:
+            tries.append(dispatch.failed(0, index))
+            dispatch.give_back(0, index)
+
+    failing = threading.Thread(target=fail, daemon=True)
+    failing.start()
+    join(work(dispatch, 1, 1, lambda index: (time.sleep(0.002), drawn.append(index))[1]))
+    join([failing])
+    assert sorted(drawn) == list(range(20))
+    assert set(tries) == {1}
+
+
+def test_a_prompt_at_which_all_have_failed_is_tried_again_by_all() -> None:
+    dispatch = Dispatch(1, 2, 1)
+    for server, tries in ((0, 1), (1, 2), (1, 3), (0, 4)):
+        assert dispatch.take(server) == 0
+        assert dispatch.failed(server, 0) == tries
+        dispatch.give_back(server, 0)

@@ -87,7 +87,7 @@ def test_an_address_of_another_host_is_refused_with_the_option() -> None:
 
 def test_servers_whose_workers_do_not_come_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     """They have answered that they would: without a limit the run would wait for good."""
-    monkeypatch.setattr(ServedEngine, "call", lambda engine, path, *_, **__: {"world_size": 2})
+    monkeypatch.setattr(ServedEngine, "call", lambda engine, path, *_, **__: 2)
     route = WeightRoute([ServedEngine("http://127.0.0.1:9", 0.5)], partial(TCPPush, "127.0.0.1", 0.5), "127.0.0.1")
     with pytest.raises(InputError) as missed:
         route.connect()
