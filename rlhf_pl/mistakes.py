@@ -22,6 +22,7 @@ _REFUSED = {
     errno.EROFS: "Make that file system writable, or give another directory (--trainer.default_root_dir DIR).",
     errno.EACCES: "Give this user the right to it.",
     errno.EPERM: "Give this user the right to it.",
+    errno.EFBIG: "Raise the limit of a file's size (`ulimit -f`), or give a file system that holds larger files.",
     errno.EIO: "The disk or its connection fails. What was written before is whole; the same command goes on from it.",
     errno.ESTALE: "The file server has lost it. What was written before is whole; the same command goes on from it.",
 }
