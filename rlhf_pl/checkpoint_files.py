@@ -91,7 +91,7 @@ class WeightFiles:
             index = json.loads(file.read_text())["weight_map"]
             if not index or not all(Path(name).name == name for name in index.values()):
                 raise ValueError("`weight_map` must give the names of files in this folder")
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
                 f"`{self.source.option}`: {file} is no index of weights: {type(error).__name__}: {error}. Download or "
                 "copy it again."
