@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import Checkpoint
 
 from rlhf_pl.checkpoints import (
     FOLDER,
+    RUN,
     AtomicCheckpointIO,
     checkpoint_files,
     link_last,
@@ -23,6 +24,7 @@ from rlhf_pl.data.progress import at_rounds_end, batches_done, rounds_done, stop
 from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import ranks_of
 from rlhf_pl.round_end import RoundEnd, note_metrics
+from rlhf_pl.rounds import RoundStore
 from rlhf_pl.secrets import redacted
 from rlhf_pl.strategies import writes_sharded
 
@@ -149,7 +151,8 @@ class RoundCheckpoint(Checkpoint):
             self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the metrics of the round's end, and leave secrets out of modules' hyper-parameters."""
+        """Note the run and the metrics of the round's end, and leave secrets out of modules' hyper-parameters."""
+        checkpoint[RUN] = RoundStore(trainer.default_root_dir).noted_run
         note_metrics(trainer, checkpoint)
         for name in ("hyper_parameters", "datamodule_hyper_parameters"):
             if name in checkpoint:

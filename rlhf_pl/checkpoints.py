@@ -25,6 +25,7 @@ FOLDER = "checkpoints"
 SUPERSEDED = "superseded"
 META = "meta.pt"  # in a sharded checkpoint, all but weights and optimizer
 CONTENTS = "files.json"
+RUN = "rlhf_pl_run"  # in a checkpoint, the run whose rounds it was trained on
 
 
 @dataclass(frozen=True, order=True)
@@ -116,7 +117,7 @@ def read_progress(file: Path) -> Progress | None:
     Raises:
         InputError: It holds objects that can't be loaded safely.
     """
-    part = file / META if is_sharded_checkpoint(file) else file
+    part = _common_part(file)
     try:
         content = torch.load(part, map_location="cpu", weights_only=True, mmap=True)
         loop = content["loops"]["fit_loop"]
@@ -131,6 +132,16 @@ def read_progress(file: Path) -> Progress | None:
         if not zipfile.is_zipfile(part):
             return None
         raise unsafe(part, error) from error
+
+
+def run_of(file: Path) -> str | None:
+    """Which run a readable checkpoint is of; None if it does not say, as those of earlier versions."""
+    return torch.load(_common_part(file), map_location="cpu", weights_only=True, mmap=True).get(RUN)
+
+
+def _common_part(file: Path) -> Path:
+    """Where progress and states are."""
+    return file / META if is_sharded_checkpoint(file) else file
 
 
 def sharded_by(path: Path) -> str:

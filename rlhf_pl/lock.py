@@ -6,6 +6,7 @@ import fcntl
 import json
 import os
 import socket
+import stat
 import time
 from pathlib import Path
 from typing import Any
@@ -138,8 +139,8 @@ class RunLock:
             yield
         except OSError as error:
             lock = self.folder / NAME
-            if lock.is_dir():
-                raise InputError(f"{lock} is a folder, and the lock is a file: move it away.") from error
+            if os.path.lexists(lock) and not stat.S_ISREG(lock.lstat().st_mode):
+                raise InputError(f"{lock} is no file, and the lock must be one: move it away.") from error
             raise InputError(
                 f"`trainer.default_root_dir`: cannot write to {self.folder}: {error.strerror}. Give another directory."
             ) from error

@@ -13,6 +13,7 @@ from rlhf_pl.checkpoints import (
     link_last,
     progress_of_files,
     read_progress,
+    run_of,
     supersede,
 )
 from rlhf_pl.console import console
@@ -51,7 +52,7 @@ def find_resume_point(
         accept_changes: Keep what is trained, and let new settings count from here on.
 
     Raises:
-        InputError: The checkpoint before that round is gone.
+        InputError: The checkpoint before that round is gone, or there are checkpoints of another run.
     """
     files = progress_of_files(run_dir)
     broken = set(checkpoint_files(run_dir)) - set(files)
@@ -62,6 +63,7 @@ def find_resume_point(
         console.print(f"{file} is damaged; going on without it.", soft_wrap=True, markup=False)
     if not files:
         return ResumePoint(None)
+    _refuse_others(list(files), RoundStore(run_dir).run)
     newest, progress = list(files.items())[-1]
     unchanged = ResumePoint(newest, partial(link_last, newest))  # a process that was killed may have linked none
     if downstream is None or accept_changes:
@@ -123,6 +125,16 @@ def chosen_resume_point(run_dir: str, checkpoint: Path) -> ResumePoint:
             console.print(f"Later training is kept in {kept}.", soft_wrap=True, markup=False)
 
     return ResumePoint(checkpoint, commit)
+
+
+def _refuse_others(files: list[Path], run: str | None) -> None:
+    """Refuse checkpoints of another run, which a merged or restored directory may hold."""
+    others = [file for file in files if None not in (run, made_by := run_of(file)) and made_by != run]
+    if others:
+        raise InputError(
+            f"{', '.join(map(str, others))} belongs to another run than the rounds beside it. Move it out of "
+            f"{FOLDER}, or name the checkpoint to go on from (--ckpt_path FILE)."
+        )
 
 
 def _round_at_hand(progress: Progress, max_epochs: int | None) -> int | None:

@@ -346,12 +346,11 @@ class RoundStore:
 
     @property
     def run(self) -> str | None:
-        """Which run the store is of; where its file is lost, as most manifests say. None for older versions."""
-        if (noted := self.noted_run) is not None:
-            return noted
+        """Which run the store is of; where no manifest is of the noted one, as most say. None for older versions."""
+        noted = self.noted_run
         contents = [(stored, read_checked(stored.path / "manifest.json")) for stored in self.everything()]
         runs = [c["run"] for stored, c in contents if c is not None and "run" in c and stored.is_own(c, None)]
-        return max(runs, key=runs.count) if runs else None
+        return noted if noted in runs or not runs else max(runs, key=runs.count)
 
     def identify(self) -> str:
         """Which run the store is of, noted for good."""

@@ -65,6 +65,8 @@ def find_problems(store: RoundStore, rounds_done: int | None = None, held_out: b
         held_out: Whether evaluations are wanted.
     """
     run = store.run
+    if store.noted_run not in (None, run):  # all else would be strange to it
+        return Problems([store.run_dir / STORE], [], [])
     foreign = [stored.path for stored in store.everything() if _is_foreign(stored, run)]
     own = [stored for stored in store.everything() if stored.path not in foreign]
     if rounds_done is None:

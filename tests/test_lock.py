@@ -302,9 +302,13 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to"):
         RunLock(tmp_path / "file" / "run").acquire()
-    (tmp_path / "run" / ".lock").mkdir(parents=True)
-    with pytest.raises(InputError, match=r"\.lock is a folder.* move it away"):
-        RunLock(tmp_path / "run").acquire()
+    makers = (Path.mkdir, os.mkfifo, lambda path: path.symlink_to(path.name))
+    for number, make in enumerate(makers):
+        run = tmp_path / f"run{number}"
+        run.mkdir()
+        make(run / ".lock")
+        with pytest.raises(InputError, match=r"\.lock is no file.* move it away"):
+            RunLock(run).acquire()
 
 
 def test_a_full_disk_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,9 +9,13 @@ from pathlib import Path
 
 import pyarrow as pa
 import pytest
+import torch
 
 from rlhf_pl import disk
+from rlhf_pl.checkpoints import RUN
+from rlhf_pl.errors import InputError
 from rlhf_pl.repair import move_aside
+from rlhf_pl.resume import find_resume_point
 from rlhf_pl.rounds import DamagedStoreError, Round, RoundStore
 from rlhf_pl.store_check import find_problems, strangers_in
 from rlhf_pl.store_files import content_checksum
@@ -262,6 +266,32 @@ def test_the_store_knows_its_run_without_its_own_file(store: RoundStore, other: 
     shutil.rmtree(store.round(2).path)
     fill(store.round(2), 2)
     assert store.noted_run == run
+
+
+def test_a_store_file_of_another_run_is_the_stranger(store: RoundStore, other: RoundStore) -> None:
+    """All rounds say otherwise: they stay, and keep the run that they are of."""
+    run = store.run
+    shutil.copy(other.run_dir / "store.json", store.run_dir / "store.json")
+    problems = find_problems(store, 2)
+    assert problems.lines() == [f"not of this run: {store.run_dir / 'store.json'}"]
+    move_aside(store, problems.strangers)
+    assert not find_problems(store, 2)
+    assert store.identify() == store.noted_run == run
+
+
+def test_a_checkpoint_of_another_run_is_refused(store: RoundStore, other: RoundStore) -> None:
+    batches = {"is_last_batch": False}
+    loop = {"epoch_progress": {"current": {"started": 2, "processed": 1}}, "epoch_loop.batch_progress": batches}
+    checkpoint = {"global_step": 7, "loops": {"fit_loop": loop}}
+    folder = store.run_dir / "checkpoints"
+    folder.mkdir()
+    file = folder / "update-00000007.ckpt"
+    for content in ({}, {RUN: None}, {RUN: store.run}):
+        torch.save(checkpoint | content, file)
+        assert find_resume_point(str(store.run_dir), None, 2, False).checkpoint == file
+    torch.save(checkpoint | {RUN: other.run}, folder / "update-00000003.ckpt")
+    with pytest.raises(InputError, match=r"update-00000003\.ckpt belongs to another run .*--ckpt_path FILE"):
+        find_resume_point(str(store.run_dir), None, 2, False)
 
 
 def test_a_kill_at_any_moment_of_a_stage_loses_nothing_and_needs_no_repair(tmp_path: Path) -> None:
