@@ -83,6 +83,15 @@ def make_parser() -> ArgumentParser:
 
 def run(argv: Sequence[str]) -> int:
     """`rlhf-pl score ...`: the exit code. Raises InputError for wrong inputs."""
+    try:
+        return _run(argv)
+    except InputError as error:  # options that `fit` has under `rollout` are this command's own
+        raise InputError(
+            str(error).replace("rollout.scoring", "scoring").replace("rollout.reward", "reward")
+        ) from error
+
+
+def _run(argv: Sequence[str]) -> int:
     parser = make_parser()
     with as_mistakes("The command line can't be read"):
         config = parser.parse_args(list(argv))

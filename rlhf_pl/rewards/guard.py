@@ -109,7 +109,7 @@ def _decide(reward: Reward, sample: Sample, outcome: Outcome, config: ScoringCon
         raise InputError(
             f"Reward `{reward.name}` failed for prompt_id {sample.prompt_id!r}, answer {_shorten(sample.response)!r}: "
             f"{outcome.detail} The policy for failures is `error`; with --rollout.scoring.on_failure drop such answers "
-            "are left out, with a number that is their reward. Answers scored so far are kept."
+            "are left out, with a number that is their reward."
         )
     return outcome
 
@@ -227,8 +227,7 @@ def _given_up(reward: Reward, timeout_s: float) -> Failure:
         raise InputError(
             f"Reward `{reward.name}`: {what} That was so {reward._given_up} times now, so the run stops, whatever the "
             "policy for failures is. Let exceptions through that are no `Exception` (write `except Exception` rather "
-            "than `except`), or run the function in a process of its own with --rollout.scoring.isolate true. Answers "
-            "scored so far are kept."
+            "than `except`), or run the function in a process of its own with --rollout.scoring.isolate true."
         )
     return Failure("timeout", what, final=True)
 

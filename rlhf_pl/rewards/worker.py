@@ -47,7 +47,8 @@ def main(path: str, descriptor: int) -> None:
 
 
 def _send(connection: Connection, message: dict[str, Any]) -> None:
-    connection.send_bytes(json.dumps(message).encode())
+    with contextlib.suppress(OSError):  # the parent has gone, which the next `recv` tells
+        connection.send_bytes(json.dumps(message).encode())
 
 
 def _end_with_parent(parent: int) -> None:

@@ -73,7 +73,10 @@ class ShardScorer:
             if not go_on():
                 return
             batch = _next_call(samples, len(outcomes), self.config.prompts_per_call)
-            outcomes += guarded_scores(self.reward, batch, self.config, keep)
+            try:
+                outcomes += guarded_scores(self.reward, batch, self.config, keep)
+            except InputError as error:
+                raise InputError(f"{error} Answers scored so far are kept.") from error
         self.stored.write_shard("rewards", number, _reward_table(table, outcomes, self.config))
 
 
