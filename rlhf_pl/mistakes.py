@@ -45,8 +45,9 @@ def mistake_behind(error: BaseException | None) -> BaseException | None:
             return InputError(f"{_name(error)}: {error.strerror}. {_REFUSED[error.errno]}")
         if isinstance(error, RuntimeError) and _WORKER.match(str(error)):
             return InputError(
-                f"{_in_a_line(error).partition(': ')[2]} Loader processes (`data.num_workers`) are mostly killed where "
-                "memory runs out: take fewer, or 0. The same command goes on from the newest checkpoint."
+                f"{_in_a_line(error).partition(': ')[2].rstrip(' .')}. Loader processes (`data.num_workers`) are "
+                "mostly killed where memory runs out: take fewer, or 0. The same command goes on from the "
+                "newest checkpoint."
             )
         if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
             return InputError(f"No file has so long a name: {str(error.filename)[:60]!r}... Correct that option.")
