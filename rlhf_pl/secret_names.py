@@ -6,9 +6,9 @@ import re
 _WORDS = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+|\d+")
 _ALWAYS = {
     *("password", "passwd", "passphrase", "pwd", "pass", "secret", "credential", "authorization", "cookie", "bearer"),
-    *("sig", "signature"),
     *("apikey", "accesskey", "secretkey", "privatekey", "authtoken", "accesstoken", "apitoken"),
 }
+_IN_QUERIES = {"sig", "signature"}  # options of these names are about something else
 _KEYS_OF = {
     *("api", "access", "secret", "private", "auth", "account", "service", "signing", "encryption", "license"),
     *("admin", "master", "subscription", "client", "ssh", "server"),
@@ -45,7 +45,7 @@ def is_secret(name: str, value: str, any_key: bool = False) -> bool:
     elif last == "auth":
         named = not value.isalpha()  # `basic`, and the user in [user, password]
     else:
-        named = last in _ALWAYS or single in _ALWAYS
+        named = last in _ALWAYS or single in _ALWAYS or (any_key and last in _IN_QUERIES)
     return named and not ("/" in value and os.path.exists(value[:1000]))  # the name of a file with a secret is none
 
 

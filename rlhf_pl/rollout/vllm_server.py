@@ -319,11 +319,21 @@ class VLLMServerSampler(Sampler):
 
 
 def _own_address(url: str) -> str:
-    """This host's address on the way to a server."""
+    """This host's address on the way to a server.
+
+    Raises:
+        InputError: There is no way but a proxy's, say.
+    """
     parts = urlsplit(url)
     port = parts.port or (443 if parts.scheme == "https" else 80)
-    with socket.create_connection((parts.hostname, port), timeout=10) as connection:
-        return connection.getsockname()[0]
+    try:
+        with socket.create_connection((parts.hostname, port), timeout=10) as connection:
+            return connection.getsockname()[0]
+    except OSError as error:
+        raise InputError(
+            f"`rollout.sampler.address`: can't find out this host's address on the way to {url}: {error}. Give the one "
+            "at which the servers reach it."
+        ) from error
 
 
 def _responses(told: Mapping[str, Any], count: int, wanted: bool) -> list[Response]:
