@@ -217,21 +217,24 @@ def test_killed_anywhere_and_started_again(tmp_path: Path, part: int) -> None:
     plan = make_plan(tmp_path, TRANSFORMERS)
     trace = run_reference(tmp_path, plan)
     counts = Counter(name for _, name, _ in trace)
-    points = (boundaries(counts) + moments(trace, 12, seed=2))[part::3]
+    points = (boundaries(counts) + moments(trace, 6, seed=2))[part::3]
     hits = run_matrix(tmp_path, plan, points, tmp_path / "reference")
-    assert hits >= 13
+    assert hits >= 11
 
 
 @pytest.mark.slow(minutes=1)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(2))
 def test_killed_at_a_rounds_end_and_started_again(tmp_path: Path, part: int) -> None:
-    """With callbacks that follow metrics, a user's own, samples and an export of every round."""
+    """With callbacks that follow metrics, a user's own, samples and an export of every round.
+
+    At half of the points; `python -m tests.soak.kills --rounds_end` tries them all.
+    """
     plan = make_plan(tmp_path, TRANSFORMERS)
     plan["arguments"] += AT_ENDS
     points = rounds_end(run_reference(tmp_path, plan))
     assert {"before evaluation", "before draw", "before reward call", "after samples"} <= {p["event"] for p in points}
-    assert run_matrix(tmp_path, plan, points[part::2], tmp_path / "reference") == len(points[part::2])
+    assert run_matrix(tmp_path, plan, points[part::4], tmp_path / "reference") == len(points[part::4])
     ends = [json.loads(line) for line in (tmp_path / "reference" / "ends.jsonl").read_text().splitlines()]
     assert [(end["round"], end["seen"]) for end in ends] == [(0, 1), (1, 2)]
 

@@ -1,6 +1,6 @@
 """SIGKILL at random moments of a run, and the same command again.
 
-    python -m tests.soak.kills [--kills 100] [--seed 7]
+    python -m tests.soak.kills [--kills 100] [--seed 7] [--rounds_end]
 
 It holds if every run ends as one that was never killed: the same files, loss curve and weights, to the last bit, and
 nothing left behind.
@@ -12,19 +12,34 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.integration.test_kill_matrix import TRANSFORMERS, make_plan, moments, run_matrix, run_reference
+from tests.integration.test_kill_matrix import (
+    AT_ENDS,
+    TRANSFORMERS,
+    make_plan,
+    moments,
+    rounds_end,
+    run_matrix,
+    run_reference,
+)
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument(
+        "--rounds_end", action="store_true", help="at every point between a round's last update and next"
+    )
     arguments = parser.parse_args()
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         plan = make_plan(folder, TRANSFORMERS)
-        points = moments(run_reference(folder, plan), arguments.kills, arguments.seed)
+        if arguments.rounds_end:
+            plan["arguments"] += AT_ENDS
+            points = rounds_end(run_reference(folder, plan))
+        else:
+            points = moments(run_reference(folder, plan), arguments.kills, arguments.seed)
         hits = 0
         for first in range(0, len(points), 10):
             part = folder / f"part{first}"
