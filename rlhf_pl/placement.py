@@ -1,5 +1,6 @@
 """A model that rank 0 alone has read, brought to all ranks part by part."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -8,6 +9,8 @@ import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
+from rlhf_pl.model_files import has_weights
+from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.ranks import Ranks
 
 
@@ -19,6 +22,11 @@ def reads_weights(trainer: L.Trainer | None) -> bool:
     if trainer is None or trainer.world_size == 1 or isinstance(trainer.strategy, FSDPStrategy):
         return True
     return trainer.global_rank == 0
+
+
+def checks_weights(trainer: L.Trainer, source: PolicySource) -> bool:
+    """Whether this rank looks at a model's weight files before they are read: it will read them, or has them too."""
+    return reads_weights(trainer) or has_weights(Path(source.path))
 
 
 class Placement:

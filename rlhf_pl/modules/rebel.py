@@ -18,7 +18,7 @@ from rlhf_pl.modules.logging import Means, is_update, log_update, with_variance
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
-from rlhf_pl.placement import reads_weights
+from rlhf_pl.placement import checks_weights, reads_weights
 from rlhf_pl.policy import DType, PolicyLM, check_lm, empty_lm, load_lm, train_last_layers
 from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.ranks import ranks_of
@@ -136,7 +136,8 @@ class RebelModule(TrainedModule):
         super().setup(stage)
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
-        check_lm(self.source)
+        if checks_weights(self.trainer, self.source):
+            check_lm(self.source)
         if self.lora is not None:
             adapter_targets(empty_lm(self.source), self.lora)
         if self.reference_source is not self.source:
@@ -148,7 +149,8 @@ class RebelModule(TrainedModule):
     def _check_reference(self) -> None:
         """Refuse a reference that is not there, or that lacks tokens of the policy, before anything loads."""
         reference, tokens = self.reference_source, len(self.source.tokenizer)
-        check_lm(reference)
+        if checks_weights(self.trainer, reference):
+            check_lm(reference)
         size = reference.config.get_text_config().vocab_size
         if size < min(tokens, self.source.config.get_text_config().vocab_size):
             raise InputError(

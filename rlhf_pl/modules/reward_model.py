@@ -25,6 +25,7 @@ from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.padding import Padding, own_padding, padding_in_config, with_new_rows
 from rlhf_pl.pair_metrics import wilson_interval
+from rlhf_pl.placement import checks_weights
 from rlhf_pl.policy import DType
 from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.ranks import ranks_of
@@ -133,7 +134,8 @@ class RewardModelModule(TrainedModule):
         super().setup(stage)
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name)
-        check_new_classifier(self.source)
+        if checks_weights(self.trainer, self.source):
+            check_new_classifier(self.source)
         if self.lora is not None:
             adapter_targets(empty_classifier(self.source), self.lora)
         self._say_where_scores_are_read()

@@ -17,7 +17,7 @@ from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.modules.trained import TrainedModule
 from rlhf_pl.optim import AdamW, WarmupCosine
-from rlhf_pl.placement import reads_weights
+from rlhf_pl.placement import checks_weights, reads_weights
 from rlhf_pl.policy import DType, PolicyLM, check_lm, empty_lm, load_lm
 from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.ranks import ranks_of
@@ -85,7 +85,8 @@ class SFTModule(TrainedModule):
         super().setup(stage)
         check_precision(self.trainer)
         check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
-        check_lm(self.source)
+        if checks_weights(self.trainer, self.source):
+            check_lm(self.source)
         if self.lora is not None:
             adapter_targets(empty_lm(self.source), self.lora)
 
