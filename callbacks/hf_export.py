@@ -149,7 +149,7 @@ def _is_there(target: Path, stamp: dict[str, Any]) -> bool:
     if found is None or {name: value for name, value in found.items() if name != "files"} != stamp:
         return False
     for file in (damaged := damaged_files(target, checksums=True)):
-        console.print(f"{file} is not as it was written; exporting anew.", soft_wrap=True, markup=False)
+        console.print(f"{file} is not as it was written; exporting anew.", soft_wrap=True)
     return not damaged
 
 

@@ -72,7 +72,7 @@ class OfflineLogps(L.Callback):
         if self.repair:
             move_aside(store, find_problems(store).strangers)
             for stored in {stored.path: stored for stored, _ in find_problems(store).damaged}.values():
-                console.print(f"Repairing {stored.path}", soft_wrap=True, markup=False)
+                console.print(f"Repairing {stored.path}", soft_wrap=True)
                 stored.delete()
         store.tidy()
 

@@ -78,10 +78,9 @@ def _with_one_error(argv: list[str]) -> int:
     except SystemExit as stop:
         if (where := early_exit(stop)) is None:
             raise
-        print(
-            f"error: sys.exit({stop.code or 0}) was called in {where}, before this command had done its work. What a "
-            "run calls, such as rewards and callbacks, must return or raise an ordinary exception.",
-            file=sys.stderr,
+        print_error(
+            f"sys.exit({stop.code or 0}) was called in {where}, before this command had done its work. What a run "
+            "calls, such as rewards and callbacks, must return or raise an ordinary exception."
         )
         return 1
     except Exception as error:

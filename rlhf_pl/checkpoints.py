@@ -6,7 +6,7 @@ import pickle
 import shutil
 import zipfile
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,10 @@ from torch import Tensor
 from rlhf_pl.disk import naming_a_full_disk, sync_folder, write_atomically
 from rlhf_pl.errors import InputError
 from rlhf_pl.ranks import Ranks
-from rlhf_pl.safe_checkpoints import DamagedError, check_folder, read_metadata, unsafe
+from rlhf_pl.safe_checkpoints import META, DamagedError, check_folder, read_metadata, unsafe
 
 FOLDER = "checkpoints"
 SUPERSEDED = "superseded"
-META = "meta.pt"  # in a sharded checkpoint, all but weights and optimizer
 CONTENTS = "files.json"
 RUN = "rlhf_pl_run"  # in a checkpoint, the run whose rounds it was trained on
 
@@ -37,12 +36,14 @@ class Progress:
         rounds_done: Rounds whose training was finished.
         inside_round: Whether the next round's training had begun.
         ended: Whether what follows a round's last update (validation, evaluation, the hooks of its end) was done.
+        run: The run it is of; None if the checkpoint does not say, as those of earlier versions.
     """
 
     global_step: int
     rounds_done: int
     inside_round: bool
     ended: bool = True
+    run: str | None = field(default=None, compare=False)
 
 
 def is_sharded_checkpoint(path: Path) -> bool:
@@ -117,31 +118,21 @@ def read_progress(file: Path) -> Progress | None:
     Raises:
         InputError: It holds objects that can't be loaded safely.
     """
-    part = _common_part(file)
+    part = file / META if is_sharded_checkpoint(file) else file
     try:
         content = torch.load(part, map_location="cpu", weights_only=True, mmap=True)
         loop = content["loops"]["fit_loop"]
         epochs = loop["epoch_progress"]["current"]
         steps, done, inside = content["global_step"], epochs["processed"], epochs["started"] > epochs["processed"]
         if inside and loop["epoch_loop.batch_progress"]["is_last_batch"]:
-            return Progress(steps, done + 1, inside_round=False, ended=False)
-        return Progress(steps, done, inside)
+            return Progress(steps, done + 1, inside_round=False, ended=False, run=content.get(RUN))
+        return Progress(steps, done, inside, run=content.get(RUN))
     except (OSError, RuntimeError, ValueError, KeyError, TypeError, EOFError, AttributeError):
         return None
     except pickle.UnpicklingError as error:
         if not zipfile.is_zipfile(part):
             return None
         raise unsafe(part, error) from error
-
-
-def run_of(file: Path) -> str | None:
-    """Which run a readable checkpoint is of; None if it does not say, as those of earlier versions."""
-    return torch.load(_common_part(file), map_location="cpu", weights_only=True, mmap=True).get(RUN)
-
-
-def _common_part(file: Path) -> Path:
-    """Where progress and states are."""
-    return file / META if is_sharded_checkpoint(file) else file
 
 
 def sharded_by(path: Path) -> str:

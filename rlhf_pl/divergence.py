@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 from rlhf_pl.checkpoints import is_sharded_checkpoint, is_whole, progress_of_files, read_weights
 from rlhf_pl.errors import InputError
-from rlhf_pl.finite import first_not_finite
+from rlhf_pl.finite import first_not_finite, not_finite
 from rlhf_pl.lora import unwrapped_name
 from rlhf_pl.ranks import ranks_of
 
@@ -81,24 +81,26 @@ def refuse_diverged_weights(trainer: L.Trainer, module: L.LightningModule) -> No
     """
     born_so = _born_so.get(module)
     if born_so is None:  # before it trains: what a model comes with has not diverged
-        born_so = {name for name, tensor in _weights(module) if first_not_finite([(name, tensor)], LARGEST_WEIGHT)}
-        born_so |= {name for name, tensor in _buffers(module) if first_not_finite([(name, tensor)])}
+        born_so = {*not_finite(_weights(module), LARGEST_WEIGHT), *not_finite(_buffers(module))}
         _born_so[module] = born_so
     name = (
-        first_not_finite(_weights(module))
+        first_not_finite((n, t) for n, t in _weights(module) if n in born_so)
         or first_not_finite(((n, t) for n, t in _weights(module) if n not in born_so), LARGEST_WEIGHT)
         or first_not_finite((n, t) for n, t in _buffers(module) if n not in born_so)
     )
-    _agree(trainer, f"`{name}` holds numbers that are not finite, or beyond {LARGEST_WEIGHT:g}" if name else "")
+    refuse_on_any_rank(
+        trainer, f"`{name}` holds numbers that are not finite, or beyond {LARGEST_WEIGHT:g}" if name else ""
+    )
 
 
 def refuse_diverged_moments(trainer: L.Trainer, module: L.LightningModule) -> None:
     """The same for what optimizers keep of each weight: an infinite moment holds its weight fast from then on."""
     name = first_not_finite(_moments(trainer, module))
-    _agree(trainer, f"the optimizer's `{name}` holds numbers that are not finite" if name else "")
+    refuse_on_any_rank(trainer, f"the optimizer's `{name}` holds numbers that are not finite" if name else "")
 
 
-def _agree(trainer: L.Trainer, found: str) -> None:
+def refuse_on_any_rank(trainer: L.Trainer, found: str) -> None:
+    """Raise DivergedError on all ranks if one of them has found something: a clause that says what is not finite."""
     if what := next(filter(None, ranks_of(trainer).gather(found)), ""):
         raise diverged(trainer, what)
 

@@ -11,9 +11,14 @@ from rlhf_pl.errors import InputError
 from rlhf_pl.policy_source import PolicySource
 
 
-@torch.no_grad()
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]], largest: float = torch.finfo().max) -> str:
-    """The name of the first tensor that holds a NaN, or a number beyond +-`largest`; empty if there is none.
+    """The name of the first tensor that holds a NaN, or a number beyond +-`largest`; empty if there is none."""
+    return next(iter(not_finite(tensors, largest)), "")
+
+
+@torch.no_grad()
+def not_finite(tensors: Iterable[tuple[str, Tensor]], largest: float = torch.finfo().max) -> list[str]:
+    """The names of the tensors that hold a NaN, or a number beyond +-`largest`.
 
     Each tensor is read once, where it is, and the host waits for a device once. What holds no floats, or has no memory
     behind it, is passed over.
@@ -25,9 +30,9 @@ def first_not_finite(tensors: Iterable[tuple[str, Tensor]], largest: float = tor
             names.append(name)
             peaks.append(torch.stack(plain.aminmax()).float())  # a NaN is the minimum and the maximum
     if not names:
-        return ""
+        return []
     found = torch.stack([peak.to(peaks[0].device, non_blocking=True) for peak in peaks]).abs() <= largest
-    return next((name for name, good in zip(names, found.all(1).tolist(), strict=True) if not good), "")
+    return [name for name, good in zip(names, found.all(1).tolist(), strict=True) if not good]
 
 
 def refuse_not_finite(model: Any, source: PolicySource) -> None:

@@ -78,7 +78,7 @@ def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
             console.print(panel)
     models = [file for folder in found for file in damaged_files(folder, checksums=verify)]
     for file in models:
-        console.print(f"damaged or missing: {file}", style="red", soft_wrap=True, markup=False)
+        console.print(f"damaged or missing: {file}", style="red", soft_wrap=True)
     if models:
         console.print(
             "The run's own command exports the final model and the last round's again. That of round N is made from "
@@ -90,7 +90,7 @@ def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
         return 0
     problems = find_problems(store)
     for line in problems.lines():
-        console.print(line, style="red", soft_wrap=True, markup=False)
+        console.print(line, style="red", soft_wrap=True)
     if problems:
         console.print("Give the run's own command with --repair to make these again.")
     if not problems and not models:

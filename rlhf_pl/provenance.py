@@ -117,7 +117,7 @@ def reconcile_round(stored: Round, now: StageSettings, accept: bool, fresh: Mapp
     if changed is not None:
         lines = differences(before[changed], now[changed])
         if any(name in stored.manifest["stages"] or stored.shards(name) for name in ORDER[ORDER.index(changed) :]):
-            console.print(f"{stored.name} is {REDONE[changed]} again: {'; '.join(lines)}", soft_wrap=True, markup=False)
+            console.print(f"{stored.name} is {REDONE[changed]} again: {'; '.join(lines)}", soft_wrap=True)
         stored.clear(changed)
     if before != now:
         stored.update(settings={**now, "responses": before["responses"]} if "accepted" in stored.manifest else now)
@@ -125,6 +125,6 @@ def reconcile_round(stored: Round, now: StageSettings, accept: bool, fresh: Mapp
 
 def _begin_anew(stored: Round, now: StageSettings, fresh: Mapping[str, Any], why: str) -> None:
     if stored.manifest["stages"] or stored.shards("responses"):
-        console.print(f"{stored.name} is made anew: {why}.", soft_wrap=True, markup=False)
+        console.print(f"{stored.name} is made anew: {why}.", soft_wrap=True)
     stored.delete()
     stored.update(settings=now, **fresh)

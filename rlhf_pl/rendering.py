@@ -139,7 +139,7 @@ class Renderer:
     def _say_once(self, line: str) -> None:
         if line not in self._told:
             self._told.add(line)
-            console.print(f"`{self.option}`: {line}", soft_wrap=True, markup=False)
+            console.print(f"`{self.option}`: {line}", soft_wrap=True)
 
     @cached_property
     def turn_text(self) -> str:

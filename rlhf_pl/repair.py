@@ -95,4 +95,4 @@ def _stamp_anew(maker: RoundMaker, stored: Round) -> bool:
 
 
 def _say(text: str) -> None:
-    console.print(text, soft_wrap=True, markup=False)
+    console.print(text, soft_wrap=True)

@@ -13,7 +13,6 @@ from rlhf_pl.checkpoints import (
     link_last,
     progress_of_files,
     read_progress,
-    run_of,
     supersede,
 )
 from rlhf_pl.console import console
@@ -60,10 +59,10 @@ def find_resume_point(
         broken.add(newest)
         del files[newest]
     for file in sorted(broken):
-        console.print(f"{file} is damaged; going on without it.", soft_wrap=True, markup=False)
+        console.print(f"{file} is damaged; going on without it.", soft_wrap=True)
     if not files:
         return ResumePoint(None)
-    _refuse_others(list(files), RoundStore(run_dir).run)
+    _refuse_others(files, RoundStore(run_dir).run)
     newest, progress = list(files.items())[-1]
     unchanged = ResumePoint(newest, partial(link_last, newest))  # a process that was killed may have linked none
     if downstream is None or accept_changes:
@@ -103,7 +102,6 @@ def find_resume_point(
             f"Changed: {lines}. Round {int(stored.path.name) + 1} is {REDONE[changed]} again, from the policy at its "
             f"start; the training with the old settings is kept in {kept}.",
             soft_wrap=True,
-            markup=False,
         )
 
     return ResumePoint(start, commit)
@@ -122,14 +120,14 @@ def chosen_resume_point(run_dir: str, checkpoint: Path) -> ResumePoint:
 
     def commit() -> None:
         if kept := supersede(later):
-            console.print(f"Later training is kept in {kept}.", soft_wrap=True, markup=False)
+            console.print(f"Later training is kept in {kept}.", soft_wrap=True)
 
     return ResumePoint(checkpoint, commit)
 
 
-def _refuse_others(files: list[Path], run: str | None) -> None:
+def _refuse_others(files: dict[Path, Progress], run: str | None) -> None:
     """Refuse checkpoints of another run, which a merged or restored directory may hold."""
-    others = [file for file in files if None not in (run, made_by := run_of(file)) and made_by != run]
+    others = [file for file, progress in files.items() if None not in (run, progress.run) and progress.run != run]
     if others:
         raise InputError(
             f"{', '.join(map(str, others))} belongs to another run than the rounds beside it. Move it out of "

@@ -22,8 +22,8 @@ from rlhf_pl.store_files import (
     DamagedStoreError,
     checksum,
     entries,
-    is_whole_shard,
     read_checked,
+    read_shard_file,
     remove,
     set_aside,
     write_checked,
@@ -31,7 +31,7 @@ from rlhf_pl.store_files import (
 
 SCHEMA_VERSION = 2
 STORE = "store.json"  # of a run directory: which run its rounds are of
-_COPY = ".manifest.copy.json"
+COPY = ".manifest.copy.json"
 STAGES = ("responses", "rewards", "pairs", "logps")
 ORDER = (*STAGES, "training")  # what a later one is made of comes first
 
@@ -212,10 +212,11 @@ class Round:
         file = self.shards(stage, number).get(number)
         if file is None:
             raise DamagedStoreError(_damaged(self.path / stage / f"{number:05d}-*.parquet"))
-        if not is_whole_shard(file):
+        content = read_shard_file(file)
+        if content is None:
             raise DamagedStoreError(_damaged(file))
         try:
-            return pq.read_table(pa.BufferReader(file.read_bytes()))
+            return pq.read_table(pa.BufferReader(content))
         except pa.ArrowException as error:
             raise DamagedStoreError(_damaged(file)) from error
 
@@ -233,7 +234,7 @@ class Round:
             # lost: to a repair that did not finish
             wanted = {*info.get("shards", []), *info.get("lost", [])}
             files += [self.path / stage / name for name in info.get("lost", [])]
-            bad += sorted({f for f in files if (os.path.lexists(f) or f.name in wanted) and not is_whole_shard(f)})
+            bad += sorted({f for f in files if (os.path.lexists(f) or f.name in wanted) and read_shard_file(f) is None})
         if not manifest["stages"].get("rewards", {}).get("complete"):
             bad += [file for file in sorted((self.path / "rewards").glob("_*.journal")) if not is_whole_journal(file)]
         there = any(self._by_name(stage) for stage in STAGES)
@@ -264,7 +265,7 @@ class Round:
 
     def _copy(self) -> dict[str, Any] | None:
         """The manifest's copy, if it is whole and this round's."""
-        copy = read_checked(self.path / _COPY)
+        copy = read_checked(self.path / COPY)
         return copy if copy is not None and self.is_own(copy, RoundStore(self.run_dir).noted_run) else None
 
     def tidy(self) -> None:
@@ -324,7 +325,7 @@ class Round:
             content["stages"] |= {stage: info for stage, info in begun.items() if info["kept"]}
             content |= {"run": RoundStore(self.run_dir).identify(), "round": self.name}
         # The copy first: what is killed before the manifest is written is done again, and clears up behind itself.
-        for name in (_COPY, "manifest.json"):
+        for name in (COPY, "manifest.json"):
             write_checked(self.path / name, content)
 
 

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.filesystem import _StorageInfo
 from rlhf_pl.errors import InputError
 
 METADATA = ".metadata"
+META = "meta.pt"  # in a sharded checkpoint, all but weights and optimizer
 _CLASSES = (
     *(getattr(metadata, name) for name in metadata.__all__),
     metadata._MEM_FORMAT_ENCODING,
@@ -110,7 +111,7 @@ def check_checkpoint(path: Path) -> None:
     """
     if path.is_dir():
         check_folder(path)
-        path = path / "meta.pt"
+        path = path / META
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

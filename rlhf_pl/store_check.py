@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rlhf_pl.rounds import STAGES, STORE, DamagedStoreError, Round, RoundStore
+from rlhf_pl.rounds import COPY, STAGES, STORE, DamagedStoreError, Round, RoundStore
 from rlhf_pl.store_files import JOURNAL, NOTE, entries, read_checked
 
 FOLDERS = ("rounds", "heldout")
@@ -74,35 +74,35 @@ def find_problems(store: RoundStore, rounds_done: int | None = None, held_out: b
         rounds_done = max(reached, default=0)
     extra = _beyond(own, rounds_done)
     own = [stored for stored in own if stored.path not in extra]
-    strangers = [*_unknown_in(store), *foreign, *extra, *(path for stored in own for path in strangers_in(stored))]
+    strangers = [*_unknown_in(store), *foreign, *extra, *(path for stored in own for path in strangers_in(stored, run))]
     damaged = [(stored, file) for stored in own for file in stored.damage()]
     return Problems(sorted(strangers), damaged, _missing(store, own, rounds_done, held_out))
 
 
-def strangers_in(stored: Round) -> list[Path]:
-    """What is in a round's folder and is neither its own nor hidden nor a backup."""
+def strangers_in(stored: Round, run: str | None) -> list[Path]:
+    """What is in a round's folder and is neither its own, as one of this run, nor hidden nor a backup."""
     listed = {stage: entries(stored.path / stage) for stage in STAGES}  # before the manifest, which others may write
     found = [path for path in entries(stored.path) if path.name not in ("manifest.json", *STAGES)]
-    copy = stored.path / ".manifest.copy.json"
+    copy = stored.path / COPY
     found += [copy] if copy.is_dir() else []
     found += [path for stage in STAGES if os.path.lexists(path := stored.path / stage) and not path.is_dir()]
     for stage, paths in listed.items():
         known = stored.known(stage)
-        found += [path for path in paths if path.name not in known and not _is_beside(stored, stage, path)]
+        found += [path for path in paths if path.name not in known and not _is_beside(stored, stage, path, run)]
     return found
 
 
-def _is_beside(stored: Round, stage: str, path: Path) -> bool:
+def _is_beside(stored: Round, stage: str, path: Path, run: str | None) -> bool:
     """Whether a file is a note or a journal of the round's."""
     if stage == "rewards" and JOURNAL.fullmatch(path.name):
         return path.is_file()
     content = read_checked(path) if NOTE.fullmatch(path.name) else None
-    return content is not None and stored.is_own(content, RoundStore(stored.run_dir).run)
+    return content is not None and stored.is_own(content, run)
 
 
 def _is_foreign(stored: Round, run: str | None) -> bool:
     """Whether a folder is another run's or round's: its manifest is, and the copy does not say otherwise."""
-    contents = [read_checked(stored.path / name) for name in ("manifest.json", ".manifest.copy.json")]
+    contents = [read_checked(stored.path / name) for name in ("manifest.json", COPY)]
     known = [stored.is_own(content, run) for content in contents if content is not None]
     return bool(known) and not any(known)
 

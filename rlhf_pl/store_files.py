@@ -50,13 +50,14 @@ def write_checked(file: Path, content: dict[str, Any]) -> None:
     write_atomically(file, lambda opened: opened.write(text.encode()))
 
 
-def is_whole_shard(file: Path) -> bool:
-    """Whether a file is there and is what its name says; a folder, a device or a broken link is not.
+def read_shard_file(file: Path) -> bytes | None:
+    """What is in a file that is what its name says; None of a damaged one, a folder, a device or a broken link.
 
     Raises:
         OSError: It can't be read.
     """
-    return file.is_file() and file.stem.split("-", 1)[1] == checksum(file.read_bytes())
+    content = file.read_bytes() if file.is_file() else None
+    return content if content is not None and file.stem.split("-", 1)[1] == checksum(content) else None
 
 
 def is_of_others(name: str) -> bool:

@@ -162,6 +162,12 @@ class PoisonAt(L.Callback):
         trainer.optimizers[0].register_step_post_hook(poison)
 
 
+def quiet_trainer(folder: Path, callbacks: list[L.Callback], **options: Any) -> L.Trainer:
+    """A Trainer of one epoch on the CPU."""
+    quiet: dict[str, Any] = {"logger": False, "enable_progress_bar": False, "enable_model_summary": False}
+    return L.Trainer(accelerator="cpu", max_epochs=1, default_root_dir=folder, callbacks=callbacks, **quiet, **options)
+
+
 def tune(
     folder: Path,
     llama: Path,
@@ -172,15 +178,7 @@ def tune(
     **options: Any,
 ) -> None:
     L.seed_everything(1, verbose=False)
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        default_root_dir=folder,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        callbacks=[EpochRun(), RoundCheckpoint(every), HFExport(), *callbacks],
-    )
+    trainer = quiet_trainer(folder, [EpochRun(), RoundCheckpoint(every), HFExport(), *callbacks])
     trained = module(str(llama), optimizer=lambda p: AdamW(p, lr=1e-3))
     data = SFTDataModule(rows, val_conversations=0, max_tokens=64, batch_size=2)
     trainer.fit(trained, datamodule=data, **options)
@@ -217,16 +215,7 @@ def test_weights_that_are_not_finite_are_not_validated(
 ) -> None:
     """The calibration error of a reward model can't be told of scores that are NaN."""
     rows = write_jsonl([{"prompt": f"Is {i} even?", "chosen": "Yes.", "rejected": "No."} for i in range(4)])
-    trainer = L.Trainer(
-        accelerator="cpu",
-        max_epochs=1,
-        default_root_dir=tmp_path,
-        logger=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-        num_sanity_val_steps=0,
-        callbacks=[EpochRun(), RoundCheckpoint(), PoisonAt(1)],
-    )
+    trainer = quiet_trainer(tmp_path, [EpochRun(), RoundCheckpoint(), PoisonAt(1)], num_sanity_val_steps=0)
     data = PreferenceDataModule(rows, val_preferences=2, max_tokens=64, batch_size=2)
     with pytest.raises(DivergedError, match=r"`classifier.model.model.layers.1.mlp.up_proj.weight`"):
         trainer.fit(RewardModelModule(str(llama), optimizer=lambda p: AdamW(p, lr=1e-3)), datamodule=data)

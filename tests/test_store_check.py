@@ -356,7 +356,7 @@ def test_a_shard_that_is_replaced_survives_a_kill_before_the_new_one_is_there(
     with pytest.raises(KeyboardInterrupt):
         stored.write_shard("rewards", 0, pa.table({"a": [2]}))
     assert stored.read_shard("rewards", 0)["a"].to_pylist() == [1]
-    assert not strangers_in(stored)
+    assert not strangers_in(stored, RoundStore(stored.run_dir).run)
     monkeypatch.undo()
     stored.write_shard("rewards", 0, pa.table({"a": [2]}))
     assert stored.read_shard("rewards", 0)["a"].to_pylist() == [2]

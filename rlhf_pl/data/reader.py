@@ -163,7 +163,7 @@ class MessageReader:
 
 
 def _say(line: str) -> None:
-    console.print(line, soft_wrap=True, markup=False)
+    console.print(line, soft_wrap=True)
 
 
 def _from_json(text: str, column: str) -> Any:

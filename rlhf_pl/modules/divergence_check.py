@@ -11,10 +11,9 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf_pl.console import warn
-from rlhf_pl.divergence import diverged, refuse_diverged_moments, refuse_diverged_weights
+from rlhf_pl.divergence import diverged, refuse_diverged_moments, refuse_diverged_weights, refuse_on_any_rank
 from rlhf_pl.finite import first_not_finite
 from rlhf_pl.modules.logging import is_update
-from rlhf_pl.ranks import ranks_of
 
 # of a gradient scaler, which begins at 2^16 and is halved whenever gradients overflow
 LEAST_SCALE = 2.0**-126
@@ -159,5 +158,4 @@ def _refuse_averages(trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> None:
     """Of a checkpoint of Lightning's WeightAveraging, whose `state_dict` holds the averages."""
     if "current_model_state" in checkpoint:
         name = first_not_finite(checkpoint["state_dict"].items())
-        if what := next(filter(None, ranks_of(trainer).gather(name)), ""):
-            raise diverged(trainer, f"the averaged weights `{what}` are not finite")
+        refuse_on_any_rank(trainer, f"the averaged weights `{name}` are not finite" if name else "")

@@ -13,7 +13,7 @@ from rlhf_pl.rewards.base import Failure, Reward, Sample
 from rlhf_pl.rewards.combine import CombinedReward
 from rlhf_pl.rewards.left_behind import contained
 from rlhf_pl.rewards.process_state import KeptProcess, KeptSettings
-from rlhf_pl.rewards.results import Outcome, failure_of, scores_of
+from rlhf_pl.rewards.results import Outcome, cut, failure_of, scores_of
 from rlhf_pl.rewards.time_limit import call_limited, ends_if_locked
 
 MOST_GIVEN_UP = 3  # calls of a reward that do not let themselves be interrupted, before the run stops
@@ -107,7 +107,7 @@ def guarded_scores(
 def _decide(reward: Reward, sample: Sample, outcome: Outcome, config: ScoringConfig) -> Outcome:
     if isinstance(outcome, Failure) and config.on_failure == "error":
         raise InputError(
-            f"Reward `{reward.name}` failed for prompt_id {sample.prompt_id!r}, answer {_shorten(sample.response)!r}: "
+            f"Reward `{reward.name}` failed for prompt_id {sample.prompt_id!r}, answer {cut(sample.response, 80)!r}: "
             f"{outcome.detail} The policy for failures is `error`; with --rollout.scoring.on_failure drop such answers "
             "are left out, with a number that is their reward."
         )
@@ -248,7 +248,3 @@ def try_reward(reward: Reward, samples: Sequence[Sample], config: ScoringConfig)
                 guarded_scores(part, samples[:_TRIED], replace(config, retries=0))
             except InputError as error:
                 raise InputError(f"{error} (Found by a trial call before loading any model.)") from error
-
-
-def _shorten(text: str, limit: int = 80) -> str:
-    return text if len(text) <= limit else text[: limit - 1] + "…"

@@ -170,7 +170,12 @@ def shown(value: Any) -> str:
     text = f"a {type(value).__name__}"
     with suppress(Exception):  # users' classes may fail at anything, and long integers have no text
         text = clean(repr(value))
-    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
+    return cut(text, _SHOWN)
+
+
+def cut(text: str, limit: int) -> str:
+    """A text of at most so many characters."""
+    return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
 def clean(text: str) -> str:

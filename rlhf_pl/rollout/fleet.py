@@ -46,13 +46,13 @@ class Fleet:
         self._lost |= {engine.url: reason for engine in engines}
         if news and self.there and not self.quiet:
             said = f"{' and '.join(news)} draws no answers until it is back; the other servers do its share."
-            console.print(f"{said} {_reason(reason)}", soft_wrap=True, markup=False)
+            console.print(f"{said} {_reason(reason)}", soft_wrap=True)
 
     def take_back(self, engines: Sequence[ServedEngine]) -> None:
         """Servers that were lost, or not, can be used."""
         for engine in engines:
             if self._lost.pop(engine.url, None) is not None and not self.quiet:
-                console.print(f"{engine.url} is back.", soft_wrap=True, markup=False)
+                console.print(f"{engine.url} is back.", soft_wrap=True)
 
     def of_those_there(self, action: Callable[[ServedEngine], T]) -> list[tuple[ServedEngine, T]]:
         """What an action gives for each server in use; one that can't be reached is lost.

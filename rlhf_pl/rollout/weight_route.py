@@ -1,8 +1,7 @@
 """The ways of the weights to servers: to each by itself, or to all that NCCL has joined."""
 
-import threading
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 from torch import Tensor
@@ -101,28 +100,17 @@ class WeightRoute:
             "dtype_names": [str(t.dtype).removeprefix("torch.") for _, t in bucket],
             "shapes": [list(t.shape) for _, t in bucket],
         }
-        told: list[Exception] = []
-
-        def tell() -> None:
-            try:
-                self._all("/update_weights", {"update_info": info})
-            except InputError as error:
-                told.append(error)
-
-        telling = threading.Thread(target=tell, daemon=True)
-        telling.start()
+        telling = start(self._all, "/update_weights", {"update_info": info})
         try:
             self._push.send([t for _, t in bucket])
         except OSError as error:
-            telling.join(10)
-            raise (
-                told[0]
-                if told
-                else InputError(f"`rollout.sampler`: the connection for weights broke: {error}. See the servers' logs.")
+            wait([telling], 10)
+            if telling.done():
+                telling.result()  # the server's own words, if it has some
+            raise InputError(
+                f"`rollout.sampler`: the connection for weights broke: {error}. See the servers' logs."
             ) from error
-        telling.join()
-        if told:
-            raise told[0]
+        telling.result()
 
     def finish(self, version: str) -> None:
         """End the update, and let answers be drawn."""

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,19 +24,21 @@ pytestmark = [
 ROUNDS = 30
 
 
-def command(folder: Path, model: Path) -> list[str]:
+def command(
+    folder: Path, model: Path, rounds: int = ROUNDS, sampler: Sequence[str] = ("--rollout.sampler.kv_cache_gib", "0.1")
+) -> list[str]:
     rows = [{"prompt_id": f"p{i}", "prompt": f"What is {i} plus {i}?"} for i in range(20)]
     (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
     (folder / "reward.py").write_text("def score(response):\n    return len(set(response)) / 10\n")
     options = {
         **{"model.policy": model, "model.optimizer.lr": "1e-4", "data.prompts": folder / "prompts.jsonl"},
         **{"data.prompts_per_round": 8, "data.val_prompts": 2, "data.max_prompt_tokens": 64},
-        **{"rollout.reward": f"{folder}/reward.py:score", "rollout.sampler.kv_cache_gib": 0.1},
+        **{"rollout.reward": f"{folder}/reward.py:score"},
         **{"rollout.sampling.max_response_tokens": 16, "rollout.sampling.num_responses": 3},
-        **{"trainer.max_epochs": ROUNDS, "trainer.accelerator": "cpu", "trainer.default_root_dir": folder / "run"},
+        **{"trainer.max_epochs": rounds, "trainer.accelerator": "cpu", "trainer.default_root_dir": folder / "run"},
     }
     listed = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
-    return [sys.executable, "-m", "rlhf_pl", "fit", *listed]
+    return [sys.executable, "-m", "rlhf_pl", "fit", *listed, *sampler]
 
 
 class Watched:

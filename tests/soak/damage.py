@@ -6,7 +6,6 @@ It holds if a run either goes on and ends as one whose files are whole, to the l
 few lines, after which `--repair` is tried. A traceback, other weights, and exit code 0 without a model are failures.
 """
 
-import argparse
 import random
 import re
 import shutil
@@ -22,7 +21,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.integration.test_kill_matrix import TRANSFORMERS, drive, make_plan, run_reference
-from tests.soak.harm import OF_FILES, OF_FOLDERS, Harm
+from tests.soak.harm import OF_FILES, OF_FOLDERS, Harm, arguments_of, report
 
 REFUSED, REPAIR = "refused", "refused; --repair: "
 FAILURES = ("TRACEBACK", "NO MODEL", "OTHER WEIGHTS", "EXIT CODE")
@@ -116,11 +115,7 @@ def _go_on(
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, help="so many of all, by chance")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--show", action="store_true", help="print every message")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__.splitlines()[0])
     rng = random.Random(arguments.seed)
     started, table, bad = time.monotonic(), Counter[tuple[str, str]](), 0
     with tempfile.TemporaryDirectory() as temporary:
@@ -135,14 +130,10 @@ def main() -> int:
             part = trials[first : first + 10]
             told = try_all(folder, plan, whole, part, expected, rng, arguments.show)
             for number, ((file, harm), outcome) in enumerate(zip(part, told, strict=True), first + 1):
-                table[kind_of(file, whole), outcome] += 1
+                table[f"`{kind_of(file, whole)}`", outcome] += 1
                 bad += outcome.startswith(FAILURES) or outcome.removeprefix(REPAIR).startswith(FAILURES)
                 print(f"{number:4} {harm.__name__:14} {file.relative_to(whole)}: {outcome}", flush=True)
-    print(f"\n{len(trials)} trials in {time.monotonic() - started:.0f} s, {bad} failures\n")
-    print("| file | outcome | trials |\n| --- | --- | --- |")
-    for (kind, told), count in sorted(table.items()):
-        print(f"| `{kind}` | {told} | {count} |")
-    return 1 if bad else 0
+    return report("file", table, bad, started)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,11 @@
-"""What can happen to a file or a folder."""
+"""What can happen to a file or a folder, and how what came of it is told."""
 
+import argparse
 import json
 import random
 import shutil
+import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
@@ -87,3 +90,21 @@ OF_FILES: tuple[Harm, ...] = (
     *(flip, cut, lengthen, empty, garbage, zeros, other_json, delete, make_folder, dangling_link, neighbour),
 )
 OF_FOLDERS: tuple[Harm, ...] = (remove_folder, empty_folder, file_instead, dangling_folder)
+
+
+def report(header: str, table: Counter[tuple[str, str]], failures: int, started: float) -> int:
+    """Print a Markdown table of (kind, outcome) with their counts; returns the exit code."""
+    print(f"\n{table.total()} trials in {time.monotonic() - started:.0f} s, {failures} failures\n")
+    print(f"| {header} | outcome | trials |\n| --- | --- | --- |")
+    for (kind, outcome), count in sorted(table.items()):
+        print(f"| {kind} | {outcome} | {count} |")
+    return 1 if failures else 0
+
+
+def arguments_of(description: str) -> argparse.Namespace:
+    """`--trials`, `--seed` and `--show`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--trials", type=int, help="so many of all, by chance")
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--show", action="store_true", help="print every message")
+    return parser.parse_args()

@@ -6,7 +6,6 @@ It holds if each is either taken or refused by one error of a few lines, with ex
 directory or anything in it but rounds that are whole. A traceback and exit code 0 without a model are failures.
 """
 
-import argparse
 import random
 import shutil
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 
 from rlhf_pl.rounds import RoundStore
 from tests.integration.test_kill_matrix import TRANSFORMERS, drive, make_plan
-from tests.soak.harm import OF_FILES
+from tests.soak.harm import OF_FILES, arguments_of, report
 
 REWARDS = {
     "raises": "raise ValueError('no')",
@@ -103,11 +102,7 @@ def verdict(run: Path, log: str, status: int) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--trials", type=int, help="so many of all, by chance")
-    parser.add_argument("--seed", type=int, default=7)
-    parser.add_argument("--show", action="store_true", help="print every message")
-    arguments = parser.parse_args()
+    arguments = arguments_of(__doc__.splitlines()[0])
     rng, started = random.Random(arguments.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -132,11 +127,7 @@ def main() -> int:
                     print(log[-3000:])
                 elif arguments.show and "error: " in log:
                     print(log[log.index("error: ") :].strip())
-    print(f"\n{len(tried)} inputs in {time.monotonic() - started:.0f} s, {bad} failures\n")
-    print("| input | outcome | tried |\n| --- | --- | --- |")
-    for (kind, outcome), count in sorted(table.items()):
-        print(f"| {kind} | {outcome} | {count} |")
-    return 1 if bad else 0
+    return report("input", table, bad, started)
 
 
 if __name__ == "__main__":

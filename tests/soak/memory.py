@@ -7,7 +7,6 @@ many after it.
 """
 
 import argparse
-import json
 import subprocess
 import sys
 import tempfile
@@ -15,28 +14,15 @@ from pathlib import Path
 from statistics import mean
 
 from tests.conftest import save_llama
+from tests.integration.test_many_rounds import command, memory_by_round
 
 
 def run(folder: Path, rounds: int) -> list[float]:
     """MiB that are resident at the start of every round's training, as the run logs them."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    rows = [{"prompt_id": f"p{i}", "prompt": f"What is {i} plus {i}?"} for i in range(20)]
-    (folder / "prompts.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (folder / "reward.py").write_text("def score(response):\n    return len(set(response)) / 10\n")
-    options = {
-        **{"model.policy": save_llama(folder / "llama"), "model.optimizer.lr": "1e-4"},
-        **{"data.prompts": folder / "prompts.jsonl", "data.prompts_per_round": 8, "data.val_prompts": 2},
-        **{"data.max_prompt_tokens": 64, "rollout.reward": f"{folder}/reward.py:score"},
-        **{"rollout.sampler": "TransformersSampler", "rollout.val_num_responses": 2},
-        **{"rollout.sampling.max_response_tokens": 16, "rollout.sampling.num_responses": 3},
-        **{"trainer.max_epochs": rounds, "trainer.accelerator": "cpu", "trainer.default_root_dir": folder / "run"},
-    }
-    listed = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
-    subprocess.run([sys.executable, "-m", "rlhf_pl", "fit", *listed], check=True, stdout=subprocess.DEVNULL)
-    curves = EventAccumulator(str(folder / "run" / "tensorboard"))
-    curves.Reload()
-    return [event.value * 1024 for event in curves.Scalars("system/resident_gib")]
+    sampler = ["--rollout.sampler", "TransformersSampler", "--rollout.val_num_responses", "2"]
+    listed = command(folder, save_llama(folder / "llama"), rounds, sampler)
+    subprocess.run(listed, check=True, stdout=subprocess.DEVNULL)
+    return [gib * 1024 for gib in memory_by_round(folder / "run")]
 
 
 def growth(resident: list[float], settling: int) -> float:
