@@ -71,7 +71,11 @@ class RunLock:
         self.folder.mkdir(parents=True, exist_ok=True)
         os.close(os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT, 0o644))
         with _opened([self.folder / NAME, self.folder], os.O_RDWR) as descriptors:
-            is_locked = self._refuse_owner(descriptors, fcntl.LOCK_EX)
+            try:
+                is_locked = self._refuse_owner(descriptors, fcntl.LOCK_EX)
+            except InputError:
+                self._remove_nobodys(descriptors[0])
+                raise
             if not _is_at(descriptors[0], self.folder / NAME):
                 return False
             text = json.dumps(_myself(descriptors[0])).encode()
@@ -85,6 +89,13 @@ class RunLock:
             self._open = descriptors.copy()
             descriptors.clear()
         return True
+
+    def _remove_nobodys(self, descriptor: int) -> None:
+        """Remove a file that names nobody: one who is refused has made it, as the owner had just left with its own."""
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.fstat(descriptor).st_size == 0 and _is_at(descriptor, self.folder / NAME):
+                (self.folder / NAME).unlink()
 
     def release(self) -> None:
         """Give the lock back; a folder that was made for it and holds nothing else goes with it."""

@@ -217,6 +217,14 @@ def test_a_living_owner_that_lost_its_lock_is_respected(tmp_path: Path, hold: Ho
         RunLock(tmp_path / "run").acquire()
 
 
+def test_who_is_refused_leaves_no_file_that_names_nobody(tmp_path: Path, hold: Holder) -> None:
+    """The owner's file is gone, as for a moment when it leaves; the directory is still its own."""
+    hold("os.unlink(sys.argv[1] + '/.lock')")
+    with pytest.raises(InputError, match="in use by process"):
+        RunLock(tmp_path / "run").acquire()
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
 def test_owners_that_come_and_go_never_meet(tmp_path: Path) -> None:
     """Eight processes take and leave the lock, with the folder that the first of them makes."""
     code = """
