@@ -55,7 +55,7 @@ test-slow: setup model
 # no set-up of its own: it may run where there is no network
 test-gpu:
 	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); \
-		$$python -m pytest -rs -m gpu tests/test_gpu.py
+		$$python -m pytest -rs -m gpu tests/integration/test_gpu.py
 
 # under half an hour, so three of them are brief
 BENCHMARKS := scoring generation growth vocabulary_memory "whole_round --prompts 24" "training_step --pairs 4" \

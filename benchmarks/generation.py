@@ -43,11 +43,11 @@ def main() -> None:
     print(f"\nrlhf-pl at {speed['rlhf-pl'] / speed['vllm']:.1%} of bare vLLM")
 
 
-def hand_over(args: argparse.Namespace, sampler: Any, weights: Any, when: str = "") -> None:
+def sync_weights(args: argparse.Namespace, sampler: Any, weights: Any, when: str = "") -> None:
     """Bring weights into the engine; on a GPU the second time, which compiles nothing, is shown."""
     for _ in range(2 if args.device == "cuda" else 1):
         started = time.perf_counter()
-        sampler.forget(weights)
+        sampler.invalidate_weights(weights)
         wait(args)
         poisoned = time.perf_counter()
         sampler.load_weights(weights.items())
@@ -83,12 +83,12 @@ class StepClock:
 
 def measure(args: argparse.Namespace) -> dict[str, tuple[int, float, float]]:
     """For each sampler the tokens of all answers, and the seconds in and outside the engine's steps."""
-    from rlhf_pl.devices import fast_dtype
-    from rlhf_pl.policy import load_lm
-    from rlhf_pl.policy_source import PolicySource
+    from rlhf_pl.models.policy import load_lm
+    from rlhf_pl.models.source import ModelSource
     from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMSampler
+    from rlhf_pl.utils.devices import fast_dtype
 
-    source = PolicySource(args.model)
+    source = ModelSource(args.model)
     vocabulary = source.config.get_text_config().vocab_size
     prompts = [p.prompt for p in make_pairs(PROFILES["short"], args.prompts, vocabulary, args.seed)]
     longest = max(map(len, prompts)) + args.max_tokens
@@ -97,7 +97,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[int, float, float]]:
     ours = VLLMSampler(dtype=dtype, gpu_memory_utilization=0.5)  # type: ignore[arg-type]
     ours.start(EngineSpec(source, longest, args.prompts * args.num_responses))
     weights = load_lm(source).to(args.device).state_dict()
-    hand_over(args, ours, weights)
+    sync_weights(args, ours, weights)
     sampling = SamplingConfig(num_responses=args.num_responses, max_response_tokens=args.max_tokens, top_p=args.top_p)
 
     def with_ours() -> list[list[list[int]]]:
@@ -147,7 +147,7 @@ def measure(args: argparse.Namespace) -> dict[str, tuple[int, float, float]]:
     if on_gpu:
         ours.sleep()
         ours.wake()
-        hand_over(args, ours, weights, "after sleep: ")
+        sync_weights(args, ours, weights, "after sleep: ")
     ours.close()
     return {
         name: (

@@ -102,9 +102,9 @@ def ours(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[float,
     from torch.optim.lr_scheduler import ConstantLR
 
     from rlhf_pl import RebelLoss, RebelModule, RoundDataModule, SamplingConfig, VLLMSampler
+    from rlhf_pl.algorithms.reward_shaping import RewardShaping
     from rlhf_pl.callbacks import RoundRefresh
     from rlhf_pl.optim import AdamW
-    from rlhf_pl.shaping import RewardShaping
 
     clock: list[Snapshots] = []
 
@@ -216,11 +216,11 @@ def with_trl(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[fl
 
 def evaluate(args: argparse.Namespace, taken: list[tuple[float, dict[str, Any]]]) -> Curve:
     """Mean reward on the held-out prompts of every snapshot."""
-    from rlhf_pl.chat import encode_prompt
-    from rlhf_pl.policy_source import PolicySource
+    from rlhf_pl.models.chat import encode_prompt
+    from rlhf_pl.models.source import ModelSource
     from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMSampler
 
-    source = PolicySource(args.model)
+    source = ModelSource(args.model)
     held_out = questions()[1]
     prompts = [encode_prompt(source.tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in held_out]
     sampler = VLLMSampler(dtype="float32")

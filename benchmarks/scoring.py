@@ -33,8 +33,8 @@ def measure(args: argparse.Namespace) -> None:
 
     from transformers import AutoTokenizer
 
-    from rlhf_pl.classifier import new_classifier
-    from rlhf_pl.policy_source import PolicySource
+    from rlhf_pl.models.sequence_classifier import new_classifier
+    from rlhf_pl.models.source import ModelSource
     from rlhf_pl.rewards import ClassifierReward, Sample
 
     print(machine())
@@ -48,7 +48,7 @@ def measure(args: argparse.Namespace) -> None:
         chat = [{"role": "user", "content": text(args.prompt_words)}]
         samples += [Sample(str(number), chat, text(args.response_words)) for _ in range(args.num_responses)]
     with tempfile.TemporaryDirectory() as name:
-        model = new_classifier(PolicySource(args.model), seed=1)
+        model = new_classifier(ModelSource(args.model), seed=1)
         tokenizer = AutoTokenizer.from_pretrained(args.model)
         tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
         model.config.pad_token_id = tokenizer.pad_token_id

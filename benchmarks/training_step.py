@@ -157,24 +157,24 @@ def plain_loop(args: argparse.Namespace, pairs: list[Pair], variant: str, profil
     """Forward, backward, update. The Trainer around it adds milliseconds a micro-batch."""
     import torch
 
-    from rlhf_pl.logprobs import gather_logps
-    from rlhf_pl.policy import PolicyLM, load_lm
-    from rlhf_pl.policy_source import PolicySource
-    from rlhf_pl.rows import Tree, lay_out, padded
+    from rlhf_pl.models.logprobs import gather_logps
+    from rlhf_pl.models.packed_batch import PrefixGroup, pack, padded
+    from rlhf_pl.models.policy import PolicyLM, load_lm
+    from rlhf_pl.models.source import ModelSource
 
     with peak_memory() as peak:
-        lm = load_lm(PolicySource(args.model)).train()
+        lm = load_lm(ModelSource(args.model)).train()
         if variant != "shared":
             lm.set_attn_implementation("sdpa")
         policy = PolicyLM(lm)
         optimizer = torch.optim.AdamW(lm.parameters(), lr=1e-6)
 
         def totals(batch: list[Pair]) -> Any:
-            rows = lay_out([Tree(p.prompt, (p.chosen, p.rejected)) for p in batch])
+            rows = pack([PrefixGroup(p.prompt, (p.chosen, p.rejected)) for p in batch])
             if variant in ("chunked", "shared"):
-                return rows.totals(policy(**rows.inputs())).view(-1, 2).T
+                return rows.sum_per_response(policy(**rows.inputs())).view(-1, 2).T
             ids, mask = padded(rows.input_ids, rows.lengths)
-            wanted = rows.answer_of, rows.position_ids[0, rows.predictors]
+            wanted = rows.response_ids, rows.position_ids[0, rows.logit_positions]
             if variant == "fixed":  # prompts end, and answers begin, at the same column in every row
                 width = profile.fixed_prompt + profile.fixed_response
                 fixed = torch.zeros(len(ids), width, dtype=torch.long)
@@ -188,7 +188,7 @@ def plain_loop(args: argparse.Namespace, pairs: list[Pair], variant: str, profil
             logits = lm(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False).logits
             targets = ids.roll(-1, 1)
             all_logps = gather_logps(logits.flatten(0, 1), targets.flatten()).view(ids.shape)
-            return rows.totals(all_logps[wanted]).view(-1, 2).T
+            return rows.sum_per_response(all_logps[wanted]).view(-1, 2).T
 
         def train(batch: list[Pair]) -> float:
             """The loss of its first micro-batch."""
@@ -217,7 +217,7 @@ def with_lightning(args: argparse.Namespace, pairs: list[Pair], variant: str) ->
     import pyarrow as pa
 
     from rlhf_pl import RebelModule
-    from rlhf_pl.data.pairs import PairDataset, RoundBatches, RoundLoader
+    from rlhf_pl.data.pair_batches import PairDataset, RoundBatches, RoundLoader
     from rlhf_pl.data.update_plan import UpdatePlan
     from rlhf_pl.optim import AdamW
 

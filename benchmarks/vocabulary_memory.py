@@ -36,10 +36,10 @@ def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int, de
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from rlhf_pl.logprobs import gather_logps
-    from rlhf_pl.policy import PolicyLM
-    from rlhf_pl.rows import Tree, lay_out, padded
-    from rlhf_pl.shared_prompt import share_prompts
+    from rlhf_pl.models.logprobs import gather_logps
+    from rlhf_pl.models.packed_batch import PrefixGroup, pack, padded
+    from rlhf_pl.models.policy import PolicyLM
+    from rlhf_pl.models.shared_prefix import share_prompts
 
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -47,12 +47,12 @@ def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int, de
     for parameter in lm.parameters():
         parameter.grad = torch.zeros_like(parameter)
     answers = torch.randint(vocabulary, (pairs, 2, response)).tolist()
-    rows = lay_out([Tree(list(range(100)), (chosen, rejected)) for chosen, rejected in answers]).to(device)
+    rows = pack([PrefixGroup(list(range(100)), (chosen, rejected)) for chosen, rejected in answers]).to(device)
     before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0  # the CPU's peak is above the start
     with peak_memory(device) as peak:
         if how == "ours":
             assert share_prompts(lm)
-            rows.totals(PolicyLM(lm, chunk)(**rows.inputs())).sum().backward()
+            rows.sum_per_response(PolicyLM(lm, chunk)(**rows.inputs())).sum().backward()
         else:
             ids, mask = padded(rows.input_ids, rows.lengths)
             logits = lm(input_ids=ids, attention_mask=mask).logits

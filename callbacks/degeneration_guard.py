@@ -5,15 +5,15 @@ from typing import Any
 
 import lightning as L
 
-from rlhf_pl.console import warn
-from rlhf_pl.data.progress import inside_round, rounds_done, stopped_inside
-from rlhf_pl.data.rounds import RoundDataModule
-from rlhf_pl.degeneration import answer_statistics
-from rlhf_pl.errors import InputError
-from rlhf_pl.metrics import policy_kl
+from rlhf_pl.algorithms.degeneration import answer_statistics
+from rlhf_pl.checkpointing.progress import inside_round, rounds_done, stopped_inside
+from rlhf_pl.data.round_datamodule import RoundDataModule
+from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.modules.logging import keep, publish
-from rlhf_pl.ranks import ranks_of
-from rlhf_pl.rounds import Round
+from rlhf_pl.rounds.metrics import policy_kl
+from rlhf_pl.store.round_store import Round
+from rlhf_pl.utils.console import warn
+from rlhf_pl.utils.errors import InputError
 
 SIGNS = ("kl", "distinct", "identical", "length", "pairs", "reward_std")
 
@@ -79,7 +79,7 @@ class DegenerationGuard(L.Callback):
         if not isinstance(data, RoundDataModule) or not inside_round(trainer):
             return
         stored = data.store.round(rounds_done(trainer))
-        seen = ranks_of(trainer).first(lambda: answer_statistics(stored.read("responses")))
+        seen = ranks_of(trainer).run_on_rank_zero(lambda: answer_statistics(stored.read("responses")))
         warnings = float(len(stored.manifest.get("warnings", {})))
         keep(trainer, {**{f"rollout/{name}": value for name, value in seen.items()}, "guard/warnings": warnings})
 
@@ -112,7 +112,7 @@ class DegenerationGuard(L.Callback):
                 self._judge(trainer, stored, {"kl": sign}, max(0, trainer.global_step - 1))
 
     def _signs_of_answers(self, trainer: L.Trainer, stored: Round, first: Round) -> dict[str, str]:
-        seen = ranks_of(trainer).first(lambda: answer_statistics(stored.read("responses")))
+        seen = ranks_of(trainer).run_on_rank_zero(lambda: answer_statistics(stored.read("responses")))
         publish(trainer, {f"rollout/{name}": value for name, value in seen.items()}, trainer.global_step)
         length, at_first = (r.info("responses")["tokens_mean"] for r in (stored, first))
         ratio = max(length, at_first) / max(1e-9, min(length, at_first))
@@ -147,9 +147,9 @@ class DegenerationGuard(L.Callback):
         return {name: text for name, (bad, text) in signs.items() if bad}
 
     def _judge(self, trainer: L.Trainer, stored: Round, signs: dict[str, str], step: int) -> None:
-        known: dict[str, Any] = ranks_of(trainer).share(stored.manifest.get("warnings", {}))
+        known: dict[str, Any] = ranks_of(trainer).broadcast(stored.manifest.get("warnings", {}))
         if signs and {**known, **signs} != known:
-            ranks_of(trainer).first(lambda: stored.update(warnings=known | signs))
+            ranks_of(trainer).run_on_rank_zero(lambda: stored.update(warnings=known | signs))
         number = int(stored.path.name) + 1
         for text in signs.values():
             warn(f"round {number}: {text}.")

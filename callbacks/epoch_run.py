@@ -5,8 +5,8 @@ from typing import Any
 import lightning as L
 
 from rlhf_pl.callbacks.round_checkpoint import save_resume_point
-from rlhf_pl.console import console
-from rlhf_pl.data.limits import (
+from rlhf_pl.checkpointing.progress import at_rounds_end, leaves_inside, rounds_done, stopped_inside
+from rlhf_pl.data.run_limits import (
     report_stop,
     return_limits,
     return_monitors,
@@ -14,11 +14,11 @@ from rlhf_pl.data.limits import (
     stop_at_max_steps,
     take_limits,
 )
-from rlhf_pl.data.progress import at_rounds_end, leaves_inside, rounds_done, stopped_inside
-from rlhf_pl.lock import RunLock
-from rlhf_pl.monitors import check_monitors
-from rlhf_pl.ranks import forget_ranks, ranks_of, report_failure
-from rlhf_pl.trainer_options import check_trainer
+from rlhf_pl.distributed.ranks import forget_ranks, ranks_of, report_failure
+from rlhf_pl.modules.monitors import check_monitors
+from rlhf_pl.modules.trainer_options import check_trainer
+from rlhf_pl.utils.console import console
+from rlhf_pl.utils.lock import RunLock
 
 _LACKING = "It comes from held-out rows: set `data.val_conversations`, `data.val_preferences` or `data.val_pairs`."
 
@@ -44,7 +44,7 @@ class EpochRun(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on the run directory is written to, by this process alone."""
         self._lock = RunLock(trainer.default_root_dir)
-        ranks_of(trainer).first(self._lock.acquire)
+        ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
         if trainer.is_global_zero:
             console.print(f"{_data(trainer).describe()}. Run directory: {trainer.default_root_dir}", soft_wrap=True)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]

@@ -11,15 +11,15 @@ from typing import Any, Literal
 import lightning as L
 from lightning.pytorch.callbacks import WeightAveraging
 
-from rlhf_pl.console import console
-from rlhf_pl.data.progress import inside_round, rounds_done, stopped_inside
-from rlhf_pl.disk import check_space, naming_a_full_disk
-from rlhf_pl.divergence import refuse_diverged_weights
-from rlhf_pl.errors import InputError
-from rlhf_pl.export import Exportable, export_dtype
-from rlhf_pl.export_files import NOT_EXPORTS, STAMP, damaged_files, file_records, stamp_of
-from rlhf_pl.fingerprints import weights_fingerprint
-from rlhf_pl.ranks import ranks_of
+from rlhf_pl.checkpointing.divergence import refuse_diverged_weights
+from rlhf_pl.checkpointing.progress import inside_round, rounds_done, stopped_inside
+from rlhf_pl.distributed.ranks import ranks_of
+from rlhf_pl.models.export_stamp import NOT_EXPORTS, STAMP, damaged_files, file_records, stamp_of
+from rlhf_pl.modules.export import Exportable, export_dtype
+from rlhf_pl.utils.console import console
+from rlhf_pl.utils.disk import check_space, naming_a_full_disk
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.fingerprints import weights_fingerprint
 
 FORMAT = 3  # of the folder; those of an earlier one are written again
 
@@ -75,12 +75,12 @@ class HFExport(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The model as it was loaded, and room for it in the run directory, which rounds look at again."""
         assert isinstance(pl_module, Exportable)
-        ranks_of(trainer).first(lambda: self._try(pl_module))
+        ranks_of(trainer).run_on_rank_zero(lambda: self._try(pl_module))
         source = getattr(pl_module, "source", None)
         dtype = None if source is None else export_dtype(source, self.dtype)
         size = sum(t.numel() * (dtype or t.dtype).itemsize for t in pl_module.weights().like.values())
         target = Path(trainer.default_root_dir)
-        ranks_of(trainer).first(lambda: check_space(target, {"final model": size}, "the export"))
+        ranks_of(trainer).run_on_rank_zero(lambda: check_space(target, {"final model": size}, "the export"))
 
     def _try(self, module: Any) -> None:
         """Modules of others may do without."""
@@ -101,7 +101,7 @@ class HFExport(L.Callback):
         done = rounds_done(trainer)
         target = Path(trainer.default_root_dir) / self._of_round(done)
         again = self.every_round and done != self._latest and not inside_round(trainer)
-        if again and ranks_of(trainer).share(target.exists()):
+        if again and ranks_of(trainer).broadcast(target.exists()):
             self._write(trainer, pl_module, self._of_round(done))
         self._write(trainer, pl_module, self.folder)
 
@@ -122,12 +122,12 @@ class HFExport(L.Callback):
             "weights": weights_fingerprint(pl_module.weights().stream()),
         }
         ranks = ranks_of(trainer)
-        ranks.first(lambda: shutil.rmtree(old, ignore_errors=True))
-        if ranks.share(trainer.is_global_zero and _is_there(target, stamp)):
+        ranks.run_on_rank_zero(lambda: shutil.rmtree(old, ignore_errors=True))
+        if ranks.broadcast(trainer.is_global_zero and _is_there(target, stamp)):
             return
         with ranks.phase("exporting the model"), naming_a_full_disk(target):
             try:
-                ranks.first(lambda: shutil.rmtree(temporary, ignore_errors=True))
+                ranks.run_on_rank_zero(lambda: shutil.rmtree(temporary, ignore_errors=True))
                 pl_module.export(str(temporary), self.dtype)
                 if trainer.is_global_zero:
                     text = json.dumps(stamp | {"files": file_records(temporary)}, indent=1)
@@ -140,7 +140,7 @@ class HFExport(L.Callback):
             except OSError:
                 shutil.rmtree(temporary, ignore_errors=True)
                 raise
-            ranks.wait()
+            ranks.barrier()
 
 
 def _is_there(target: Path, stamp: dict[str, Any]) -> bool:

@@ -7,23 +7,23 @@ import lightning as L
 import numpy as np
 import pyarrow as pa
 
-from rlhf_pl.console import console, phase, warn
-from rlhf_pl.data.offline import OfflineDataModule, OfflinePair, as_table
-from rlhf_pl.errors import InputError
-from rlhf_pl.fingerprints import rows_fingerprint
-from rlhf_pl.modules.rebel import RebelModule
-from rlhf_pl.provenance import ChangedSettingsError, differences
-from rlhf_pl.ranks import ranks_of
-from rlhf_pl.repair import move_aside
-from rlhf_pl.rotary import describe_factors
-from rlhf_pl.rounds import Round, RoundStore
-from rlhf_pl.rows import Tree, lay_out
-from rlhf_pl.snapshot import logps_function, steady
-from rlhf_pl.stages import pair_logps
-from rlhf_pl.stages.logps import steps_by_length
-from rlhf_pl.stages.select import PAIRS
-from rlhf_pl.store_check import find_problems
-from rlhf_pl.strategies import callable_policy, shard_frozen
+from rlhf_pl.data.offline_datamodule import OfflineDataModule, OfflinePair, as_table
+from rlhf_pl.distributed.ranks import ranks_of
+from rlhf_pl.distributed.strategies import callable_policy, shard_frozen
+from rlhf_pl.models.packed_batch import PrefixGroup, pack
+from rlhf_pl.models.rotary import describe_factors
+from rlhf_pl.modules.pairwise import RebelModule
+from rlhf_pl.rounds.policy_snapshot import logps_function, steady
+from rlhf_pl.rounds.repair import move_aside
+from rlhf_pl.rounds.stages import pair_logps
+from rlhf_pl.rounds.stages.logps import steps_by_length
+from rlhf_pl.rounds.stages.select import PAIRS
+from rlhf_pl.store.check import find_problems
+from rlhf_pl.store.provenance import ChangedSettingsError, differences
+from rlhf_pl.store.round_store import Round, RoundStore
+from rlhf_pl.utils.console import console, phase, warn
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.fingerprints import rows_fingerprint
 
 SURPRISE = 0.1  # nats a token between given and computed log-probs
 
@@ -48,7 +48,7 @@ class OfflineLogps(L.Callback):
             raise InputError(f"OfflineLogps works with RebelModule, got {type(pl_module).__name__}.")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, OfflineDataModule)
-        problems = ranks_of(trainer).first(lambda: find_problems(_store(trainer)))
+        problems = ranks_of(trainer).run_on_rank_zero(lambda: find_problems(_store(trainer)))
         if not self.repair:
             problems.refuse()
         damaged = [stored.path for stored, _ in problems.damaged]
@@ -66,7 +66,7 @@ class OfflineLogps(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The run directory is this run's from here on: clear it up."""
-        ranks_of(trainer).first(lambda: self._clear_up(_store(trainer)))
+        ranks_of(trainer).run_on_rank_zero(lambda: self._clear_up(_store(trainer)))
 
     def _clear_up(self, store: RoundStore) -> None:
         if self.repair:
@@ -92,7 +92,7 @@ class OfflineLogps(L.Callback):
                     stored.complete("pairs", pairs=len(pairs), dropped=data.dropped)
                 return False
 
-            if pairs and not ranks_of(trainer).first(keep_pairs):
+            if pairs and not ranks_of(trainer).run_on_rank_zero(keep_pairs):
                 self._logps(trainer, module, data, stored, pairs)
 
     def _logps(
@@ -119,7 +119,7 @@ class OfflineLogps(L.Callback):
                     divide = partial(data.training_steps, 0)
                 pair_logps(stored, policies, divide, data.temperature, report, ranks)
         if len(given) == len(pairs):
-            ranks.first(lambda: _keep_given(stored, pairs))
+            ranks.run_on_rank_zero(lambda: _keep_given(stored, pairs))
             self._compare(trainer, module, data, pairs)
 
     def _compare(
@@ -129,8 +129,8 @@ class OfflineLogps(L.Callback):
 
         logps = logps_function(trainer, module, _starting_policy(trainer, module))
         few = pairs[:4]
-        rows = lay_out([Tree(p.prompt_tokens, p.tokens) for p in few])
-        own = rows.totals(logps(rows, data.temperature).cpu()).double().numpy()
+        rows = pack([PrefixGroup(p.prompt_tokens, p.tokens) for p in few])
+        own = rows.sum_per_response(logps(rows, data.temperature).cpu()).double().numpy()
         theirs = np.array([value for p in few for value in p.logps or ()])
         off = float(np.mean(np.abs(own - theirs) / [len(tokens) for p in few for tokens in p.tokens]))
         if off > SURPRISE:

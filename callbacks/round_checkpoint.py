@@ -11,7 +11,7 @@ import lightning as L
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.callbacks import Checkpoint
 
-from rlhf_pl.checkpoints import (
+from rlhf_pl.checkpointing.checkpoints import (
     FOLDER,
     RUN,
     AtomicCheckpointIO,
@@ -20,13 +20,13 @@ from rlhf_pl.checkpoints import (
     remove_checkpoint,
     save_sharded,
 )
-from rlhf_pl.data.progress import at_rounds_end, batches_done, rounds_done, stopped_inside
-from rlhf_pl.errors import InputError
-from rlhf_pl.ranks import ranks_of
-from rlhf_pl.round_end import RoundEnd, note_metrics
-from rlhf_pl.rounds import RoundStore
-from rlhf_pl.secrets import redacted
-from rlhf_pl.strategies import writes_sharded
+from rlhf_pl.checkpointing.progress import at_rounds_end, batches_done, rounds_done, stopped_inside
+from rlhf_pl.distributed.ranks import ranks_of
+from rlhf_pl.distributed.strategies import writes_sharded
+from rlhf_pl.modules.epoch_end import RoundEnd, note_metrics
+from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.secrets import redacted
 
 
 class RunStopped(BaseException):
@@ -181,7 +181,7 @@ class RoundCheckpoint(Checkpoint):
         if trainer.is_global_zero:
             link_last(file)
             self._remove_old(file)
-        ranks.wait()
+        ranks.barrier()
         self._at_once = at_once
         if at_once and self._requested is not None:
             self._stop()

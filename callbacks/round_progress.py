@@ -6,7 +6,7 @@ import lightning as L
 from lightning.pytorch.callbacks import ProgressBar
 from rich.progress import Progress, TaskID
 
-from rlhf_pl.console import make_progress
+from rlhf_pl.utils.console import make_progress
 
 
 class RoundProgress(ProgressBar):

@@ -6,10 +6,14 @@ from typing import Any, Literal
 
 import lightning as L
 
+from rlhf_pl.algorithms.pair_selection import BestWorst, PairSelector
+from rlhf_pl.algorithms.reward_shaping import RewardShaping
 from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint, save_resume_point
-from rlhf_pl.checkpoints import Progress
-from rlhf_pl.console import console
-from rlhf_pl.data.limits import (
+from rlhf_pl.checkpointing.checkpoints import Progress
+from rlhf_pl.checkpointing.progress import at_rounds_end, inside_round, leaves_inside, rounds_done, stopped_inside
+from rlhf_pl.data.prompts import Prompt
+from rlhf_pl.data.round_datamodule import RoundDataModule
+from rlhf_pl.data.run_limits import (
     limits_of,
     report_stop,
     return_limits,
@@ -19,31 +23,27 @@ from rlhf_pl.data.limits import (
     stop_inside_round,
     take_limits,
 )
-from rlhf_pl.data.progress import at_rounds_end, inside_round, leaves_inside, rounds_done, stopped_inside
-from rlhf_pl.data.prompts import Prompt
-from rlhf_pl.data.rounds import RoundDataModule
-from rlhf_pl.errors import InputError, at_least, finite
-from rlhf_pl.lock import RunLock
-from rlhf_pl.memory import resident_gib
-from rlhf_pl.metrics import held_out_metrics, metric_names, round_metrics, sync_metrics, training_metrics
+from rlhf_pl.distributed.ranks import DEFAULT_TIMEOUT, forget_ranks, ranks_of, report_failure
 from rlhf_pl.modules.logging import keep, publish
-from rlhf_pl.modules.rebel import RebelModule
-from rlhf_pl.monitors import check_monitors
-from rlhf_pl.pairs import BestWorst, PairSelector
-from rlhf_pl.policy_kl import has_reference
-from rlhf_pl.ranks import DEFAULT_TIMEOUT, forget_ranks, ranks_of, report_failure
-from rlhf_pl.repair import repair
+from rlhf_pl.modules.monitors import check_monitors
+from rlhf_pl.modules.pairwise import RebelModule
+from rlhf_pl.modules.trainer_options import check_trainer
 from rlhf_pl.rewards import Reward, Sample, ScoringConfig, as_reward
 from rlhf_pl.rewards.combine import isolate_functions
 from rlhf_pl.rewards.guard import try_reward
 from rlhf_pl.rollout import Sampler, SamplingConfig, VLLMSampler
-from rlhf_pl.rollout.link import SamplerLink
-from rlhf_pl.round_maker import RoundMaker
-from rlhf_pl.round_settings import RoundOptions, check_noted_logps, held_out_sampling
-from rlhf_pl.round_space import check_room
-from rlhf_pl.shaping import RewardShaping
-from rlhf_pl.store_check import find_problems
-from rlhf_pl.trainer_options import check_trainer
+from rlhf_pl.rollout.weight_sync.sync import SamplerSync
+from rlhf_pl.rounds.disk_space import check_room
+from rlhf_pl.rounds.maker import RoundMaker
+from rlhf_pl.rounds.metrics import held_out_metrics, metric_names, round_metrics, sync_metrics, training_metrics
+from rlhf_pl.rounds.policy_kl import has_reference
+from rlhf_pl.rounds.repair import repair
+from rlhf_pl.rounds.settings import RoundOptions, check_noted_logps, held_out_sampling
+from rlhf_pl.store.check import find_problems
+from rlhf_pl.utils.console import console
+from rlhf_pl.utils.errors import InputError, at_least, finite
+from rlhf_pl.utils.lock import RunLock
+from rlhf_pl.utils.memory import resident_gib
 
 _LACKING = (
     "Metrics of answers come from held-out prompts: set `data.val_prompts`. Those of held-out pairs also need "
@@ -136,7 +136,7 @@ class RoundRefresh(L.Callback):
             )
             if scoring.isolate:
                 isolate_functions(self.options.reward)
-        self._link = SamplerLink(sampler)
+        self._link = SamplerSync(sampler)
         self._timeout = timeout_minutes
         self._maker: RoundMaker | None = None
         self._begun = False
@@ -187,9 +187,9 @@ class RoundRefresh(L.Callback):
                 "with each other, on held-out prompts too."
             )
         if not self.repair:
-            ranks.first(lambda: self._refuse_damage(data))
+            ranks.run_on_rank_zero(lambda: self._refuse_damage(data))
         trial = _trial_samples([*data.train_prompts, *data.val_prompts])
-        ranks.first(lambda: try_reward(options.reward, trial, options.scoring))
+        ranks.run_on_rank_zero(lambda: try_reward(options.reward, trial, options.scoring))
         self._maker = RoundMaker(
             trainer,
             pl_module,
@@ -225,7 +225,7 @@ class RoundRefresh(L.Callback):
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """From here on the run directory is written to, by this process alone."""
         self._lock = RunLock(trainer.default_root_dir)
-        ranks_of(trainer).first(self._lock.acquire)
+        ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
 
     def _begin(self, trainer: L.Trainer) -> RoundMaker:
         """The maker of this run's rounds, once weights are restored."""
@@ -237,7 +237,7 @@ class RoundRefresh(L.Callback):
                     callback.listen()
             if self.repair:
                 repair(self._maker)
-            ranks_of(trainer).first(_datamodule(trainer).store.tidy)
+            ranks_of(trainer).run_on_rank_zero(_datamodule(trainer).store.tidy)
         return self._maker
 
     def _prepare(self, trainer: L.Trainer, index: int) -> None:
@@ -254,7 +254,7 @@ class RoundRefresh(L.Callback):
             of = "" if trainer.max_epochs == -1 else f" of {trainer.max_epochs}"
             console.print(f"\nRound {index + 1}{of}", style="bold")
             self._announced = index
-        maker.ranks.first(lambda: check_room(trainer, maker.module, data, maker.options.sampling, index))
+        maker.ranks.run_on_rank_zero(lambda: check_room(trainer, maker.module, data, maker.options.sampling, index))
         self._evaluate(trainer, index)
         if maker.pairs_held_out:
             maker.pair_held_out(index)
@@ -287,9 +287,9 @@ class RoundRefresh(L.Callback):
 
     def _rest(self) -> None:
         """The policy trains now: sampler and reward leave the device to it."""
-        self._link.rest()
+        self._link.release_gpu()
         if self.options is not None:
-            self.options.reward.rest()
+            self.options.reward.release_gpu()
 
     def _evaluate(self, trainer: L.Trainer, version: int) -> dict[str, float]:
         """Metrics of the policy after `version` rounds on the held-out prompts; logged once."""
@@ -350,7 +350,7 @@ class RoundRefresh(L.Callback):
             if not (noted and stored.is_complete("training")):  # by a process that came no further
                 stored.complete("training", seconds=seconds, **summary)
 
-        ranks_of(trainer).first(note)
+        ranks_of(trainer).run_on_rank_zero(note)
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)  # an engine that wakes on the same device needs the room
         publish(trainer, training_metrics(stored, data.passes), max(0, trainer.global_step - 1))

@@ -9,12 +9,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_pl.console import console, warn
-from rlhf_pl.data.progress import rounds_done, stopped_inside
-from rlhf_pl.data.rounds import RoundDataModule
-from rlhf_pl.inspect_rounds import KL_NOTE
-from rlhf_pl.metrics import first_answers, held_out_metrics, policy_kl
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.checkpointing.progress import rounds_done, stopped_inside
+from rlhf_pl.cli.rounds import KL_NOTE
+from rlhf_pl.data.round_datamodule import RoundDataModule
+from rlhf_pl.rounds.metrics import first_answers, held_out_metrics, policy_kl
+from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils.console import console, warn
 
 
 class RunReport(L.Callback):

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import lightning as L
 
-from rlhf_pl.data.progress import rounds_done, stopped_inside
-from rlhf_pl.errors import InputError
-from rlhf_pl.metrics import first_answers
-from rlhf_pl.rounds import RoundStore
-from rlhf_pl.secrets import redact
+from rlhf_pl.checkpointing.progress import rounds_done, stopped_inside
+from rlhf_pl.rounds.metrics import first_answers
+from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.secrets import redact
 
 _STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;margin:2em;max-width:1400px}table{border-collapse:collapse;width:100%}"

@@ -4,11 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rlhf_pl.algorithms.losses import PairwiseLoss, RebelLoss
+    from rlhf_pl.algorithms.pair_selection import BestWorst, PairSelector, RandomPair
     from rlhf_pl.data import OfflineDataModule, PreferenceDataModule, RoundDataModule, SFTDataModule
-    from rlhf_pl.lora import LoRA
-    from rlhf_pl.losses import PairwiseLoss, RebelLoss
+    from rlhf_pl.models.lora import LoRA
     from rlhf_pl.modules import RebelModule, RewardModelModule, SFTModule
-    from rlhf_pl.pairs import BestWorst, PairSelector, RandomPair
     from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample
     from rlhf_pl.rollout import Sampler, SamplingConfig, TransformersSampler, VLLMSampler, VLLMServerSampler
 
@@ -17,9 +17,9 @@ __version__ = "0.1.0"
 _HOME = {
     **dict.fromkeys(("OfflineDataModule", "PreferenceDataModule", "RoundDataModule", "SFTDataModule"), "rlhf_pl.data"),
     **dict.fromkeys(("RebelModule", "RewardModelModule", "SFTModule"), "rlhf_pl.modules"),
-    "LoRA": "rlhf_pl.lora",
-    **dict.fromkeys(("PairwiseLoss", "RebelLoss"), "rlhf_pl.losses"),
-    **dict.fromkeys(("BestWorst", "PairSelector", "RandomPair"), "rlhf_pl.pairs"),
+    "LoRA": "rlhf_pl.models.lora",
+    **dict.fromkeys(("PairwiseLoss", "RebelLoss"), "rlhf_pl.algorithms.losses"),
+    **dict.fromkeys(("BestWorst", "PairSelector", "RandomPair"), "rlhf_pl.algorithms.pair_selection"),
     **dict.fromkeys(("FunctionReward", "Reward", "RewardResult", "Sample"), "rlhf_pl.rewards"),
     **dict.fromkeys(
         ("Sampler", "SamplingConfig", "TransformersSampler", "VLLMSampler", "VLLMServerSampler"), "rlhf_pl.rollout"

@@ -36,7 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"rlhf-pl {__version__}")
         return 0
-    from rlhf_pl.terminal import guarded_terminal, print_error
+    from rlhf_pl.utils.terminal import guarded_terminal, print_error
 
     with guarded_terminal(argv):
         if argv[0] in ("fit", "plan", "score", "rounds"):
@@ -47,7 +47,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(argv: list[str]) -> int:
     if argv[0] == "rounds":
-        from rlhf_pl import inspect_rounds
+        from rlhf_pl.cli import rounds as inspect_rounds
 
         return inspect_rounds.run(argv[1:])
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
@@ -56,23 +56,23 @@ def _run(argv: list[str]) -> int:
 
 def _with_one_error(argv: list[str]) -> int:
     """Run a command that loads models; a wrong input ends it with one message."""
-    from rlhf_pl.mistakes import early_exit, mistake_behind
-    from rlhf_pl.quiet import quiet_libraries
-    from rlhf_pl.terminal import print_error
+    from rlhf_pl.cli.quiet import quiet_libraries
+    from rlhf_pl.cli.user_errors import early_exit, find_user_error
+    from rlhf_pl.utils.terminal import print_error
 
     quiet_libraries()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # users' rewards and classes live where they call us
     try:
         if argv[0] == "score":
-            from rlhf_pl import score_command
+            from rlhf_pl.cli import score as score_command
 
             return score_command.run(argv[1:])
         if argv[0] == "plan":
-            from rlhf_pl import plan_command
+            from rlhf_pl.cli import plan as plan_command
 
             return plan_command.run(argv[1:])
-        from rlhf_pl import cli
+        from rlhf_pl.cli import fit as cli
 
         return cli.run(argv)
     except SystemExit as stop:
@@ -84,7 +84,7 @@ def _with_one_error(argv: list[str]) -> int:
         )
         return 1
     except Exception as error:
-        wrong = mistake_behind(error)
+        wrong = find_user_error(error)
         if wrong is None:
             raise
         if not getattr(wrong, "reported", False):  # by rank 0 of a run of several processes

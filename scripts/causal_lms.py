@@ -15,14 +15,14 @@ from typing import Any
 import torch
 import transformers
 
-from rlhf_pl.compute import Compute
-from rlhf_pl.errors import InputError
-from rlhf_pl.kernel_check import NoCopyError, small_copies
-from rlhf_pl.policy import PolicyLM, load_lm, meta_lm
-from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.quiet import quiet_libraries
-from rlhf_pl.rows import Tree, lay_out
-from rlhf_pl.shared_prompt import is_shared
+from rlhf_pl.cli.quiet import quiet_libraries
+from rlhf_pl.models.compute import Compute
+from rlhf_pl.models.kernel_check import NoCopyError, small_copies
+from rlhf_pl.models.packed_batch import PrefixGroup, pack
+from rlhf_pl.models.policy import PolicyLM, load_lm, meta_lm
+from rlhf_pl.models.shared_prefix import is_shared
+from rlhf_pl.models.source import ModelSource
+from rlhf_pl.utils.errors import InputError
 
 SECONDS, GIB = 600, 14
 LONGEST = 30
@@ -81,7 +81,7 @@ def try_architecture(model_type: str, **changes: Any) -> Outcome:
     if loaded.supports_gradient_checkpointing:
         loaded.gradient_checkpointing_enable({"use_reentrant": False})
     policy = PolicyLM(loaded).train()
-    found = policy(**lay_out(trees).inputs())
+    found = policy(**pack(trees).inputs())
     found.sum().backward()
     expected = _plain_logps(lm, trees)
     off = (found.detach() - expected).abs().max().item()
@@ -99,7 +99,7 @@ def _without_copy(model_type: str, changes: dict[str, Any], why: str) -> Outcome
     return Outcome("not tried", why, type(lm).__name__)
 
 
-class _Source(PolicySource):
+class _Source(ModelSource):
     """A model in memory instead of a folder."""
 
     def __init__(self, lm: Any) -> None:
@@ -134,7 +134,7 @@ def _config(model_type: str, changes: dict[str, Any], noise: float) -> Any:
     return config
 
 
-def _trees(vocabulary: int) -> list[Tree]:
+def _trees(vocabulary: int) -> list[PrefixGroup]:
     """Prompts of 1, 9 and 12 tokens with responses, rows of 5 to 30 tokens."""
     random = torch.Generator().manual_seed(1)
 
@@ -142,14 +142,14 @@ def _trees(vocabulary: int) -> list[Tree]:
         return torch.randint(3, vocabulary, (count,), generator=random).tolist()
 
     return [
-        Tree(ids(9), (ids(3), ids(7), ids(12))),
-        Tree(ids(1), (ids(4), ids(11))),
-        Tree(ids(12), (ids(LONGEST - 12), ids(2))),
+        PrefixGroup(ids(9), (ids(3), ids(7), ids(12))),
+        PrefixGroup(ids(1), (ids(4), ids(11))),
+        PrefixGroup(ids(12), (ids(LONGEST - 12), ids(2))),
     ]
 
 
 @torch.no_grad()
-def _plain_logps(lm: Any, trees: Sequence[Tree]) -> torch.Tensor:
+def _plain_logps(lm: Any, trees: Sequence[PrefixGroup]) -> torch.Tensor:
     found = []
     for tree in trees:
         for response in tree.answers:

@@ -21,7 +21,7 @@ part() { # NAME SECONDS COMMAND...
 step() { part "$1" "$2" "$python" -m benchmarks.training_step --device cuda --model "$model" "${@:3}"; }
 
 for name in ${*:-tests bf16 mixed short generation round}; do case $name in
-    tests) part tests 180 "$python" -m pytest -q -rs -m gpu tests/test_gpu.py ;;
+    tests) part tests 180 "$python" -m pytest -q -rs -m gpu tests/integration/test_gpu.py ;;
     bf16) # MFU >= 0.50
         step 'speed in bf16' 90 --profile chat --precision bf16 --variant rlhf-pl --updates 2 ;;
     mixed) # MFU >= 0.43; >= 1.4x TRL with liger, >= 2.5x with its reference pass; above weights, gradients and

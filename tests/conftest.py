@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.models.source import ModelSource
 
 CHAT_TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
@@ -97,8 +97,8 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def source(llama: Path) -> PolicySource:
-    return PolicySource(str(llama))
+def source(llama: Path) -> ModelSource:
+    return ModelSource(str(llama))
 
 
 @pytest.fixture(scope="session")

@@ -1,11 +1,11 @@
 """Prompts, pairs, and the DataModules that serve them."""
 
-from rlhf_pl.data.offline import OfflineDataModule
-from rlhf_pl.data.pairs import PairBatch
-from rlhf_pl.data.preference_module import PreferenceDataModule
+from rlhf_pl.data.offline_datamodule import OfflineDataModule
+from rlhf_pl.data.pair_batches import PairBatch
+from rlhf_pl.data.preference_datamodule import PreferenceDataModule
 from rlhf_pl.data.prompts import Prompt, load_prompts
-from rlhf_pl.data.rounds import RoundDataModule
-from rlhf_pl.data.sft_module import SFTDataModule
+from rlhf_pl.data.round_datamodule import RoundDataModule
+from rlhf_pl.data.sft_datamodule import SFTDataModule
 
 __all__ = [
     "OfflineDataModule",

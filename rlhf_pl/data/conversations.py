@@ -4,10 +4,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_pl.chat import Message, Tools, is_empty, message_problem, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
-from rlhf_pl.data.reader import MessageReader, joined
-from rlhf_pl.errors import InputError
+from rlhf_pl.data.message_reader import MessageReader, joined
+from rlhf_pl.models.chat import Message, Tools, is_empty, message_problem, with_system_prompt
+from rlhf_pl.utils.errors import InputError
 
 COLUMNS = ("messages", "prompt", "response", "tools")
 

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
-from rlhf_pl.errors import InputError
-from rlhf_pl.unique_keys import DuplicateKeyError, loads
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.unique_keys import DuplicateKeyError, loads
 
 MAX_PROBLEMS = 10
 

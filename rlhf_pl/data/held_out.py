@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.utils.errors import InputError
 
 
 def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.utils.errors import InputError
 
 
 def refuse_other_rows(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
-from rlhf_pl.layout import Layout
-from rlhf_pl.rows import RowBatch
+from rlhf_pl.models.packed_batch import PackedBatch
+from rlhf_pl.models.packed_layout import Layout
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Example:
         return len(self.ids)
 
 
-def pack(order: Sequence[int], lengths: Sequence[int], max_tokens: int, window: int = 64) -> list[list[int]]:
+def fill_rows(order: Sequence[int], lengths: Sequence[int], max_tokens: int, window: int = 64) -> list[list[int]]:
     """Examples in rows of at most `max_tokens`: first fit among the last `window` open rows, in the order given.
 
     Args:
@@ -48,7 +48,7 @@ def pack(order: Sequence[int], lengths: Sequence[int], max_tokens: int, window: 
     return rows
 
 
-def lay_out_examples(examples: Sequence[Example]) -> RowBatch:
+def pack_examples(examples: Sequence[Example]) -> PackedBatch:
     """Examples, which do not see each other, with their learned tokens as the wanted ones.
 
     An example's first token is never learned: nothing precedes it.
@@ -57,13 +57,13 @@ def lay_out_examples(examples: Sequence[Example]) -> RowBatch:
     sizes = torch.tensor([len(e) for e in examples])
     targets = torch.cat(masks).nonzero()[:, 0]
     ids = torch.cat([torch.tensor(e.ids) for e in examples])
-    answer_of = torch.repeat_interleave(torch.arange(len(examples)), sizes)[targets]
-    return RowBatch(
+    response_ids = torch.repeat_interleave(torch.arange(len(examples)), sizes)[targets]
+    return PackedBatch(
         ids[None],
         torch.cat([torch.arange(len(e)) for e in examples])[None],
         targets - 1,
         ids[targets],
-        answer_of,
-        torch.bincount(answer_of, minlength=len(examples)),
+        response_ids,
+        torch.bincount(response_ids, minlength=len(examples)),
         Layout(tuple((0, len(e)) for e in examples)),
     )

@@ -6,10 +6,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
-from rlhf_pl.chat import Message, Tools, is_empty, message_problem, message_text, same_response, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, parse_rows
-from rlhf_pl.data.reader import MessageReader, joined
-from rlhf_pl.errors import LARGEST_REWARD, InputError
+from rlhf_pl.data.message_reader import MessageReader, joined
+from rlhf_pl.models.chat import (
+    Message,
+    Tools,
+    is_empty,
+    message_problem,
+    message_text,
+    same_response,
+    with_system_prompt,
+)
+from rlhf_pl.utils.errors import LARGEST_REWARD, InputError
 
 COLUMNS = ("prompt", "chosen", "rejected", "label", "margin", "tools")
 

@@ -7,10 +7,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf_pl.chat import Message, Tools, encode_prompt, with_system_prompt
 from rlhf_pl.data.files import Row, check_columns, each_rendered, parse_rows
-from rlhf_pl.data.reader import MessageReader
-from rlhf_pl.errors import InputError
+from rlhf_pl.data.message_reader import MessageReader
+from rlhf_pl.models.chat import Message, Tools, encode_prompt, with_system_prompt
+from rlhf_pl.utils.errors import InputError
 
 COLUMNS = ("prompt", "messages", "prompt_id", "tools")
 

@@ -1,6 +1,6 @@
 """LightningModules."""
 
-from rlhf_pl.modules.rebel import RebelModule
+from rlhf_pl.modules.pairwise import RebelModule
 from rlhf_pl.modules.reward_model import RewardModelModule
 from rlhf_pl.modules.sft import SFTModule
 

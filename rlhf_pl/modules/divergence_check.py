@@ -10,10 +10,15 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rlhf_pl.console import warn
-from rlhf_pl.divergence import diverged, refuse_diverged_moments, refuse_diverged_weights, refuse_on_any_rank
-from rlhf_pl.finite import first_not_finite
+from rlhf_pl.checkpointing.divergence import (
+    diverged,
+    refuse_diverged_moments,
+    refuse_diverged_weights,
+    refuse_on_any_rank,
+)
 from rlhf_pl.modules.logging import is_update
+from rlhf_pl.utils.console import warn
+from rlhf_pl.utils.finite import first_not_finite
 
 # of a gradient scaler, which begins at 2^16 and is halved whenever gradients overflow
 LEAST_SCALE = 2.0**-126

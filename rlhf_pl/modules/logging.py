@@ -6,18 +6,18 @@ import lightning as L
 import torch
 from torch import Tensor
 
-from rlhf_pl.ranks import Ranks
+from rlhf_pl.distributed.ranks import Ranks
 
 
 class Means:
     """Running means by name, over everything since they were last taken, and over ranks.
 
-    `taken` holds the weight behind each mean that was taken last.
+    `last_weights` holds the weight behind each mean that was taken last.
     """
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}  # of each name weighted sum and weight
-        self.taken: dict[str, float] = {}
+        self.last_weights: dict[str, float] = {}
 
     def add(self, weights: Tensor | float = 1.0, **values: Tensor) -> None:
         """Add values, each a tensor of any shape, all weighted alike. What is not a number stays one.
@@ -33,17 +33,17 @@ class Means:
             added = torch.stack([(value * weight).sum(), weight.sum()])
             self._sums[name] = self._sums[name] + added if name in self._sums else added
 
-    def take(self, prefix: str, ranks: Ranks) -> dict[str, float]:
+    def compute_and_reset(self, prefix: str, ranks: Ranks) -> dict[str, float]:
         """The means as `prefix/name`; they begin anew. All ranks must take them together."""
         read = torch.stack(list(self._sums.values())).tolist() if self._sums else []  # all at once
         own = {name: (total, weight) for name, (total, weight) in zip(self._sums, read, strict=True)}
         self._sums = {name: torch.zeros_like(sums) for name, sums in self._sums.items()}
         sums: dict[str, tuple[float, float]] = {}  # weighted sum, weight
-        for of_rank in ranks.gather(own):
+        for of_rank in ranks.all_gather(own):
             for name, (total, weight) in of_rank.items():
                 before = sums.get(name, (0.0, 0.0))
                 sums[name] = (before[0] + total, before[1] + weight)
-        self.taken = {name: weight for name, (_, weight) in sums.items()}
+        self.last_weights = {name: weight for name, (_, weight) in sums.items()}
         return {f"{prefix}/{name}": total / weight if weight else math.nan for name, (total, weight) in sums.items()}
 
 

@@ -10,13 +10,13 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
-from rlhf_pl.compute import HALF
-from rlhf_pl.data.limits import limits_of
-from rlhf_pl.data.progress import rounds_done
-from rlhf_pl.errors import InputError
-from rlhf_pl.fingerprints import describe
-from rlhf_pl.optim import WarmupCosine, hyperparameters, restore_hyperparameters
-from rlhf_pl.working_copy import WorkingCopy
+from rlhf_pl.checkpointing.progress import rounds_done
+from rlhf_pl.data.run_limits import limits_of
+from rlhf_pl.models.compute import HALF
+from rlhf_pl.models.working_copy import WorkingCopy
+from rlhf_pl.modules.optimizers import WarmupCosine, hyperparameters, restore_hyperparameters
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.fingerprints import describe
 
 
 def check_precision(trainer: L.Trainer) -> None:

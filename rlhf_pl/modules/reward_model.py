@@ -9,30 +9,30 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torchmetrics.classification import BinaryCalibrationError
 
-from rlhf_pl.classifier import ClassifierLM, new_classifier
-from rlhf_pl.classifier_head import check_new_classifier, empty_classifier, has_head
-from rlhf_pl.compute import compute_of
-from rlhf_pl.data.preference_module import PreferenceBatch
-from rlhf_pl.data.progress import run_seed
-from rlhf_pl.errors import InputError, at_least
-from rlhf_pl.export import check_weights, export_folder, try_export
-from rlhf_pl.liger import apply_liger
-from rlhf_pl.lora import LoRA, adapter_targets, add_lora, check_lora
-from rlhf_pl.losses import bradley_terry_loss, centering_loss
+from rlhf_pl.algorithms.agreement import wilson_interval
+from rlhf_pl.algorithms.losses import bradley_terry_loss, centering_loss
+from rlhf_pl.checkpointing.progress import run_seed
+from rlhf_pl.data.preference_datamodule import PreferenceBatch
+from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
+from rlhf_pl.distributed.ranks import ranks_of
+from rlhf_pl.distributed.strategies import check_strategy, shard
+from rlhf_pl.distributed.weight_placement import checks_weights
+from rlhf_pl.models.classifier_head import check_new_classifier, empty_classifier, has_head
+from rlhf_pl.models.compute import compute_of
+from rlhf_pl.models.liger import apply_liger
+from rlhf_pl.models.lora import LoRA, adapter_targets, add_lora, check_lora
+from rlhf_pl.models.padding_token import Padding, own_padding, padding_in_config, with_new_rows
+from rlhf_pl.models.policy import DType
+from rlhf_pl.models.rendering import Renderer, SystemPrompt, reward_renderer
+from rlhf_pl.models.score_position import ScoreAt, note_place, warn_of_other_reading, warn_once
+from rlhf_pl.models.sequence_classifier import ClassifierLM, new_classifier
+from rlhf_pl.models.source import ModelSource
+from rlhf_pl.modules.base import TrainedModule
+from rlhf_pl.modules.export import check_weights, export_folder, try_export
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
-from rlhf_pl.modules.trained import TrainedModule
-from rlhf_pl.optim import AdamW, WarmupCosine
-from rlhf_pl.padding import Padding, own_padding, padding_in_config, with_new_rows
-from rlhf_pl.pair_metrics import wilson_interval
-from rlhf_pl.placement import checks_weights
-from rlhf_pl.policy import DType
-from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.ranks import ranks_of
-from rlhf_pl.rendering import Renderer, SystemPrompt, reward_renderer
-from rlhf_pl.score_place import ScoreAt, note_place, warn_of_other_reading, warn_once
-from rlhf_pl.strategies import check_strategy, shard
-from rlhf_pl.weights import Weights, like_of, model_weights
+from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
+from rlhf_pl.utils.errors import InputError, at_least
 
 PARTS = ("loss", "accuracy", "margin", "score_chosen", "score_rejected")  # what is logged of pairs
 
@@ -89,7 +89,7 @@ class RewardModelModule(TrainedModule):
         if lora is not None and lora.base_dtype is not None:
             raise InputError("`model.lora.base_dtype`: reward models train on a base in `model.dtype`. Set it to null.")
         check_lora(lora)
-        self.source = PolicySource(backbone, revision, chat_template, trust_remote_code, "model.backbone")
+        self.source = ModelSource(backbone, revision, chat_template, trust_remote_code, "model.backbone")
         self.optimization = Optimization(optimizer, lr_scheduler)
         self.centering, self.lora = centering, lora
         self.dtype_name: DType = dtype
@@ -177,7 +177,7 @@ class RewardModelModule(TrainedModule):
         if batch.weight > 0:
             self.train_means.add(**parts)
         if is_update(self.trainer, batch_idx):
-            log_update(self, self.train_means.take("train", ranks_of(self.trainer)))
+            log_update(self, self.train_means.compute_and_reset("train", ranks_of(self.trainer)))
         return losses.mean() * batch.weight
 
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
@@ -205,8 +205,8 @@ class RewardModelModule(TrainedModule):
         return losses, parts
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self.val_means.take("val", ranks_of(self.trainer))
-        margins = torch.cat(ranks_of(self.trainer).gather(torch.cat([torch.zeros(0), *self._margins])))
+        metrics = self.val_means.compute_and_reset("val", ranks_of(self.trainer))
+        margins = torch.cat(ranks_of(self.trainer).all_gather(torch.cat([torch.zeros(0), *self._margins])))
         self._margins, self._compared = [], len(margins)
         calibration = BinaryCalibrationError(n_bins=10)
         if len(margins):

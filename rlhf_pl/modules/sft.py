@@ -7,23 +7,23 @@ from typing import Any
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rlhf_pl.compute import compute_of
-from rlhf_pl.data.progress import run_seed
-from rlhf_pl.data.sft_module import SFTBatch
-from rlhf_pl.errors import InputError
-from rlhf_pl.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
-from rlhf_pl.lora import LoRA, adapter_targets, add_lora, base_dtype, check_lora
+from rlhf_pl.checkpointing.progress import run_seed
+from rlhf_pl.data.sft_datamodule import SFTBatch
+from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
+from rlhf_pl.distributed.ranks import ranks_of
+from rlhf_pl.distributed.strategies import check_strategy, shard
+from rlhf_pl.distributed.weight_placement import checks_weights, reads_weights
+from rlhf_pl.models.compute import compute_of
+from rlhf_pl.models.lora import LoRA, adapter_targets, add_lora, base_dtype, check_lora
+from rlhf_pl.models.policy import DType, PolicyLM, check_lm, empty_lm, load_lm
+from rlhf_pl.models.rotary import longest_row
+from rlhf_pl.models.source import ModelSource
+from rlhf_pl.modules.base import TrainedModule
+from rlhf_pl.modules.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
-from rlhf_pl.modules.trained import TrainedModule
-from rlhf_pl.optim import AdamW, WarmupCosine
-from rlhf_pl.placement import checks_weights, reads_weights
-from rlhf_pl.policy import DType, PolicyLM, check_lm, empty_lm, load_lm
-from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.ranks import ranks_of
-from rlhf_pl.rotary import longest_row
-from rlhf_pl.strategies import check_strategy, shard
-from rlhf_pl.weights import Weights, like_of, model_weights
+from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
+from rlhf_pl.utils.errors import InputError
 
 
 class SFTModule(TrainedModule):
@@ -68,7 +68,7 @@ class SFTModule(TrainedModule):
         if logprob_chunk_tokens < 1:
             raise InputError(f"`model.logprob_chunk_tokens` must be 1 or more, got {logprob_chunk_tokens}.")
         check_lora(lora)
-        self.source = PolicySource(policy, revision, chat_template, trust_remote_code)
+        self.source = ModelSource(policy, revision, chat_template, trust_remote_code)
         self.optimization = Optimization(optimizer, lr_scheduler)
         self.lora = lora
         self.strict_loading = base_dtype(lora) is None  # a 4-bit base is not in checkpoints
@@ -117,7 +117,7 @@ class SFTModule(TrainedModule):
         if batch.weight > 0:
             self.train_means.add(weights=float(tokens), loss=loss.detach())
         if is_update(self.trainer, batch_idx):
-            log_update(self, self.train_means.take("train", ranks_of(self.trainer)))
+            log_update(self, self.train_means.compute_and_reset("train", ranks_of(self.trainer)))
         return loss * batch.weight
 
     def validation_step(self, batch: SFTBatch, batch_idx: int) -> None:
@@ -131,7 +131,7 @@ class SFTModule(TrainedModule):
         return -self(**batch.rows.inputs()).sum() / max(1, tokens), tokens
 
     def on_validation_epoch_end(self) -> None:
-        metrics = self.val_means.take("val", ranks_of(self.trainer))
+        metrics = self.val_means.compute_and_reset("val", ranks_of(self.trainer))
         metrics["val/perplexity"] = math.exp(min(metrics["val/loss"], 700.0))
         self.log_dict(metrics)
 

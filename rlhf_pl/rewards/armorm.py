@@ -9,22 +9,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_pl.checkpoint_files import WeightFiles
-from rlhf_pl.compute import Compute
-from rlhf_pl.devices import fast_dtype
-from rlhf_pl.errors import InputError
-from rlhf_pl.fingerprints import describe
-from rlhf_pl.liger import apply_liger
-from rlhf_pl.policy import without_dropout
-from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
+from rlhf_pl.models.compute import Compute
+from rlhf_pl.models.liger import apply_liger
+from rlhf_pl.models.load_whole import check_whole, load_whole
+from rlhf_pl.models.packed_batch import PrefixGroup, pack
+from rlhf_pl.models.policy import without_dropout
+from rlhf_pl.models.pretrained_files import WeightFiles
+from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
+from rlhf_pl.models.rotary import row_positions, steady_rotary, thresholds
+from rlhf_pl.models.shared_prefix import hidden_states, share_prompts
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.families import Family, families
 from rlhf_pl.rewards.local_model import LocalModel, ModelDType
-from rlhf_pl.rotary import row_positions, steady_rotary, thresholds
-from rlhf_pl.rows import Tree, lay_out
-from rlhf_pl.shared_prompt import hidden_states, share_prompts
-from rlhf_pl.whole_model import check_whole, load_whole
+from rlhf_pl.utils.devices import fast_dtype
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.fingerprints import describe
 
 # in the order of the regression layer's outputs, as the model card names them
 OBJECTIVES = (
@@ -105,7 +105,9 @@ class ArmoRM(nn.Module):
         rows = torch.arange(len(states), device=states.device)
         return self.judge(states[rows, attention_mask.sum(-1) - 1], states[rows, gating_positions])
 
-    def score_trees(self, trees: Sequence[Tree], gating_positions: Sequence[int], device: torch.device) -> ArmoRMOutput:
+    def score_trees(
+        self, trees: Sequence[PrefixGroup], gating_positions: Sequence[int], device: torch.device
+    ) -> ArmoRMOutput:
         """Scores of conversations that share their beginnings, which are computed once; needs `shares_prompts`.
 
         Args:
@@ -124,7 +126,7 @@ class ArmoRM(nn.Module):
                 end += len(answer)
                 last.append(end - 1)
             start = end
-        rows = lay_out(trees).to(device)
+        rows = pack(trees).to(device)
         states = hidden_states(self.backbone, rows.input_ids, rows.position_ids, rows.layout)
         return self.judge(states[torch.tensor(last, device=device)], states[torch.tensor(gate, device=device)])
 
@@ -183,7 +185,7 @@ class ArmoRMReward(Reward):
         use_liger_kernel: bool | None = None,
         revision: str | None = None,
     ) -> None:
-        self.source = PolicySource(model, revision, chat_template, False, "rollout.reward.model")
+        self.source = ModelSource(model, revision, chat_template, False, "rollout.reward.model")
         self.model, self.dtype, self.gated = model, dtype, gated
         self.objectives = None if objectives is None else dict(objectives)
         unknown = [name for name in self.objectives or () if name not in OBJECTIVES]
@@ -256,8 +258,8 @@ class ArmoRMReward(Reward):
     def open(self) -> None:
         self._local.open()
 
-    def rest(self) -> None:
-        self._local.rest()
+    def release_gpu(self) -> None:
+        self._local.release_gpu()
 
     def close(self) -> None:
         self._local.close()
@@ -268,7 +270,7 @@ class ArmoRMReward(Reward):
         return load_armorm(self.source, dtype, self.attn_implementation, device, self.use_liger_kernel)
 
 
-def _heads(source: PolicySource) -> dict[str, str]:
+def _heads(source: ModelSource) -> dict[str, str]:
     """Our names of the heads' tensors by the checkpoint's, once config and files are seen to have them.
 
     Raises:
@@ -296,7 +298,7 @@ def _heads(source: PolicySource) -> dict[str, str]:
 
 
 def load_armorm(
-    source: PolicySource,
+    source: ModelSource,
     dtype: str | None = None,
     attn_implementation: str = "sdpa",
     device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable

@@ -5,10 +5,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from rlhf_pl.chat import Message, Tools, message_text
-from rlhf_pl.fingerprints import describe
-from rlhf_pl.rendering import Rendered, Renderer
-from rlhf_pl.terminal import summary
+from rlhf_pl.models.chat import Message, Tools, message_text
+from rlhf_pl.models.rendering import Rendered, Renderer
+from rlhf_pl.utils.fingerprints import describe
+from rlhf_pl.utils.terminal import summary
 
 MAX_DETAIL = 1000  # characters of a failure that are stored
 MAX_KIND = 100
@@ -141,7 +141,7 @@ class Reward(ABC):
     def open(self) -> None:  # noqa: B027 - nothing to load is a fine default
         """Load what scoring needs, outside of the time limit; called before every `score`."""
 
-    def rest(self) -> None:  # noqa: B027 - nothing to move is a fine default
+    def release_gpu(self) -> None:  # noqa: B027 - nothing to move is a fine default
         """Free the GPU until the next call: the policy trains now."""
 
     def close(self) -> None:  # noqa: B027 - nothing to close is a fine default

@@ -7,21 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_pl.checkpoint_files import WeightFiles, stored_config
-from rlhf_pl.classifier import ClassifierLM, load_classifier, tree_inputs
-from rlhf_pl.classifier_head import check_classifier
-from rlhf_pl.compute import Compute
-from rlhf_pl.devices import fast_dtype
-from rlhf_pl.fingerprints import describe
-from rlhf_pl.finite import refuse_not_finite
-from rlhf_pl.layout import Layout
-from rlhf_pl.liger import apply_liger
-from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.rendering import Rendered, Renderer, SystemPrompt, padded, reward_renderer
+from rlhf_pl.models.classifier_head import check_classifier
+from rlhf_pl.models.compute import Compute
+from rlhf_pl.models.liger import apply_liger
+from rlhf_pl.models.packed_layout import Layout
+from rlhf_pl.models.pretrained_files import WeightFiles, stored_config
+from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, padded, reward_renderer
+from rlhf_pl.models.score_position import ScoreAt, mean_score, reads_elsewhere, warn_of_other_reading
+from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, tree_inputs
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.families import Family, families
 from rlhf_pl.rewards.local_model import LocalModel, ModelDType
-from rlhf_pl.score_place import ScoreAt, mean_score, reads_elsewhere, warn_of_other_reading
+from rlhf_pl.utils.devices import fast_dtype
+from rlhf_pl.utils.fingerprints import describe
+from rlhf_pl.utils.finite import refuse_not_finite
 
 
 class ClassifierReward(Reward):
@@ -72,10 +72,10 @@ class ClassifierReward(Reward):
         trust_remote_code: bool = False,
         score_at: ScoreAt | None = None,
     ) -> None:
-        self.weights = PolicySource(model, revision, chat_template, trust_remote_code, "rollout.reward.model")
+        self.weights = ModelSource(model, revision, chat_template, trust_remote_code, "rollout.reward.model")
         self.source = self.weights
         if base is not None:
-            self.source = PolicySource(base, None, chat_template, trust_remote_code, "rollout.reward.base")
+            self.source = ModelSource(base, None, chat_template, trust_remote_code, "rollout.reward.base")
         self.model, self.base, self.dtype = model, base, dtype
         self.max_tokens, self.system_prompt, self.pair_encoding = max_tokens, system_prompt, pair_encoding
         self.chat_template, self.attn_implementation, self.revision = chat_template, attn_implementation, revision
@@ -140,8 +140,8 @@ class ClassifierReward(Reward):
     def open(self) -> None:
         self._local.open()
 
-    def rest(self) -> None:
-        self._local.rest()
+    def release_gpu(self) -> None:
+        self._local.release_gpu()
 
     def close(self) -> None:
         self._local.close()

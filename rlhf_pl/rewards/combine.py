@@ -4,12 +4,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from rlhf_pl.errors import InputError, finite
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.function import FunctionReward
 from rlhf_pl.rewards.process_state import KeptSettings
 from rlhf_pl.rewards.results import CallFailed, Outcome, failure_of, scores_of
 from rlhf_pl.rewards.time_limit import RewardTimeout
+from rlhf_pl.utils.errors import InputError, finite
 
 
 def as_reward(reward: Reward | str | Callable[..., Any]) -> Reward:
@@ -117,9 +117,9 @@ class CombinedReward(Reward):
         for part in self.parts:
             part.open()
 
-    def rest(self) -> None:
+    def release_gpu(self) -> None:
         for part in self.parts:
-            part.rest()
+            part.release_gpu()
 
     def close(self) -> None:
         for part in self.parts:

@@ -4,10 +4,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_pl.rendering import Rendered
+from rlhf_pl.models.packed_batch import PrefixGroup, share_beginning
+from rlhf_pl.models.rendering import Rendered
+from rlhf_pl.models.rotary import shared_tokens
 from rlhf_pl.rewards.base import Sample
-from rlhf_pl.rotary import shared_tokens
-from rlhf_pl.rows import Tree, share_beginning
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,7 @@ class Family:
     """Answers to one prompt: as rows, and as what they have in common with the rest of each, one token at least."""
 
     rows: list[Rendered]
-    tree: Tree
+    tree: PrefixGroup
 
     def __len__(self) -> int:
         return len(self.tree)
@@ -33,5 +33,5 @@ def families(samples: Sequence[Sample], rows: Sequence[Rendered], config: Any) -
     return [Family(group, _tree([row.ids for row in group], config)) for group in groups]
 
 
-def _tree(rows: list[list[int]], config: Any) -> Tree:
+def _tree(rows: list[list[int]], config: Any) -> PrefixGroup:
     return share_beginning(rows, shared_tokens(rows, config))

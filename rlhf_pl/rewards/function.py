@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from rlhf_pl.by_path import import_path, look_beside
-from rlhf_pl.errors import InputError
-from rlhf_pl.fingerprints import code_fingerprint
 from rlhf_pl.rewards.base import Reward, Sample
 from rlhf_pl.rewards.isolated import IsolatedFunction
 from rlhf_pl.rewards.results import Outcome, outcomes_of
+from rlhf_pl.utils.by_path import import_path, look_beside
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.fingerprints import code_fingerprint
 
 _ONE = ("prompt", "response", "messages", "finished", "response_tokens", "prompt_id", "response_message", "tools")
 _GENERATORS = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)

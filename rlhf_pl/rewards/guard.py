@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from rlhf_pl.console import warn
-from rlhf_pl.errors import LARGEST_REWARD, InputError
 from rlhf_pl.rewards.base import Failure, Reward, Sample
 from rlhf_pl.rewards.combine import CombinedReward
 from rlhf_pl.rewards.left_behind import contained
 from rlhf_pl.rewards.process_state import KeptProcess, KeptSettings
 from rlhf_pl.rewards.results import Outcome, cut, failure_of, scores_of
 from rlhf_pl.rewards.time_limit import call_limited, ends_if_locked
+from rlhf_pl.utils.console import warn
+from rlhf_pl.utils.errors import LARGEST_REWARD, InputError
 
 MOST_GIVEN_UP = 3  # calls of a reward that do not let themselves be interrupted, before the run stops
 

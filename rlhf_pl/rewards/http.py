@@ -3,10 +3,10 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError, number
-from rlhf_pl.secrets import redact
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.secrets import redact
 
 
 class HTTPReward(Reward):

@@ -11,9 +11,9 @@ from contextlib import suppress
 from multiprocessing.connection import Connection
 from typing import Any
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Failure, RewardResult, Sample
 from rlhf_pl.rewards.results import CallFailed, Outcome
+from rlhf_pl.utils.errors import InputError
 
 
 class IsolatedFunction:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_pl.errors import InputError
+from rlhf_pl.utils.errors import InputError
 
 _REFERENCES = ("$ref", "$dynamicRef", "$recursiveRef")
 

@@ -7,11 +7,11 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pl.chat import spoken
-from rlhf_pl.errors import InputError, at_least
+from rlhf_pl.models.chat import spoken
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.remote import Service, WrongAnswerError
-from rlhf_pl.secrets import redact
+from rlhf_pl.utils.errors import InputError, at_least
+from rlhf_pl.utils.secrets import redact
 
 RUBRIC = (
     "Judge how well the assistant's answer serves the user: is it correct, does it do what was asked, is it clear and "

@@ -6,8 +6,8 @@ from typing import Generic, Literal, TypeVar
 import torch
 from torch import Tensor, nn
 
-from rlhf_pl.errors import InputError
-from rlhf_pl.rows import batches_by_length
+from rlhf_pl.models.packed_batch import batches_by_length
+from rlhf_pl.utils.errors import InputError
 
 T = TypeVar("T", bound=Sized)
 ModelDType = Literal["float32", "bfloat16", "float16"]
@@ -60,7 +60,7 @@ class LocalModel(Generic[T]):
                 found |= {i: output.float().cpu() for i, output in zip(batch, outputs, strict=True)}
         return [found[i] for i in range(len(rows))]
 
-    def rest(self) -> None:
+    def release_gpu(self) -> None:
         """Leave the GPU to others until the next call."""
         if self._module is not None and self.offload and self.device.type != "cpu":
             self._module = self._module.to("cpu")

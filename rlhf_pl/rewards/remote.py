@@ -6,9 +6,9 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from rlhf_pl.errors import InputError, at_least, finite
 from rlhf_pl.rewards.base import Failure
-from rlhf_pl.secrets import check_environment_key, environment_key, redact, register_url
+from rlhf_pl.utils.errors import InputError, at_least, finite
+from rlhf_pl.utils.secrets import check_environment_key, environment_key, redact, register_url
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 64 * 2**20

@@ -7,10 +7,10 @@ from contextlib import suppress
 from decimal import Decimal
 from typing import Any
 
-from rlhf_pl.errors import LARGEST_REWARD, InputError
 from rlhf_pl.rewards.base import MAX_NAME, Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.copies import own_copies
-from rlhf_pl.terminal import summary
+from rlhf_pl.utils.errors import LARGEST_REWARD, InputError
+from rlhf_pl.utils.terminal import summary
 
 Outcome = RewardResult | Failure
 _TEXT = (str, bytes, bytearray, memoryview)

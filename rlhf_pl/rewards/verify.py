@@ -9,10 +9,10 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any, Literal
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
 from rlhf_pl.rewards.json_schema import schema_validator
-from rlhf_pl.unique_keys import loads
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.unique_keys import loads
 
 _NUMBER = re.compile(r"[-+]?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)(?:[eE][-+]?\d+)?(?:\s*/\s*\d+)?")
 _MARKED = (

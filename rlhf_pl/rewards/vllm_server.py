@@ -4,16 +4,16 @@ from collections.abc import Mapping, Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-from rlhf_pl.checkpoint_files import stored_config
-from rlhf_pl.errors import InputError
-from rlhf_pl.exposure import warn_of_open_servers
-from rlhf_pl.fingerprints import describe
-from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.rendering import Renderer, SystemPrompt, reward_renderer
+from rlhf_pl.models.pretrained_files import stored_config
+from rlhf_pl.models.rendering import Renderer, SystemPrompt, reward_renderer
+from rlhf_pl.models.rotary import longrope_scales, thresholds
+from rlhf_pl.models.score_position import ScoreAt, mean_score, warn_of_other_reading
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
+from rlhf_pl.rewards.exposed_servers import warn_of_open_servers
 from rlhf_pl.rewards.remote import Service, WrongAnswerError, number
-from rlhf_pl.rotary import longrope_scales, thresholds
-from rlhf_pl.score_place import ScoreAt, mean_score, warn_of_other_reading
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.fingerprints import describe
 
 
 class VLLMServerReward(Reward):
@@ -63,7 +63,7 @@ class VLLMServerReward(Reward):
             raise InputError(f"`rollout.reward.max_tokens` must be 2 or more, got {max_tokens}.")
         self.url, self.model, self.endpoint = url, model or tokenizer, endpoint
         self.max_tokens, self.system_prompt = max_tokens, system_prompt
-        self._source = PolicySource(tokenizer, None, chat_template, False, "rollout.reward.tokenizer")
+        self._source = ModelSource(tokenizer, None, chat_template, False, "rollout.reward.tokenizer")
         address = f"{url.rstrip('/')}/{endpoint}"
         self._service = Service(address, timeout_s, retries, backoff_s, concurrency, api_key_env)
         self._score_at = score_at

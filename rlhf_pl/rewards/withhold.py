@@ -3,8 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
+from rlhf_pl.models.thinking import Marks, answer_text, answer_tokens, is_prefilled
 from rlhf_pl.rewards.base import Sample
-from rlhf_pl.thinking import Marks, answer_text, answer_tokens, is_prefilled
 
 _KEYS = ("reasoning_content", "reasoning", "thinking")  # where messages keep it apart
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from rlhf_pl.errors import InputError
-from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.models.source import ModelSource
+from rlhf_pl.utils.errors import InputError
 
 NOTED_TEMPERATURE = 1.0  # of the log-probs that samplers note, which are over the whole vocabulary
 NamedTensors = Iterable[tuple[str, Tensor]]
@@ -96,7 +96,7 @@ class EngineSpec:
         trainer_bytes: What the trainer will hold on the device while answers are drawn, from its second round on.
     """
 
-    source: PolicySource
+    source: ModelSource
     max_model_tokens: int
     max_sequences: int
     trainer_bytes: int = 0
@@ -105,7 +105,7 @@ class EngineSpec:
 class Sampler(ABC):
     """Draws answers from the policy. Subclass it and name your class in `rollout.sampler.class_path`.
 
-    Life: `start` once, then for every policy `wake`, `forget`, `load_weights`, any number of `reset` and `generate`,
+    Life: `start` once, then for every policy `wake`, `invalidate_weights`, `load_weights`, any number of `reset` and `generate`,
     `sleep`; `close` last.
     Equal seeds must give equal answers, whatever else is drawn at the same time. In a run of several processes each has
     its own sampler, on its own device, and the policy's weights are a stream that all of them go through together.
@@ -128,14 +128,14 @@ class Sampler(ABC):
     ) -> Iterator[tuple[int, list[Response]]]:
         """Yield (index into `prompts`, its answers) as prompts finish, in any order."""
 
-    def forget(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
+    def invalidate_weights(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
         """Replace all weights by NaN, so that one that the following `load_weights` misses can't go unnoticed.
 
         Args:
             tensors: What `load_weights` will be given; only names and shapes are used.
         """
 
-    def held_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def readable_weights(self) -> Iterator[tuple[str, Tensor]]:
         """The weights that can be read back under their Hugging Face names; engines fuse or repack many."""
         return iter(())
 

@@ -5,12 +5,12 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from rlhf_pl.policy import meta_lm
-from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.models.policy import meta_lm
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rollout.base import NamedTensors
 
 
-def checkpoint_format(source: PolicySource) -> Callable[[NamedTensors], NamedTensors]:
+def checkpoint_format(source: ModelSource) -> Callable[[NamedTensors], NamedTensors]:
     """What turns the weights of a model in memory into those of its checkpoints, one decoder layer at a time.
 
     transformers renames and joins some on the way in, such as the weights of a layer's experts, which become one

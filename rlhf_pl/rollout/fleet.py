@@ -4,10 +4,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
-from rlhf_pl.console import console
-from rlhf_pl.errors import InputError
-from rlhf_pl.rollout.self_check import StaleSamplerError
 from rlhf_pl.rollout.served_engine import ServedEngine, ServerError
+from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
+from rlhf_pl.utils.console import console
+from rlhf_pl.utils.errors import InputError
 
 T = TypeVar("T")
 
@@ -80,7 +80,7 @@ class Fleet:
             said = " ".join(dict.fromkeys(map(_reason, reasons)))
             raise InputError(
                 f"`rollout.sampler.urls`: none of the {len(reasons)} servers is left. {said} What was drawn is kept: "
-                "start them, and give the same command again."
+                "start them, and run the same command again."
             )
         raise reasons[0]
 
@@ -111,10 +111,10 @@ class Fleet:
                 return None
             return StaleSamplerError(
                 f"The server at {engine.url} does not hold the policy's weights: it was started anew, or given others. "
-                "Give the same command again to go on."
+                "Run the same command again to go on."
             )
         return error
 
 
 def _reason(error: Exception) -> str:
-    return str(error).removeprefix("`rollout.sampler`: ").removesuffix(" Give the same command again to go on.")
+    return str(error).removeprefix("`rollout.sampler`: ").removesuffix(" Run the same command again to go on.")

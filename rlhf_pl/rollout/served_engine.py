@@ -3,8 +3,8 @@
 from collections.abc import Callable
 from typing import Any
 
-from rlhf_pl.errors import InputError
-from rlhf_pl.secrets import environment_key, redact
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.secrets import environment_key, redact
 
 LAUNCH = 'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "%s"}\''
 _AGAIN = {408, 425, 429, 500, 502, 503, 504}

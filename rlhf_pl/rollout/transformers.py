@@ -7,10 +7,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_pl.policy import without_dropout
+from rlhf_pl.models.policy import without_dropout
+from rlhf_pl.models.rotary import steady_rotary, thresholds
+from rlhf_pl.models.shared_prefix import take_exact_attention
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
-from rlhf_pl.rotary import steady_rotary, thresholds
-from rlhf_pl.shared_prompt import take_exact_attention
 
 
 class TransformersSampler(Sampler):
@@ -54,11 +54,11 @@ class TransformersSampler(Sampler):
                     own[name].copy_(tensor)
 
     @torch.no_grad()
-    def forget(self, tensors: Mapping[str, Tensor]) -> None:
+    def invalidate_weights(self, tensors: Mapping[str, Tensor]) -> None:
         for parameter in self._model.parameters():
             parameter.fill_(float("nan"))
 
-    def held_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def readable_weights(self) -> Iterator[tuple[str, Tensor]]:
         return iter(self._model.state_dict().items())
 
     @torch.no_grad()

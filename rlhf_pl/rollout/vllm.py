@@ -16,13 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_pl.devices import fast_dtype
-from rlhf_pl.errors import InputError
+from rlhf_pl.models.rotary import factors_of, longrope_scales, thresholds
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
-from rlhf_pl.rollout.self_check import StaleSamplerError
 from rlhf_pl.rollout.vllm_experts import check_kernels, take_kernels
-from rlhf_pl.rotary import factors_of, longrope_scales, thresholds
+from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
+from rlhf_pl.utils.devices import fast_dtype
+from rlhf_pl.utils.errors import InputError
 
 _PREFIX = "rlhf_pl-vllm-"
 MARGIN_BYTES = 4 * 2**30  # of a GPU that neither is to take: contexts, graphs, what allocators keep
@@ -149,14 +149,14 @@ class VLLMSampler(Sampler):
         self._owns_process_group = not distributed and torch.distributed.is_initialized()
 
     @torch.no_grad()
-    def forget(self, tensors: Mapping[str, Tensor]) -> None:
+    def invalidate_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """What the engine computes with is overwritten where it lies, fused and repacked as it is."""
         self._announced = set(tensors)
         for _, parameter in self._parameters():
             if parameter.is_floating_point():
                 parameter.fill_(torch.nan)
 
-    def held_weights(self) -> Iterator[tuple[str, Tensor]]:
+    def readable_weights(self) -> Iterator[tuple[str, Tensor]]:
         """What is neither fused nor repacked keeps its name: embeddings and norms, mostly."""
         return self._parameters()
 

@@ -14,20 +14,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from rlhf_pl.errors import InputError, at_least, finite
-from rlhf_pl.exposure import warn_of_open_servers
+from rlhf_pl.models.rotary import thresholds
+from rlhf_pl.rewards.exposed_servers import warn_of_open_servers
 from rlhf_pl.rollout.background import start
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.dispatch import Dispatch
 from rlhf_pl.rollout.fleet import Fleet
-from rlhf_pl.rollout.push import NCCLPush, TCPPush
-from rlhf_pl.rollout.self_check import StaleSamplerError
 from rlhf_pl.rollout.served_engine import LAUNCH, ServedEngine, ServerError
 from rlhf_pl.rollout.vllm import check_engine_rotary, reshaping
-from rlhf_pl.rollout.weight_route import Bucket, WeightRoute, WeightRoutes
-from rlhf_pl.rotary import thresholds
-from rlhf_pl.secrets import check_environment_key, register_url
+from rlhf_pl.rollout.weight_sync.routes import Bucket, WeightRoute, WeightRoutes
+from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
+from rlhf_pl.rollout.weight_sync.transports import NCCLPush, TCPPush
+from rlhf_pl.utils.errors import InputError, at_least, finite
+from rlhf_pl.utils.secrets import check_environment_key, register_url
 
 BUCKET_BYTES = 256 * 2**20  # of weights under way at a time
 _PUSHES: dict[str, type[TCPPush] | type[NCCLPush]] = {"tcp": TCPPush, "nccl": NCCLPush}
@@ -137,7 +137,7 @@ class VLLMServerSampler(Sampler):
             self._routes = WeightRoutes(self._fleet, routes)
             self._routes.connect(self._vet, None)
 
-    def forget(self, tensors: Mapping[str, Tensor]) -> None:
+    def invalidate_weights(self, tensors: Mapping[str, Tensor]) -> None:
         """Notes what has to come; until it has, no answers are drawn."""
         self._announced, self._version = set(tensors), None
 

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from rlhf_pl.data.preferences import load_preferences
-from rlhf_pl.errors import InputError
+from rlhf_pl.utils.errors import InputError
 
 Write = Callable[..., str]
 ASK = {"role": "user", "content": "Why?"}

@@ -9,8 +9,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_pl.data.prompts import Prompt, load_prompts, prompts_of_round, split_held_out, tokenize_prompts
-from rlhf_pl.errors import InputError
-from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.models.source import ModelSource
+from rlhf_pl.utils.errors import InputError
 
 Write = Callable[..., str]
 ROWS = [{"prompt_id": "a", "prompt": "Hi", "answer": 1}, {"prompt_id": "b", "prompt": "Ho", "answer": 2}]
@@ -114,7 +114,7 @@ def test_wrong_files_are_refused(write_jsonl: Write, tmp_path: Path) -> None:
         load_prompts(write_jsonl(ROWS), {"question": "prompt"})
 
 
-def test_long_prompts_are_left_out_and_counted(source: PolicySource) -> None:
+def test_long_prompts_are_left_out_and_counted(source: ModelSource) -> None:
     prompts = [Prompt("short", user("Hi")), Prompt("long", user("Hi " * 100))]
     kept, dropped = tokenize_prompts(prompts, source.tokenizer, 20)
     assert ([p.prompt_id for p in kept], dropped) == (["short"], 1)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from rlhf_pl.__main__ import main
 from rlhf_pl.rewards.time_limit import call_limited
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.store.round_store import RoundStore
 
 OPTIONS = [
     *("model.policy", "model.loss", "model.loss.eta", "model.optimizer", "model.optimizer.lr", "model.optimizer.betas"),

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rlhf_pl.__main__ import main
-from rlhf_pl.classifier_head import check_classifier, check_new_classifier
-from rlhf_pl.errors import InputError
-from rlhf_pl.policy import check_lm, load_lm
-from rlhf_pl.policy_source import PolicySource
-from rlhf_pl.template import ChatTemplate
+from rlhf_pl.models.chat_template import ChatTemplate
+from rlhf_pl.models.classifier_head import check_classifier, check_new_classifier
+from rlhf_pl.models.policy import check_lm, load_lm
+from rlhf_pl.models.source import ModelSource
+from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama, save_reward_model
 
 Damage = Callable[[Path], object]
@@ -126,7 +126,7 @@ def changed(key: str, value: Any) -> Damage:
 
 def behaviour(folder: Path) -> tuple[str, torch.Tensor]:
     """What a run looks at before it writes anything: the text of a prompt, and the model's logits for some tokens."""
-    source = PolicySource(str(folder))
+    source = ModelSource(str(folder))
     template = ChatTemplate(source.tokenizer)
     text = template.render(template.prepare(MESSAGES), None, True)
     _ = source.eos_token_ids, source.max_context_tokens
@@ -171,8 +171,8 @@ def test_a_damaged_folder_loads_as_it_was_or_is_refused_by_the_files_name(
 
 def test_reward_models_are_refused_by_the_same_rules(tmp_path: Path) -> None:
     sound = save_reward_model(tmp_path / "sound")
-    check_classifier(PolicySource(str(sound)))
-    check_new_classifier(PolicySource(str(save_llama(tmp_path / "backbone"))))
+    check_classifier(ModelSource(str(sound)))
+    check_new_classifier(ModelSource(str(save_llama(tmp_path / "backbone"))))
     for what, damage in {
         **WEIGHTS,
         **{name: EVERY_FILE[name] for name in ("empty", "half", "less", "garbage")},
@@ -182,7 +182,7 @@ def test_reward_models_are_refused_by_the_same_rules(tmp_path: Path) -> None:
             shutil.copytree(tmp_path / kind, folder)
             damage(folder / "model.safetensors")
             with pytest.raises(InputError, match=r"model\.safetensors|lacks the head"):
-                (check_classifier if kind == "sound" else check_new_classifier)(PolicySource(str(folder)))
+                (check_classifier if kind == "sound" else check_new_classifier)(ModelSource(str(folder)))
             assert what
             shutil.rmtree(folder)
 

@@ -13,8 +13,8 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from rlhf_pl.data.prompts import load_prompts, tokenize_prompts
-from rlhf_pl.errors import InputError
-from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.models.source import ModelSource
+from rlhf_pl.utils.errors import InputError
 
 FUZZ = settings(
     max_examples=150, derandomize=True, deadline=5000, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -37,7 +37,7 @@ ROWS = st.dictionaries(
 )
 
 
-def accepted_or_refused(file: Path, source: PolicySource, columns: dict[str, str] | None = None) -> None:
+def accepted_or_refused(file: Path, source: ModelSource, columns: dict[str, str] | None = None) -> None:
     """Loads, tokenizes and writes as a run would; only an InputError may come out, and it names the file."""
     try:
         prompts = load_prompts(str(file), columns)
@@ -60,7 +60,7 @@ def accepted_or_refused(file: Path, source: PolicySource, columns: dict[str, str
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".json", ".csv", ".parquet"])
-def test_any_bytes(tmp_path: Path, source: PolicySource, suffix: str) -> None:
+def test_any_bytes(tmp_path: Path, source: ModelSource, suffix: str) -> None:
     @FUZZ
     @given(st.binary(max_size=300) | st.text(max_size=200).map(lambda t: t.encode("utf-8", "surrogatepass")))
     @example(b"")
@@ -90,14 +90,14 @@ def test_any_bytes(tmp_path: Path, source: PolicySource, suffix: str) -> None:
 @example(rows=[{"prompt": "Hi", "prompt_id": "a"}, {"prompt": "Ho", "prompt_id": "a"}], as_lines=True)
 @example(rows=[{"prompt": "Hi"}, {"prompt": "Ho", "prompt_id": "row-0"}], as_lines=False)
 @example(rows=[{"prompt": "\n\nHuman:\n\nHuman: Hi\n\nAssistant:"}], as_lines=True)
-def test_any_json(tmp_path: Path, source: PolicySource, rows: list[Any], as_lines: bool) -> None:
+def test_any_json(tmp_path: Path, source: ModelSource, rows: list[Any], as_lines: bool) -> None:
     file = tmp_path / ("any.jsonl" if as_lines else "any.json")
     file.write_text("\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows))
     accepted_or_refused(file, source)
 
 
 @pytest.mark.parametrize("depth", [100, 300, 480, 700, 990, 3000])
-def test_deep_rows(tmp_path: Path, source: PolicySource, depth: int) -> None:
+def test_deep_rows(tmp_path: Path, source: ModelSource, depth: int) -> None:
     nested = '{"x": ' * depth + "1" + "}" * depth
     file = tmp_path / "deep.jsonl"
     for row in (f'{{"prompt": [{{"role": "user", "content": "Hi", "x": {nested}}}]}}',
@@ -108,7 +108,7 @@ def test_deep_rows(tmp_path: Path, source: PolicySource, depth: int) -> None:
 
 @FUZZ
 @given(rows=st.lists(ROWS, min_size=1, max_size=3), columns=st.dictionaries(TEXT | st.just("prompt"), TEXT, max_size=2))
-def test_any_column_names(tmp_path: Path, source: PolicySource, rows: list[Any], columns: dict[str, str]) -> None:
+def test_any_column_names(tmp_path: Path, source: ModelSource, rows: list[Any], columns: dict[str, str]) -> None:
     file = tmp_path / "any.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
     accepted_or_refused(file, source, columns)
@@ -120,7 +120,7 @@ def test_any_column_names(tmp_path: Path, source: PolicySource, rows: list[Any],
     rows=st.lists(st.lists(st.text(max_size=10), max_size=4), max_size=4),
 )
 @example(header=["prompt"], rows=[["x" * 200_000]])
-def test_any_csv(tmp_path: Path, source: PolicySource, header: list[str], rows: list[list[str]]) -> None:
+def test_any_csv(tmp_path: Path, source: ModelSource, header: list[str], rows: list[list[str]]) -> None:
     text = io.StringIO()
     csv.writer(text).writerows([header, *rows])
     file = tmp_path / "any.csv"
@@ -152,7 +152,7 @@ def test_any_csv(tmp_path: Path, source: PolicySource, header: list[str], rows: 
         min_size=1,
     )
 )
-def test_any_parquet(tmp_path: Path, source: PolicySource, columns: dict[str, pa.Array]) -> None:
+def test_any_parquet(tmp_path: Path, source: ModelSource, columns: dict[str, pa.Array]) -> None:
     file = tmp_path / "any.parquet"
     pq.write_table(pa.table(columns), file)
     accepted_or_refused(file, source)

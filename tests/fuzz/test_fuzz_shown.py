@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from rich.panel import Panel
 from rich.text import Text
 
-from rlhf_pl import secrets
-from rlhf_pl.console import SafeConsole
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards.json_schema import schema_validator
-from rlhf_pl.secrets import redact, register
-from rlhf_pl.terminal import escape
+from rlhf_pl.utils import secrets
+from rlhf_pl.utils.console import SafeConsole
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.secrets import redact, register
+from rlhf_pl.utils.terminal import escape
 
 FUZZ = settings(
     max_examples=300, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]

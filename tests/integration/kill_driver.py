@@ -70,12 +70,12 @@ def instrument(tracer: Tracer) -> None:
     """Report at every boundary and inside every phase of a run."""
     import torch
 
-    from rlhf_pl import disk
     from rlhf_pl.callbacks import HFExport, RoundCheckpoint, RoundRefresh, SampleTable, hf_export, round_checkpoint
     from rlhf_pl.modules import RebelModule
     from rlhf_pl.rewards import FunctionReward
     from rlhf_pl.rollout import TransformersSampler, VLLMSampler
-    from rlhf_pl.rounds import Round
+    from rlhf_pl.store.round_store import Round
+    from rlhf_pl.utils import disk
 
     tracer.around(Round, "write_shard", lambda stored, stage, *_: f"write {stage} of {stored.path.parent.name}")
     tracer.around(Round, "complete", lambda stored, stage, **_: f"complete {stage} of {stored.path.parent.name}")
@@ -138,7 +138,7 @@ def run_all(plan: dict[str, Any]) -> None:
     import transformers  # noqa: F401
     from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaForCausalLM  # noqa: F401
 
-    import rlhf_pl.cli  # noqa: F401
+    import rlhf_pl.cli.fit  # noqa: F401
 
     for run in plan["runs"]:
         if "copy_of" in run:

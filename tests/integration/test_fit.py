@@ -17,12 +17,12 @@ from lightning.pytorch.loggers import CSVLogger
 
 from rlhf_pl import RebelLoss, RebelModule, RoundDataModule, SamplingConfig, TransformersSampler
 from rlhf_pl.callbacks import DegenerationGuard, HFExport, RoundRefresh, SampleTable
-from rlhf_pl.errors import InputError
 from rlhf_pl.optim import AdamW
 from rlhf_pl.rollout import EngineSpec
 from rlhf_pl.rollout.base import NamedTensors
-from rlhf_pl.rollout.self_check import StaleSamplerError
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
+from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama
 
 PROMPTS = [{"prompt_id": f"p{i}", "prompt": f"What is {i} plus {i + 1}?", "answer": 2 * i + 1} for i in range(14)]
@@ -45,7 +45,7 @@ class Recorder(L.Callback):
         if batch_idx == 0:
             rows = batch.rows
             with torch.no_grad():
-                logps = rows.totals(module(**rows.inputs(), temperature=batch.temperature)).view(-1, 2).T
+                logps = rows.sum_per_response(module(**rows.inputs(), temperature=batch.temperature)).view(-1, 2).T
             self.first_logratios.append((logps - batch.old_logps).abs().max().item())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:

@@ -19,13 +19,13 @@ from rlhf_pl import (
     SFTModule,
     run_date,
 )
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import ClassifierReward, Sample, ScoringConfig
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils.errors import InputError
 from tests import chat_templates
 from tests.conftest import save_llama
 from tests.integration.test_fit import fit
-from tests.test_template import ASK, RESULT, TOOLS, call, plain, tokenizer
+from tests.models.test_chat_template import ASK, RESULT, TOOLS, call, plain, tokenizer
 
 Write = Callable[..., str]
 SAID = {"role": "assistant", "content": "22 degrees."}

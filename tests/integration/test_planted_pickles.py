@@ -12,7 +12,7 @@ import pytest
 
 from rlhf_pl.__main__ import main
 from rlhf_pl.data.files import read_rows
-from rlhf_pl.errors import InputError
+from rlhf_pl.utils.errors import InputError
 from tests import planted
 from tests.conftest import save_llama, save_reward_model
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.store.round_store import RoundStore
 from tests.integration.test_kill_matrix import TRANSFORMERS, make_plan, outcomes, result
 
 pytestmark = pytest.mark.xdist_group("ranks")  # they share what takes long to start

@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_pl.__main__ import main
 from rlhf_pl.rollout import TransformersSampler
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.store.round_store import RoundStore
 from tests.conftest import save_llama
 
 REWARDS = """
@@ -99,7 +99,7 @@ def test_a_finished_run_started_again_does_nothing(fit: Fit, draws: Draws, capsy
         (
             {"model__loss__eta": 3.0},
             set(),
-            "eta=1.0) -> rlhf_pl.losses.RebelLoss(eta=3.0). Round 2 is trained on again",
+            "eta=1.0) -> rlhf_pl.algorithms.losses.RebelLoss(eta=3.0). Round 2 is trained on again",
         ),
         ({"model__optimizer__lr": 2e-3}, set(), "lr: 0.001 -> 0.002. Round 2 is trained on again"),
         ({"rollout__selector": "RandomPair"}, {"pairs", "logps"}, "Round 2 is paired again"),

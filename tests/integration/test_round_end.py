@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 
 from rlhf_pl import SFTDataModule, SFTModule
 from rlhf_pl.callbacks import EpochRun, HFExport, RoundCheckpoint, SampleTable, hf_export, round_checkpoint
-from rlhf_pl.checkpoints import read_progress
+from rlhf_pl.checkpointing.checkpoints import read_progress
+from rlhf_pl.checkpointing.resume import find_resume_point
 from rlhf_pl.optim import AdamW
-from rlhf_pl.resume import find_resume_point
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.store.round_store import RoundStore
 from tests.integration import test_fit
 from tests.integration.test_fit import PROMPTS, assert_same
 

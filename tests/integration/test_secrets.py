@@ -16,11 +16,11 @@ import pytest
 import torch
 import yaml
 
-from rlhf_pl import secrets
 from rlhf_pl.__main__ import main
-from rlhf_pl.errors import InputError
-from rlhf_pl.fingerprints import describe
 from rlhf_pl.rollout import VLLMServerSampler
+from rlhf_pl.utils import secrets
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.fingerprints import describe
 
 PASSWORD, QUERY, LITERAL, HEADER, TOKEN, PROXY, KEY = SECRETS = (
     *("hunter2!pass/word", "querytok-5551x", "sk-literal-0123456789ab", "headertok-998877", "hubtok-77aa88bb99cc"),

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from rlhf_pl.callbacks import HFExport, RoundCheckpoint
 from rlhf_pl.optim import AdamW, WarmupCosine
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.store.round_store import RoundStore
 from tests.integration import test_fit
 from tests.integration.test_fit import PROMPTS, assert_same, weights
 

@@ -17,13 +17,13 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from rlhf_pl.errors import InputError
-from rlhf_pl.listener import make_token
-from rlhf_pl.policy import load_lm
-from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.distributed.listener import make_token
+from rlhf_pl.models.policy import load_lm
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMServerSampler
-from rlhf_pl.rollout.push import TCPPush
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.rollout.weight_sync.transports import TCPPush
+from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils.errors import InputError
 from tests.integration.test_fit import PROMPTS
 from tests.soak.servers import Member
 from tests.strangers import KINDS, is_turned_away, visit
@@ -85,7 +85,7 @@ def test_two_rounds_are_those_of_an_engine_in_the_process(
     ],
 )
 def test_servers_that_do_not_fit_are_refused(
-    servers: list[str], source: PolicySource, arguments: dict[str, Any], message: str
+    servers: list[str], source: ModelSource, arguments: dict[str, Any], message: str
 ) -> None:
     def connect() -> None:
         with closing(VLLMServerSampler(**{"urls": servers} | arguments)) as sampler:
@@ -108,7 +108,7 @@ def test_a_run_with_servers_that_do_not_fit_ends_with_one_line(
 
 
 def test_a_server_that_is_lost_is_left_out_until_it_is_back(
-    servers: list[str], llama: Path, source: PolicySource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    servers: list[str], llama: Path, source: ModelSource, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Killed in mid-request, and started again with the weights of the folder: the answers are the same."""
     prompts = [PromptTokens([5, 6, 7, 8 + i], 100 * i) for i in range(24)]
@@ -120,7 +120,7 @@ def test_a_server_that_is_lost_is_left_out_until_it_is_back(
         return [[r.token_ids for r in found[i]] for i in range(len(prompts))]
 
     def push(sampler: VLLMServerSampler) -> None:
-        sampler.forget(weights)
+        sampler.invalidate_weights(weights)
         sampler.load_weights(weights.items())
 
     second = Member(llama, tmp_path, "second")
@@ -163,7 +163,7 @@ def test_a_fleet_that_is_not_there_is_refused() -> None:
         sampler.check()
 
 
-def test_a_server_outlives_strangers_at_both_ends(servers: list[str], source: PolicySource) -> None:
+def test_a_server_outlives_strangers_at_both_ends(servers: list[str], source: ModelSource) -> None:
     """At the trainer's port, and where a server is told to connect to one: the next run is served as ever."""
     import httpx
 
@@ -198,7 +198,7 @@ def test_a_server_outlives_strangers_at_both_ends(servers: list[str], source: Po
         patch.setattr(TCPPush, "init_info", init_info)
         sampler.start(EngineSpec(source, max_model_tokens=64, max_sequences=8))
         weights = load_lm(source).state_dict()
-        sampler.forget(weights)
+        sampler.invalidate_weights(weights)
         sampler.load_weights(weights.items())
         found = dict(sampler.generate([PromptTokens([5, 6, 7], 1)], SamplingConfig(max_response_tokens=4)))
     for connection in connections:

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import (
     ClassifierReward,
     Failure,
@@ -16,6 +15,7 @@ from rlhf_pl.rewards import (
     VLLMServerReward,
 )
 from rlhf_pl.rollout import VLLMServerSampler
+from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_reward_model
 from tests.rewards.test_classifier import SAMPLES
 from tests.vllm_serving import serving

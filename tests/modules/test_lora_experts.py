@@ -11,9 +11,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from rlhf_pl.callbacks import HFExport, RoundCheckpoint
-from rlhf_pl.compute import Compute
-from rlhf_pl.errors import InputError
-from rlhf_pl.lora import (
+from rlhf_pl.distributed.gather_weights import like_of, weights_of
+from rlhf_pl.models.compute import Compute
+from rlhf_pl.models.lora import (
     LoRA,
     adapted_layers,
     adapter_size,
@@ -23,16 +23,16 @@ from rlhf_pl.lora import (
     save_adapter,
     without_adapters,
 )
-from rlhf_pl.policy import PolicyLM
-from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.models.packed_batch import PrefixGroup, pack
+from rlhf_pl.models.policy import PolicyLM
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
-from rlhf_pl.rollout.self_check import hand_over
-from rlhf_pl.rows import Tree, lay_out
-from rlhf_pl.weights import like_of, weights_of
+from rlhf_pl.rollout.weight_sync.self_check import sync_weights
+from rlhf_pl.utils.errors import InputError
 from tests.conftest import make_tokenizer
 from tests.integration.test_fit import PROMPTS, fit
-from tests.modules.test_rebel_lora import constant_lr
+from tests.modules.test_pairwise_lora import constant_lr
 
 SIZES = {
     "hidden_size": 32,
@@ -148,7 +148,7 @@ def test_gradients_are_those_of_the_merged_weights(tmp_path: Path) -> None:
 def test_half_precision_copies_of_adapters_count(tmp_path: Path) -> None:
     """`bf16-mixed` computes with a twin whose weights are copies."""
     folder = save_moe(tmp_path / "base", "Mixtral")
-    batch = lay_out([Tree([5, 6, 7], ([8, 9], [10, 11, 12]))])
+    batch = pack([PrefixGroup([5, 6, 7], ([8, 9], [10, 11, 12]))])
     lm = adapted(folder, LoRA(rank=3))
     found = {}
     for dtype in (None, torch.bfloat16):
@@ -167,7 +167,7 @@ def test_half_precision_copies_of_adapters_count(tmp_path: Path) -> None:
 def test_vllm_is_given_what_checkpoints_hold(tmp_path: Path, kind: str) -> None:
     folder = save_moe(tmp_path / "base", kind)
     stored = load_file(folder / "model.safetensors")
-    given = dict(checkpoint_format(PolicySource(str(folder)))(iter(plain(folder).state_dict().items())))
+    given = dict(checkpoint_format(ModelSource(str(folder)))(iter(plain(folder).state_dict().items())))
     assert given.keys() == stored.keys()
     assert all(torch.equal(given[name], stored[name]) for name in stored)
 
@@ -261,10 +261,10 @@ def test_samplers_draw_from_the_adapted_experts(tmp_path: Path, sampler: Any) ->
     """Twice, with other weights: vLLM packs the experts' weights for its kernels."""
     folder = save_moe(tmp_path / "base", "Mixtral", head_dim=32)  # vLLM has no smaller ones on the CPU
     engine = sampler(dtype="float32") if sampler is VLLMSampler else sampler()
-    engine.start(EngineSpec(PolicySource(str(folder)), 64, 4))
+    engine.start(EngineSpec(ModelSource(str(folder)), 64, 4))
     for seed in (2, 3):
         lm = adapted(folder, LoRA(rank=3), seed)
-        hand_over(engine, weights_of(merged(lm)))
+        sync_weights(engine, weights_of(merged(lm)))
         for _, (drawn,) in engine.generate([PromptTokens([5, 6, 7, 8], 0)], SamplingConfig(1, max_response_tokens=8)):
             ids = [5, 6, 7, 8, *drawn.token_ids]
             with torch.no_grad():

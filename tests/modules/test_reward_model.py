@@ -11,14 +11,14 @@ import pytest
 import torch
 
 from rlhf_pl import LoRA, PreferenceDataModule, RewardModelModule
+from rlhf_pl.algorithms.agreement import pair_metrics, wilson_interval
+from rlhf_pl.algorithms.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.callbacks import EpochRun, HFExport, RoundCheckpoint
-from rlhf_pl.classifier import ClassifierLM, new_classifier
-from rlhf_pl.errors import InputError
-from rlhf_pl.losses import bradley_terry_loss, centering_loss
+from rlhf_pl.models.sequence_classifier import ClassifierLM, new_classifier
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.optim import AdamW
-from rlhf_pl.pair_metrics import pair_metrics, wilson_interval
-from rlhf_pl.policy_source import PolicySource
 from rlhf_pl.rewards import ClassifierReward, Sample
+from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama
 from tests.rewards.test_classifier import SAMPLES, plain_scores
 
@@ -169,7 +169,7 @@ def test_beginnings_that_are_shared_give_the_loss_and_gradient_of_padded_rows(ll
     rows = [*ROWS[:20], {"prompt": "A?", "chosen": "Good, of course", "rejected": "Good"}]
     dataset = set_up(llama, write_jsonl(rows)).train_set
     assert dataset is not None
-    model = new_classifier(PolicySource(str(llama)), seed=0)
+    model = new_classifier(ModelSource(str(llama)), seed=0)
     dataset.pad_id = model.config.pad_token_id = 1
     classifier = ClassifierLM(model)
     assert classifier.shares_prompts
@@ -247,7 +247,7 @@ def test_exports_have_a_padding_token_of_their_own(
 def test_a_model_read_before_the_eos_says_so(
     llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("rlhf_pl.score_place._warned", set())
+    monkeypatch.setattr("rlhf_pl.models.score_position._warned", set())
     fit(tmp_path, llama, write_jsonl(ROWS), {"score_at": "before_eos"}, max_epochs=1)
     assert "`model.score_at` is before_eos" in capsys.readouterr().out
     folder = tmp_path / "model"

@@ -11,12 +11,12 @@ import torch
 
 from rlhf_pl import SFTDataModule, SFTModule
 from rlhf_pl.callbacks import EpochRun, HFExport
-from rlhf_pl.chat import encode_conversation
-from rlhf_pl.data.packing import Example, lay_out_examples, pack
-from rlhf_pl.errors import InputError
+from rlhf_pl.data.packing import Example, fill_rows, pack_examples
+from rlhf_pl.models.chat import encode_conversation
+from rlhf_pl.models.policy import PolicyLM
+from rlhf_pl.models.shared_prefix import share_prompts
 from rlhf_pl.optim import AdamW
-from rlhf_pl.policy import PolicyLM
-from rlhf_pl.shared_prompt import share_prompts
+from rlhf_pl.utils.errors import InputError
 from tests.conftest import make_tokenizer
 
 Write = Callable[..., str]
@@ -52,7 +52,7 @@ def test_templates_that_rewrite_earlier_turns_or_write_no_eos_are_refused() -> N
 
 def test_packing_fills_rows_and_keeps_every_example() -> None:
     lengths = [5, 4, 3, 3, 2, 9]
-    rows = pack([0, 1, 2, 3, 4, 5], lengths, 9)
+    rows = fill_rows([0, 1, 2, 3, 4, 5], lengths, 9)
     assert rows == [[0, 1], [2, 3, 4], [5]]
     assert all(sum(lengths[i] for i in row) <= 9 for row in rows)
 
@@ -76,7 +76,7 @@ def test_packed_examples_give_what_each_gives_alone(kind: str) -> None:
     for share in (False, True):
         if share:
             assert share_prompts(lm)
-        logps = policy(**lay_out_examples(examples).inputs())
+        logps = policy(**pack_examples(examples).inputs())
         policy.zero_grad()
         logps.sum().backward()
         gradient = torch.cat([p.grad.flatten() for p in policy.parameters() if p.grad is not None])

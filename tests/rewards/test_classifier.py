@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from rlhf_pl import classifier
-from rlhf_pl.errors import InputError
+from rlhf_pl.models import sequence_classifier as classifier
 from rlhf_pl.rewards import ClassifierReward, Sample
+from rlhf_pl.utils.errors import InputError
 from tests.conftest import make_tokenizer
 
 SAMPLES = [

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import FunctionReward, RewardResult, Sample
 from rlhf_pl.rewards.function import import_function
 from rlhf_pl.rewards.guard import ScoringConfig, guarded_scores, try_reward
+from rlhf_pl.utils.errors import InputError
 
 
 def sample(response: str = "four", **columns: Any) -> Sample:

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample, ScoringConfig
 from rlhf_pl.rewards.guard import Failure, guarded_scores
 from rlhf_pl.rewards.time_limit import call_limited
+from rlhf_pl.utils.errors import InputError
 
 DROP = ScoringConfig(retries=0, backoff_s=0, on_failure="drop")
 

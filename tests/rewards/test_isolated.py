@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import (
     CombinedReward,
     Failure,
@@ -23,6 +22,7 @@ from rlhf_pl.rewards import (
 )
 from rlhf_pl.rewards.combine import isolate_functions
 from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.utils.errors import InputError
 
 HOSTILE = """
 import ctypes, os, sys, time

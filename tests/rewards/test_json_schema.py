@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import JSONSchema, Sample, ScoringConfig
 from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.utils.errors import InputError
 
 
 @pytest.fixture(autouse=True)

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 
 from examples.reward_server import Handler as ExampleHandler
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import (
     CombinedReward,
     Failure,
@@ -26,6 +25,7 @@ from rlhf_pl.rewards import (
     WeightedReward,
 )
 from rlhf_pl.rewards.guard import guarded_scores, try_reward
+from rlhf_pl.utils.errors import InputError
 
 Answer = Callable[[dict[str, Any], int], tuple[int, bytes]]
 

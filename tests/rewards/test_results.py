@@ -13,10 +13,10 @@ import pandas as pd
 import pytest
 import torch
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import CombinedReward, Failure, FunctionReward, Reward, RewardResult, Sample, ScoringConfig
 from rlhf_pl.rewards import WeightedReward as Part
 from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.utils.errors import InputError
 
 DROP = ScoringConfig(retries=0, backoff_s=0, on_failure="drop")
 STOP = ScoringConfig(retries=0, backoff_s=0)

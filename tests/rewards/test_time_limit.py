@@ -15,10 +15,10 @@ from typing import Any
 
 import pytest
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import Failure, FunctionReward, Sample, ScoringConfig, time_limit
 from rlhf_pl.rewards.guard import guarded_scores
 from rlhf_pl.rewards.time_limit import Ended, RewardTimeout, call_limited
+from rlhf_pl.utils.errors import InputError
 
 QUICK = ScoringConfig(0.2, retries=2, backoff_s=0, on_failure="drop")
 

@@ -6,9 +6,9 @@ from typing import Any
 
 import pytest
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rewards import ExactAnswer, JSONSchema, LengthWindow, NumericAnswer, RegexMatch, Sample
 from rlhf_pl.rewards.verify import RuleReward, final_number
+from rlhf_pl.utils.errors import InputError
 
 
 def given(reward: RuleReward, response: str, **columns: Any) -> float:

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 import torch
 
-from rlhf_pl.errors import InputError
-from rlhf_pl.policy import PolicyLM, load_lm
-from rlhf_pl.policy_source import PolicySource
+from rlhf_pl.distributed.gather_weights import weights_of
+from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack
+from rlhf_pl.models.policy import PolicyLM, load_lm
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rollout import (
     EngineSpec,
     PromptTokens,
@@ -24,9 +25,8 @@ from rlhf_pl.rollout import (
     VLLMSampler,
     VLLMServerSampler,
 )
-from rlhf_pl.rollout.self_check import StaleSamplerError, check_sampler, hand_over, tolerance
-from rlhf_pl.rows import RowBatch, Tree, lay_out
-from rlhf_pl.weights import weights_of
+from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError, check_sampler, sync_weights, tolerance
+from rlhf_pl.utils.errors import InputError
 from tests.conftest import make_tokenizer, save_llama
 
 pytestmark = pytest.mark.xdist_group("samplers")  # they share what takes long to start
@@ -38,7 +38,7 @@ PROMPTS = [[0, 3, 20 + i, 30 + i, 4] for i in range(6)]
 @pytest.fixture(scope="module")
 def lm(llama: Path) -> Any:
     """Weights of its own: not those of the folder that the samplers start from."""
-    lm = load_lm(PolicySource(str(llama)))
+    lm = load_lm(ModelSource(str(llama)))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
         for parameter in lm.parameters():
@@ -54,7 +54,7 @@ def lm(llama: Path) -> Any:
         pytest.param("server", marks=[*VLLM, pytest.mark.slow]),
     ],
 )
-def sampler(request: pytest.FixtureRequest, source: PolicySource, lm: Any) -> Iterator[Sampler]:
+def sampler(request: pytest.FixtureRequest, source: ModelSource, lm: Any) -> Iterator[Sampler]:
     made: Sampler
     if request.param == "transformers":
         made = TransformersSampler(batch_size=8)
@@ -64,7 +64,7 @@ def sampler(request: pytest.FixtureRequest, source: PolicySource, lm: Any) -> It
         made = VLLMServerSampler(request.getfixturevalue("servers"), dtype="float32")
     made.check()
     made.start(EngineSpec(source, max_model_tokens=64, max_sequences=64))
-    made.forget(lm.state_dict())
+    made.invalidate_weights(lm.state_dict())
     made.load_weights(lm.state_dict().items())
     yield made
     made.close()
@@ -76,8 +76,8 @@ def draw(sampler: Sampler, prompts: list[list[int]], seeds: list[int], **setting
     return [answers[i] for i in range(len(prompts))]
 
 
-def policy(lm: Any) -> Callable[[RowBatch, float], torch.Tensor]:
-    def logps(rows: RowBatch, temperature: float) -> torch.Tensor:
+def policy(lm: Any) -> Callable[[PackedBatch, float], torch.Tensor]:
+    def logps(rows: PackedBatch, temperature: float) -> torch.Tensor:
         with torch.no_grad():
             return PolicyLM(lm)(**rows.inputs(), temperature=temperature)
 
@@ -87,8 +87,8 @@ def policy(lm: Any) -> Callable[[RowBatch, float], torch.Tensor]:
 def test_logps_are_the_policys(sampler: Sampler, lm: Any) -> None:
     """At temperature 1 and over the whole vocabulary, whatever was drawn with."""
     answers = draw(sampler, PROMPTS, [10 * i for i in range(6)], num_responses=3, temperature=0.7, top_p=0.9)
-    trees = [Tree(p, tuple(r.token_ids for r in rs)) for p, rs in zip(PROMPTS, answers, strict=True)]
-    expected = policy(lm)(lay_out(trees), 1.0)
+    trees = [PrefixGroup(p, tuple(r.token_ids for r in rs)) for p, rs in zip(PROMPTS, answers, strict=True)]
+    expected = policy(lm)(pack(trees), 1.0)
     actual = torch.tensor([logp for rs in answers for r in rs for logp in r.logps])
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
 
@@ -180,13 +180,13 @@ def test_self_check_passes_and_catches_stale_weights(sampler: Sampler, lm: Any, 
     limit = tolerance("float32", "float32")
     assert check_sampler(sampler, PROMPTS, policy(lm), weights_of(lm.state_dict()), limit) < limit
     with pytest.raises(StaleSamplerError, match="does not draw from the policy"):
-        check_sampler(sampler, PROMPTS, policy(load_lm(PolicySource(str(llama)))), weights_of(lm.state_dict()), limit)
+        check_sampler(sampler, PROMPTS, policy(load_lm(ModelSource(str(llama)))), weights_of(lm.state_dict()), limit)
 
 
 @pytest.fixture
 def next_policy(sampler: Sampler, lm: Any) -> Iterator[tuple[Any, dict[str, torch.Tensor], Callable[[], float]]]:
     """A policy a step from the one the sampler holds, smaller than log-probs show; its weights; a hand-over."""
-    after = load_lm(PolicySource(lm.name_or_path))
+    after = load_lm(ModelSource(lm.name_or_path))
     after.load_state_dict(lm.state_dict())
     generator = torch.Generator().manual_seed(8)
     with torch.no_grad():
@@ -196,15 +196,15 @@ def next_policy(sampler: Sampler, lm: Any) -> Iterator[tuple[Any, dict[str, torc
     limit = tolerance("float32", "float32")
 
     def bring() -> float:
-        hand_over(sampler, weights_of(weights))
+        sync_weights(sampler, weights_of(weights))
         return check_sampler(sampler, PROMPTS, policy(after), weights_of(weights), limit)
 
-    hand_over(sampler, weights_of(lm.state_dict()))
+    sync_weights(sampler, weights_of(lm.state_dict()))
     assert (
         check_sampler(sampler, PROMPTS, policy(after), weights_of({}), limit) < limit
     )  # it could not be told by log-probs
     yield after, weights, bring
-    hand_over(sampler, weights_of(lm.state_dict()))
+    sync_weights(sampler, weights_of(lm.state_dict()))
 
 
 def break_load(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[dict], dict]) -> None:
@@ -268,7 +268,7 @@ def test_transformers_sampler_draws_with_all_of_the_policys_attention(tmp_path: 
         AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
     sampler = TransformersSampler()
-    sampler.start(EngineSpec(PolicySource(str(tmp_path)), max_model_tokens=40, max_sequences=6))
+    sampler.start(EngineSpec(ModelSource(str(tmp_path)), max_model_tokens=40, max_sequences=6))
     plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
     sampler.load_weights(plain.state_dict().items())
     for prompt, responses in zip(PROMPTS, draw(sampler, PROMPTS, list(range(len(PROMPTS)))), strict=True):
@@ -284,7 +284,7 @@ def test_transformers_sampler_draws_with_all_of_the_policys_attention(tmp_path: 
 
 
 def test_heads_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
-    source = PolicySource(str(save_llama(tmp_path / "small-heads", num_attention_heads=4)))
+    source = ModelSource(str(save_llama(tmp_path / "small-heads", num_attention_heads=4)))
     with pytest.raises(InputError, match="heads of size 16"):
         VLLMSampler().start(EngineSpec(source, 64, 8))
 

@@ -7,10 +7,10 @@ from typing import Any
 import httpx
 import pytest
 
-from rlhf_pl.errors import InputError
 from rlhf_pl.rollout.base import Response
 from rlhf_pl.rollout.served_engine import ServedEngine, ServerError
 from rlhf_pl.rollout.vllm_server import _responses
+from rlhf_pl.utils.errors import InputError
 
 
 def engine_that_says(text: str) -> ServedEngine:

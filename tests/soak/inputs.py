@@ -14,7 +14,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.store.round_store import RoundStore
 from tests.integration.test_kill_matrix import TRANSFORMERS, drive, make_plan
 from tests.soak.harm import OF_FILES, arguments_of, report
 

@@ -45,13 +45,13 @@ class Outcome(NamedTuple):
 def run_as_rank(arguments: list[str]) -> int:
     """What each process of the run does: `rlhf-pl` with slow phases that it says it has reached."""
     folder, phase = Path(os.environ["SOAK_FOLDER"]), os.environ["SOAK_PHASE"]
-    import rlhf_pl.ranks
+    import rlhf_pl.distributed.ranks
     from rlhf_pl.__main__ import main
     from rlhf_pl.modules import RebelModule
     from rlhf_pl.rollout import TransformersSampler
 
     if os.environ["SOAK_WATCH"] == "off":
-        rlhf_pl.ranks.RankWatch = lambda *_: None
+        rlhf_pl.distributed.ranks.RankWatch = lambda *_: None
 
     def reached() -> None:
         import torch.distributed as dist

@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from rlhf_pl.rounds import RoundStore
+from rlhf_pl.store.round_store import RoundStore
 from tests.conftest import save_llama
 from tests.soak.proxy import Proxy
 from tests.vllm_serving import sampling_server

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
 
-from rlhf_pl.listener import join
-from rlhf_pl.rollout.push import TCPPush
-from rlhf_pl.rollout.vllm_plugin import read_exactly
-from rlhf_pl.watch import RankWatch
+from rlhf_pl.distributed.failure_watch import RankWatch
+from rlhf_pl.distributed.listener import join
+from rlhf_pl.rollout.weight_sync.plugin import read_exactly
+from rlhf_pl.rollout.weight_sync.transports import TCPPush
 from tests.strangers import KINDS, visit
 
 PEERS = 4

@@ -1,0 +1,85 @@
+"""Losses on pairs: pure functions, and a small configurable class for each."""
+
+import math
+from abc import ABC, abstractmethod
+
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from rlhf_pl.utils.errors import InputError
+
+
+def rebel_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor, eta: float) -> Tensor:
+    """Squared error between each pair's log-ratio margin and its scaled reward margin.
+
+    This is the objective of the paper times eta**2, as in the authors' code: the minimiser is the same, and their
+    published `eta` and learning rates carry over.
+
+    Args:
+        chosen_logratios: log pi_theta - log pi_old, summed over response tokens, shape (B,), float32, nats.
+        rejected_logratios: The same for the rejected response, shape (B,).
+        reward_margins: Chosen minus rejected reward, shape (B,), reward units.
+        eta: Nats per reward unit, positive; larger moves further from the old policy.
+
+    Returns:
+        Loss per pair, shape (B,), squared nats, not reduced.
+
+    Raises:
+        ValueError: `eta` is not positive and finite, or the shapes differ.
+
+    Source: arXiv:2404.16767, Eq. 3, times eta**2.
+    """
+    if not 0 < eta < math.inf:
+        raise ValueError(f"`eta` must be positive and finite, got {eta}.")
+    if not chosen_logratios.shape == rejected_logratios.shape == reward_margins.shape:
+        shapes = [tuple(t.shape) for t in (chosen_logratios, rejected_logratios, reward_margins)]
+        raise ValueError(f"Log-ratios and reward margins must have one shape (B,), got {shapes}.")
+    return (chosen_logratios - rejected_logratios - eta * reward_margins) ** 2
+
+
+class PairwiseLoss(ABC):
+    """A loss on (chosen, rejected) pairs. Subclass it and name your class in `model.loss.class_path`."""
+
+    @abstractmethod
+    def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
+        """Loss per pair, shape (B,), not reduced; arguments as in `rebel_loss`."""
+
+
+class RebelLoss(PairwiseLoss):
+    """REBEL: regress the log-ratio margin of a pair onto its reward margin (arXiv:2404.16767).
+
+    Args:
+        eta: Nats per reward unit, positive; larger moves further from the policy that generated the round.
+    """
+
+    def __init__(self, eta: float = 1.0) -> None:
+        if not 0 < eta < math.inf:
+            raise InputError(f"`model.loss.eta` must be positive and finite, got {eta}.")
+        self.eta = eta
+
+    def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
+        return rebel_loss(chosen_logratios, rejected_logratios, reward_margins, self.eta)
+
+
+def bradley_terry_loss(margins: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """Negative log-likelihood of which of two answers people prefer.
+
+    Args:
+        margins: Score of the chosen minus that of the rejected answer, shape (B,), float32, reward units.
+        labels: Probability that the chosen answer is the better one, shape (B,); 1, or 0.5 for a tie.
+        targets: By how much the chosen answer's score should be higher, shape (B,), reward units; 0 in the plain model.
+
+    Returns:
+        Loss per pair, shape (B,), nats, not reduced.
+
+    Source: arXiv:2203.02155, Eq. 1; targets as in arXiv:2307.09288, Eq. 2.
+    """
+    return -labels * logsigmoid(margins - targets) - (1 - labels) * logsigmoid(-margins - targets)
+
+
+def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
+    """Squared sum of a pair's scores, shape (B,): keeps scores near 0, which comparisons alone leave open.
+
+    Source: arXiv:2312.09244, Sec. 2.
+    """
+    return (chosen_scores + rejected_scores) ** 2

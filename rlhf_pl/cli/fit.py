@@ -1,0 +1,270 @@
+"""`rlhf-pl fit`: a LightningCLI with this project's defaults."""
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Callback, ProgressBar
+from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
+from lightning.pytorch.plugins import Precision
+from lightning.pytorch.utilities import rank_zero_only
+
+from rlhf_pl.callbacks import (
+    DegenerationGuard,
+    EpochRun,
+    HFExport,
+    OfflineLogps,
+    RoundCheckpoint,
+    RoundProgress,
+    RoundRefresh,
+    RunReport,
+    RunStopped,
+    SampleTable,
+)
+from rlhf_pl.checkpointing.checkpoints import check_readable, read_progress
+from rlhf_pl.checkpointing.resume import ResumePoint, chosen_resume_point, find_resume_point
+from rlhf_pl.checkpointing.safe_loading import guard_loads
+from rlhf_pl.cli.option_numbers import refuse_not_finite
+from rlhf_pl.cli.parser import DEFAULT_CLASSES, Parser, take_secrets
+from rlhf_pl.cli.run_files import RunConfig
+from rlhf_pl.cli.run_loggers import RunLogger, adopt_loggers
+from rlhf_pl.cli.user_errors import as_user_error
+from rlhf_pl.data import OfflineDataModule, RoundDataModule
+from rlhf_pl.distributed.strategies import runnable_strategy
+from rlhf_pl.modules import RebelModule
+from rlhf_pl.modules.divergence_check import DivergenceCheck
+from rlhf_pl.modules.export import Exportable
+from rlhf_pl.modules.trainer_options import refuse_options
+from rlhf_pl.rounds.settings import downstream_settings
+from rlhf_pl.store.provenance import StageSettings
+from rlhf_pl.utils.console import console
+from rlhf_pl.utils.devices import fast_precision
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.lock import RunLock
+from rlhf_pl.utils.memory import keep_freed_memory
+from rlhf_pl.utils.terminal import log_to, print_error
+
+TRAINER_DEFAULTS = {
+    "max_epochs": 3,
+    "default_root_dir": "runs/rebel",
+    "log_every_n_steps": 1,
+    "num_sanity_val_steps": 0,
+    "reload_dataloaders_every_n_epochs": 1,
+    "use_distributed_sampler": False,
+    "enable_model_summary": False,
+}
+
+
+class RlhfCLI(LightningCLI):
+    """LightningCLI with the groups `rollout`, `samples` and `export` for the callbacks that every run has."""
+
+    def __init__(self, args: list[str] | None = None) -> None:
+        super().__init__(
+            L.LightningModule,
+            L.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            auto_configure_optimizers=False,
+            seed_everything_default=1,
+            trainer_defaults=TRAINER_DEFAULTS,
+            parser_class=Parser,
+            parser_kwargs={"default_env": True, "prog": "rlhf-pl"},
+            save_config_callback=RunConfig,
+            args=args,
+        )
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        return {"fit": {"model", "train_dataloaders", "val_dataloaders", "datamodule"}}
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        parser.add_lightning_class_args(RoundRefresh, "rollout")
+        parser.add_lightning_class_args(SampleTable, "samples")
+        parser.add_lightning_class_args(RoundCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(DegenerationGuard, "guards")
+        parser.add_lightning_class_args(HFExport, "export")
+        parser.add_argument(
+            "--repair", action="store_true", help="Make damaged or missing files of the round store again."
+        )
+        parser.add_argument(
+            "--accept_changes",
+            action="store_true",
+            help="Go on in a run directory that was made with other settings; they count from here on.",
+        )
+        parser.set_defaults({key: {"class_path": f"rlhf_pl.{kind.__name__}"} for key, kind in DEFAULT_CLASSES.items()})
+
+    def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
+        """Add what a run needs and the config does not name: logger, checkpoints, progress bar, report."""
+        config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
+        refuse_options(config, in_rounds=isinstance(self.datamodule, RoundDataModule))
+        run_dir = config["default_root_dir"]
+        log_to(run_dir)
+        callbacks: list[Callback] = _listed(config["callbacks"])
+        if config["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
+            callbacks.append(RoundProgress())
+        if config["logger"] in (None, True):
+            kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
+        on_gpu = _on_gpu(config["accelerator"])
+        precision = str(config["precision"] or "32-true")
+        if config["precision"] is not None or not _has(_listed(config["plugins"]), Precision):
+            kwargs["precision"] = fast_precision(precision, on_gpu)
+        if kwargs.get("precision", precision) != precision and not getattr(rank_zero_only, "rank", 0):
+            console.print(
+                f"This CPU has no bfloat16 instructions: computing in float32 instead of {precision}, several times "
+                "faster here.",
+                soft_wrap=True,
+            )
+        kwargs["strategy"] = runnable_strategy(config["strategy"], on_gpu)
+        own = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
+        if config["enable_checkpointing"] is False:
+            own = [callback for callback in own if not isinstance(callback, RoundCheckpoint)]
+        self.rounds: RoundRefresh = next(callback for callback in own if isinstance(callback, RoundRefresh))
+        self.rounds.repair = self._get(self.config_init, "repair")
+        self.rounds.accept_changes = self._get(self.config_init, "accept_changes")
+        report: list[Callback] = [RunReport()]
+        if not isinstance(self.model, RebelModule) or isinstance(self.datamodule, OfflineDataModule):
+            own, report = self._of_fixed_data(own), []
+        # ours come first: what they log is there when EarlyStopping and the like look for it
+        return self._instantiate_trainer(config | kwargs | {"callbacks": [DivergenceCheck(), *own, *callbacks]}, report)
+
+    def _of_fixed_data(self, own: list[Callback]) -> list[Callback]:
+        """The callbacks of a run that samples nothing: reward models, SFT, offline pairs, users' own modules."""
+        if self.rounds.options is not None:
+            raise InputError(
+                f"`rollout.reward` is given, but {type(self.model).__name__} with {type(self.datamodule).__name__} "
+                "trains on fixed data: nothing is scored. Leave it out, or train a RebelModule on a RoundDataModule."
+            )
+        offline = [OfflineLogps()] if isinstance(self.datamodule, OfflineDataModule) else []
+        for callback in offline:
+            callback.repair = self.rounds.repair
+        kinds = (RoundCheckpoint, HFExport) if isinstance(self.model, Exportable) else (RoundCheckpoint,)
+        kept: list[Callback] = [callback for callback in own if isinstance(callback, kinds)]
+        return [EpochRun(), *offline, *kept] if hasattr(self.model, "describe_epoch") else kept
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        with as_user_error("The command line can't be read"):
+            super().parse_arguments(parser, args)
+        take_secrets(self.config)
+        refuse_not_finite(self.config[self.config["subcommand"]])
+
+    def _dump_config(self) -> None:
+        """Lightning's makes modules' hyper-parameters from what the parser shows, which has no secrets."""
+        Parser.shows_secrets = True
+        try:
+            super()._dump_config()
+        finally:
+            Parser.shows_secrets = False
+
+    def _parse_ckpt_path(self) -> None:
+        """The config counts; Lightning would let hyper-parameters in the checkpoint override it."""
+
+    def instantiate_classes(self) -> None:
+        with as_user_error("This config can't be built"):
+            super().instantiate_classes()
+
+    def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
+        """Go on from the run directory's newest checkpoint, if it has one."""
+        arguments = super()._prepare_subcommand_kwargs(subcommand)
+        run_dir = self.trainer.default_root_dir
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        console.quiet = not self.trainer.is_global_zero
+        if self.trainer.is_global_zero:
+            RunLock(run_dir).check()
+        chosen = arguments.get("ckpt_path")
+        if chosen not in (None, "last"):
+            point = chosen_resume_point(run_dir, Path(chosen))
+        elif _has(callbacks, RoundCheckpoint):
+            point = find_resume_point(
+                run_dir, self._downstream_settings(), self.trainer.max_epochs, self.rounds.accept_changes
+            )
+        else:
+            point = ResumePoint(None)
+        guard_loads(self.trainer)  # for users' own modules too
+        if point.checkpoint is not None:
+            check_readable(point.checkpoint, self.trainer)
+        progress = None if point.checkpoint is None else read_progress(point.checkpoint)
+        for callback in callbacks:
+            if isinstance(callback, RunConfig):
+                callback.resume_point, callback.progress = point, progress
+        self.rounds.progress = progress
+        arguments["ckpt_path"] = None if point.checkpoint is None else str(point.checkpoint)
+        adopt_loggers(self.trainer)
+        if point.checkpoint is not None:
+            console.print(f"Going on from {point.checkpoint}.", soft_wrap=True)
+        return arguments
+
+    def _downstream_settings(self) -> StageSettings | None:
+        """What the round at hand would be scored, paired and trained with."""
+        module, data, options = self.model, self.datamodule, self.rounds.options
+        if options is None or not isinstance(module, RebelModule) or not isinstance(data, RoundDataModule):
+            return None
+        return downstream_settings(module, options, self.trainer, data)
+
+
+def _on_gpu(accelerator: Any) -> bool:
+    """Whether the Trainer will find GPUs."""
+    return accelerator not in ("cpu",) and torch.cuda.is_available()
+
+
+def _listed(given: Any) -> list[Any]:
+    """What an option holds that takes one thing, a list of them, or null."""
+    return list(given) if isinstance(given, list) else [] if given is None else [given]
+
+
+def _has(parts: list[Any], kind: type) -> bool:
+    return any(isinstance(part, kind) for part in parts)
+
+
+def run(argv: Sequence[str]) -> int:
+    """`rlhf-pl fit ...`: 0, or 1 with one error for a wrong input."""
+    if not torch.cuda.is_available():
+        keep_freed_memory()
+    # Lightning's launchers start further processes with these arguments.
+    sys.argv = [sys.argv[0], argv[0], *_environment_arguments(), *argv[1:]]
+    try:
+        with _stopped_early():
+            RlhfCLI()
+    except RunStopped as stop:
+        if not getattr(stop, "reported", False):
+            print_error(stop, prefix="")
+        return 128 + stop.signum
+    return 0
+
+
+@contextmanager
+def _stopped_early() -> Iterator[None]:
+    """Until RoundCheckpoint listens, SIGTERM and Ctrl-C have nothing to save: end with a message."""
+
+    def stop(number: int, _frame: Any) -> None:
+        raise RunStopped(number, f"Stopped by {signal.Signals(number).name} before the run began.")
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _environment_arguments() -> list[str]:
+    """`PL_FIT__MODEL__POLICY=x` as `--model.policy=x`, for the groups that are classes.
+
+    jsonargparse reads variables of single fields for plain groups only. As there, config files and flags win.
+    """
+    arguments = []
+    for group in ("model", "data"):
+        prefix = f"PL_FIT__{group.upper()}__"
+        for name, value in sorted(os.environ.items()):
+            if name.startswith(prefix):
+                field = name.removeprefix(prefix).lower().replace("__", ".")
+                arguments.append(f"--{group}.{field}={value}")
+    return arguments

@@ -1,0 +1,33 @@
+"""What a wrong command line is told: a few lines instead of a page of usage."""
+
+import argparse
+import sys
+from typing import NoReturn
+
+from rlhf_pl.utils.terminal import print_error
+
+MAX_ERROR_LINES = 12
+
+
+class CommandParser(argparse.ArgumentParser):
+    """The parser of a command without a config; its `prog` ends with the command's name."""
+
+    def error(self, message: str) -> NoReturn:
+        exit_with_error(message, self.prog.split()[-1])
+
+
+def exit_with_error(message: str, command: str) -> NoReturn:
+    """Print what matters of a parser's message, and end with the code 2."""
+    lines = list(dict.fromkeys(line for line in message.splitlines() if not _is_noise(line)))
+    if len(lines) > MAX_ERROR_LINES:
+        lines = [*lines[: MAX_ERROR_LINES - 1], "  ..."]
+    print_error("\n".join(lines).strip())
+    print(f"`rlhf-pl {command} --help` lists the options.", file=sys.stderr)
+    sys.exit(2)
+
+
+def _is_noise(line: str) -> bool:
+    """What jsonargparse says of the alternatives that nobody meant."""
+    text = line.strip()
+    alternatives = ("Subtypes: [", "Subclass types expect", "- a class path (str)", "- a dict w")
+    return text.startswith(("Given value type:", "Given value: NestedArg", *alternatives)) or "NoneType" in text

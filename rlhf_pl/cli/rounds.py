@@ -1,0 +1,263 @@
+"""`rlhf-pl rounds RUN_DIR`: what a run directory holds. Reads only, also while the run goes on."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich import box
+from rich.console import Group
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from rlhf_pl.checkpointing.checkpoints import FOLDER
+from rlhf_pl.cli.parser_errors import CommandParser
+from rlhf_pl.models.chat import message_text
+from rlhf_pl.models.export_stamp import damaged_files, exports
+from rlhf_pl.store.check import find_problems
+from rlhf_pl.store.round_store import ORDER, STAGES, Round, RoundStore
+from rlhf_pl.utils.console import console
+from rlhf_pl.utils.disk import size
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.terminal import print_error
+
+KL_NOTE = "KL: mean log-ratio of answers drawn from the first policy named (k1), nats per answer"
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command line; returns the exit code."""
+    if not console.is_terminal:
+        console.width = 120
+    parser = CommandParser(
+        prog="rlhf-pl rounds",
+        description="Show the rounds of a run: stages, counts, rewards, settings, times, what is missing. Reads only.",
+    )
+    parser.add_argument("run_dir", help="the run directory (`trainer.default_root_dir`)")
+    parser.add_argument("--round", type=int, metavar="N", help="show one round, counted from 1, in full")
+    parser.add_argument(
+        "--samples", type=int, default=0, metavar="K", help="with --round: K prompts with their answers"
+    )
+    parser.add_argument(
+        "--verify", action="store_true", help="compare every file, exported models too, with its checksum"
+    )
+    arguments = parser.parse_args(argv)
+    try:
+        return show(Path(arguments.run_dir), arguments.round, arguments.samples, arguments.verify)
+    except InputError as error:
+        print_error(error)
+        return 1
+
+
+def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
+    """Print the overview, or one round; 1 if `verify` finds damage.
+
+    Raises:
+        InputError: The directory holds no rounds, or not this one.
+    """
+    store = RoundStore(run_dir)
+    if samples and number is None:
+        raise InputError("`--samples` shows answers of one round: name it with --round N.")
+    if samples < 0:
+        raise InputError(f"`--samples` must be 0 or more, got {samples}.")
+    if not run_dir.is_dir():
+        raise InputError(f"There is no folder {str(run_dir)!r}.")
+    found = list(exports(run_dir))
+    if not store.rounds() and not store.evaluations() and not (verify and found):
+        raise InputError(f"{str(run_dir)!r} holds no rounds: it is no run directory, or its run has made none yet.")
+    if number is None and (store.rounds() or store.evaluations()):
+        console.print(overview(store))
+        if store.evaluations():
+            console.print(evaluations(store))
+    elif number is not None:
+        if number - 1 not in store.rounds():
+            there = ", ".join(str(index + 1) for index in store.rounds()) or "none"
+            raise InputError(f"Round {number} is not in {str(run_dir)!r}; the rounds there: {there}.")
+        console.print(details(store.round(number - 1)))
+        for panel in sample_panels(store.round(number - 1), samples):
+            console.print(panel)
+    models = [file for folder in found for file in damaged_files(folder, checksums=verify)]
+    for file in models:
+        console.print(f"damaged or missing: {file}", style="red", soft_wrap=True)
+    if models:
+        console.print(
+            "The run's own command exports the final model and the last round's again. That of round N is made from "
+            "its checkpoint, as long as that is kept, by the same command with --trainer.max_epochs N, --ckpt_path "
+            f"{run_dir / FOLDER}/after-round-N.ckpt (N of 4 digits) and another --trainer.default_root_dir.",
+            soft_wrap=True,
+        )
+    if not verify:
+        return 0
+    problems = find_problems(store)
+    for line in problems.lines():
+        console.print(line, style="red", soft_wrap=True)
+    if problems:
+        console.print("Give the run's own command with --repair to make these again.")
+    if not problems and not models:
+        console.print("Every file matches its checksum.")
+    return 1 if problems or models else 0
+
+
+def overview(store: RoundStore) -> Group:
+    """A line a round, and what was left out of it."""
+    table = Table(title=f"Rounds of {store.run_dir}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    columns = ("round", "prompts", "answers", "scored", "pairs", "reward", "std", "best", "worst", "tokens",
+               "KL(old||new)", "loss", "time", "state")  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="left" if name == "state" else "right", no_wrap=name != "state")
+    notes = []
+    for index, stored in store.rounds().items():
+        try:
+            manifest = stored.manifest
+        except InputError:
+            table.add_row(str(index + 1), *["-"] * (len(columns) - 2), "manifest damaged")
+            continue
+        table.add_row(str(index + 1), *_cells(manifest["stages"], manifest.get("prompts", {})), state(stored))
+        if reasons := _reasons(manifest["stages"]):
+            notes.append(Text(f"round {index + 1}, left out: {reasons}"))
+        notes += [Text(f"round {index + 1}, warning: {text}", style="yellow")
+                  for text in manifest.get("warnings", {}).values()]  # fmt: skip
+    return Group(table, Text(KL_NOTE, style="dim"), *notes)
+
+
+def _cells(stages: dict[str, dict[str, Any]], prompts: dict[str, int]) -> list[str]:
+    answers, rewards, pairs, training = (stages.get(n, {}) for n in ("responses", "rewards", "pairs", "training"))
+    return [
+        _text(prompts.get("in_round")),
+        _text(answers.get("responses")),
+        _text(rewards.get("scored")),
+        _text(pairs.get("pairs")),
+        *(_text(rewards.get(name), 3) for name in ("mean", "std", "best", "worst")),
+        _text(answers.get("tokens_mean"), 0),
+        _text(training.get("kl"), 2),
+        _text(training.get("loss"), 3),
+        f"{sum(stage.get('seconds', 0.0) for stage in stages.values()):.0f} s",
+    ]
+
+
+def _text(value: Any, digits: int | None = None) -> str:
+    return "-" if value is None else str(value) if digits is None else f"{value:.{digits}f}"
+
+
+def _reasons(stages: dict[str, dict[str, Any]]) -> str:
+    """What was filtered, by reason."""
+    dropped = stages.get("pairs", {}).get("dropped", {})
+    failed = stages.get("rewards", {}).get("failures", {})
+    parts = [f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count]
+    parts += [f"{count} rewards failed ({kind.replace('_', ' ')})" for kind, count in failed.items() if count]
+    return ", ".join(parts)
+
+
+def state(stored: Round) -> str:
+    """What is complete, or how far the first incomplete stage is."""
+    manifest = stored.manifest
+    wanted = manifest.get("prompts", {}).get("in_round", 0)
+    shards = -(-wanted // manifest.get("prompts_per_shard", 1))
+    names = STAGES if stored.is_held_out else ORDER
+    for name in names:
+        if manifest["stages"].get(name, {}).get("complete"):
+            continue
+        if stored.is_held_out and name in ("pairs", "logps"):
+            return "complete"  # made only where they are wanted
+        if name in ("responses", "rewards"):
+            return f"{name}: {len(stored.shards(name))} of {shards} shards"
+        return f"{name} missing"
+    return "complete"
+
+
+def evaluations(store: RoundStore) -> Table:
+    """A line for every evaluation on the held-out prompts."""
+    table = Table(title="Held-out prompts", title_justify="left")
+    columns = ("after round", "prompts", "answers", "scored", "reward", "std", "tokens", "ended", "KL(new||old)",
+               "state")  # fmt: skip
+    for name in columns:
+        table.add_column(name, justify="left" if name == "state" else "right")
+    for version, stored in store.evaluations().items():
+        try:
+            manifest = stored.manifest
+        except InputError:
+            table.add_row(str(version), *["-"] * (len(columns) - 2), "manifest damaged")
+            continue
+        answers, rewards = (manifest["stages"].get(name, {}) for name in ("responses", "rewards"))
+        ended = answers.get("finished_share")
+        table.add_row(
+            str(version),
+            _text(manifest.get("prompts", {}).get("in_round")),
+            _text(answers.get("responses")),
+            _text(rewards.get("scored")),
+            _text(rewards.get("mean"), 3),
+            _text(rewards.get("std"), 3),
+            _text(answers.get("tokens_mean"), 0),
+            "-" if ended is None else f"{ended:.0%}",
+            _text(manifest["stages"].get("kl", {}).get("new_old"), 2),
+            state(stored),
+        )
+    return table
+
+
+def details(stored: Round) -> Group:
+    """Stages with their counts and times, settings, warnings."""
+    manifest = stored.manifest
+    table = Table(title=f"Round {int(stored.path.name) + 1} ({stored.path})", title_justify="left")
+    for name in ("stage", "state", "shards", "size", "seconds", "counts"):
+        table.add_column(name)
+    for name in ORDER:
+        info = manifest["stages"].get(name, {})
+        files = list(stored.shards(name).values()) if name in STAGES else []
+        numbers = {k: v for k, v in info.items() if k not in ("complete", "seconds", "shards", "sampling")}
+        table.add_row(
+            name,
+            "complete" if info.get("complete") else f"{len(files)} shards so far" if files else "missing",
+            str(len(files)) if files else "-",
+            size(sum(file.stat().st_size for file in files)) if files else "-",
+            _text(info.get("seconds"), 1),
+            "\n".join(f"{key}: {_short(value)}" for key, value in numbers.items()),
+        )
+    settings = [
+        f"{stage}.{name}: {_short(value)}"
+        for stage, values in manifest.get("settings", {}).items()
+        for name, value in values.items()
+    ]
+    prompts = [f"{name}: {count}" for name, count in manifest.get("prompts", {}).items()]
+    warnings = [f"warning: {text}" for text in manifest.get("warnings", {}).values()]
+    return Group(
+        table,
+        Panel(Text("\n".join(prompts)), title="prompts", title_align="left"),
+        Panel(Text("\n".join(settings)), title="settings", title_align="left"),
+        *(Text(line, style="yellow") for line in warnings),
+    )
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, dict):
+        return ", ".join(f"{key} {_short(inner)}" for key, inner in value.items()) or "none"
+    return str(value)
+
+
+def sample_panels(stored: Round, count: int) -> list[Panel]:
+    """The first `count` prompts with their answers, best first; rewards where they are there."""
+    rewards: dict[tuple[str, int], tuple[float | None, str | None]] = {}
+    for number in stored.shards("rewards"):
+        for row in stored.read_shard("rewards", number).to_pylist():
+            rewards[row["prompt_id"], row["response_index"]] = row["reward"], row["failure"]
+    groups: dict[str, list[dict[str, Any]]] = {}
+    for number in stored.shards("responses"):
+        if len(groups) > count:
+            break
+        for row in stored.read_shard("responses", number).to_pylist():
+            groups.setdefault(row["prompt_id"], []).append(row)
+    panels = []
+    for prompt_id, answers in list(groups.items())[:count]:
+        table = Table(box=None, show_header=False, padding=(0, 1))
+        keyed = [(rewards.get((prompt_id, a["response_index"]), (None, None)), a) for a in answers]
+        for (reward, failure), answer in sorted(keyed, key=lambda item: -(item[0][0] or 0.0)):
+            note = "" if answer["finished"] else " (cut)"
+            table.add_row(
+                "-" if reward is None else f"{reward:.3f}",
+                Text(answer["response"].strip() + note + (f"\n[{failure}]" if failure else "")),
+            )
+        question = message_text(json.loads(answers[0]["prompt"])[-1])
+        panels.append(Panel(Group(Text(question, style="bold"), table), title=Text(prompt_id), title_align="left"))
+    return panels

@@ -1,0 +1,1 @@
+"""Several processes: what they share, strategies, weights across ranks, failures."""

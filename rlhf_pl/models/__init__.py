@@ -1,0 +1,1 @@
+"""Models: how they load, what they compute, how prompts share a row."""

@@ -1,0 +1,210 @@
+"""How much memory training on pairs takes, told from a model's config: no weights are loaded."""
+
+from copy import deepcopy
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+
+from rlhf_pl.models.compute import Compute
+from rlhf_pl.models.logprobs import VOCABULARY_BLOCK
+from rlhf_pl.models.lora import adapter_size
+from rlhf_pl.models.policy import decoder_layers, meta_lm
+from rlhf_pl.models.source import ModelSource
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+LOGIT_COPIES = 4  # float32 copies of a block of logits at the peak, with what matrix products pack
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """Numbers of parameters.
+
+    Args:
+        total: All of them, tied ones once.
+        trainable: Those that train.
+        adapters: Of these, in adapters.
+        layer: Of one decoder layer.
+        rest: Outside of the layers: embeddings, head, norms.
+        layers: Number of decoder layers.
+    """
+
+    total: int
+    trainable: int
+    adapters: int
+    layer: int
+    rest: int
+    layers: int
+
+
+def model_size(config: Any, trainable_layers: int | None = None, lora: Any = None) -> ModelSize:
+    """Of the model that `config` describes."""
+    model = meta_lm(config)
+    layers = decoder_layers(model)
+    total, layer = _count(model), _count(layers[0])
+    rest = total - layer * len(layers)
+    adapters = 0
+    if lora is not None:
+        adapters = adapter_size(model, lora)
+    trainable = total
+    if lora is not None:
+        trainable = adapters
+    elif trainable_layers is not None:
+        tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+        trainable = trainable_layers * layer + (0 if tied else _count(model.get_output_embeddings()))
+    return ModelSize(total + adapters, trainable, adapters, layer, rest, len(layers))
+
+
+def reward_bytes(reward: Any) -> int:
+    """Of the weights of reward models in this process."""
+    total = 0
+    for part in getattr(reward, "parts", [reward]):
+        source = getattr(part, "source", None)
+        if isinstance(source, ModelSource) and hasattr(part, "dtype"):
+            dtype = part.dtype or str(source.config.dtype).removeprefix("torch.")
+            total += DTYPE_BYTES.get(dtype, 4) * model_size(source.config).total
+    return total
+
+
+def trainer_bytes(module: nn.Module, device: torch.device) -> int:
+    """What a module keeps on a device between training steps once it has trained: weights, copies, AdamW's moments."""
+    compute: Any = getattr(getattr(module, "policy", None), "compute", Compute())
+    total = 0
+    for parameter in module.parameters():
+        local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+        if local.device.type != device.type:  # offloaded
+            continue
+        size = local.numel() * local.element_size()
+        total += size * (3 if parameter.requires_grad else 1)
+        if compute.dtype is not None and not compute.sharded and local.dtype == torch.float32:
+            total += local.numel() * compute.dtype.itemsize
+    return total
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """What activations depend on beside shapes.
+
+    Args:
+        half: Weights multiply in half precision.
+        attention: Of transformers.
+        flash: One call of flash attention a layer, which keeps queries, keys, values and its output.
+        liger: liger-kernel computes norms and MLPs.
+    """
+
+    half: bool
+    attention: str = "sdpa"
+    flash: bool = False
+    liger: bool = False
+
+
+def activation_bytes(config: Any, rows: int, tokens: int, kernels: Kernels, checkpointing: bool) -> int:
+    """What the backbone keeps for the backward pass, bytes.
+
+    The model of one and of two layers goes through a forward pass on tensors without memory, and what autograd saves is
+    added up; a further layer keeps what the second one does. With `checkpointing` a layer keeps its input, and one
+    layer at a time everything.
+    """
+    one, two = (_saved(config, layers, rows, tokens, kernels) for layers in (1, 2))
+    layers = config.get_text_config().num_hidden_layers
+    if checkpointing:
+        hidden = rows * tokens * config.get_text_config().hidden_size * (2 if kernels.half else 4)
+        return one + (layers - 1) * hidden
+    return one + (layers - 1) * (two - one)
+
+
+def _saved(config: Any, layers: int, rows: int, tokens: int, kernels: Kernels) -> int:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from transformers import AutoModelForCausalLM
+
+    config = deepcopy(config)
+    config.get_text_config().num_hidden_layers = layers
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        dtype = torch.bfloat16 if kernels.half else torch.float32
+        attention = _flash() if kernels.flash else kernels.attention
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+        if kernels.liger:
+            _keep_what_liger_keeps(model)
+        weights = {p.untyped_storage()._cdata for p in model.parameters()}
+        kept: dict[int, tuple[int, Any]] = {}
+
+        def pack(tensor: torch.Tensor) -> torch.Tensor:
+            storage = tensor.untyped_storage()
+            if storage._cdata not in weights:
+                kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor too: its address must stay its own
+            return tensor
+
+        ids = torch.zeros(rows, tokens, dtype=torch.long)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            mask = torch.ones(1, 1, 1, 1, dtype=torch.bool) if kernels.flash else torch.ones_like(ids)
+            model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
+        return sum(size for size, _ in kept.values())
+
+
+def _flash() -> str:
+    """An attention, as transformers knows it, that keeps what flash attention does."""
+    from transformers import AttentionInterface
+    from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+
+    name = "rlhf_pl_footprint"
+
+    def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
+        return _Keeping.apply(query, key, value).transpose(1, 2).contiguous(), None
+
+    AttentionInterface.register(name, attention)
+    AttentionMaskInterface.register(name, sdpa_mask)
+    return name
+
+
+def _keep_what_liger_keeps(model: nn.Module) -> None:
+    """Norms that keep their input, and gated MLPs that keep the two products that are multiplied."""
+    for module in model.modules():
+        if type(module).__name__.endswith("RMSNorm"):
+            module.forward = lambda hidden: _Keeping.apply(hidden)
+        elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
+            module.forward = lambda hidden, mlp=module: mlp.down_proj(
+                _Keeping.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden))
+            )
+
+
+class _Keeping(torch.autograd.Function):
+    """Something of the size of its inputs, which it keeps."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0])
+
+
+def head_bytes(config: Any, chunk_tokens: int, on_gpu: bool, half: bool, trains: bool = True) -> int:
+    """What the output head takes at the peak of its backward pass: logits, and the gradient of its weights.
+
+    Args:
+        config: The model's.
+        chunk_tokens: Tokens of a block.
+        on_gpu: Whether a block is of the whole vocabulary.
+        half: Weights multiply in half precision.
+        trains: Whether there is that gradient.
+    """
+    text = config.get_text_config()
+    weights = text.vocab_size * text.hidden_size
+    if on_gpu:
+        # a chunk's logits and their gradient; the weights' gradient summed in float32 and then cast
+        return chunk_tokens * text.vocab_size * (6 if half else 8) + trains * weights * (6 if half else 4)
+    block = LOGIT_COPIES * 4 * chunk_tokens * min(text.vocab_size, VOCABULARY_BLOCK)
+    return block + trains * weights * (2 if half else 4)
+
+
+def kv_bytes(config: Any, sequences: int, tokens: int, dtype_bytes: int) -> int:
+    """A cache of keys and values."""
+    text = config.get_text_config()
+    heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
+    size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return 2 * text.num_hidden_layers * heads * size * dtype_bytes * sequences * tokens

@@ -1,0 +1,1 @@
+"""How the policy's weights reach the sampler, and the check that they did."""

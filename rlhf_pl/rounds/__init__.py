@@ -1,0 +1,1 @@
+"""One round: its stages, its policy, its metrics."""

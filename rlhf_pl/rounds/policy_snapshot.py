@@ -1,0 +1,128 @@
+"""Policies at one moment of a run: the present one, the starting one, and those of checkpoints."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from rlhf_pl.checkpointing.checkpoints import checkpoint_files, read_progress, read_weights
+from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
+from rlhf_pl.distributed.ranks import ranks_of
+from rlhf_pl.distributed.strategies import callable_policy
+from rlhf_pl.models.packed_batch import PackedBatch
+from rlhf_pl.models.policy import PolicyLM
+from rlhf_pl.modules.pairwise import RebelModule
+from rlhf_pl.utils.fingerprints import weights_fingerprint
+
+
+@dataclass(frozen=True)
+class PolicySnapshot:
+    """A policy whose answers or log-probs are wanted.
+
+    Args:
+        weights: By their Hugging Face names, tied ones included.
+        logps: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,), nats.
+        rounding: rows -> mean absolute difference per token between float32 and bfloat16 compute, nats.
+        fingerprint: `weights_fingerprint` of the weights.
+    """
+
+    weights: Weights
+    logps: Callable[[PackedBatch, float], Tensor]
+    rounding: Callable[[PackedBatch], float]
+    fingerprint: str
+
+
+def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:
+    """The policy that trains. All ranks must ask for it together."""
+    weights = module.weights()
+    fingerprint = ranks_of(trainer).broadcast(weights_fingerprint(weights.stream()))
+    return _snapshot(trainer, module, callable_policy(trainer), weights, fingerprint)
+
+
+def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
+    """The policy of an earlier update, from the model the run started from or from a checkpoint; None if it is gone."""
+    lm = find_past_lm(trainer, module, step, fingerprint)
+    if lm is None:
+        return None
+    weights = model_weights(module, lm, like_of(lm))
+    policy = module.unit(lm.to(module.device)).requires_grad_(False).eval()
+    return _snapshot(trainer, module, policy, weights, fingerprint)
+
+
+def find_past_lm(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> Any | None:
+    """The model of an earlier policy, adapters included, on the CPU where it is not in 4 bits; None if it is gone."""
+    lm = module.build_lm()
+    like = like_of(lm)
+
+    def is_wanted() -> bool:
+        return weights_fingerprint(model_weights(module, lm, like).stream()) == fingerprint
+
+    if step == 0 and is_wanted():
+        return lm
+    for file in checkpoint_files(trainer.default_root_dir):
+        progress = read_progress(file)
+        if progress is not None and progress.global_step == step:
+            lm.load_state_dict(read_weights(file, "policy.lm.", lm.state_dict()), strict=module.strict_loading)
+            if is_wanted():
+                return lm
+    return None
+
+
+def _snapshot(
+    trainer: L.Trainer, module: RebelModule, policy: Any, weights: Weights, fingerprint: str
+) -> PolicySnapshot:
+    rounding = partial(_rounding, trainer, module, policy)
+    return PolicySnapshot(weights, logps_function(trainer, module, policy), rounding, fingerprint)
+
+
+def _rounding(trainer: L.Trainer, module: RebelModule, policy: Any, rows: PackedBatch) -> float:
+    """What bfloat16 changes in the policy's own log-probs; 0 where its weights are not float32 in the first place."""
+    if module.dtype_name != "float32":
+        return 0.0
+    device = trainer.strategy.root_device
+    inputs = rows.to(device).inputs()
+    found = []
+    for enabled in (False, True):
+        with _inference(module), _own_weights(policy), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+            found.append(policy(**inputs))
+    return (found[0] - found[1]).abs().mean().item()
+
+
+def logps_function(trainer: L.Trainer, module: RebelModule, policy: Any) -> Callable[[PackedBatch, float], Tensor]:
+    """Log-probs of rows' wanted tokens under `policy`, without gradients, in eval mode, in the run's precision."""
+
+    def logps(rows: PackedBatch, temperature: float) -> Tensor:
+        device = trainer.strategy.root_device
+        with _inference(module), trainer.precision_plugin.forward_context():
+            return policy(**rows.to(device).inputs(), temperature=temperature)
+
+    return logps
+
+
+@contextmanager
+def _inference(module: L.LightningModule) -> Iterator[None]:
+    """No gradients, eval mode; the mode is restored."""
+    was_training = module.training
+    module.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        module.train(was_training)
+
+
+def steady(module: RebelModule) -> Any:
+    """In which the policy's weights do not change, so that copies of them are cast once."""
+    copy = None if module.policy is None else module.policy.copy
+    return nullcontext() if copy is None else copy.steady()
+
+
+def _own_weights(policy: Any) -> Any:
+    """In which a policy, or the module around one, computes with the weights as they are stored."""
+    unit = getattr(policy, "policy", policy)
+    return unit.by_own_weights() if isinstance(unit, PolicyLM) else nullcontext()

@@ -1,0 +1,153 @@
+"""Draw the answers of a round, shard by shard."""
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pyarrow as pa
+
+from rlhf_pl.data.prompts import Prompt
+from rlhf_pl.distributed.ranks import Ranks
+from rlhf_pl.models.chat import Message
+from rlhf_pl.rollout.base import NOTED_TEMPERATURE, PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.store.round_store import Round
+
+TOKENS = pa.list_(pa.int32())
+# what `sampler_logp` is, in the files and in the manifest: the sum over a response's tokens of log softmax(logits)
+SAMPLER_LOGP = {"temperature": NOTED_TEMPERATURE, "truncation": "none", "unit": "nats"}
+RESPONSES = pa.schema(
+    [
+        ("prompt_id", pa.string()),
+        ("response_index", pa.int32()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("finished", pa.bool_()),
+        ("seed", pa.int64()),
+        ("prompt_tokens", TOKENS),
+        ("response_tokens", TOKENS),
+        pa.field("sampler_logp", pa.float64(), metadata={k: str(v) for k, v in SAMPLER_LOGP.items()}),
+        ("columns", pa.string()),
+    ]
+)
+Report = Callable[[int, str], None]
+
+
+def prompt_seed(run_seed: int, name: str, prompt_id: str) -> int:
+    """Seed of a prompt's answers: a hash, so that no two prompts, rounds or ranks share a random stream."""
+    digest = hashlib.sha256(f"{run_seed}:{name}:{prompt_id}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 2
+
+
+def generate(
+    stored: Round,
+    prompts: Sequence[Prompt],
+    sampler: Sampler,
+    sampling: SamplingConfig,
+    tokenizer: Any,
+    run_seed: int,
+    prompts_per_shard: int,
+    report: Report = lambda count, note: None,
+    ranks: Ranks = Ranks(),  # noqa: B008 - one process
+    drawn: Callable[[int], None] = lambda number: None,
+    logps: bool = False,
+    stream: bool = False,
+) -> None:
+    """Draw the answers of all prompts whose shard is not there yet.
+
+    The shards are drawn one after the other, each from a clean engine: the last digits of log-probs depend on what is
+    computed together, so this makes a shard the same whenever and wherever it is drawn. The missing ones are dealt out
+    to the ranks, or to groups of ranks that share an engine, whose first rank writes.
+
+    Args:
+        stored: The round.
+        prompts: All of the round's.
+        sampler: Holds the policy's weights.
+        sampling: How answers are drawn.
+        tokenizer: The policy's, for texts.
+        run_seed: The run's.
+        prompts_per_shard: Prompts of a shard.
+        report: Gets (prompts done, note).
+        ranks: All of them call this.
+        drawn: Gets the number of every shard that this rank has written.
+        logps: Whether the sampler is to note log-probs.
+        stream: Ask for all of a rank's shards at once: the engine never runs empty between two of them, but what is
+            computed together then depends on which shards are missing.
+    """
+    seeds = [prompt_seed(run_seed, stored.name, p.prompt_id) for p in prompts]
+    done = ranks.broadcast(set(stored.shards("responses")))
+    starts = list(enumerate(range(0, len(prompts), prompts_per_shard)))
+    together = sampler.ranks_per_engine
+    mine = [n for n, _ in starts if n not in done][ranks.rank // together :: ranks.size // together]
+    started, tokens = time.monotonic(), 0
+    for number, first in starts:
+        if number in done:
+            report(len(prompts[first : first + prompts_per_shard]), "")
+    for part in [mine] if stream and mine else [[number] for number in mine]:
+        left = {n: set(range(n * prompts_per_shard, min((n + 1) * prompts_per_shard, len(prompts)))) for n in part}
+        places = sorted(i for shard in left.values() for i in shard)
+        sampler.reset()
+        requests = [PromptTokens(list(prompts[i].token_ids), seeds[i], logps) for i in places]
+        answers: dict[int, list[Response]] = {}
+        for position, responses in sampler.generate(requests, sampling):
+            place = places[position]
+            answers[place] = responses
+            tokens += sum(len(r.token_ids) for r in responses)
+            report(1, _speed(tokens, started))
+            number = place // prompts_per_shard
+            left[number].discard(place)
+            if left[number] or ranks.rank % together:
+                continue
+            shard = range(number * prompts_per_shard, min((number + 1) * prompts_per_shard, len(prompts)))
+            rows = [row for i in shard for row in _response_rows(prompts[i], seeds[i], answers.pop(i), tokenizer)]
+            stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
+            drawn(number)
+    total = sum(ranks.all_gather(tokens if ranks.rank % together == 0 else 0))
+    seconds = time.monotonic() - started
+    others = [n for n, _ in starts if n not in done and n not in mine]
+    report(sum(min(prompts_per_shard, len(prompts) - n * prompts_per_shard) for n in others), _speed(total, started))
+    ranks.run_on_rank_zero(lambda: _complete(stored, len(starts), len(prompts), seconds, total, sampling))
+
+
+def _speed(tokens: int, started: float) -> str:
+    return f"{tokens / (time.monotonic() - started):.0f} tokens/s"
+
+
+def _complete(stored: Round, shards: int, prompts: int, seconds: float, drawn: int, sampling: SamplingConfig) -> None:
+    stored.await_shards("responses", shards)
+    table = stored.read("responses")
+    lengths = table["response_tokens"].combine_chunks().value_lengths().to_numpy()
+    stored.complete(
+        "responses",
+        prompts=prompts,
+        responses=len(table),
+        tokens=int(lengths.sum()),
+        tokens_mean=float(lengths.mean()),
+        finished_share=float(table["finished"].to_numpy().mean()),
+        seconds=seconds,
+        tokens_per_s=drawn / seconds,
+        sampling=vars(sampling),
+        **({} if table["sampler_logp"].null_count == len(table) else {"sampler_logp": SAMPLER_LOGP}),
+    )
+
+
+def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokenizer: Any) -> Iterator[dict[str, Any]]:
+    for index, response in enumerate(responses):
+        yield {
+            "prompt_id": prompt.prompt_id,
+            "response_index": index,
+            "prompt": _as_text(prompt.messages),
+            "response": tokenizer.decode(response.token_ids, skip_special_tokens=True),
+            "finished": response.finished,
+            "seed": seed + index,
+            "prompt_tokens": prompt.token_ids,
+            "response_tokens": response.token_ids,
+            "sampler_logp": sum(response.logps) if response.logps else None,
+            "columns": json.dumps(dict(prompt.columns), ensure_ascii=False, default=str),
+        }
+
+
+def _as_text(messages: Sequence[Message]) -> str:
+    """Messages as JSON, their keys in one order: equal conversations are equal texts."""
+    return json.dumps([dict(sorted(m.items())) for m in messages], ensure_ascii=False, default=str)

@@ -1,0 +1,1 @@
+"""The round store: what every round produced, and what it was made from."""

@@ -1,0 +1,256 @@
+"""Which texts are secrets, and texts without them: whatever a run shows or stores goes through here.
+
+Secrets are known by where they stand: in options and environment variables that are named for keys, tokens or
+passwords, in the environment variables that options name, and between `://` and `@` in URLs.
+"""
+
+import argparse
+import base64
+import html
+import os
+import re
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote, unquote
+
+from rlhf_pl.utils.secret_names import is_secret
+
+HIDDEN = "<secret>"
+MIN_LENGTH = 6  # of what is hidden wherever it stands; shorter ones are hidden in URLs and under their names
+_MIN_WORD = 8  # of letters alone, or of digits
+_LONG = 16  # no word or number is as long by chance
+_MAX_FILE_BYTES = 2**20  # of a config file
+_NO_SECRETS = {"password", "passwords", "changeme", "undefined", "disabled", "anonymous", "placeholder"}
+
+_known: set[str] = set()
+_environment: dict[object, object] = {}  # as it was last looked at
+
+_SCHEMES = re.compile(r"(?i:bearer|basic|token)\s+")  # of authorization
+_SCHEME = r":\\?/\\?/"
+_HOST = r"(?=(?:[\w.-]+|\[[\da-fA-F:.]+\])(?::\d+)?(?![\w:@-]))"
+_PLAIN, _WITH_SLASH = r"[^\s/?#\"'<>]*", r"[^\s/?#\"'<>:@\[]+:(?!\d{1,5}(?:[/?#\s\"']|$))[^\s\"'<>]{0,300}"
+_USERINFO = re.compile(rf"({_SCHEME})(?:{_PLAIN}@{_HOST}|{_WITH_SLASH}@{_HOST}|{_PLAIN}@)")
+_QUERY = re.compile(r"([?&;]([\w.-]+)=)([^&;\s\"'<>#]*[^&;\s\"'<>#)\]}.,])")
+_HEADER = re.compile(r"(authorization\W{1,8}(?:bearer|basic|token)\s+)[^\s\"'<>,;&\\]{4,}", re.IGNORECASE)
+# `name: value` of YAML and JSON, `name=value` of flags; the search goes on behind the name
+_NAMED = re.compile(
+    r"([A-Za-z][\w.-]*)[\"']?\s*[:=]\s*(?=(?:\"((?:[^\"\\]|\\.){0,4096})\"|'([^']{0,4096})'|([^\n]{0,4096})))"
+)
+
+
+def register(secret: object) -> None:
+    """Hide what was sent, or is about to be, from now on."""
+    text = str(secret).strip()
+    if scheme := _SCHEMES.match(text):
+        register(text[scheme.end() :])
+    least = _MIN_WORD if text.isalpha() or text.isdigit() else MIN_LENGTH
+    if len(text) >= least and text.lower() not in _NO_SECRETS and HIDDEN not in text:
+        _known.add(text)
+
+
+def register_url(url: str) -> None:
+    """Hide the user and password in a URL; one without a scheme too."""
+    if "@" not in url:
+        return
+    info = url.partition("://")[2] or url
+    found = _USERINFO.search(f"://{info}")
+    user, _, password = (found[0][3:-1] if found else info.rpartition("@")[0]).partition(":")
+    for part in (str, unquote):
+        if password:
+            register(part(password))
+            register(base64.b64encode(f"{part(user)}:{part(password)}".encode()).decode())
+        if len(user) >= _LONG or not password:
+            register(part(user))
+
+
+def environment_key(name: str | None) -> str:
+    """The key in the environment variable that an option names; empty if there is none. It is hidden from now on."""
+    key = os.environ.get(name or "", "").strip()
+    register(key)
+    return key
+
+
+def check_environment_key(option: str, name: str | None) -> None:
+    """Raise InputError if an option names an environment variable that holds no key which can be sent."""
+    from rlhf_pl.utils.errors import InputError
+
+    if name is None:
+        return
+    if is_secret(option, name):
+        raise InputError(f"`{option}` holds a key, it seems. Put that into an environment variable, and name it here.")
+    key = environment_key(name)
+    if not key:
+        raise InputError(
+            f"`{option}`: the environment variable {name} is not set. Set it to your key; null sends none."
+        )
+    if not (key.isascii() and key.isprintable()):
+        raise InputError(f"`{option}`: the key in {name} has characters that no HTTP header may have.")
+
+
+def learn(text: str) -> None:
+    """Hide the secrets in a config's text or a command line's argument."""
+    learn_urls(text)
+    for found in _NAMED.finditer(text):
+        quoted = found[2] or found[3]
+        value = quoted if quoted is not None else (found[4] or "").strip()
+        if is_secret(found[1], value):
+            if quoted is None:  # the rest of the line may be something else
+                value = re.split(r"[,}\]&\s]", _SCHEMES.sub("", value, count=1))[0]
+            register(value)
+
+
+def learn_urls(text: str) -> None:
+    """Hide the secrets in the URLs of a text."""
+    for found in _USERINFO.finditer(text):
+        register_url(found[0])
+    for found in _QUERY.finditer(text):
+        if is_secret(found[2], found[3], any_key=True):
+            register(found[3])
+            register(unquote(found[3]))
+
+
+def learn_options(options: Any) -> None:
+    """Hide the secrets among parsed options, by their names."""
+
+    def visit(name: str, value: str) -> None:
+        learn_urls(value)
+        if is_secret(name, value):
+            register(value)
+
+    _each(options, "", visit)
+
+
+def learn_arguments(arguments: Sequence[str]) -> None:
+    """Hide the secrets of a command line and of its config files, before anything can be said about them."""
+    learn_environment()
+    for argument, following in pairwise([*arguments, ""]):
+        learn(argument)
+        if argument.startswith("-") and "=" not in argument and is_secret(argument, following):
+            register(following)
+        named = following if argument in ("--config", "-c") else argument.rpartition("=")[2]
+        is_config = argument.startswith(("--config", "-c")) or Path(named).suffix in (".yaml", ".yml")
+        if is_config and os.path.isfile(named) and os.path.getsize(named) < _MAX_FILE_BYTES:
+            learn(Path(named).read_text(encoding="utf-8", errors="replace"))
+
+
+def learn_environment() -> None:
+    """Hide the secrets of the environment; quick where it has not changed."""
+    now = dict(getattr(os.environ, "_data", os.environ))  # undecoded, which costs a hundredth
+    if _environment == now:
+        return
+    _environment.clear()
+    _environment.update(now)
+    for name, value in os.environ.items():
+        if "://" in value:
+            learn(value)
+        if is_secret(name, value, any_key=True):
+            register(value)
+
+
+def redact(text: object) -> str:
+    """A text without secrets, in whatever encoding they stand in it."""
+    learn_environment()
+    return redact_known(str(text))
+
+
+def redact_known(text: str) -> str:
+    """`redact` without a look at the environment, for what is drawn many times a second."""
+    if "@" in text:
+        text = _USERINFO.sub(rf"\1{HIDDEN}@", text)
+    if "=" in text:
+        text = _QUERY.sub(lambda found: found[1] + HIDDEN if is_secret(found[2], found[3], True) else found[0], text)
+    text = _HEADER.sub(rf"\1{HIDDEN}", text)
+    for part, pattern in _forms(tuple(sorted(_known))):
+        if part in text:
+            text = pattern.sub(HIDDEN, text)
+    return text
+
+
+def redacted(value: Any, name: str = "") -> Any:
+    """A copy of options, settings or JSON without secrets: those under names of secrets, and those in texts."""
+    if isinstance(value, argparse.Namespace):
+        copy = type(value)()
+        for key, inner in vars(value).items():
+            setattr(copy, key, redacted(inner, key))
+        return copy
+    if isinstance(value, dict):
+        return {redact(key) if isinstance(key, str) else key: redacted(inner, str(key)) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        items = [redacted(inner, name) for inner in value]
+        return items if isinstance(value, list) else tuple(items)
+    if isinstance(value, str) and is_secret(name, value):
+        return HIDDEN
+    if isinstance(value, int) and value >= 1000 and is_secret(name, str(value)):  # no count
+        return HIDDEN
+    return redact(value) if isinstance(value, str) else value
+
+
+def hidden_options(options: Any) -> list[str]:
+    """The options that hold what a stored config has in place of secrets."""
+    found: list[str] = []
+    _each(options, "", lambda option, value: found.append(option) if HIDDEN in value else None)
+    return found
+
+
+def _each(value: Any, name: str, visit: Callable[[str, str], object]) -> None:
+    """Visit every text and number of nested options with its full name."""
+    if isinstance(value, argparse.Namespace):
+        value = vars(value)
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _each(inner, f"{name}.{key}" if name else str(key), visit)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            _each(inner, name, visit)
+    elif isinstance(value, str | int) and not isinstance(value, bool):
+        visit(name, str(value))
+
+
+@lru_cache(maxsize=2)
+def _forms(secrets: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
+    """A part of each spelling of each secret that no encoding changes, and an expression for the whole."""
+    found: dict[str, re.Pattern[str]] = {}
+    for secret in sorted(secrets, key=len, reverse=True):
+        word = (secret.isalpha() or secret.isdigit()) and len(secret) < _LONG
+        for form in (secret, secret.lower(), secret.upper()):
+            spelled = "".join(map(_spelled, form))
+            whole = rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])){spelled}(?![A-Za-z0-9])" if word else spelled
+            found[form] = re.compile(whole)
+        found |= {
+            form: re.compile("".join(map(_spelled, form))) for form in _encoded(secret.encode("utf-8", "replace"))
+        }
+    return [(max(re.findall("[A-Za-z0-9]*", form), key=len), pattern) for form, pattern in found.items()]
+
+
+_ESCAPES = r"\\{0,8}"  # of JSON in JSON, `repr` of `repr`
+
+
+def _spelled(character: str) -> str:
+    """A character as it is, or as URLs, JSON, HTML and Python's `repr` write it."""
+    if character.isascii() and character.isalnum():
+        return character
+    number = ord(character)
+    escaped = repr(character)[1:-1].lstrip("\\")
+    ways = {
+        rf"{_ESCAPES}{re.escape(character)}",
+        rf"\\{_ESCAPES}{re.escape(escaped)}",
+        f"(?i:{re.escape(quote(character.encode('utf-8', 'replace'), safe=''))}|%{number:02x})",
+        rf"(?i:\\{_ESCAPES}u{number:04x}|&#x0*{number:x};|&#0*{number};)",
+        rf"{_ESCAPES}{re.escape(html.escape(character))}",
+        re.escape(repr(character.encode("utf-8", "replace"))[2:-1]),
+        *([r"\+"] if character == " " else []),
+    }
+    return f"(?:{'|'.join(sorted(ways))})"
+
+
+def _encoded(secret: bytes) -> list[str]:
+    """In base64, wherever in the encoded text it begins, and in hexadecimal."""
+    found = [secret.hex(), secret.hex().upper()]
+    for before in range(3):
+        text = base64.b64encode(b"\0" * before + secret).decode().rstrip("=")
+        whole = text[(0, 2, 3)[before] : None if (before + len(secret)) % 3 == 0 else -1]
+        found += [whole, whole.replace("+", "-").replace("/", "_")]
+    return [form for form in found if len(form) >= _MIN_WORD]

@@ -1,0 +1,205 @@
+"""No pickle in a checkpoint runs: not in a sharded one's parts, not in a file, whoever of Lightning asks for it."""
+
+import json
+import pickle
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from torch.distributed.checkpoint import FileSystemReader, load, save
+
+from rlhf_pl.checkpointing.checkpoints import CONTENTS, META, is_whole, read_progress, read_weights
+from rlhf_pl.checkpointing.safe_loading import DamagedError, UnsafeError, check_checkpoint, check_folder
+from rlhf_pl.modules import SFTModule
+from rlhf_pl.utils.errors import InputError
+from tests import planted
+
+STATE = {
+    "state_dict": {"policy.lm.w": torch.arange(12.0).view(3, 4), "policy.lm.half": torch.ones(2, dtype=torch.bfloat16)},
+    "optimizer_0": {"lr": 0.125, "betas": [0.9, 0.99]},
+}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A sharded checkpoint as FSDP2 writes it, with two tensors and byte entries."""
+    path = tmp_path / "after-round-0001.ckpt"
+    save(STATE, checkpoint_id=path, no_dist=True)
+    epochs = {"current": {"processed": 1, "started": 1}}
+    torch.save({"global_step": 3, "loops": {"fit_loop": {"epoch_progress": epochs}}}, path / META)
+    return note_sizes(path)
+
+
+def note_sizes(path: Path) -> Path:
+    """As an attacker would, who can write the list of sizes too."""
+    sizes = {f.name: f.stat().st_size for f in path.iterdir() if f.name != CONTENTS}
+    (path / CONTENTS).write_text(json.dumps(sizes))
+    return path
+
+
+def put_entry(folder: Path, name: str, content: bytes) -> None:
+    """Have an entry of the parts be other bytes, and `.metadata` say where."""
+    metadata = FileSystemReader(folder).read_metadata()
+    index = next(i for i in metadata.storage_data if i.fqn == name)
+    part = folder / metadata.storage_data[index].relative_path
+    metadata.storage_data[index].offset = part.stat().st_size
+    metadata.storage_data[index].length = len(content)
+    part.write_bytes(part.read_bytes() + content)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def plant_in_metadata(folder: Path, mark: Path) -> None:
+    (folder / ".metadata").write_bytes(planted.raw(mark))
+
+
+def plant_beside_metadata(folder: Path, mark: Path) -> None:
+    (folder / "__0.metadata").write_bytes(planted.raw(mark))
+
+
+def plant_inside_metadata(folder: Path, mark: Path) -> None:
+    metadata = FileSystemReader(folder).read_metadata()
+    metadata.planner_data = planted.evil(mark)
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+
+
+def plant_in_bytes(folder: Path, mark: Path) -> None:
+    put_entry(folder, "optimizer_0.lr", planted.saved(mark))
+
+
+def plant_as_raw_bytes(folder: Path, mark: Path) -> None:
+    put_entry(folder, "optimizer_0.lr", planted.raw(mark))
+
+
+def plant_in_meta(folder: Path, mark: Path) -> None:
+    (folder / META).write_bytes(planted.saved(mark, torch.load(folder / META)))
+
+
+PLANTS = [
+    plant_in_metadata,
+    plant_beside_metadata,
+    plant_inside_metadata,
+    plant_in_bytes,
+    plant_as_raw_bytes,
+    plant_in_meta,
+]
+
+
+def test_a_sound_folder_is_read_as_torch_reads_it(folder: Path) -> None:
+    names = set(check_folder(folder).state_dict_metadata)
+    assert names == set(FileSystemReader(folder).read_metadata().state_dict_metadata)
+    assert is_whole(folder)
+    check_checkpoint(folder)
+    found = read_weights(folder, "policy.lm.", {"w": torch.zeros(3, 4), "half": torch.zeros(2, dtype=torch.bfloat16)})
+    assert torch.equal(found["w"], STATE["state_dict"]["policy.lm.w"])
+    assert torch.equal(found["half"], STATE["state_dict"]["policy.lm.half"])
+
+
+@pytest.mark.parametrize("plant", PLANTS)
+def test_a_folder_with_a_pickle_is_refused_and_nothing_runs(
+    folder: Path, tmp_path: Path, plant: Callable[[Path, Path], None]
+) -> None:
+    mark = tmp_path / "ran"
+    plant(folder, mark)
+    note_sizes(folder)
+    with pytest.raises(InputError, match="loaded safely" if plant is not plant_as_raw_bytes else "read|safely"):
+        check_checkpoint(folder)
+    assert not mark.exists()
+
+
+def test_torch_itself_would_run_them(folder: Path, tmp_path: Path) -> None:
+    """What is planted above is live."""
+    mark = tmp_path / "ran"
+    plant_in_bytes(folder, mark)
+    load({"optimizer_0": {"lr": 0.0}}, checkpoint_id=folder, no_dist=True)
+    assert mark.exists()
+    mark.unlink()
+    plant_in_metadata(folder, mark)
+    FileSystemReader(folder).read_metadata()
+    assert mark.exists()
+
+
+def test_a_tensor_that_is_bytes_in_the_metadata_is_not_unpickled(folder: Path, tmp_path: Path) -> None:
+    from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+
+    mark = tmp_path / "ran"
+    put_entry(folder, "state_dict.policy.lm.w", planted.saved(mark))
+    metadata = FileSystemReader(folder).read_metadata()
+    metadata.state_dict_metadata["state_dict.policy.lm.w"] = BytesStorageMetadata()
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UnsafeError):
+        read_weights(folder, "policy.lm.", {"w": torch.zeros(3, 4)})
+    assert not mark.exists()
+
+
+def test_a_part_outside_of_the_folder_is_refused(folder: Path) -> None:
+    metadata = FileSystemReader(folder).read_metadata()
+    next(iter(metadata.storage_data.values())).relative_path = "../elsewhere.distcp"
+    (folder / ".metadata").write_bytes(pickle.dumps(metadata))
+    with pytest.raises(UnsafeError, match="elsewhere"):
+        check_folder(folder)
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage" * 99, pickle.dumps({"a": 1}), pickle.dumps([1] * 1000)[:-9]])
+def test_damaged_metadata_is_damage(folder: Path, content: bytes) -> None:
+    (folder / ".metadata").write_bytes(content)
+    note_sizes(folder)
+    assert not is_whole(folder)
+    with pytest.raises(DamagedError, match=r"\.metadata"):
+        check_folder(folder)
+
+
+class _Tiny(SFTModule):
+    """A module of this package without a model, so that Lightning's own loads are what is seen."""
+
+    def setup(self, stage: str) -> None:
+        super(SFTModule, self).setup(stage)
+
+    def configure_model(self) -> None:
+        if not hasattr(self, "layer"):
+            self.layer = torch.nn.Linear(1, 1)
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+    def on_train_start(self) -> None: ...
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None: ...
+
+
+@pytest.mark.parametrize("stage", ["fit", "validate"])
+@pytest.mark.parametrize("form", ["zip", "raw", "folder"])
+def test_trainers_used_from_python_load_no_pickle(tmp_path: Path, folder: Path, stage: str, form: str) -> None:
+    mark, file = tmp_path / "ran", tmp_path / "x.ckpt"
+    if form == "folder":
+        plant_in_metadata(folder, mark)
+        file = folder
+    else:
+        file.write_bytes(planted.saved(mark, {"state_dict": {}}) if form == "zip" else planted.raw(mark))
+    trainer = L.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
+                        enable_progress_bar=False, default_root_dir=tmp_path)  # fmt: skip
+    loader = torch.utils.data.DataLoader(torch.zeros(1, 1))  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=str(file)):
+        getattr(trainer, stage)(_Tiny("nowhere"), loader, ckpt_path=str(file))
+    assert not mark.exists()
+
+
+def test_load_from_checkpoint_loads_no_pickle(tmp_path: Path) -> None:
+    mark, file = tmp_path / "ran", tmp_path / "x.ckpt"
+    file.write_bytes(planted.saved(mark, {"state_dict": {}}))
+    with pytest.raises(pickle.UnpicklingError):
+        _Tiny.load_from_checkpoint(file, policy="nowhere")
+    assert not mark.exists()
+
+
+@pytest.mark.parametrize("form", ["zip", "raw", "array"])
+def test_a_resume_point_that_is_a_pickle_is_refused_or_passed_over(tmp_path: Path, form: str) -> None:
+    mark, file = tmp_path / "ran", tmp_path / "update-00000001.ckpt"
+    file.write_bytes({"zip": planted.saved, "raw": planted.raw, "array": planted.array}[form](mark))
+    if form == "zip":
+        with pytest.raises(UnsafeError, match=str(file)):
+            read_progress(file)
+    else:
+        assert read_progress(file) is None
+    assert not mark.exists()

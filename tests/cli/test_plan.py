@@ -1,0 +1,169 @@
+"""`rlhf-pl plan`: what it says of a config, against models that are built and steps that are measured."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rlhf_pl.__main__ import main
+from rlhf_pl.models.footprint import Kernels, activation_bytes, head_bytes, model_size
+from rlhf_pl.models.lora import LoRA, add_lora
+from rlhf_pl.models.policy import load_lm, train_last_layers
+from rlhf_pl.models.source import ModelSource
+from rlhf_pl.utils.errors import InputError
+from tests.conftest import save_llama
+
+MEASURE = """
+import json, sys, threading, time
+from rlhf_pl.utils.memory import resident_gib
+from rlhf_pl.modules import RebelModule
+from rlhf_pl.optim import AdamW
+from rlhf_pl.models.packed_batch import PrefixGroup, pack
+module = RebelModule(sys.argv[1], gradient_checkpointing=sys.argv[2] == "1", logprob_chunk_tokens=512)
+module.source.tokenizer
+import transformers.models.llama.modeling_llama
+before, peak, done = resident_gib(), [0.0], threading.Event()
+def watch():
+    while not done.is_set():
+        peak[0] = max(peak[0], resident_gib())
+        time.sleep(0.002)
+threading.Thread(target=watch, daemon=True).start()
+module.configure_model()
+optimizer = AdamW(module.parameters(), lr=1e-5)
+tree = PrefixGroup([5] * 128, ([7] * 64, [8] * 64))
+def backward(trees):
+    module.policy(**pack(trees).inputs()).sum().backward()
+backward([tree])  # then the optimizer has its moments
+optimizer.step()
+optimizer.zero_grad()
+backward([tree])  # then there are gradients to add to
+backward([tree] * 6)
+optimizer.step()
+done.set()
+print(json.dumps(peak[0] - before))
+"""
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_memory_of_a_training_step_is_within_8_percent(tmp_path: Path, checkpointing: bool) -> None:
+    sizes: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}
+    model = save_llama(tmp_path / "llama", num_attention_heads=12, num_key_value_heads=4, vocab_size=32000, **sizes)
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(model), str(int(checkpointing))],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        # glibc gives what is freed back at once: how full of holes its heap is differs from run to run
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)},
+    )
+    assert done.returncode == 0, done.stderr
+    config = ModelSource(str(model)).config
+    weights = 4 * model_size(config).total
+    activations = activation_bytes(config, 1, 6 * 256, Kernels(half=False), checkpointing)
+    planned = (
+        4 * weights + activations + head_bytes(config, 512, False, False)
+    ) / 2**30  # parameters, gradients, two moments
+    assert planned == pytest.approx(json.loads(done.stdout), rel=0.08)
+
+
+@pytest.mark.parametrize(
+    ("measured", "bytes_a_parameter", "liger"),
+    [(22.2, 8, True), (26.9, 8, False), (33.7, 4 + 2 + 4 + 8, True)],
+    ids=["bfloat16 weights", "without liger-kernel", "bf16-mixed"],
+)
+def test_peaks_on_a_gpu_are_those_measured(measured: float, bytes_a_parameter: int, liger: bool) -> None:
+    """GiB on an H100 (benchmarks/README.md): 1.24 B, micro-batches of 8 chat pairs, the largest of 9,533 tokens."""
+    from transformers import LlamaConfig
+
+    config = LlamaConfig(
+        hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=32, num_key_value_heads=8,
+        head_dim=64, vocab_size=128_256, tie_word_embeddings=True,
+    )  # fmt: skip
+    held = bytes_a_parameter * model_size(config).total
+    activations = activation_bytes(config, 1, 9533, Kernels(half=True, flash=True, liger=liger), False)
+    assert (held + activations + head_bytes(config, 1024, True, True)) / 2**30 == pytest.approx(measured, rel=0.03)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_parameters_are_counted_as_they_train(tmp_path: Path, tied: bool) -> None:
+    source = ModelSource(str(save_llama(tmp_path / "llama", tie_word_embeddings=tied)))
+
+    def trainable(lm: Any) -> int:
+        return sum(p.numel() for p in lm.parameters() if p.requires_grad)
+
+    lm = load_lm(source)
+    size = model_size(source.config)
+    assert size.total == size.trainable == size.rest + size.layers * size.layer == trainable(lm)
+    add_lora(lm, LoRA(rank=3), 0, train_head=False)
+    assert model_size(source.config, lora=LoRA(rank=3)).trainable == trainable(lm)
+    lm = load_lm(source)
+    train_last_layers(lm, 1, source)
+    norm = source.config.hidden_size
+    assert model_size(source.config, trainable_layers=1).trainable == trainable(lm) - norm
+
+
+def test_sharding_divides_what_is_held(capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    arguments = ["plan", "--model.policy", str(llama), "--data.prompts", str(tmp_path / "prompts.jsonl")]
+    arguments += ["--rollout.reward", "examples.short_answer.score", "--trainer.accelerator", "cpu"]
+    tables = {}
+    for devices, strategy in ((1, "auto"), (4, "fsdp2")):
+        spread = ["--trainer.devices", str(devices), "--trainer.strategy", strategy]
+        assert main([*arguments, *spread]) == 0
+        tables[devices] = capsys.readouterr().out
+    parameters = {devices: float(_cell(table, "parameters").split()[0]) for devices, table in tables.items()}
+    assert parameters[4] == pytest.approx(parameters[1] / 4, rel=0.01)
+    assert "gathered unit" in tables[4]
+    checkpoint = float(_cell(tables[1], "a checkpoint").split()[0])
+    assert checkpoint == pytest.approx(3 * parameters[1], rel=0.01)
+    most = _cell(tables[1], "checkpoints at a round's end, at most 4").split()
+    assert most[1] == "MiB", "the other is in KiB"
+    assert float(most[0]) == pytest.approx(4 * checkpoint / 1024, abs=0.06)
+    accumulate = ["--trainer.accumulate_grad_batches", "4"]
+    activations = []
+    for budget in ("1", "1000000"):  # a pair, and all 16 of an update
+        assert main([*arguments, *accumulate, "--data.max_tokens_per_batch", budget]) == 0
+        activations.append(_cell(capsys.readouterr().out, "activations"))
+    assert [text.split()[1] for text in activations] == ["MiB", "GiB"]
+    assert main([*arguments, "--device_memory_gib", "0.001"]) == 1
+    assert "Does not fit" in capsys.readouterr().out
+
+
+def _cell(table: str, row: str) -> str:
+    return next(line for line in table.splitlines() if f"│ {row}" in line).split("│")[2].strip()
+
+
+def test_other_modules_are_refused(capsys: pytest.CaptureFixture[str], llama: Path) -> None:
+    assert main(["plan", "--model", "SFTModule", "--model.policy", str(llama), "--data", "SFTDataModule",
+                 "--data.conversations", "data/sft.jsonl"]) == 1  # fmt: skip
+    assert "is for REBEL in rounds" in capsys.readouterr().err
+
+
+def test_the_engine_gets_what_the_trainer_leaves(llama: Path) -> None:
+    """Float32 weights, two moments of those that train, and bfloat16 copies; an eighth of a GPU of 80 GiB and 4 GiB."""
+    from rlhf_pl.models.compute import Compute
+    from rlhf_pl.models.footprint import trainer_bytes
+    from rlhf_pl.models.policy import PolicyLM
+    from rlhf_pl.rollout.vllm import engine_share
+
+    source = ModelSource(str(llama))
+    cpu = torch.device("cpu")
+    total = model_size(source.config).total
+    for compute, trained, bytes_a_weight in (
+        (Compute(), True, 12),
+        (Compute(dtype=torch.bfloat16), True, 14),
+        (Compute(dtype=torch.bfloat16, sharded=True), True, 12),
+        (Compute(), False, 4),
+    ):
+        module = torch.nn.Module()
+        module.policy = PolicyLM(load_lm(source), compute=compute).requires_grad_(trained)
+        assert trainer_bytes(module, cpu) == bytes_a_weight * total
+        assert trainer_bytes(module, torch.device("cuda")) == 0
+    assert engine_share(80 * 2**30, 10 * 2**30) == pytest.approx(1 - 14 / 80, abs=1e-3)
+    with pytest.raises(InputError, match="leaves no room for an engine"):
+        engine_share(80 * 2**30, 74 * 2**30)

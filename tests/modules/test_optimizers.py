@@ -1,0 +1,63 @@
+import math
+
+import pytest
+import torch
+
+from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.utils.errors import InputError
+
+
+def schedule(**settings: float | str) -> WarmupCosine:
+    return WarmupCosine(AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0), **settings)  # type: ignore[arg-type]
+
+
+def test_recipe_defaults() -> None:
+    group = AdamW([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
+    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-7, (0.9, 0.95), 1e-8, 1e-6)
+
+
+def test_fused_steps_are_those_of_torch() -> None:
+    torch.manual_seed(0)
+    start, gradients = torch.randn(50), torch.randn(4, 50)
+    ends = []
+    for make in (AdamW, torch.optim.AdamW):
+        weight = torch.nn.Parameter(start.clone())
+        optimizer = make([{"params": [weight]}], lr=0.1, betas=(0.9, 0.95), weight_decay=1e-6)
+        for gradient in gradients:
+            weight.grad = gradient.clone()
+            optimizer.step()
+        ends.append(weight.detach())
+    torch.testing.assert_close(*ends)
+    assert AdamW([torch.nn.Parameter(start)]).param_groups[0]["fused"]
+
+
+def test_warm_up_then_cosine() -> None:
+    """10% of warm-up: half the peak at 5%, the peak at 10%, half again midway through the cosine, 0 at the end."""
+    s = schedule(warmup=0.1)
+    assert s.factor(0.05) == pytest.approx(0.5)
+    assert s.factor(0.1) == pytest.approx(1.0)
+    assert s.factor(0.55) == pytest.approx(0.5)
+    assert s.factor(1.0) == pytest.approx(0.0)
+    assert schedule(warmup=0.0, min_factor=0.2).factor(1.0) == pytest.approx(0.2)
+
+
+def test_follows_the_run_or_the_round() -> None:
+    for span, expected in (("run", 0.5 * (1 + math.cos(math.pi * 0.25))), ("round", 0.5 * (1 + math.cos(math.pi / 2)))):
+        s = schedule(warmup=0.0, span=span)
+        s.follow(lambda: (0.25, 0.5))
+        s.refresh()
+        assert s.optimizer.param_groups[0]["lr"] == pytest.approx(2.0 * expected)
+
+
+def test_state_is_plain(tmp_path: object) -> None:
+    s = schedule()
+    s.follow(lambda: (0.5, 0.5))
+    assert "progress" not in s.state_dict()
+    assert all(isinstance(v, int | float | str | bool | list) for v in s.state_dict().values())
+
+
+def test_wrong_settings_are_refused() -> None:
+    with pytest.raises(InputError, match="warmup"):
+        schedule(warmup=1.0)
+    with pytest.raises(InputError, match="min_factor"):
+        schedule(min_factor=2.0)

@@ -1,0 +1,73 @@
+"""The docs name what there is."""
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+from rlhf_pl import (
+    LoRA,
+    OfflineDataModule,
+    PreferenceDataModule,
+    RebelModule,
+    RewardModelModule,
+    RoundDataModule,
+    SamplingConfig,
+    SFTDataModule,
+    SFTModule,
+    TransformersSampler,
+    VLLMSampler,
+    rewards,
+)
+from rlhf_pl.algorithms.reward_shaping import RewardShaping
+from rlhf_pl.callbacks import DegenerationGuard, HFExport, OfflineLogps, RoundCheckpoint, RoundRefresh, SampleTable
+from rlhf_pl.rewards import ScoringConfig
+
+ROOT = Path(__file__).parents[2]
+CLASSES = [RebelModule, RoundDataModule, RoundRefresh, SamplingConfig, VLLMSampler, TransformersSampler, SampleTable]
+CLASSES += [RewardModelModule, SFTModule, PreferenceDataModule, SFTDataModule, OfflineDataModule, LoRA, RewardShaping]
+CLASSES += [ScoringConfig, HFExport, RoundCheckpoint, DegenerationGuard, OfflineLogps]
+REWARDS = [getattr(rewards, n) for n in rewards.__all__ if n.endswith("Reward") and n not in ("Reward", "RuleReward")]
+REWARDS += [rewards.ExactAnswer, rewards.NumericAnswer, rewards.RegexMatch, rewards.JSONSchema, rewards.LengthWindow]
+
+
+@pytest.mark.parametrize("cls", [*CLASSES, *REWARDS], ids=lambda c: c.__name__)
+def test_every_option_is_documented(cls: type) -> None:
+    name_of_page = "rewards.md" if cls in REWARDS else "configuration.md"
+    page = (ROOT / "docs" / name_of_page).read_text()
+    for name in inspect.signature(cls).parameters:
+        pattern = rf"\b{name}\b" if name == "rewards" else rf"[`.]{name}[`(]"
+        assert re.search(pattern, page), f"docs/{name_of_page} does not mention `{name}` of {cls.__name__}"
+        assert re.search(rf"^\s+{name}: ", cls.__doc__ or "", re.MULTILINE), f"{cls.__name__} does not explain `{name}`"
+
+
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
+def test_links_and_paths_exist(page: str) -> None:
+    text = (ROOT / page).read_text()
+    for target in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert ((ROOT / page).parent / target).exists(), target
+    for path in re.findall(r"`((?:configs|examples|docs|benchmarks|data)/[\w./-]+)`", text):
+        assert (ROOT / path).exists(), path
+
+
+def test_the_readmes_python_runs(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a small model, with the sampler that needs no vLLM, and few prompts."""
+    code = re.search(r"```python\n(import lightning.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    assert code is not None
+    text = code[1]
+    for old, new in {
+        "models/SmolLM2-135M-Instruct": str(llama),
+        "RoundRefresh(score,": "RoundRefresh(score, sampler=TransformersSampler(),",
+        "prompts_per_round=64": "prompts_per_round=8",
+        "max_epochs=3": "max_epochs=1",
+        "runs/python": str(tmp_path / "run"),
+    }.items():
+        assert old in text
+        text = text.replace(old, new)
+    monkeypatch.chdir(ROOT)
+    exec(text, {"TransformersSampler": TransformersSampler})
+    assert "round 1: reward" in capsys.readouterr().out
+    assert (tmp_path / "run" / "model" / "model.safetensors").exists()

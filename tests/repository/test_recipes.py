@@ -1,0 +1,214 @@
+"""Every shipped config, with its models replaced by tiny ones of the same architecture and its data by a few rows.
+
+What stays is everything else: a number or a name in a config that the program does not take fails here.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from rlhf_pl.__main__ import main
+from rlhf_pl.store.round_store import RoundStore
+from tests.conftest import make_tokenizer, save_reward_model
+from tests.rewards.test_armorm import armorm
+
+__all__ = ["armorm"]  # a fixture
+ROOT = Path(__file__).parents[2]
+SIZES = {
+    "hidden_size": 64,
+    "intermediate_size": 64,
+    "num_hidden_layers": 5,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 4096,
+    "initializer_range": 0.2,
+    "bos_token_id": 0,
+    "eos_token_id": 2,
+}
+ROUND = [
+    "--data.val_prompts",
+    "4",
+    "--rollout.sampler",
+    "TransformersSampler",
+    "--rollout.sampling.max_response_tokens",
+    "8",
+]
+ONE_CPU = ["--trainer.devices", "1", "--trainer.accelerator", "cpu", "--trainer.strategy", "auto"]
+
+
+def save_lm(kind: str, folder: Path) -> Path:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    tokenizer = make_tokenizer()
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=len(tokenizer), **SIZES)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("data")
+    rows = {
+        "prompts": [{"prompt": f"Say {i}"} for i in range(12)],
+        "tldr": [{"prompt": f"POST: {i} TL;DR:", "completion": f" it is {i}"} for i in range(80)],
+        "preferences": [
+            {"prompt": f"POST: {i % 9} TL;DR:", "chosen": f" it is {i}", "rejected": f" not {i}"} for i in range(80)
+        ],
+    }
+    for name, content in rows.items():
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
+    return {name: folder / f"{name}.jsonl" for name in rows}
+
+
+def run(config: str, run_dir: Path, *arguments: Any) -> None:
+    text = ["fit", "--config", str(ROOT / config), *ONE_CPU, "--trainer.max_epochs", "1"]
+    text += ["--trainer.default_root_dir", str(run_dir), "--trainer.enable_progress_bar", "false", *map(str, arguments)]
+    assert main(text) == 0
+
+
+@pytest.fixture(autouse=True)
+def from_the_root(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+
+
+def test_ultrafeedback_llama3_armo(armorm: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    policy = save_lm("llama", tmp_path / "policy")
+    run(
+        "configs/recipes/ultrafeedback-llama3-armo.yaml",
+        tmp_path / "run",
+        *(
+            "--model.policy",
+            policy,
+            "--data.prompts",
+            files["prompts"],
+            "--rollout.reward.init_args.model",
+            armorm,
+            *ROUND,
+        ),
+    )
+    manifest = RoundStore(tmp_path / "run").round(0).manifest
+    assert manifest["stages"]["responses"]["sampling"] | {"max_response_tokens": 2048} == {
+        "num_responses": 5,
+        "temperature": 0.8,
+        "top_p": 0.9,
+        "top_k": 0,
+        "min_p": 0.0,
+        "max_response_tokens": 2048,
+    }
+    assert len(manifest["stages"]["rewards"]["components"]) == 19
+    training = manifest["settings"]["training"]
+    assert training["pairs_per_update"] * 8 == 128
+    assert training["optimizer"]["betas"] == [0.9, 0.95]
+    assert (training["optimizer"]["lr"], training["optimizer"]["weight_decay"]) == (3e-7, 1e-6)
+    assert "eta=1000000.0" in training["loss"]
+
+
+def test_four_nodes(armorm: Path, files: dict[str, Path], tmp_path: Path) -> None:
+    one, four = (
+        yaml.safe_load((ROOT / "configs" / name).read_text())
+        for name in ("recipes/ultrafeedback-llama3-armo.yaml", "scaling/llama3-8b-4-nodes.yaml")
+    )
+    assert four["model"] == one["model"]
+    for config in (one, four):
+        trainer = config["trainer"]
+        ranks = trainer["devices"] * trainer["num_nodes"]
+        assert config["data"]["batch_size"] * trainer["accumulate_grad_batches"] * ranks == 128
+    run(
+        "configs/scaling/llama3-8b-4-nodes.yaml",
+        tmp_path / "run",
+        *("--trainer.num_nodes", 1, "--model.policy", save_lm("llama", tmp_path / "policy")),
+        *("--data.prompts", files["prompts"], "--rollout.reward.init_args.model", armorm, *ROUND),
+    )
+    assert RoundStore(tmp_path / "run").round(0).is_complete("training")
+
+
+def test_tldr_pythia_in_three_stages(files: dict[str, Path], tmp_path: Path) -> None:
+    policy = save_lm("gpt_neox", tmp_path / "policy")
+    run(
+        "configs/recipes/tldr-pythia-1-sft.yaml",
+        tmp_path / "sft",
+        *("--model.policy", policy, "--data.conversations", files["tldr"]),
+    )
+    run(
+        "configs/recipes/tldr-pythia-2-reward.yaml",
+        tmp_path / "rm",
+        *("--model.backbone", tmp_path / "sft" / "model", "--data.preferences", files["preferences"]),
+    )
+    run(
+        "configs/recipes/tldr-pythia-3-rebel.yaml",
+        tmp_path / "rebel",
+        *("--model.policy", tmp_path / "sft" / "model", "--rollout.reward.init_args.model", tmp_path / "rm" / "model"),
+        *("--data.prompts", files["prompts"], *ROUND, "--trainer.accumulate_grad_batches", 1),
+    )
+    stored = RoundStore(tmp_path / "rebel").round(0)
+    assert stored.manifest["settings"]["pairs"]["shaping"]["missing_eos_reward"] == -1.0
+    ends: dict[str, list[bool]] = {}
+    for row in stored.read("responses").to_pylist():
+        ends.setdefault(row["prompt_id"], []).append(row["finished"])
+    both_cut = sum(not any(finished) for finished in ends.values())  # both rewards are -1 then
+    assert both_cut > 0
+    assert stored.info("pairs")["dropped"]["no_reward_difference"] >= both_cut
+
+
+def test_nectar_openchat_starling(files: dict[str, Path], tmp_path: Path) -> None:
+    from safetensors.torch import load_file
+
+    policy = save_lm("mistral", tmp_path / "policy")
+    base = save_reward_model(tmp_path / "base")
+    tensors = load_file(base / "model.safetensors")
+    state = {"transformer." + n.removeprefix("model."): t for n, t in tensors.items() if n.startswith("model.")}
+    (tmp_path / "starling").mkdir()
+    torch.save(state | {"v_head.weight": tensors["score.weight"]}, tmp_path / "starling" / "pytorch_model.bin")
+    run(
+        "configs/recipes/nectar-openchat-starling.yaml",
+        tmp_path / "run",
+        *("--model.policy", policy, "--data.prompts", files["prompts"], *ROUND, "--trainer.accumulate_grad_batches", 1),
+        *("--rollout.reward.init_args.model", tmp_path / "starling", "--rollout.reward.init_args.base", base),
+        *("--model.optimizer.init_args.lr", 1e-3, "--export.dtype", "float32"),
+        *("--rollout.shaping.missing_eos_reward", "null"),  # a random model never ends
+    )
+    before, after = load_file(policy / "model.safetensors"), load_file(tmp_path / "run" / "model" / "model.safetensors")
+    changed = {n for n, t in after.items() if not torch.equal(t, before[n].float())}
+    assert any("layers.4." in n for n in changed)
+    assert not any("layers.0." in n or "embed_tokens" in n for n in changed)
+
+
+def test_strategies_of_the_recipes_can_be_built() -> None:
+    from jsonargparse import ArgumentParser
+    from lightning.pytorch.strategies import FSDPStrategy, Strategy
+
+    for file in sorted((ROOT / "configs" / "recipes").glob("*.yaml")):
+        strategy = yaml.safe_load(file.read_text())["trainer"].get("strategy")
+        if strategy is None:
+            continue
+        parser = ArgumentParser(exit_on_error=False)
+        parser.add_argument("--strategy", type=Strategy)
+        built = parser.instantiate_classes(parser.parse_object({"strategy": strategy})).strategy
+        assert isinstance(built, FSDPStrategy)
+
+
+def test_tutorial_in_three_stages(tmp_path: Path, files: dict[str, Path]) -> None:
+    """Each stage reads what the one before wrote; only models and sizes are replaced."""
+    policy = save_lm("llama", tmp_path / "policy")
+    run("configs/tutorial/sft.yaml", tmp_path / "sft", "--model.policy", policy)
+    run("configs/tutorial/reward_model.yaml", tmp_path / "rm", "--model.backbone", tmp_path / "sft" / "model")
+    run(
+        "configs/tutorial/rebel.yaml",
+        tmp_path / "rebel",
+        *("--model.policy", tmp_path / "sft" / "model", "--rollout.reward.init_args.model", tmp_path / "rm" / "model"),
+        *(*ROUND, "--data.prompts_per_round", 8),
+    )
+    assert (tmp_path / "rebel" / "model" / "model.safetensors").exists()
+
+
+def test_every_config_is_built_here() -> None:
+    """A config that is added to `configs/` needs a test of its own."""
+    text = Path(__file__).read_text() + (ROOT / "tests" / "integration" / "test_quickstart.py").read_text()
+    for file in (ROOT / "configs").rglob("*.yaml"):
+        assert file.relative_to(ROOT).as_posix() in text
