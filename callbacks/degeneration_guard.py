@@ -5,11 +5,11 @@ from typing import Any
 
 import lightning as L
 
-from rlhf_pl.algorithms.degeneration import answer_statistics
 from rlhf_pl.checkpointing.progress import inside_round, rounds_done, stopped_inside
 from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.modules.logging import keep, publish
+from rlhf_pl.rounds.degeneration import answer_statistics
 from rlhf_pl.rounds.metrics import policy_kl
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.console import warn

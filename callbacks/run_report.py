@@ -10,9 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pl.checkpointing.progress import rounds_done, stopped_inside
-from rlhf_pl.cli.rounds import KL_NOTE
 from rlhf_pl.data.round_datamodule import RoundDataModule
-from rlhf_pl.rounds.metrics import first_answers, held_out_metrics, policy_kl
+from rlhf_pl.rounds.metrics import KL_NOTE, first_answers, held_out_metrics, policy_kl
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.console import console, warn
 

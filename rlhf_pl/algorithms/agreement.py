@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from torchmetrics.functional.classification import binary_calibration_error
+from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -52,10 +52,23 @@ def pair_metrics(margins: Sequence[float], longer: Sequence[float]) -> PairMetri
         low=low,
         high=high,
         margin=float(values.mean()),
-        calibration_error=float(binary_calibration_error(values.abs().sigmoid(), (values > 0).int(), n_bins=10)),
+        calibration_error=calibration_error(values.abs().sigmoid(), values > 0),
         loss=float(torch.nn.functional.softplus(-values).mean()),
         longer=sum(longer) / len(longer),
     )
+
+
+def calibration_error(confidences: Tensor, right: Tensor, bins: int = 10) -> float:
+    """Mean gap between how sure a prediction is and how often it is right (ECE, arXiv:1706.04599).
+
+    Args:
+        confidences: In [0, 1], shape (N,).
+        right: Whether each prediction was right, shape (N,).
+        bins: Of equal width; a bin counts by its share of the N.
+    """
+    place = (confidences * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, confidences.double() - right.double())
+    return float(gaps.abs().sum() / len(confidences))
 
 
 def longer_text(chosen: str, rejected: str) -> float:

@@ -15,14 +15,13 @@ from rlhf_pl.checkpointing.checkpoints import FOLDER
 from rlhf_pl.cli.parser_errors import CommandParser
 from rlhf_pl.models.chat import message_text
 from rlhf_pl.models.export_stamp import damaged_files, exports
+from rlhf_pl.rounds.metrics import KL_NOTE
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.round_store import ORDER, STAGES, Round, RoundStore
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.disk import size
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.terminal import print_error
-
-KL_NOTE = "KL: mean log-ratio of answers drawn from the first policy named (k1), nats per answer"
 
 
 def run(argv: Sequence[str]) -> int:

@@ -9,6 +9,7 @@ from rlhf_pl.models.config_files import CONFIG
 from rlhf_pl.models.pretrained_files import WeightFiles
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.finite import first_not_finite
 
 New = Callable[[Any, str], bool]
 TOLD = {"output_loading_info": True, "ignore_mismatched_sizes": True}  # transformers' own error would name no tensor
@@ -115,3 +116,19 @@ def _files(source: ModelSource) -> str:
 def _listed(names: list[str]) -> str:
     more = f" and {len(names) - _MOST_NAMES} more tensors" if len(names) > _MOST_NAMES else ""
     return ", ".join(names[:_MOST_NAMES]) + more
+
+
+def refuse_not_finite(model: Any, source: ModelSource) -> None:
+    """Refuse a model whose weights, as they were read, hold a NaN or an infinity.
+
+    Raises:
+        InputError: Names the first such tensor, and its file where that has it under the same name.
+    """
+    name = first_not_finite(model.named_parameters())
+    if name:
+        file = WeightFiles(source).file_of(name)
+        raise InputError(
+            f"`{source.option}`: the weights of {source.path!r} are damaged: {name!r}"
+            f"{f' in {file}' if file else ''} holds numbers that are not finite. A training that had diverged may have "
+            "written them: take another model, or an earlier checkpoint's."
+        )

@@ -14,7 +14,7 @@ from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.gpu_head import available, gpu_logps
 from rlhf_pl.models.kernel_check import FAILURES, NoCopyError, once, small_copies
 from rlhf_pl.models.liger import apply_liger
-from rlhf_pl.models.load_whole import check_whole, load_whole
+from rlhf_pl.models.load_whole import check_whole, load_whole, refuse_not_finite
 from rlhf_pl.models.logprobs import Head, chunked_logps, linear_logps
 from rlhf_pl.models.packed_batch import padded
 from rlhf_pl.models.packed_layout import Layout
@@ -24,7 +24,6 @@ from rlhf_pl.models.shared_prefix import hidden_states, is_shared, share_prompts
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.models.working_copy import WorkingCopy
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.finite import refuse_not_finite
 
 Unit = TypeVar("Unit", bound=nn.Module)
 RESCALING = "rescale_every"  # of RWKV's config: the number of layers between divisions by 2; 0 for none

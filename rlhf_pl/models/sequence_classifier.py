@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from rlhf_pl.models.classifier_head import empty_classifier, find_head, has_head, is_of_head
 from rlhf_pl.models.compute import Compute
-from rlhf_pl.models.load_whole import TOLD, load_whole, refuse_gaps
+from rlhf_pl.models.load_whole import TOLD, load_whole, refuse_gaps, refuse_not_finite
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.packed_layout import Layout
 from rlhf_pl.models.policy import train_in_eval_mode, without_autocast, without_dropout, working_copy
@@ -17,7 +17,6 @@ from rlhf_pl.models.rotary import row_positions, steady_rotary, thresholds
 from rlhf_pl.models.score_position import forget_mean, mean_score
 from rlhf_pl.models.shared_prefix import hidden_states, share_prompts
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.utils.finite import refuse_not_finite
 
 
 def load_classifier(

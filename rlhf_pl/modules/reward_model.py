@@ -21,7 +21,6 @@ from rlhf_pl.models.classifier_head import check_new_classifier, empty_classifie
 from rlhf_pl.models.compute import compute_of
 from rlhf_pl.models.liger import apply_liger
 from rlhf_pl.models.lora import LoRA, adapter_targets, add_lora, check_lora
-from rlhf_pl.models.padding_token import Padding, own_padding, padding_in_config, with_new_rows
 from rlhf_pl.models.policy import DType
 from rlhf_pl.models.rendering import Renderer, SystemPrompt, reward_renderer
 from rlhf_pl.models.score_position import ScoreAt, note_place, warn_of_other_reading, warn_once
@@ -32,6 +31,7 @@ from rlhf_pl.modules.export import check_weights, export_folder, try_export
 from rlhf_pl.modules.logging import Means, is_update, log_update
 from rlhf_pl.modules.optimization import Optimization, check_precision
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
+from rlhf_pl.modules.padding_token import Padding, own_padding, padding_in_config, with_new_rows
 from rlhf_pl.utils.errors import InputError, at_least
 
 PARTS = ("loss", "accuracy", "margin", "score_chosen", "score_rejected")  # what is logged of pairs

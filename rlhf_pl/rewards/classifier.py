@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from rlhf_pl.models.classifier_head import check_classifier
 from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.liger import apply_liger
+from rlhf_pl.models.load_whole import refuse_not_finite
 from rlhf_pl.models.packed_layout import Layout
 from rlhf_pl.models.pretrained_files import WeightFiles, stored_config
 from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, padded, reward_renderer
@@ -21,7 +22,6 @@ from rlhf_pl.rewards.families import Family, families
 from rlhf_pl.rewards.local_model import LocalModel, ModelDType
 from rlhf_pl.utils.devices import fast_dtype
 from rlhf_pl.utils.fingerprints import describe
-from rlhf_pl.utils.finite import refuse_not_finite
 
 
 class ClassifierReward(Reward):

@@ -105,8 +105,8 @@ class EngineSpec:
 class Sampler(ABC):
     """Draws answers from the policy. Subclass it and name your class in `rollout.sampler.class_path`.
 
-    Life: `start` once, then for every policy `wake`, `invalidate_weights`, `load_weights`, any number of `reset` and `generate`,
-    `sleep`; `close` last.
+    Life: `start` once, then for every policy `wake`, `invalidate_weights`, `load_weights`, any number of
+    `reset` and `generate`, `sleep`; `close` last.
     Equal seeds must give equal answers, whatever else is drawn at the same time. In a run of several processes each has
     its own sampler, on its own device, and the policy's weights are a stream that all of them go through together.
     """

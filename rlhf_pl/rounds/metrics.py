@@ -11,6 +11,7 @@ from rlhf_pl.rounds.stages import prompt_means
 from rlhf_pl.rounds.stages.kl import STAGE
 from rlhf_pl.store.round_store import Round, RoundStore
 
+KL_NOTE = "KL: mean log-ratio of responses sampled from the first policy named (k1), nats per response"
 # Names that callbacks may monitor, parts of rewards and penalties aside.
 HELD_OUT = (
     "val/reward_mean",

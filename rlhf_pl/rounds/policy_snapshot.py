@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,24 +16,8 @@ from rlhf_pl.distributed.strategies import callable_policy
 from rlhf_pl.models.packed_batch import PackedBatch
 from rlhf_pl.models.policy import PolicyLM
 from rlhf_pl.modules.pairwise import RebelModule
+from rlhf_pl.rollout.weight_sync.sync import PolicySnapshot
 from rlhf_pl.utils.fingerprints import weights_fingerprint
-
-
-@dataclass(frozen=True)
-class PolicySnapshot:
-    """A policy whose answers or log-probs are wanted.
-
-    Args:
-        weights: By their Hugging Face names, tied ones included.
-        logps: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,), nats.
-        rounding: rows -> mean absolute difference per token between float32 and bfloat16 compute, nats.
-        fingerprint: `weights_fingerprint` of the weights.
-    """
-
-    weights: Weights
-    logps: Callable[[PackedBatch, float], Tensor]
-    rounding: Callable[[PackedBatch], float]
-    fingerprint: str
 
 
 def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:

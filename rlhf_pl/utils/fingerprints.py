@@ -41,7 +41,7 @@ def rows_fingerprint(rows: Iterable[Any]) -> str:
 
 
 def describe(thing: Any, *ignore: str) -> str:
-    """A class and its public settings that are plain values, as `rlhf_pl.algorithms.losses.RebelLoss(eta=1.0)`; no secrets."""
+    """A class and its public settings that are plain values, as `rlhf_pl.RebelLoss(eta=1.0)`; no secrets."""
     kind = type(thing)
     values = {k: v for k, v in vars(thing).items() if _is_plain(v) and not k.startswith("_") and k not in ignore}
     listed = ", ".join(f"{name}={value!r}" for name, value in sorted(redacted(values).items()))

@@ -1,14 +1,9 @@
 """Which of many tensors holds something that is not a finite number."""
 
 from collections.abc import Iterable
-from typing import Any
 
 import torch
 from torch import Tensor
-
-from rlhf_pl.models.pretrained_files import WeightFiles
-from rlhf_pl.models.source import ModelSource
-from rlhf_pl.utils.errors import InputError
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]], largest: float = torch.finfo().max) -> str:
@@ -33,19 +28,3 @@ def not_finite(tensors: Iterable[tuple[str, Tensor]], largest: float = torch.fin
         return []
     found = torch.stack([peak.to(peaks[0].device, non_blocking=True) for peak in peaks]).abs() <= largest
     return [name for name, good in zip(names, found.all(1).tolist(), strict=True) if not good]
-
-
-def refuse_not_finite(model: Any, source: ModelSource) -> None:
-    """Refuse a model whose weights, as they were read, hold a NaN or an infinity.
-
-    Raises:
-        InputError: Names the first such tensor, and its file where that has it under the same name.
-    """
-    name = first_not_finite(model.named_parameters())
-    if name:
-        file = WeightFiles(source).file_of(name)
-        raise InputError(
-            f"`{source.option}`: the weights of {source.path!r} are damaged: {name!r}"
-            f"{f' in {file}' if file else ''} holds numbers that are not finite. A training that had diverged may have "
-            "written them: take another model, or an earlier checkpoint's."
-        )

@@ -17,10 +17,10 @@ from rlhf_pl import (
     RewardModelModule,
     SFTDataModule,
     SFTModule,
-    run_date,
 )
 from rlhf_pl.rewards import ClassifierReward, Sample, ScoringConfig
 from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils import run_date
 from rlhf_pl.utils.errors import InputError
 from tests import chat_templates
 from tests.conftest import save_llama

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from rlhf_pl import kernel_check, logprobs
+from rlhf_pl.models import kernel_check, logprobs
 from rlhf_pl.models.logprobs import Head, chunked_logps, gather_logps, linear_logps
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.policy import PolicyLM, head_logits, load_lm

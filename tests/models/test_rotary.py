@@ -19,7 +19,7 @@ from rlhf_pl.models.rendering import Renderer
 from rlhf_pl.models.rotary import describe_factors, steady_rotary
 from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.modules import rebel
+from rlhf_pl.modules import pairwise
 from rlhf_pl.rewards import ClassifierReward, Sample, VLLMServerReward
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler
 from rlhf_pl.store.round_store import RoundStore
@@ -192,7 +192,7 @@ def test_a_run_whose_rate_is_zero_stays_at_its_policy(
         tmp_path / "run",
         folder,
         write_jsonl(PROMPTS),
-        module={"optimizer": lambda p: rebel.AdamW(p, lr=0.0)},
+        module={"optimizer": lambda p: pairwise.AdamW(p, lr=0.0)},
         data={"batch_size": 1, "val_prompts": 0, "max_prompt_tokens": 100},
         max_epochs=1,
     )

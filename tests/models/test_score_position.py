@@ -9,10 +9,10 @@ import torch
 
 from rlhf_pl.models import score_position as score_place
 from rlhf_pl.models.packed_batch import share_beginning
-from rlhf_pl.models.padding_token import own_padding
 from rlhf_pl.models.rendering import Renderer, padded, reward_renderer
 from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, new_classifier, tree_inputs
 from rlhf_pl.models.source import ModelSource
+from rlhf_pl.modules.padding_token import own_padding
 from rlhf_pl.rewards import ClassifierReward, VLLMServerReward
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer, save_reward_model

@@ -15,7 +15,7 @@ from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.policy import PolicyLM, load_lm
 from rlhf_pl.models.sequence_classifier import ClassifierLM
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.modules import rebel
+from rlhf_pl.modules import pairwise
 from rlhf_pl.modules.export import _twin
 from rlhf_pl.rewards import ClassifierReward, Sample
 from rlhf_pl.utils.errors import InputError
@@ -75,7 +75,7 @@ def test_a_run_on_a_noisy_model_stays_at_its_policy(tmp_path: Path, write_jsonl:
             tmp_path / "run",
             save_moe(tmp_path / "moe"),
             write_jsonl(PROMPTS),
-            module={"optimizer": lambda p: rebel.AdamW(p, lr=0.0), "gradient_checkpointing": True},
+            module={"optimizer": lambda p: pairwise.AdamW(p, lr=0.0), "gradient_checkpointing": True},
             max_epochs=1,
         )
     assert trainer.callback_metrics["train/kl_chosen"] == 0

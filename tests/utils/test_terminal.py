@@ -16,11 +16,12 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_pl import inspect_rounds, secrets, terminal
 from rlhf_pl.__main__ import main
 from rlhf_pl.callbacks.sample_table import to_html, to_markdown
+from rlhf_pl.cli import rounds as inspect_rounds
 from rlhf_pl.rewards import Failure
 from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils import secrets, terminal
 from rlhf_pl.utils.console import SafeConsole, phase
 from rlhf_pl.utils.secrets import register
 from rlhf_pl.utils.terminal import MAX_PRINTED, escape, print_error, print_traceback, shortened

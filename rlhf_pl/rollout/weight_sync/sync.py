@@ -1,15 +1,35 @@
 """The link from the policy to the sampler: started once, given weights once per policy, checked every time."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
+from rlhf_pl.distributed.gather_weights import Weights
 from rlhf_pl.distributed.ranks import Ranks
+from rlhf_pl.models.packed_batch import PackedBatch
 from rlhf_pl.rollout.base import EngineSpec, Sampler
 from rlhf_pl.rollout.weight_sync.self_check import check_sampler, sync_weights
-from rlhf_pl.rounds.policy_snapshot import PolicySnapshot
 from rlhf_pl.utils.console import phase
+
+
+@dataclass(frozen=True)
+class PolicySnapshot:
+    """A policy whose answers or log-probs are wanted.
+
+    Args:
+        weights: By their Hugging Face names, tied ones included.
+        logps: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,), nats.
+        rounding: rows -> mean absolute difference per token between float32 and bfloat16 compute, nats.
+        fingerprint: `weights_fingerprint` of the weights.
+    """
+
+    weights: Weights
+    logps: Callable[[PackedBatch, float], Tensor]
+    rounding: Callable[[PackedBatch], float]
+    fingerprint: str
 
 
 class SamplerSync:
