@@ -1,6 +1,10 @@
 """Time and memory of a round as the work grows: a tiny model, 100, 1,000 and 10,000 prompts.
 
 python -m benchmarks.growth
+
+With made-up responses, which cost no sampling, every stage of a large round:
+
+python -m benchmarks.growth --made_up --prompts 60000 --responses 5 --tokens 400
 """
 
 import json
@@ -8,15 +12,28 @@ import tempfile
 import time
 from pathlib import Path
 
+from benchmarks import made_up
 from benchmarks.common import in_a_process, machine, make_parser, peak_memory, table
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--prompts", type=int, action="append")
+    parser.add_argument("--made_up", action="store_true", help="make the responses up, and measure stage by stage")
+    parser.add_argument("--responses", type=int, default=5, help="with --made_up: responses of each prompt")
+    parser.add_argument("--tokens", type=int, default=400, help="with --made_up: tokens of a response, in the mean")
+    parser.add_argument("--parquet", action="store_true", help="with --made_up: prompts from a Parquet file")
     args = parser.parse_args()
-    counts = args.prompts or [100, 1000, 10_000]
     print(f"{machine()}\n")
+    if args.made_up:
+        for count in args.prompts or [60_000]:
+            print(f"{count:,} prompts x {args.responses} responses x {args.tokens} tokens\n")
+            suffix = ".parquet" if args.parquet else ".jsonl"
+            found = made_up.measure(count, args.responses, args.tokens, in_a_process, suffix)
+            lines = [[stage, f"{seconds:.1f}", f"{gib:.2f}"] for stage, seconds, gib in found]
+            print(table(["stage", "seconds", "peak GiB above the start"], lines), flush=True)
+        return
+    counts = args.prompts or [100, 1000, 10_000]
     rows = []
     for count in counts:
         found = in_a_process(measure, count)

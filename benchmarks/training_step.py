@@ -217,7 +217,8 @@ def with_lightning(args: argparse.Namespace, pairs: list[Pair], variant: str) ->
     import pyarrow as pa
 
     from rlhf_pl import RebelModule
-    from rlhf_pl.data.pair_batches import PairDataset, RoundBatches, RoundLoader
+    from rlhf_pl.data.pair_batches import GroupDataset, RoundBatches, RoundLoader
+    from rlhf_pl.data.stored_groups import pair_copies, stored_numbers
     from rlhf_pl.data.update_plan import UpdatePlan
     from rlhf_pl.optim import AdamW
 
@@ -238,7 +239,8 @@ def with_lightning(args: argparse.Namespace, pairs: list[Pair], variant: str) ->
     numbers = {
         f"{name}_{what}": [0.0] * len(pairs) for name in ("chosen", "rejected") for what in ("reward", "old_logp")
     }
-    dataset = PairDataset(pa.table(tokens | numbers), pa.table(numbers), 1.0)
+    groups = pair_copies(pa.table(tokens | numbers | {"prompt_id": [str(i) for i in range(len(pairs))]}))
+    dataset = GroupDataset(groups, stored_numbers(pa.table(numbers), groups), 1.0)
     plan = UpdatePlan(len(pairs), args.micro_batch, args.pairs // args.micro_batch, 1, args.max_tokens)
     batches = InOrder(plan, "", 0, dataset.lengths() if args.max_tokens else None)
     with tempfile.TemporaryDirectory() as folder, peak_memory(args.device) as peak:

@@ -7,11 +7,13 @@ from rlhf_pl.callbacks.degeneration_guard import DegenerationGuard
 from rlhf_pl.callbacks.epoch_run import EpochRun
 from rlhf_pl.callbacks.hf_export import HFExport
 from rlhf_pl.callbacks.offline_logps import OfflineLogps
-from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint, RunStopped
+from rlhf_pl.callbacks.round_checkpoint import RoundCheckpoint
 from rlhf_pl.callbacks.round_progress import RoundProgress
 from rlhf_pl.callbacks.round_refresh import RoundRefresh
 from rlhf_pl.callbacks.run_report import RunReport
 from rlhf_pl.callbacks.sample_table import SampleTable
+from rlhf_pl.callbacks.stop_on_signal import StopOnSignal
+from rlhf_pl.checkpointing.stop_request import RunStopped
 
 __all__ = [
     "DegenerationGuard",
@@ -24,4 +26,5 @@ __all__ = [
     "RunReport",
     "RunStopped",
     "SampleTable",
+    "StopOnSignal",
 ]

@@ -79,7 +79,7 @@ class DegenerationGuard(L.Callback):
         if not isinstance(data, RoundDataModule) or not inside_round(trainer):
             return
         stored = data.store.round(rounds_done(trainer))
-        seen = ranks_of(trainer).run_on_rank_zero(lambda: answer_statistics(stored.read("responses")))
+        seen = ranks_of(trainer).run_on_rank_zero(lambda: _statistics(stored))
         warnings = float(len(stored.manifest.get("warnings", {})))
         keep(trainer, {**{f"rollout/{name}": value for name, value in seen.items()}, "guard/warnings": warnings})
 
@@ -112,7 +112,7 @@ class DegenerationGuard(L.Callback):
                 self._judge(trainer, stored, {"kl": sign}, max(0, trainer.global_step - 1))
 
     def _signs_of_answers(self, trainer: L.Trainer, stored: Round, first: Round) -> dict[str, str]:
-        seen = ranks_of(trainer).run_on_rank_zero(lambda: answer_statistics(stored.read("responses")))
+        seen = ranks_of(trainer).run_on_rank_zero(lambda: _statistics(stored))
         publish(trainer, {f"rollout/{name}": value for name, value in seen.items()}, trainer.global_step)
         length, at_first = (r.info("responses")["tokens_mean"] for r in (stored, first))
         ratio = max(length, at_first) / max(1e-9, min(length, at_first))
@@ -159,3 +159,7 @@ class DegenerationGuard(L.Callback):
                 f"Stopped in round {number} (`guards.stop_on`): {'; '.join(fatal)}. The last policy is in "
                 f"{trainer.default_root_dir}/checkpoints. To go on, change what led here, or the guard's limits."
             )
+
+
+def _statistics(stored: Round) -> dict[str, float]:
+    return answer_statistics(stored.read_shards("responses", ["prompt_id", "response_tokens"]))

@@ -14,7 +14,7 @@ from lightning.pytorch.callbacks import WeightAveraging
 from rlhf_pl.checkpointing.divergence import refuse_diverged_weights
 from rlhf_pl.checkpointing.progress import inside_round, rounds_done, stopped_inside
 from rlhf_pl.distributed.ranks import ranks_of
-from rlhf_pl.models.export_stamp import NOT_EXPORTS, STAMP, damaged_files, file_records, stamp_of
+from rlhf_pl.models.export_stamp import NOT_EXPORTS, STAMP, file_records, find_damaged_files, read_stamp
 from rlhf_pl.modules.export import Exportable, export_dtype
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.disk import check_space, naming_a_full_disk
@@ -145,10 +145,10 @@ class HFExport(L.Callback):
 
 def _is_there(target: Path, stamp: dict[str, Any]) -> bool:
     """Whether this very export is there, and every file of it as it was written."""
-    found = stamp_of(target)
+    found = read_stamp(target)
     if found is None or {name: value for name, value in found.items() if name != "files"} != stamp:
         return False
-    for file in (damaged := damaged_files(target, checksums=True)):
+    for file in (damaged := find_damaged_files(target, checksums=True)):
         console.print(f"{file} is not as it was written; exporting anew.", soft_wrap=True)
     return not damaged
 

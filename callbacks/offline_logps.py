@@ -1,23 +1,25 @@
 """Stores offline pairs with their old policy's log-probs before a run trains on them."""
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
 import lightning as L
 import numpy as np
-import pyarrow as pa
 
-from rlhf_pl.data.offline_datamodule import OfflineDataModule, OfflinePair, as_table
+from rlhf_pl.data.offline_datamodule import OfflineDataModule
+from rlhf_pl.data.offline_pairs import OfflinePair, as_tables
+from rlhf_pl.data.options import check_policy_module
+from rlhf_pl.data.policy_module import PolicyModule, is_policy_module
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import callable_policy, shard_frozen
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.rotary import describe_factors
-from rlhf_pl.modules.pairwise import RebelModule
 from rlhf_pl.rounds.policy_snapshot import logps_function, steady
 from rlhf_pl.rounds.repair import move_aside
-from rlhf_pl.rounds.stages import pair_logps
+from rlhf_pl.rounds.settings import logps_settings
+from rlhf_pl.rounds.stages import store_logps
 from rlhf_pl.rounds.stages.logps import steps_by_length
-from rlhf_pl.rounds.stages.select import PAIRS
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.provenance import ChangedSettingsError, differences
 from rlhf_pl.store.round_store import Round, RoundStore
@@ -41,14 +43,15 @@ class OfflineLogps(L.Callback):
         if logps_batch_tokens < 1:
             raise InputError(f"`logps_batch_tokens` must be 1 or more, got {logps_batch_tokens}.")
         self.logps_batch_tokens = logps_batch_tokens
+        self._run: tuple[L.Trainer, PolicyModule, OfflineDataModule] | None = None
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Refuse a run directory of other pairs, and offer the DataModule to prepare its round."""
-        if not isinstance(pl_module, RebelModule):
-            raise InputError(f"OfflineLogps works with RebelModule, got {type(pl_module).__name__}.")
         data: Any = trainer.datamodule  # type: ignore[attr-defined]
         assert isinstance(data, OfflineDataModule)
-        problems = ranks_of(trainer).run_on_rank_zero(lambda: find_problems(_store(trainer)))
+        check_policy_module(pl_module, data)
+        assert is_policy_module(pl_module)
+        problems = ranks_of(trainer).run_on_rank_zero(lambda: find_problems(_store(trainer), checksums=self.repair))
         if not self.repair:
             problems.refuse()
         damaged = [stored.path for stored, _ in problems.damaged]
@@ -62,7 +65,8 @@ class OfflineLogps(L.Callback):
                     + "\n".join(f"  {line}" for line in changed)
                     + "\nGive this run a directory of its own (--trainer.default_root_dir DIR)."
                 )
-        data.prepare_round = lambda: self._prepare(trainer, pl_module, data)
+        self._run = (trainer, pl_module, data)
+        data.prepare_with(self)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The run directory is this run's from here on: clear it up."""
@@ -76,7 +80,10 @@ class OfflineLogps(L.Callback):
                 stored.delete()
         store.tidy()
 
-    def _prepare(self, trainer: L.Trainer, module: RebelModule, data: OfflineDataModule) -> None:
+    def prepare_round(self, index: int) -> None:
+        """Store the pairs of all epochs with their log-probs, where they are not there."""
+        assert self._run is not None
+        trainer, module, data = self._run
         for stored, pairs in ((data.stored, data.train_set), (data.stored_held_out, data.val_set)):
             settings = Round.as_stored(_settings(module, data, pairs))
 
@@ -88,42 +95,55 @@ class OfflineLogps(L.Callback):
                     return True
                 stored.update(settings=settings)
                 if not stored.is_complete("pairs"):
-                    stored.write_shard("pairs", 0, as_table(pairs, PAIRS))
+                    responses, indices = as_tables(pairs)
+                    stored.write_shard("responses", 0, responses)
+                    stored.complete("responses", responses=len(responses))
+                    stored.write_shard("pairs", 0, indices)
                     stored.complete("pairs", pairs=len(pairs), dropped=data.dropped)
                 return False
 
             if pairs and not ranks_of(trainer).run_on_rank_zero(keep_pairs):
                 self._logps(trainer, module, data, stored, pairs)
 
+    def finish_run(self, rounds: int) -> None:
+        """Nothing is measured at the end of a run over fixed pairs."""
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self._run = None
+
     def _logps(
         self,
         trainer: L.Trainer,
-        module: RebelModule,
+        module: PolicyModule,
         data: OfflineDataModule,
         stored: Round,
         pairs: list[OfflinePair],
     ) -> None:
-        given = [p.logps for p in pairs if p.logps is not None]
+        given = _given(pairs) if "old_logps" in module.needs else None
+        if given is not None and "old_token_logps" in module.needs:
+            raise InputError(
+                f"`data.pairs` has log-probs of whole responses, but `model.loss` {type(module.loss).__name__} needs "
+                "those of every token. Set --data.use_logprobs false, and this policy's own are taken."
+            )
         policies = {}
-        if len(given) < len(pairs):
+        if "old_logps" in module.needs and given is None:
             policies["old"] = logps_function(trainer, module, _starting_policy(trainer, module))
-        if module.kl_coef > 0:
+        if "reference_logps" in module.needs:
             policies["reference"] = logps_function(trainer, module, module.load_reference())
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         ranks, what = ranks_of(trainer), "log-probs of pairs"
-        if policies:
-            total = 2 * len(pairs) * len(policies)
-            with ranks.phase(what), phase(what, total, "answers", show) as report, steady(module):
-                divide = steps_by_length(self.logps_batch_tokens, ranks)
-                if not stored.is_held_out:
-                    divide = partial(data.training_steps, 0)
-                pair_logps(stored, policies, divide, data.temperature, report, ranks)
-        if len(given) == len(pairs):
-            ranks.run_on_rank_zero(lambda: _keep_given(stored, pairs))
+        total = 2 * len(pairs) * len(policies)
+        with ranks.phase(what), phase(what, total, "answers", show) as report, steady(module):
+            divide = steps_by_length(self.logps_batch_tokens, ranks)
+            if not stored.is_held_out:
+                divide = partial(data.training_steps, 0)
+            known = None if given is None else {"old": given}
+            store_logps(stored, policies, divide, data.temperature, report, ranks, module.needs, known)
+        if given is not None:
             self._compare(trainer, module, data, pairs)
 
     def _compare(
-        self, trainer: L.Trainer, module: RebelModule, data: OfflineDataModule, pairs: list[OfflinePair]
+        self, trainer: L.Trainer, module: PolicyModule, data: OfflineDataModule, pairs: list[OfflinePair]
     ) -> None:
         """Warn if the log-probs in the data are not those of the policy that this run starts from."""
 
@@ -145,7 +165,7 @@ def _store(trainer: L.Trainer) -> RoundStore:
     return RoundStore(trainer.default_root_dir)
 
 
-def _settings(module: RebelModule, data: OfflineDataModule, pairs: list[OfflinePair]) -> dict[str, dict[str, Any]]:
+def _settings(module: PolicyModule, data: OfflineDataModule, pairs: list[OfflinePair]) -> dict[str, dict[str, Any]]:
     rows = rows_fingerprint((list(p.prompt_tokens), *map(list, p.tokens), p.rewards, p.logps) for p in pairs)
     factors = describe_factors(module.source.config, data.longest_tokens)
     return {
@@ -156,22 +176,21 @@ def _settings(module: RebelModule, data: OfflineDataModule, pairs: list[OfflineP
             "rows": rows,
             **({} if factors is None else {"rotary_factors": factors}),
         },
-        "logps": {"reference": module.reference_source.path if module.kl_coef > 0 else None},
+        "logps": {
+            "reference": module.reference_source.path if "reference_logps" in module.needs else None,
+            **logps_settings(module),
+        },
     }
 
 
-def _starting_policy(trainer: L.Trainer, module: RebelModule) -> Any:
+def _starting_policy(trainer: L.Trainer, module: PolicyModule) -> Any:
     """The policy before its first update, also in a run that goes on."""
     if trainer.global_step == 0:
         return callable_policy(trainer)
     return shard_frozen(trainer, module.unit(module.load(module.source)))
 
 
-def _keep_given(stored: Round, pairs: list[OfflinePair]) -> None:
-    """The log-probs that came with the data, beside those of the reference if there are any."""
-    table = stored.read("logps") if stored.shards("logps") else pa.table({"prompt_id": [p.prompt_id for p in pairs]})
-    for which, name in enumerate(("chosen_old_logp", "rejected_old_logp")):
-        values = pa.array([p.logps[which] if p.logps else None for p in pairs], pa.float64())
-        table = table.append_column(name, values) if name not in table.column_names else table
-    stored.write_shard("logps", 0, table)
-    stored.complete("logps", policies=["given"])
+def _given(pairs: Sequence[OfflinePair]) -> np.ndarray | None:
+    """The log-probs that came with the data, of each pair's two responses; None where some pair has none."""
+    given = [pair.logps for pair in pairs if pair.logps is not None]
+    return np.array(given).ravel() if len(given) == len(pairs) else None

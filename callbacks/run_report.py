@@ -11,7 +11,7 @@ from rich.text import Text
 
 from rlhf_pl.checkpointing.progress import rounds_done, stopped_inside
 from rlhf_pl.data.round_datamodule import RoundDataModule
-from rlhf_pl.rounds.metrics import KL_NOTE, first_answers, held_out_metrics, policy_kl
+from rlhf_pl.rounds.metrics import KL_NOTE, first_answers, held_out_metrics, policy_kl, prompt_ids
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.console import console, warn
 
@@ -142,9 +142,11 @@ def gain_line(store: RoundStore, version: int) -> str:
 
 def before_after(store: RoundStore, version: int, count: int) -> Group:
     """Prompts with the starting and the present policy's first answers side by side."""
-    before, after = first_answers(store.held_out(0)), first_answers(store.held_out(version))
+    known = prompt_ids(store.held_out(0))
+    shown = known[:: max(1, len(known) // max(1, count))][:count]  # from all over the data
+    before, after = (first_answers(store.held_out(v), shown) for v in (0, version))
     panels = []
-    for prompt_id in list(before)[:: max(1, len(before) // max(1, count))][:count]:  # from all over the data
+    for prompt_id in shown:
         old, new = before[prompt_id], after[prompt_id]
         table = Table(show_edge=False, pad_edge=False, expand=True)
         table.add_column(f"before: reward {old['reward']:.3f}", ratio=1)

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 
 from rlhf_pl.checkpointing.progress import rounds_done, stopped_inside
-from rlhf_pl.rounds.metrics import first_answers
+from rlhf_pl.rounds.metrics import first_answers, prompt_ids
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import redact
@@ -54,19 +54,17 @@ class SampleTable(L.Callback):
 
 def sample_rows(store: RoundStore, version: int, count: int) -> tuple[list[str], list[list[str]]]:
     """A header, and for each prompt its text and the first answer of every version up to `version`."""
-    header = ["prompt", "before", *(f"after round {v}" for v in range(1, version + 1))]
+    versions = {"before" if v == 0 else f"after round {v}": store.held_out(v) for v in range(version + 1)}
+    scored = {name: stored for name, stored in versions.items() if stored.is_complete("rewards")}
+    shown = list(dict.fromkeys(prompt_id for stored in scored.values() for prompt_id in prompt_ids(stored)))[:count]
     prompts: dict[str, str] = {}
     cells: dict[str, list[str]] = {}
-    for v in range(version + 1):
-        stored = store.held_out(v)
-        if not stored.is_complete("rewards"):
-            header.remove("before" if v == 0 else f"after round {v}")
-            continue
-        for prompt_id, answer in first_answers(stored).items():
+    for stored in scored.values():
+        for prompt_id, answer in first_answers(stored, shown).items():
             prompts[prompt_id] = answer["question"]
             text = f"{answer['response'].strip()}\n[reward {answer['reward']:.3f}]"
             cells.setdefault(prompt_id, []).append(text)
-    return header, [[prompts[prompt_id], *cells[prompt_id]] for prompt_id in list(prompts)[:count]]
+    return ["prompt", *scored], [[prompts[prompt_id], *cells[prompt_id]] for prompt_id in shown]
 
 
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:

@@ -4,9 +4,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_pl.algorithms.losses import PairwiseLoss, RebelLoss
+    from rlhf_pl.algorithms.losses import PairwiseLoss, PolicyLoss, RebelLoss
     from rlhf_pl.algorithms.pair_selection import BestWorst, PairSelector, RandomPair
+    from rlhf_pl.algorithms.prompt_groups import PromptGroups
     from rlhf_pl.data import OfflineDataModule, PreferenceDataModule, RoundDataModule, SFTDataModule
+    from rlhf_pl.data.policy_module import PolicyModule
+    from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
     from rlhf_pl.models.lora import LoRA
     from rlhf_pl.modules import RebelModule, RewardModelModule, SFTModule
     from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample
@@ -18,7 +21,10 @@ _HOME = {
     **dict.fromkeys(("OfflineDataModule", "PreferenceDataModule", "RoundDataModule", "SFTDataModule"), "rlhf_pl.data"),
     **dict.fromkeys(("RebelModule", "RewardModelModule", "SFTModule"), "rlhf_pl.modules"),
     "LoRA": "rlhf_pl.models.lora",
-    **dict.fromkeys(("PairwiseLoss", "RebelLoss"), "rlhf_pl.algorithms.losses"),
+    **dict.fromkeys(("CPUFSDPStrategy", "FSDP2Strategy"), "rlhf_pl.distributed.strategies"),
+    "PolicyModule": "rlhf_pl.data.policy_module",
+    "PromptGroups": "rlhf_pl.algorithms.prompt_groups",
+    **dict.fromkeys(("PairwiseLoss", "PolicyLoss", "RebelLoss"), "rlhf_pl.algorithms.losses"),
     **dict.fromkeys(("BestWorst", "PairSelector", "RandomPair"), "rlhf_pl.algorithms.pair_selection"),
     **dict.fromkeys(("FunctionReward", "Reward", "RewardResult", "Sample"), "rlhf_pl.rewards"),
     **dict.fromkeys(
@@ -28,12 +34,17 @@ _HOME = {
 
 __all__ = [
     "BestWorst",
+    "CPUFSDPStrategy",
+    "FSDP2Strategy",
     "FunctionReward",
     "LoRA",
     "OfflineDataModule",
     "PairSelector",
     "PairwiseLoss",
+    "PolicyLoss",
+    "PolicyModule",
     "PreferenceDataModule",
+    "PromptGroups",
     "RandomPair",
     "RebelLoss",
     "RebelModule",

@@ -22,12 +22,17 @@ The shortest config names a policy, prompts and a reward:
 options:
   -h, --help     show this message
   --version      show the version
+  --traceback    with any command: where in the code a wrong input was noticed, before the message
 """
+
+
+TRACEBACK = "--traceback"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit code: 0, 1 for a wrong input, 2 for a wrong command line."""
-    argv = list(sys.argv[1:] if arguments is None else arguments)
+    given = list(sys.argv[1:] if arguments is None else arguments)
+    argv = [argument for argument in given if argument != TRACEBACK]
     if not argv or argv[0] in ("-h", "--help"):
         print(HELP, end="")
         return 0
@@ -36,8 +41,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
         print(f"rlhf-pl {__version__}")
         return 0
-    from rlhf_pl.utils.terminal import guarded_terminal, print_error
+    from rlhf_pl.utils.terminal import guarded_terminal, print_error, show_tracebacks
 
+    show_tracebacks(TRACEBACK in given)
     with guarded_terminal(argv):
         if argv[0] in ("fit", "plan", "score", "rounds"):
             return _run(argv)
@@ -56,11 +62,15 @@ def _run(argv: list[str]) -> int:
 
 def _with_one_error(argv: list[str]) -> int:
     """Run a command that loads models; a wrong input ends it with one message."""
+    from rlhf_pl.cli import lightning_workarounds as cli_lightning_workarounds
     from rlhf_pl.cli.quiet import quiet_libraries
-    from rlhf_pl.cli.user_errors import early_exit, find_user_error
-    from rlhf_pl.utils.terminal import print_error
+    from rlhf_pl.cli.user_errors import LibraryError, early_exit, find_user_error
+    from rlhf_pl.utils.public_names import with_public_path
+    from rlhf_pl.utils.terminal import print_error, print_traceback, print_wrong_input, shows_tracebacks
 
     quiet_libraries()
+    argv = [argv[0], *map(with_public_path, argv[1:])]
+    cli_lightning_workarounds.install()
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())  # users' rewards and classes live where they call us
     try:
@@ -88,7 +98,11 @@ def _with_one_error(argv: list[str]) -> int:
         if wrong is None:
             raise
         if not getattr(wrong, "reported", False):  # by rank 0 of a run of several processes
-            print_error(wrong)
+            print_wrong_input(error, wrong)
+            if isinstance(wrong, LibraryError) and not shows_tracebacks():
+                print(f"`{TRACEBACK}` shows where it was raised.", file=sys.stderr)
+        elif shows_tracebacks():
+            print_traceback(error)
         return 1
 
 

@@ -20,7 +20,7 @@ from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.kernel_check import NoCopyError, small_copies
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.policy import PolicyLM, load_lm, meta_lm
-from rlhf_pl.models.shared_prefix import is_shared
+from rlhf_pl.models.shared_prefix import takes_prefix_groups
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
 
@@ -88,7 +88,7 @@ def try_architecture(model_type: str, **changes: Any) -> Outcome:
     gradients = [p.grad for p in policy.parameters() if p.grad is not None]
     if off > NATS or not gradients or not all(g.isfinite().all() for g in gradients):
         return Outcome("WRONG", f"{off:.3g} nats from plain transformers", name)
-    return Outcome("shared prompts" if is_shared(loaded) else "works", "", name)
+    return Outcome("shared prompts" if takes_prefix_groups(loaded) else "works", "", name)
 
 
 def _without_copy(model_type: str, changes: dict[str, Any], why: str) -> Outcome:
@@ -107,7 +107,7 @@ class _Source(ModelSource):
         object.__setattr__(self, "config", lm.config)
         object.__setattr__(self, "lm", lm)
 
-    def read(self, what: str, loader: Any, **kwargs: Any) -> Any:
+    def read(self, part: str, loader: Any, **kwargs: Any) -> Any:
         model = loader.from_config(kwargs["config"], **{n: kwargs[n] for n in ("dtype", "attn_implementation")})
         model.load_state_dict(self.lm.state_dict())  # type: ignore[attr-defined]
         return model.eval(), {"missing_keys": (), "mismatched_keys": ()}
@@ -152,7 +152,7 @@ def _trees(vocabulary: int) -> list[PrefixGroup]:
 def _plain_logps(lm: Any, trees: Sequence[PrefixGroup]) -> torch.Tensor:
     found = []
     for tree in trees:
-        for response in tree.answers:
+        for response in tree.responses:
             row = torch.tensor([[*tree.prompt, *response]])
             logps = lm(input_ids=row, use_cache=False).logits[0].float().log_softmax(-1)
             start = len(tree.prompt)

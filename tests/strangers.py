@@ -65,12 +65,12 @@ KINDS: dict[str, Visit] = {
 def visit(kind: str, port: int, token: str, rng: random.Random, address: str = "127.0.0.1") -> socket.socket:
     """Come to a port as a stranger of a kind; gives the connection, which the caller closes."""
     connection = socket.create_connection((address, port), timeout=10)
-    with contextlib.suppress(OSError):  # turned away before all was said
+    with contextlib.suppress(OSError):  # rejected before all was sent
         KINDS[kind](connection, token, rng)
     return connection
 
 
-def is_turned_away(connection: socket.socket, within: float) -> bool:
+def is_rejected(connection: socket.socket, within: float) -> bool:
     """Whether the other end closes a connection in time."""
     end = time.monotonic() + within
     try:

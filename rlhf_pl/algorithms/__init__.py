@@ -1,1 +1,1 @@
-"""The mathematics: losses, pair selection, reward shaping. Imports torch and the errors alone."""
+"""The mathematics: pure functions and small classes on tensors, free of Lightning, files and models."""

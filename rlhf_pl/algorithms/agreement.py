@@ -1,4 +1,4 @@
-"""How well scores agree with people's preferences."""
+"""Agreement of scores with human preferences."""
 
 import math
 from collections.abc import Sequence
@@ -10,18 +10,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PairMetrics:
-    """Of the pairs with a preference.
+    """Metrics of pairs with a preference.
 
     Args:
-        pairs: Their number.
-        accuracy: Share in which the chosen answer scores higher; equal scores count half.
-        equal: Pairs with equal scores.
-        low: Lower end of the accuracy's 95% interval.
-        high: Upper end.
-        margin: Mean score of the chosen minus the rejected answer, reward units.
-        calibration_error: Mean gap, in ten bins, between how sure sigmoid(margin) is and how often it is right.
+        pairs: Number of pairs.
+        equal: Number of pairs with equal scores.
+        accuracy: Share of pairs in which the chosen response scores higher; equal scores count half.
+        low: Lower bound of the accuracy's 95% interval.
+        high: Upper bound of the accuracy's 95% interval.
+        margin: Mean score of the chosen minus the rejected response, reward units.
+        calibration_error: Mean gap, in ten bins, between the confidence sigmoid(|margin|) and the accuracy.
         loss: Bradley-Terry loss, nats.
-        longer: Share in which the chosen answer is the longer text; equal lengths count half.
+        longer: Share of pairs in which the chosen response is the longer text; equal lengths count half.
     """
 
     pairs: int
@@ -36,11 +36,11 @@ class PairMetrics:
 
 
 def pair_metrics(margins: Sequence[float], longer: Sequence[float]) -> PairMetrics:
-    """Metrics of pairs by their margins (chosen minus rejected score) and by whether the chosen text is longer.
+    """Compute the metrics of pairs.
 
     Args:
-        margins: One per pair, reward units; not empty.
-        longer: 1, 0.5 or 0 per pair.
+        margins: Chosen minus rejected score of each pair, reward units; not empty.
+        longer: The result of `longer_text` for each pair.
     """
     values = torch.tensor(list(margins), dtype=torch.float64)
     accuracy = float((0.5 * (1 + values.sign())).mean())
@@ -58,26 +58,26 @@ def pair_metrics(margins: Sequence[float], longer: Sequence[float]) -> PairMetri
     )
 
 
-def calibration_error(confidences: Tensor, right: Tensor, bins: int = 10) -> float:
-    """Mean gap between how sure a prediction is and how often it is right (ECE, arXiv:1706.04599).
+def calibration_error(confidences: Tensor, correct: Tensor, bins: int = 10) -> float:
+    """Expected calibration error: mean gap between confidence and accuracy (ECE, arXiv:1706.04599).
 
     Args:
         confidences: In [0, 1], shape (N,).
-        right: Whether each prediction was right, shape (N,).
-        bins: Of equal width; a bin counts by its share of the N.
+        correct: Whether each prediction was correct, shape (N,).
+        bins: Number of bins of equal width; each is weighted by its share of the predictions.
     """
-    place = (confidences * bins).long().clamp(max=bins - 1)
-    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, place, confidences.double() - right.double())
+    indices = (confidences * bins).long().clamp(max=bins - 1)
+    gaps = torch.zeros(bins, dtype=torch.float64).index_add_(0, indices, confidences.double() - correct.double())
     return float(gaps.abs().sum() / len(confidences))
 
 
 def longer_text(chosen: str, rejected: str) -> float:
-    """1 if `chosen` is the longer text, 0.5 for equal lengths, 0 if it is the shorter one."""
+    """1 if `chosen` is the longer text, 0.5 if the lengths are equal, 0 if it is the shorter one."""
     return 0.5 * (1 + (len(chosen) > len(rejected)) - (len(chosen) < len(rejected)))
 
 
 def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95% interval of a share seen in `count` trials (Wilson 1927)."""
+    """The confidence interval of a share observed in `count` trials (Wilson 1927); 95% for the default `z`."""
     if count == 0:
         return 0.0, 1.0
     centre = share + z * z / (2 * count)

@@ -1,12 +1,21 @@
 """Losses on pairs: pure functions, and a small configurable class for each."""
 
 import math
-from abc import ABC, abstractmethod
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf_pl.algorithms.policy_loss import PairwiseLoss, PolicyLoss
 from rlhf_pl.utils.errors import InputError
+
+__all__ = [
+    "PairwiseLoss",
+    "PolicyLoss",
+    "RebelLoss",
+    "bradley_terry_loss",
+    "centering_loss",
+    "rebel_loss",
+]
 
 
 def rebel_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor, eta: float) -> Tensor:
@@ -35,14 +44,6 @@ def rebel_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, reward_marg
         shapes = [tuple(t.shape) for t in (chosen_logratios, rejected_logratios, reward_margins)]
         raise ValueError(f"Log-ratios and reward margins must have one shape (B,), got {shapes}.")
     return (chosen_logratios - rejected_logratios - eta * reward_margins) ** 2
-
-
-class PairwiseLoss(ABC):
-    """A loss on (chosen, rejected) pairs. Subclass it and name your class in `model.loss.class_path`."""
-
-    @abstractmethod
-    def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
-        """Loss per pair, shape (B,), not reduced; arguments as in `rebel_loss`."""
 
 
 class RebelLoss(PairwiseLoss):

@@ -1,1 +1,1 @@
-"""Checkpoints, and where a run goes on."""
+"""Resume points: when they are written, and how a run ends beside one."""

@@ -7,14 +7,17 @@ strategy does so with a whole file.
 import io
 import pickle
 from collections import OrderedDict
+from collections.abc import Callable
 from pathlib import Path, PosixPath, PurePosixPath, PureWindowsPath, WindowsPath
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.fabric.plugins import CheckpointIO
 from torch.distributed.checkpoint import CheckpointException, metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
+from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
 from rlhf_pl.utils.errors import InputError
 
 METADATA = ".metadata"
@@ -120,23 +123,68 @@ def check_checkpoint(path: Path) -> None:
         raise DamagedError(f"{path} is no readable checkpoint: {_line(error)}.") from error
 
 
+def load_checked(load: Callable[..., Any], path: Any, **options: Any) -> Any:
+    """Load a checkpoint by a function of Lightning's, after a look at it.
+
+    Args:
+        load: Takes the path, `options` and `weights_only`.
+        path: A file or a folder; what is not there is left to `load`.
+        **options: Of `load`.
+
+    Raises:
+        InputError: It holds more than plain values and tensors, or can't be read.
+    """
+    if Path(path).exists():
+        check_checkpoint(Path(path))
+    try:
+        return load(path, **options, weights_only=True)
+    except (CheckpointException, pickle.UnpicklingError) as error:
+        raise DamagedError(f"{path} can't be read: {_line(error)}. Go on from another one.") from error
+
+
+class CheckedCheckpointIO(CheckpointIO):
+    """A Trainer's own `CheckpointIO` that looks at every checkpoint before it loads it.
+
+    Args:
+        plain: Reads and writes them.
+    """
+
+    def __init__(self, plain: CheckpointIO) -> None:
+        self.plain = plain
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
+        self.plain.save_checkpoint(checkpoint, path, storage_options)
+
+    def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
+        options = {} if map_location is None else {"map_location": map_location}
+        return load_checked(self.plain.load_checkpoint, path, **options)
+
+    def remove_checkpoint(self, path: Any) -> None:
+        self.plain.remove_checkpoint(path)
+
+    def teardown(self) -> None:
+        self.plain.teardown()
+
+
 def guard_loads(trainer: L.Trainer) -> None:
-    """Have the Trainer's strategy look at every checkpoint that it is about to load, whoever asks for it."""
-    strategy: Any = trainer.strategy
-    load = strategy.load_checkpoint
-    if getattr(load, "looks_first", False):
-        return
+    """Have a Trainer look at every checkpoint that it is about to load, whoever asks for it, until `release_loads`.
 
-    def load_checked(checkpoint_path: Any, weights_only: bool | None = None) -> Any:
-        if Path(checkpoint_path).exists():
-            check_checkpoint(Path(checkpoint_path))
-        try:
-            return load(checkpoint_path, weights_only=True)
-        except (CheckpointException, pickle.UnpicklingError) as error:
-            raise DamagedError(f"{checkpoint_path} can't be read: {_line(error)}. Go on from another one.") from error
+    Lightning's own FSDPStrategy and ModelParallelStrategy load without a CheckpointIO; ours can be told.
+    """
+    strategy = trainer.strategy
+    if isinstance(strategy, CPUFSDPStrategy | FSDP2Strategy):
+        strategy.load_by = load_checked
+    elif not isinstance(strategy.checkpoint_io, CheckedCheckpointIO):
+        strategy.checkpoint_io = CheckedCheckpointIO(strategy.checkpoint_io)
 
-    load_checked.looks_first = True  # type: ignore[attr-defined]
-    strategy.load_checkpoint = load_checked
+
+def release_loads(trainer: L.Trainer) -> None:
+    """Have a Trainer load checkpoints as it did before `guard_loads`."""
+    strategy = trainer.strategy
+    if isinstance(strategy, CPUFSDPStrategy | FSDP2Strategy):
+        strategy.load_by = None
+    elif isinstance(strategy.checkpoint_io, CheckedCheckpointIO):
+        strategy.checkpoint_io = strategy.checkpoint_io.plain
 
 
 def unsafe(file: Path, reason: BaseException | str) -> UnsafeError:

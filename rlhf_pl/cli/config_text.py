@@ -4,9 +4,10 @@ from pathlib import Path
 from typing import Any
 
 import yaml  # type: ignore[import-untyped]
-from jsonargparse import _loaders_dumpers, _util, set_loader
+from jsonargparse import _loaders_dumpers, _util
 
 from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.public_names import with_public_paths
 
 MAX_DEPTH = 100  # of nested values
 MAX_ALIASED = 10_000  # values that aliases stand for
@@ -14,7 +15,7 @@ _MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_yaml(text: str, path: str = "") -> Any:
-    """What a config file or an option's value holds, as jsonargparse reads it.
+    """What a config file or an option's value holds, as jsonargparse reads it; our classes by their public names.
 
     A key that comes twice in one mapping, an alias inside of what it stands for, aliases that stand for more than
     10,000 values, and values nested more than 100 deep are errors.
@@ -30,7 +31,7 @@ def load_yaml(text: str, path: str = "") -> Any:
     try:
         _check_events(text)
         _check_keys(yaml.compose(text, Loader=_loaders_dumpers.get_yaml_default_loader()))
-        value = _loaders_dumpers.yaml_load(text)
+        value = with_public_paths(_loaders_dumpers.yaml_load(text))
     except yaml.YAMLError as error:
         if (file := _file_of(text)) is None:
             raise
@@ -39,9 +40,6 @@ def load_yaml(text: str, path: str = "") -> Any:
         file = _file_of(text) or Path(path)
         raise InputError(f"{file} holds {type(value).__name__}; expected options, a line each: `name: value`.")
     return value
-
-
-set_loader("yaml", load_yaml, (yaml.YAMLError,))
 
 
 def _check_events(text: str) -> None:

@@ -5,12 +5,13 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import Precision
@@ -27,29 +28,34 @@ from rlhf_pl.callbacks import (
     RunReport,
     RunStopped,
     SampleTable,
+    StopOnSignal,
 )
 from rlhf_pl.checkpointing.checkpoints import check_readable, read_progress
 from rlhf_pl.checkpointing.resume import ResumePoint, chosen_resume_point, find_resume_point
-from rlhf_pl.checkpointing.safe_loading import guard_loads
+from rlhf_pl.cli import lightning_workarounds as workarounds
 from rlhf_pl.cli.option_numbers import refuse_not_finite
+from rlhf_pl.cli.own_classes import on_gpu
 from rlhf_pl.cli.parser import DEFAULT_CLASSES, Parser, take_secrets
 from rlhf_pl.cli.run_files import RunConfig
 from rlhf_pl.cli.run_loggers import RunLogger, adopt_loggers
 from rlhf_pl.cli.user_errors import as_user_error
 from rlhf_pl.data import OfflineDataModule, RoundDataModule
-from rlhf_pl.distributed.strategies import runnable_strategy
-from rlhf_pl.modules import RebelModule
+from rlhf_pl.data.options import check_policy_module
+from rlhf_pl.data.policy_module import is_policy_module
+from rlhf_pl.distributed.strategies import CPUFSDPStrategy
 from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.export import Exportable
 from rlhf_pl.modules.trainer_options import refuse_options
 from rlhf_pl.rounds.settings import downstream_settings
 from rlhf_pl.store.provenance import StageSettings
 from rlhf_pl.utils.console import console
+from rlhf_pl.utils.cpu import cpu_fsdp
 from rlhf_pl.utils.devices import fast_precision
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.lock import RunLock
 from rlhf_pl.utils.memory import keep_freed_memory
-from rlhf_pl.utils.terminal import log_to, print_error
+from rlhf_pl.utils.public_names import with_public_path
+from rlhf_pl.utils.terminal import log_to, print_error, shows_tracebacks
 
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -111,17 +117,15 @@ class RlhfCLI(LightningCLI):
             callbacks.append(RoundProgress())
         if config["logger"] in (None, True):
             kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
-        on_gpu = _on_gpu(config["accelerator"])
         precision = str(config["precision"] or "32-true")
         if config["precision"] is not None or not _has(_listed(config["plugins"]), Precision):
-            kwargs["precision"] = fast_precision(precision, on_gpu)
+            kwargs["precision"] = fast_precision(precision, on_gpu(config["accelerator"]))
         if kwargs.get("precision", precision) != precision and not getattr(rank_zero_only, "rank", 0):
             console.print(
                 f"This CPU has no bfloat16 instructions: computing in float32 instead of {precision}, several times "
                 "faster here.",
                 soft_wrap=True,
             )
-        kwargs["strategy"] = runnable_strategy(config["strategy"], on_gpu)
         own = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
         if config["enable_checkpointing"] is False:
             own = [callback for callback in own if not isinstance(callback, RoundCheckpoint)]
@@ -129,14 +133,19 @@ class RlhfCLI(LightningCLI):
         self.rounds.repair = self._get(self.config_init, "repair")
         self.rounds.accept_changes = self._get(self.config_init, "accept_changes")
         report: list[Callback] = [RunReport()]
-        if not isinstance(self.model, RebelModule) or isinstance(self.datamodule, OfflineDataModule):
+        if not is_policy_module(self.model) or isinstance(self.datamodule, OfflineDataModule):
             own, report = self._of_fixed_data(own), []
+        stop = [] if _has(callbacks, StopOnSignal) else [StopOnSignal()]
         # ours come first: what they log is there when EarlyStopping and the like look for it
-        return self._instantiate_trainer(config | kwargs | {"callbacks": [DivergenceCheck(), *own, *callbacks]}, report)
+        return self._instantiate_trainer(
+            config | kwargs | {"callbacks": [DivergenceCheck(), *own, *callbacks, *stop]}, report
+        )
 
     def _of_fixed_data(self, own: list[Callback]) -> list[Callback]:
         """The callbacks of a run that samples nothing: reward models, SFT, offline pairs, users' own modules."""
         if self.rounds.options is not None:
+            if isinstance(self.datamodule, RoundDataModule):
+                check_policy_module(self.model, self.datamodule)
             raise InputError(
                 f"`rollout.reward` is given, but {type(self.model).__name__} with {type(self.datamodule).__name__} "
                 "trains on fixed data: nothing is scored. Leave it out, or train a RebelModule on a RoundDataModule."
@@ -186,7 +195,7 @@ class RlhfCLI(LightningCLI):
             )
         else:
             point = ResumePoint(None)
-        guard_loads(self.trainer)  # for users' own modules too
+        workarounds.check_loads(self.trainer)
         if point.checkpoint is not None:
             check_readable(point.checkpoint, self.trainer)
         progress = None if point.checkpoint is None else read_progress(point.checkpoint)
@@ -196,21 +205,22 @@ class RlhfCLI(LightningCLI):
         self.rounds.progress = progress
         arguments["ckpt_path"] = None if point.checkpoint is None else str(point.checkpoint)
         adopt_loggers(self.trainer)
+        workarounds.hide_secrets_from_loggers(self.trainer)
         if point.checkpoint is not None:
             console.print(f"Going on from {point.checkpoint}.", soft_wrap=True)
         return arguments
 
+    def _run_subcommand(self, subcommand: str) -> None:
+        on_cpu = isinstance(self.trainer.accelerator, CPUAccelerator)
+        with cpu_fsdp() if on_cpu and isinstance(self.trainer.strategy, CPUFSDPStrategy) else nullcontext():
+            super()._run_subcommand(subcommand)
+
     def _downstream_settings(self) -> StageSettings | None:
         """What the round at hand would be scored, paired and trained with."""
         module, data, options = self.model, self.datamodule, self.rounds.options
-        if options is None or not isinstance(module, RebelModule) or not isinstance(data, RoundDataModule):
+        if options is None or not is_policy_module(module) or not isinstance(data, RoundDataModule):
             return None
         return downstream_settings(module, options, self.trainer, data)
-
-
-def _on_gpu(accelerator: Any) -> bool:
-    """Whether the Trainer will find GPUs."""
-    return accelerator not in ("cpu",) and torch.cuda.is_available()
 
 
 def _listed(given: Any) -> list[Any]:
@@ -227,10 +237,11 @@ def run(argv: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         keep_freed_memory()
     # Lightning's launchers start further processes with these arguments.
-    sys.argv = [sys.argv[0], argv[0], *_environment_arguments(), *argv[1:]]
+    arguments = [argv[0], *_environment_arguments(), *argv[1:]]
+    sys.argv = [sys.argv[0], *(["--traceback"] if shows_tracebacks() else []), *arguments]
     try:
         with _stopped_early():
-            RlhfCLI()
+            RlhfCLI(arguments if shows_tracebacks() else None)
     except RunStopped as stop:
         if not getattr(stop, "reported", False):
             print_error(stop, prefix="")
@@ -240,7 +251,7 @@ def run(argv: Sequence[str]) -> int:
 
 @contextmanager
 def _stopped_early() -> Iterator[None]:
-    """Until RoundCheckpoint listens, SIGTERM and Ctrl-C have nothing to save: end with a message."""
+    """Until StopOnSignal listens, SIGTERM and Ctrl-C have nothing to save: end with a message."""
 
     def stop(number: int, _frame: Any) -> None:
         raise RunStopped(number, f"Stopped by {signal.Signals(number).name} before the run began.")
@@ -266,5 +277,5 @@ def _environment_arguments() -> list[str]:
         for name, value in sorted(os.environ.items()):
             if name.startswith(prefix):
                 field = name.removeprefix(prefix).lower().replace("__", ".")
-                arguments.append(f"--{group}.{field}={value}")
+                arguments.append(with_public_path(f"--{group}.{field}={value}"))
     return arguments

@@ -4,32 +4,15 @@ import inspect
 import re
 from typing import Any, NoReturn
 
-from jsonargparse import ArgumentParser, Namespace, _typehints
+from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rlhf_pl.cli import config_text as _strict  # noqa: F401 - replaces jsonargparse's loader
-from rlhf_pl.cli.parser_errors import exit_with_error
+from rlhf_pl.cli.own_classes import with_own_classes
+from rlhf_pl.cli.parser_errors import FOR_ALL_COMMANDS, exit_with_error
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import HIDDEN, hidden_options, learn_options, redacted
-
-
-def _drop_defaults(parser_or_action: Any, before: Any, now: Any) -> None:
-    """When another class is chosen, drop the defaults of the one before: its learning rate is not the new one's.
-
-    jsonargparse keeps all options that both classes have; those that a user has set are still kept.
-    """
-    if before and before.get("init_args") and before["class_path"] != now["class_path"]:
-        defaults = _typehints.ActionTypeHint.get_class_parser(before["class_path"], {}).get_defaults()
-        for name in list(vars(before["init_args"])):
-            if name in defaults and before["init_args"][name] == defaults[name]:
-                del before["init_args"][name]
-    _discard(parser_or_action, before, now)
-
-
-_discard = _typehints.discard_init_args_on_class_path_change
-_typehints.discard_init_args_on_class_path_change = _drop_defaults
 
 DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
 
@@ -48,7 +31,7 @@ class Parser(LightningArgumentParser):
             section.add_class_arguments(kind, key, fail_untyped=False)
             _usage, _options, group = section.format_help().split("\n\n", 2)
             text += f"\n{kind.__name__}, the default `{key}`:\n" + group.split("\n", 1)[1]
-        return text
+        return text + FOR_ALL_COMMANDS
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
         """What is shown or written of a config, so without its secrets."""
@@ -56,8 +39,12 @@ class Parser(LightningArgumentParser):
             return super().dump(namespace, *args, **kwargs)
         return super().dump(redacted(namespace), *args, **kwargs | {"skip_validation": True})
 
+    def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
+        """With our classes in place of some of Lightning's; what is shown and written keeps the user's."""
+        return super().instantiate_classes(with_own_classes(cfg), **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        exit_with_error(re.sub(r"required: (\w+)$", _full_name, str(message)), "fit")
+        exit_with_error(re.sub(r"required: (\w+)$", _full_name, str(message)), "fit", ex)
 
 
 def _full_name(required: re.Match[str]) -> str:

@@ -4,23 +4,38 @@ import argparse
 import sys
 from typing import NoReturn
 
-from rlhf_pl.utils.terminal import print_error
+from rlhf_pl.utils.terminal import print_error, print_traceback, shows_tracebacks
 
 MAX_ERROR_LINES = 12
+FOR_ALL_COMMANDS = """
+of every command:
+  --traceback           where in the code a wrong input was noticed, before the message
+"""
 
 
 class CommandParser(argparse.ArgumentParser):
     """The parser of a command without a config; its `prog` ends with the command's name."""
 
+    def format_help(self) -> str:
+        return super().format_help() + FOR_ALL_COMMANDS
+
     def error(self, message: str) -> NoReturn:
         exit_with_error(message, self.prog.split()[-1])
 
 
-def exit_with_error(message: str, command: str) -> NoReturn:
-    """Print what matters of a parser's message, and end with the code 2."""
+def exit_with_error(message: str, command: str, error: BaseException | None = None) -> NoReturn:
+    """Print what matters of a parser's message, and end with the code 2.
+
+    Args:
+        message: The parser's.
+        command: Its name.
+        error: What the parser has caught, for `--traceback`.
+    """
     lines = list(dict.fromkeys(line for line in message.splitlines() if not _is_noise(line)))
     if len(lines) > MAX_ERROR_LINES:
         lines = [*lines[: MAX_ERROR_LINES - 1], "  ..."]
+    if error is not None and shows_tracebacks():
+        print_traceback(error)
     print_error("\n".join(lines).strip())
     print(f"`rlhf-pl {command} --help` lists the options.", file=sys.stderr)
     sys.exit(2)

@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from rich.table import Table
@@ -12,6 +12,7 @@ from rlhf_pl.cli.fit import RlhfCLI
 from rlhf_pl.cli.option_numbers import refuse_not_finite
 from rlhf_pl.cli.parser_errors import CommandParser
 from rlhf_pl.data import RoundDataModule
+from rlhf_pl.data.policy_module import PolicyModule, is_policy_module, lacking
 from rlhf_pl.models.config_files import has_weights
 from rlhf_pl.models.footprint import (
     DTYPE_BYTES,
@@ -22,12 +23,12 @@ from rlhf_pl.models.footprint import (
     model_size,
     reward_bytes,
 )
+from rlhf_pl.models.lora import LoRA
 from rlhf_pl.models.policy import check_lm
-from rlhf_pl.modules import RebelModule
 from rlhf_pl.rewards.armorm import ArmoRMReward
 from rlhf_pl.rewards.classifier import ClassifierReward
 from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
-from rlhf_pl.rollout.vllm import MARGIN_BYTES
+from rlhf_pl.rollout.vllm_checks import MARGIN_BYTES
 from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
 from rlhf_pl.rounds.disk_space import CHECKPOINTS
 from rlhf_pl.utils.console import console
@@ -49,6 +50,17 @@ _HINTS = {
     "score": {"reward model": "a reward model under `vllm serve` (VLLMServerReward), or a smaller dtype"},
     "sync": {"gathered unit": "nothing smaller than a unit is gathered: more devices leave more room for it"},
 }
+
+
+class PlannedModule(PolicyModule, Protocol):
+    """A `PolicyModule` that says what its memory and time depend on; the options are those of `RebelModule`."""
+
+    trainable_layers: int | None
+    lora: LoRA | None
+    attn_implementation: str
+    use_liger_kernel: bool | None
+    gradient_checkpointing: bool
+    logprob_chunk_tokens: int
 
 
 class _PlannedCLI(RlhfCLI):
@@ -78,15 +90,17 @@ def run(argv: Sequence[str]) -> int:
     own, rest = parser.parse_known_args(list(argv))
     refuse_not_finite(vars(own))
     cli = _PlannedCLI(["fit", *rest])
-    if not isinstance(cli.model, RebelModule) or not isinstance(cli.datamodule, RoundDataModule) or not cli.options:
+    if not is_policy_module(cli.model) or not isinstance(cli.datamodule, RoundDataModule) or not cli.options:
         raise InputError("`rlhf-pl plan` is for REBEL in rounds: RebelModule, RoundDataModule and a `rollout.reward`.")
+    if missing := lacking(cli.model, PlannedModule):
+        raise InputError(f"`model`: {type(cli.model).__name__} lacks {', '.join(missing)}, which a plan is made of.")
     _check_folders(cli.model, cli.options.reward)
     plan = _Plan(cli.model, cli.datamodule, cli.options, cli.settings, cli._get(cli.config_init, "rollout"))
     available = own.device_memory_gib * 2**30 if own.device_memory_gib else _memory_here(plan.on_gpu)
     return _show(plan, available, own, cli.keep_rounds)
 
 
-def _check_folders(module: RebelModule, reward: Any) -> None:
+def _check_folders(module: PolicyModule, reward: Any) -> None:
     """Refuse damaged models as `fit` would, those whose weights are in a folder here; a plan needs no weights."""
     for source in {id(s): s for s in (module.source, module.reference_source)}.values():
         if has_weights(Path(source.path)):
@@ -100,7 +114,7 @@ class _Plan:
     """What a run holds, by phase and part, bytes per device."""
 
     def __init__(
-        self, module: RebelModule, data: RoundDataModule, options: Any, trainer: Mapping[str, Any], refresh: Any
+        self, module: Any, data: RoundDataModule, options: Any, trainer: Mapping[str, Any], refresh: Any
     ) -> None:
         self.module, self.data, self.options, self.trainer = module, data, options, trainer
         self.sampler = refresh._link.sampler
@@ -121,6 +135,8 @@ class _Plan:
         self.kernels = Kernels(half, module.attn_implementation, flash, liger)
         self.model = model_size(self.config, module.trainable_layers, module.lora)
         self.longest = data.max_prompt_tokens + options.sampling.max_response_tokens
+        # responses of a prompt that are trained on
+        self.used = 2 if module.loss.per == "pair" else options.sampling.num_responses
 
     def memory(self, device_memory: float) -> dict[str, dict[str, int]]:
         """By phase and part, on devices of so many bytes."""
@@ -135,19 +151,20 @@ class _Plan:
         if not self.on_gpu:
             held["policy before the round"] = self.kept()
         unit = max(model.rest, model.layer)
-        pairs, answer = self.data.batch_size, self.options.sampling.max_response_tokens
+        groups, answer = self.data.batch_size, self.options.sampling.max_response_tokens
+        of_group = self.longest + (self.used - 1) * answer
         if self.data.max_tokens_per_batch is not None:
-            pairs = max(1, min(pairs * self.accumulate, self.data.max_tokens_per_batch // (self.longest + answer)))
-        # a pair is one row with its prompt once, and a batch has no padding, where the attention allows it
+            groups = max(1, min(groups * self.accumulate, self.data.max_tokens_per_batch // of_group))
+        # a group has its prompt once, and a batch is one row without padding, where the attention allows it
         shares = module.attn_implementation == "sdpa"
-        rows, tokens = (1, pairs * (self.longest + answer)) if shares else (2 * pairs, self.longest)
+        rows, tokens = (1, groups * of_group) if shares else (self.used * groups, self.longest)
         training = {
             **held,
             "gradients": width * model.trainable // shards * (1 if self.sharded or self.devices == 1 else 2),
             "activations": activation_bytes(config, rows, tokens, self.kernels, module.gradient_checkpointing),
             "output head": head_bytes(
                 config,
-                min(module.logprob_chunk_tokens, 2 * pairs * answer),
+                min(module.logprob_chunk_tokens, self.used * groups * answer),
                 self.on_gpu,
                 self.kernels.half,
                 module.lora is None,
@@ -224,7 +241,10 @@ class _Plan:
         if isinstance(self.sampler, VLLMServerSampler):
             engines = len(self.sampler.urls)
         row = self.data.max_prompt_tokens / 2 + response_tokens
-        pair_tokens = prompts * (row + response_tokens if self.module.attn_implementation == "sdpa" else 2 * row)
+        others = self.used - 1
+        shares = self.module.attn_implementation == "sdpa"
+        used_tokens = prompts * (row + others * response_tokens if shares else self.used * row)
+        models = sum(name in self.module.needs for name in ("old_logps", "reference_logps"))
         per_token = 6 if self.module.lora is None and self.module.trainable_layers is None else 4
         per_token += 2 * self.module.gradient_checkpointing
         speed = tflops * 1e12 * self.devices
@@ -232,8 +252,8 @@ class _Plan:
         return {
             "generate": answers * response_tokens / (tokens_per_s * engines),
             "score": 2 * reward * answers * row / speed,
-            "log-probs": 2 * self.model.total * pair_tokens / speed,
-            "train": per_token * self.model.total * self.data.passes * pair_tokens / speed,
+            "log-probs": 2 * models * self.model.total * used_tokens / speed,
+            "train": per_token * self.model.total * self.data.passes * used_tokens / speed,
         }
 
 

@@ -8,6 +8,12 @@ import warnings
 def quiet_libraries() -> None:
     """Keep the terminal for what the user asked for. `RLHF_PL_VERBOSE=1` lets the libraries talk."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    # policies train so on purpose
+    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # for what is said before vLLM sets up its own logging
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
     if os.environ.get("RLHF_PL_VERBOSE") == "1":
         return
     for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "huggingface_hub", "filelock"):

@@ -5,6 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich import box
 from rich.console import Group
 from rich.panel import Panel
@@ -14,14 +16,14 @@ from rich.text import Text
 from rlhf_pl.checkpointing.checkpoints import FOLDER
 from rlhf_pl.cli.parser_errors import CommandParser
 from rlhf_pl.models.chat import message_text
-from rlhf_pl.models.export_stamp import damaged_files, exports
+from rlhf_pl.models.export_stamp import find_damaged_files, find_exports
 from rlhf_pl.rounds.metrics import KL_NOTE
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.round_store import ORDER, STAGES, Round, RoundStore
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.disk import size
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.terminal import print_error
+from rlhf_pl.utils.terminal import print_wrong_input
 
 
 def run(argv: Sequence[str]) -> int:
@@ -44,7 +46,7 @@ def run(argv: Sequence[str]) -> int:
     try:
         return show(Path(arguments.run_dir), arguments.round, arguments.samples, arguments.verify)
     except InputError as error:
-        print_error(error)
+        print_wrong_input(error)
         return 1
 
 
@@ -61,7 +63,7 @@ def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
         raise InputError(f"`--samples` must be 0 or more, got {samples}.")
     if not run_dir.is_dir():
         raise InputError(f"There is no folder {str(run_dir)!r}.")
-    found = list(exports(run_dir))
+    found = list(find_exports(run_dir))
     if not store.rounds() and not store.evaluations() and not (verify and found):
         raise InputError(f"{str(run_dir)!r} holds no rounds: it is no run directory, or its run has made none yet.")
     if number is None and (store.rounds() or store.evaluations()):
@@ -75,7 +77,7 @@ def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
         console.print(details(store.round(number - 1)))
         for panel in sample_panels(store.round(number - 1), samples):
             console.print(panel)
-    models = [file for folder in found for file in damaged_files(folder, checksums=verify)]
+    models = [file for folder in found for file in find_damaged_files(folder, checksums=verify)]
     for file in models:
         console.print(f"damaged or missing: {file}", style="red", soft_wrap=True)
     if models:
@@ -238,17 +240,20 @@ def _short(value: Any) -> str:
 def sample_panels(stored: Round, count: int) -> list[Panel]:
     """The first `count` prompts with their answers, best first; rewards where they are there."""
     rewards: dict[tuple[str, int], tuple[float | None, str | None]] = {}
-    for number in stored.shards("rewards"):
-        for row in stored.read_shard("rewards", number).to_pylist():
-            rewards[row["prompt_id"], row["response_index"]] = row["reward"], row["failure"]
     groups: dict[str, list[dict[str, Any]]] = {}
-    for number in stored.shards("responses"):
-        if len(groups) > count:
-            break
-        for row in stored.read_shard("responses", number).to_pylist():
+    scored = stored.shards("rewards")
+    for number in stored.shards("responses") if count else ():
+        table = stored.read_shard("responses", number, _SHOWN)
+        wanted = pc.unique(table["prompt_id"])[: count - len(groups)]
+        for row in _of_prompts(table, wanted):
             groups.setdefault(row["prompt_id"], []).append(row)
+        if number in scored:
+            for row in _of_prompts(stored.read_shard("rewards", number), wanted):
+                rewards[row["prompt_id"], row["response_index"]] = row["reward"], row["failure"]
+        if len(groups) == count:
+            break
     panels = []
-    for prompt_id, answers in list(groups.items())[:count]:
+    for prompt_id, answers in groups.items():
         table = Table(box=None, show_header=False, padding=(0, 1))
         keyed = [(rewards.get((prompt_id, a["response_index"]), (None, None)), a) for a in answers]
         for (reward, failure), answer in sorted(keyed, key=lambda item: -(item[0][0] or 0.0)):
@@ -260,3 +265,10 @@ def sample_panels(stored: Round, count: int) -> list[Panel]:
         question = message_text(json.loads(answers[0]["prompt"])[-1])
         panels.append(Panel(Group(Text(question, style="bold"), table), title=Text(prompt_id), title_align="left"))
     return panels
+
+
+_SHOWN = ("prompt_id", "response_index", "prompt", "response", "finished")
+
+
+def _of_prompts(table: pa.Table, prompt_ids: pa.Array) -> list[dict[str, Any]]:
+    return table.filter(pc.is_in(table["prompt_id"], prompt_ids)).to_pylist()

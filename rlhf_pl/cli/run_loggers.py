@@ -13,7 +13,7 @@ from lightning.pytorch.loggers import CSVLogger, Logger, TensorBoardLogger
 from rlhf_pl.checkpointing.checkpoints import Progress
 from rlhf_pl.utils.disk import write_atomically
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.secrets import redact, redacted
+from rlhf_pl.utils.secrets import redact
 
 FILE = "loggers.json"
 _NOT_YET = "The run has not passed its checks yet."
@@ -60,14 +60,14 @@ class HeldLogger(Logger):
 
 
 class RunLogger(HeldLogger, TensorBoardLogger):
-    """TensorBoard, which hides what is logged again."""
+    """TensorBoard, which hides what is logged again. The command line makes it where TensorBoardLogger is asked for."""
 
     def _go_on(self, progress: Progress | None) -> None:
         self._kwargs["purge_step"] = progress.global_step if progress else 0
 
 
 class RunCSVLogger(HeldLogger, CSVLogger):
-    """CSVLogger that goes on with the rows of earlier processes, which Lightning's deletes."""
+    """CSVLogger that goes on with the rows of earlier processes, which Lightning's deletes; made as `RunLogger` is."""
 
     def _go_on(self, progress: Progress | None) -> None:
         """Keep the rows up to the checkpoint. Those after it go into a file beside it."""
@@ -133,26 +133,13 @@ _GO_ON: dict[str, tuple[str, Callable[[Any, Any], None]]] = {
 
 
 def adopt_loggers(trainer: L.Trainer) -> None:
-    """Before a run's checks: let its loggers write nothing yet, and go on with the versions that the run has."""
+    """Before a run's checks: have its loggers go on with the versions that the run has."""
     stored = _stored(trainer)
     for number, logger in enumerate(trainer.loggers):
-        for kind, own in ((TensorBoardLogger, RunLogger), (CSVLogger, RunCSVLogger)):
-            if type(logger) is kind:
-                logger.__class__ = own
-        logger.log_hyperparams = _without_secrets(logger.log_hyperparams)  # type: ignore[method-assign]
         held, go_on = _GO_ON.get(_kind(logger), ("", None))
         version = stored.get(_key(number, logger))
         if go_on is not None and version is not None and getattr(logger, held) is None:
             go_on(logger, version)
-
-
-def _without_secrets(log: Callable[..., None]) -> Callable[..., None]:
-    """A logger's `log_hyperparams` that is given no keys, tokens and passwords."""
-
-    def log_hyperparams(params: Any = None, *args: Any, **kwargs: Any) -> None:
-        log(redacted(params), *args, **kwargs)
-
-    return log_hyperparams
 
 
 def start_loggers(trainer: L.Trainer, progress: Progress | None) -> None:

@@ -10,9 +10,8 @@ from jsonargparse import ArgumentParser, Namespace
 from rich.table import Table
 
 from rlhf_pl.algorithms.agreement import PairMetrics, longer_text, pair_metrics
-from rlhf_pl.cli import config_text as _strict  # noqa: F401 - replaces jsonargparse's loader
 from rlhf_pl.cli.option_numbers import refuse_not_finite
-from rlhf_pl.cli.parser_errors import exit_with_error
+from rlhf_pl.cli.parser_errors import FOR_ALL_COMMANDS, exit_with_error
 from rlhf_pl.cli.user_errors import as_user_error
 from rlhf_pl.data.conversations import load_conversations
 from rlhf_pl.data.files import read_rows
@@ -37,8 +36,11 @@ length alone would get."""
 
 
 class _Parser(ArgumentParser):
+    def format_help(self, formatter: Any = None) -> str:
+        return super().format_help(formatter) + FOR_ALL_COMMANDS
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        exit_with_error(str(message), "score")
+        exit_with_error(str(message), "score", ex)
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
         """What `--print_config` shows, without secrets."""
@@ -114,8 +116,8 @@ def _run(argv: Sequence[str]) -> int:
     else:
         rows = _score_conversations(config, reward, scoring)
     if config.output is not None:
-        text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-        write_atomically(Path(config.output), lambda file: file.write(text.encode()))
+        lines = (json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
+        write_atomically(Path(config.output), lambda file: file.writelines(line.encode() for line in lines))
         console.print(f"The rows with their rewards are in {config.output}.", soft_wrap=True)
     return 0
 

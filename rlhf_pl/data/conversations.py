@@ -6,7 +6,7 @@ from typing import Any
 
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.message_reader import MessageReader, joined
-from rlhf_pl.models.chat import Message, Tools, is_empty, message_problem, with_system_prompt
+from rlhf_pl.models.chat import Message, Tools, find_prompt_problem, is_empty, with_system_prompt
 from rlhf_pl.utils.errors import InputError
 
 COLUMNS = ("messages", "prompt", "response", "tools")
@@ -95,7 +95,7 @@ def _messages(row: Row, names: Mapping[str, str], reader: MessageReader) -> tupl
     before, answer = reader.prompt(row, prompt), reader.response(row, response)
     if isinstance(row[response], str) and (whole := reader.dialogue(row, response)):
         answer = whole
-    elif problem := message_problem(before):
+    elif problem := find_prompt_problem(before):
         raise InputError(f"`{prompt}`: {problem}")
     if is_empty(answer[-1]):
         raise InputError(f"`{response}`: the answer is empty")

@@ -4,12 +4,13 @@ import csv
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.unique_keys import DuplicateKeyError, loads
 
 MAX_PROBLEMS = 10
+_PARQUET_ROWS = 1024  # that are Python objects at a time
 
 
 Row = Mapping[str, Any]
@@ -54,32 +55,6 @@ def parse_rows(source: str, split: str, option: str, parse: Callable[[str, int, 
     if not parsed:
         raise InputError(f"`{option}`: {source!r} has no rows.")
     return parsed
-
-
-class _Named(Protocol):
-    @property
-    def name(self) -> str: ...
-
-
-Named = TypeVar("Named", bound=_Named)
-
-
-def each_rendered(rows: Iterable[Named], render: Callable[[Named], object], option: str) -> None:
-    """Call `render` on every row.
-
-    Raises:
-        InputError: The chat template can't render some: up to 10 are listed by their names.
-    """
-    problems: list[tuple[str, str]] = []
-    for row in rows:
-        try:
-            render(row)
-        except InputError as error:
-            problems.append((row.name, str(error)))
-            if len(problems) == MAX_PROBLEMS:
-                break
-    if problems:
-        raise InputError(f"`{option}`: rows that can't be rendered:\n{list_problems(problems)}")
 
 
 def check_columns(columns: Mapping[str, str] | None, known: Sequence[str]) -> dict[str, str]:
@@ -189,15 +164,19 @@ def _read_csv(path: Path) -> Iterator[tuple[str, Any]]:
             raise InputError(f"{path}, near line {reader.line_num}: {error}.") from error
 
 
-def _read_parquet(path: Path) -> Iterable[tuple[str, Any]]:
+def _read_parquet(path: Path) -> Iterator[tuple[str, Any]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    number = 0
     try:
-        rows = pq.ParquetFile(path).read().to_pylist()
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_PARQUET_ROWS):
+                for row in batch.to_pylist():
+                    yield f"row {number}", ArrowRow(row)
+                    number += 1
     except (pa.ArrowException, OSError, ValueError, OverflowError, NotImplementedError) as error:
         raise InputError(f"{path} is no readable Parquet file: {error}.") from error
-    return ((f"row {i}", ArrowRow(row)) for i, row in enumerate(rows))
 
 
 def _read_hub(name: str, split: str) -> Iterable[tuple[str, Any]]:

@@ -2,41 +2,64 @@
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 from rlhf_pl.utils.errors import InputError
 
+T = TypeVar("T")
+
 
 def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
-    """What tells prompts apart for `split_groups`: roles and contents alone."""
+    """What tells prompts apart for `hold_out`: roles and contents alone."""
     return repr([{"role": m["role"], "content": m.get("content")} for m in messages])
 
 
-def split_groups(keys: Sequence[str], held_out: float, seed: int, option: str) -> tuple[list[int], list[int]]:
-    """(training rows, held-out rows), by their numbers; rows with the same key are on the same side.
+def check_held_out(option: str, wanted: float | str) -> None:
+    """Raise InputError unless `wanted` is a share below 1, a whole number of rows, or a source of them."""
+    if isinstance(wanted, str):
+        return
+    if not 0 <= wanted < math.inf or (wanted >= 1 and wanted != int(wanted)):
+        raise InputError(f"`{option}` must be a share below 1 or a whole number, got {wanted}.")
+
+
+def hold_out(
+    rows: Sequence[T],
+    wanted: float | str,
+    option: str,
+    load: Callable[[str, str], list[T]],
+    key: Callable[[T], str],
+    seed: int | None = None,
+    least: int = 0,
+) -> tuple[list[T], list[T]]:
+    """(training rows, held-out rows), each in the order of `rows`; rows with the same key are on the same side.
 
     Args:
-        keys: One per row.
-        held_out: A share below 1 or a number of rows; whole groups are taken until it is reached.
-        seed: Another seed holds out others; the order of the rows does not matter.
-        option: The option that gave `held_out`, for errors.
+        rows: All rows of the source that trains.
+        wanted: A share below 1 or a number of rows: whole groups are taken until it is reached. Or a source of its own.
+        option: The option that gave `wanted`, for errors.
+        load: (source, option) -> the rows of a source.
+        key: Of a row. Which keys are held out does not depend on the order of the rows.
+        seed: Another seed holds out other keys; None for the keys alone.
+        least: The smallest number that a share stands for, rows.
 
     Raises:
-        InputError: `held_out` is no share or number, or nothing would be left to train on.
+        InputError: Nothing would be left to train on.
     """
-    if not 0 <= held_out < math.inf or (held_out >= 1 and held_out != int(held_out)):
-        raise InputError(f"`{option}` must be a share below 1 or a whole number, got {held_out}.")
-    wanted = round(held_out * len(keys)) if held_out < 1 else int(held_out)
+    if isinstance(wanted, str):
+        return list(rows), load(wanted, option)
+    count = max(least, round(wanted * len(rows))) if 0 < wanted < 1 else int(wanted)
     groups: dict[str, list[int]] = {}
-    for i, key in enumerate(keys):
-        groups.setdefault(key, []).append(i)
-    ranked = sorted(groups, key=lambda key: hashlib.sha256(f"{seed}:{key}".encode()).digest())
+    for i, row in enumerate(rows):
+        groups.setdefault(key(row), []).append(i)
+    salt = "" if seed is None else f"{seed}:"
     val: set[int] = set()
-    for key in ranked:
-        if len(val) >= wanted:
+    for name in sorted(groups, key=lambda name: hashlib.sha256(f"{salt}{name}".encode()).digest()):
+        if len(val) >= count:
             break
-        val.update(groups[key])
-    if len(val) == len(keys):
-        raise InputError(f"`{option}` of {held_out} leaves none of {len(keys)} rows to train on.")
-    return [i for i in range(len(keys)) if i not in val], sorted(val)
+        val.update(groups[name])
+    if len(val) == len(rows):
+        raise InputError(
+            f"`{option}` of {wanted} leaves none of {len(rows)} rows to train on: all {len(rows)} are held out."
+        )
+    return [row for i, row in enumerate(rows) if i not in val], [rows[i] for i in sorted(val)]

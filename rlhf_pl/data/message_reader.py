@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rlhf_pl.data.files import ArrowRow, Row
-from rlhf_pl.models.chat import Message, conversation_problem
-from rlhf_pl.models.chat_template import CALLS
+from rlhf_pl.models.chat import Message, find_conversation_problem
+from rlhf_pl.models.chat_template import CALL_KEYS
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.unique_keys import loads
@@ -49,7 +49,7 @@ class MessageReader:
             raise InputError(f"`{column}`: expected text or a list of messages, found {type(value).__name__}")
         found = _cleaned(value, isinstance(row, ArrowRow) and not is_text)
         checked = found[:-1] if len(found) > 1 and _is_empty_response(found[-1]) else found
-        if problem := conversation_problem(checked):
+        if problem := find_conversation_problem(checked):
             raise InputError(f"`{column}`: {problem}")
         return found
 
@@ -70,7 +70,7 @@ class MessageReader:
             return None
         roles = {"Human": "user", "Assistant": "assistant"}
         messages = [{"role": roles[who], "content": said} for who, said in turns]
-        if problem := conversation_problem(messages[: None if last else -1]):
+        if problem := find_conversation_problem(messages[: None if last else -1]):
             raise InputError(f"`{column}`: {problem} (a dialogue of Human and Assistant)")
         self._dialogues += row is not self._counted
         self._counted = row
@@ -197,7 +197,9 @@ def _is_empty_response(message: Any) -> bool:
 
 
 def _is_message(value: Any) -> bool:
-    return isinstance(value, Mapping) and isinstance(value.get("role"), str) and bool({"content", *CALLS} & set(value))
+    return (
+        isinstance(value, Mapping) and isinstance(value.get("role"), str) and bool({"content", *CALL_KEYS} & set(value))
+    )
 
 
 def joined(before: list[Message], answer: list[Message]) -> list[Message]:

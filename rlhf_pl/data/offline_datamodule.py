@@ -1,65 +1,20 @@
-"""Pairs with rewards that someone else sampled and scored: rows, and the DataModule that trains on them."""
+"""The DataModule of pairs with rewards that someone else sampled and scored."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
-import pyarrow as pa
-
-from rlhf_pl.checkpointing.progress import rounds_done, run_seed
+from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.base_datamodule import PairsDataModule
-from rlhf_pl.data.files import Row, check_columns, parse_rows
-from rlhf_pl.data.held_out import split_groups
-from rlhf_pl.data.message_reader import MessageReader
-from rlhf_pl.data.options import check_module
-from rlhf_pl.data.overflow import refuse_overflow
-from rlhf_pl.data.pair_batches import PairDataset, RoundBatches, RoundLoader
-from rlhf_pl.data.preferences import EqualAnswersError, number_of, parse_answers
+from rlhf_pl.data.held_out import check_held_out, hold_out
+from rlhf_pl.data.offline_pairs import OfflinePair, PairReader, describe_dropped
+from rlhf_pl.data.options import check_policy_module
+from rlhf_pl.data.overflow import read_groups
+from rlhf_pl.data.pair_batches import GroupDataset, RoundBatches, RoundLoader
 from rlhf_pl.data.run_limits import is_over, limit_epoch, nothing_left
-from rlhf_pl.models.chat import Message, Tools, encode_conversation, encode_prompt, spoken, with_system_prompt
 from rlhf_pl.models.chat_template import check_template_kwargs
 from rlhf_pl.store.round_store import Round, RoundStore
 from rlhf_pl.utils.errors import InputError, at_least, finite
 from rlhf_pl.utils.run_date import keep_run_date, take_run_date
-
-# our names, and what the published data sets of REBEL's authors call them
-ALIASES = {
-    "prompt_id": (),
-    "prompt": (),
-    "chosen": (),
-    "rejected": ("reject",),
-    "chosen_reward": (),
-    "rejected_reward": ("reject_reward",),
-    "prompt_tokens": ("llama_prompt_tokens",),
-    "chosen_tokens": ("llama_chosen_tokens",),
-    "rejected_tokens": ("llama_reject_tokens",),
-    "chosen_logprob": (),
-    "rejected_logprob": ("reject_logprob",),
-    "tools": (),
-}
-_TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
-_LOGPROBS = ("chosen_logprob", "rejected_logprob")
-
-
-@dataclass(frozen=True)
-class OfflinePair:
-    """A pair with its rewards.
-
-    Args:
-        prompt_id: The row's.
-        prompt_tokens: Token ids up to where the answers start.
-        texts: The answers, chosen first; a tool call as JSON.
-        tokens: Their token ids, EOS included.
-        rewards: Theirs, reward units.
-        logps: Their summed log-probs under the policy that drew them, nats; None if unknown.
-    """
-
-    prompt_id: str
-    prompt_tokens: Sequence[int]
-    texts: tuple[str, str]
-    tokens: tuple[Sequence[int], Sequence[int]]
-    rewards: tuple[float, float]
-    logps: tuple[float, float] | None
 
 
 class OfflineDataModule(PairsDataModule):
@@ -113,33 +68,29 @@ class OfflineDataModule(PairsDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, max_tokens_per_batch)
-        at_least(
-            "data",
-            max_prompt_tokens=(max_prompt_tokens, 1),
-            max_response_tokens=(max_response_tokens, 1),
-            batch_size=(batch_size, 1),
-            max_tokens_per_batch=(max_tokens_per_batch, 1),
-            num_workers=(num_workers, 0),
+        super().__init__(
+            max_tokens_per_batch,
+            columns=columns,
+            split=split,
+            system_prompt=system_prompt,
+            chat_template_kwargs=chat_template_kwargs,
+            parse_dialogues=parse_dialogues,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
         )
+        at_least("data", max_prompt_tokens=(max_prompt_tokens, 1), max_response_tokens=(max_response_tokens, 1))
+        check_held_out("data.val_pairs", val_pairs)
         finite("data", temperature=temperature)
         if not temperature > 0:
             raise InputError(f"`data.temperature` must be above 0, got {temperature}.")
-        self.source, self.columns, self.split, self.system_prompt = pairs, columns, split, system_prompt
-        self.chat_template_kwargs, self.parse_dialogues = chat_template_kwargs or {}, parse_dialogues
-        self.temperature, self.use_tokens, self.use_logprobs = temperature, use_tokens, use_logprobs
+        self.source, self.temperature = pairs, temperature
+        self.use_tokens, self.use_logprobs = use_tokens, use_logprobs
         self.max_prompt_tokens, self.max_response_tokens = max_prompt_tokens, max_response_tokens
         self.val_source, self.split_seed = val_pairs, split_seed
-        self.num_workers, self._seed = num_workers, seed
         self.train_set: list[OfflinePair] = []
         self.val_set: list[OfflinePair] = []
         self.dropped: dict[str, int] = {}
-        self.prepare_round: Callable[[], None] | None = None
-
-    @property
-    def seed(self) -> int:
-        """The run's seed."""
-        return run_seed() if self._seed is None else self._seed
 
     @property
     def longest_tokens(self) -> int:
@@ -161,92 +112,32 @@ class OfflineDataModule(PairsDataModule):
         if self.train_set:
             return
         module: Any = self._trainer.lightning_module
-        check_module(module, self, "RebelModule")
+        check_policy_module(module, self)
         check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
         take_run_date(self._trainer)
-        pairs = self._load(self.source, "data.pairs", module.source)
-        if isinstance(self.val_source, str):
-            self.train_set, self.val_set = pairs, self._load(self.val_source, "data.val_pairs", module.source)
-            return
-        keys = [repr(list(p.prompt_tokens)) for p in pairs]
-        train, val = split_groups(keys, self.val_source, self.split_seed, "data.val_pairs")
-        self.train_set, self.val_set = [pairs[i] for i in train], [pairs[i] for i in val]
-
-    def _load(self, source: str, option: str, model: Any) -> list[OfflinePair]:
-        names = check_columns(self.columns, tuple(ALIASES))
-        reader = MessageReader(self.parse_dialogues)
-
-        def parse(where: str, number: int, row: Row) -> OfflinePair | None:
-            columns = {ours: _column(ours, row, names) for ours in ALIASES}
-            found = self._parse(row, columns, number, model, reader)
-            if isinstance(found, str):
-                self.dropped[found] = self.dropped.get(found, 0) + 1
-                return None
-            return found
-
-        pairs = [pair for pair in parse_rows(source, self.split, option, parse) if pair is not None]
-        reader.report(option)
-        model.check_ids(((p.prompt_id, ids) for p in pairs for ids in (p.prompt_tokens, *p.tokens)), option)
-        if not pairs:
-            raise InputError(f"`{option}`: no row of {source!r} is left to train on: {self._left_out()}.")
-        return pairs
-
-    def _parse(
-        self, row: Row, columns: Mapping[str, str], number: int, model: Any, reader: MessageReader
-    ) -> OfflinePair | str:
-        """A pair, or the reason to leave it out."""
-        for name in ("chosen_reward", "rejected_reward"):
-            if row.get(columns[name]) in (None, ""):
-                found = ", ".join(map(str, row))
-                raise InputError(f"no `{columns[name]}`; found {found}. Name yours with --data.columns.{name}")
-        rewards = (number_of(row, columns["chosen_reward"], 0.0), number_of(row, columns["rejected_reward"], 0.0))
-        try:
-            before, *responses = parse_answers(row, columns, reader)
-        except EqualAnswersError:
-            return "equal answers"
-        module: Any = self._trainer.lightning_module
-        if rewards[0] == rewards[1] and module.kl_coef == 0:
-            return "equal rewards"
-        texts = [spoken(response) for response in responses]
-        has_tokens = self.use_tokens and all(row.get(columns[name]) is not None for name in _TOKENS)
-        if has_tokens:
-            prompt, *answers = (_without_padding(row[columns[name]], columns[name], model) for name in _TOKENS)
-            _check_tokenizer(answers[0], texts[0], columns["chosen_tokens"], model.tokenizer)
-        else:
-            messages, tools = with_system_prompt(before, self.system_prompt), reader.tools(row, columns["tools"])
-            prompt = encode_prompt(model.tokenizer, messages, tools, self.chat_template_kwargs)
-            answers = [self._encode([*messages, response], tools, model) for response in responses]
-        if len(prompt) > self.max_prompt_tokens:
-            return "long prompts"
-        if max(map(len, answers)) > self.max_response_tokens:
-            return "long answers"
-        logps = None
-        if has_tokens and self.use_logprobs and all(row.get(columns[name]) is not None for name in _LOGPROBS):
-            logps = (number_of(row, columns["chosen_logprob"], 0.0), number_of(row, columns["rejected_logprob"], 0.0))
-        if rewards[0] == rewards[1] and logps is None and module.reference_source is module.source:
-            return "equal rewards"  # which the KL term, of the policy from itself, leaves equal
-        given = row.get(columns["prompt_id"])
-        prompt_id = f"row-{number}" if given is None else str(given)
-        return OfflinePair(prompt_id, prompt, (texts[0], texts[1]), (answers[0], answers[1]), rewards, logps)
-
-    def _encode(self, messages: list[Message], tools: Tools | None, model: Any) -> list[int]:
-        """The token ids of the last message, as if it had been sampled and come to its end."""
-        ids, mask = encode_conversation(
-            model.tokenizer,
-            [*messages[:-1], messages[-1] | {"weight": 1}],
-            model.eos_token_ids,
-            False,
-            tools,
-            self.chat_template_kwargs,
+        reader = PairReader(
+            model=module.source,
+            columns=self.columns,
+            split=self.split,
+            system_prompt=self.system_prompt,
+            chat_template_kwargs=self.chat_template_kwargs,
+            parse_dialogues=self.parse_dialogues,
+            use_tokens=self.use_tokens,
+            use_logprobs=self.use_logprobs,
+            max_prompt_tokens=self.max_prompt_tokens,
+            max_response_tokens=self.max_response_tokens,
+            has_kl=module.kl_coef != 0,
+            starts_as_reference=module.reference_source is module.source,
         )
-        return [token for token, answer in zip(ids, mask, strict=True) if answer]
-
-    def _left_out(self) -> str:
-        return ", ".join(f"{count} of {reason}" for reason, count in self.dropped.items()) or "none"
+        pairs, option = reader.read(self.source, "data.pairs"), "data.val_pairs"
+        self.train_set, self.val_set = hold_out(
+            pairs, self.val_source, option, reader.read, lambda p: repr(list(p.prompt_tokens)), seed=self.split_seed
+        )
+        self.dropped = reader.dropped
 
     def describe(self) -> str:
         """What there is to train on, in a line."""
-        left_out = f"; left out: {self._left_out()}" if self.dropped else ""
+        left_out = f"; left out: {describe_dropped(self.dropped)}" if self.dropped else ""
         return f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out{left_out}"
 
     def train_dataloader(self) -> Any:
@@ -254,10 +145,10 @@ class OfflineDataModule(PairsDataModule):
             return nothing_left(self._trainer)
         epoch = rounds_done(self._trainer)
         keep_run_date(self._trainer)
-        if self.prepare_round is not None:
-            self.prepare_round()
+        if self._source is not None:
+            self._source.prepare_round(0)
         dataset = self._pairs(self.stored)
-        batches = limit_epoch(self._trainer, self._batches(epoch, dataset))
+        batches = limit_epoch(self._trainer, self.accumulate_over(self._batches(epoch, dataset)))
         return RoundLoader(dataset, batches, epoch, self.num_workers)
 
     def divide(self, epoch: int) -> RoundBatches:
@@ -267,73 +158,22 @@ class OfflineDataModule(PairsDataModule):
         """How `epoch` trains on pairs of these lengths: those of each micro-batch, of each rank."""
         return self._divide(f"{self.seed}:{epoch}", len(lengths), lengths).steps()
 
-    def _batches(self, epoch: int, dataset: PairDataset) -> RoundBatches:
-        return self._divide(f"{self.seed}:{epoch}", len(dataset), dataset.lengths())
+    def _batches(self, epoch: int, dataset: GroupDataset) -> RoundBatches:
+        module: Any = self._trainer.lightning_module
+        counts = dataset.counts(module.loss)
+        return self._divide(f"{self.seed}:{epoch}", len(dataset), dataset.lengths(), counts=counts)
 
     def val_dataloader(self) -> Any:
         if not self.val_set:
             return []
-        if self.prepare_round is not None:
-            self.prepare_round()
+        if self._source is not None:
+            self._source.prepare_round(0)
         dataset = self._pairs(self.stored_held_out)
         batches = self._held_out_batches(len(dataset), dataset.lengths())
         return RoundLoader(dataset, batches, 0, self.num_workers)
 
-    def _pairs(self, stored: Round) -> PairDataset:
+    def _pairs(self, stored: Round) -> GroupDataset:
         if not stored.is_complete("logps"):
             raise InputError(f"The log-probs of {stored.path} are missing: give the Trainer OfflineLogps().")
-        pairs = PairDataset(stored.read("pairs"), stored.read("logps"), self.temperature)
-        refuse_overflow(self._trainer.lightning_module, pairs, "`data.pairs`")
-        return pairs
-
-
-def _column(ours: str, row: Row, names: Mapping[str, str]) -> str:
-    """What this data calls one of our columns."""
-    if ours in names:
-        return names[ours]
-    return next((name for name in (ours, *ALIASES[ours]) if name in row), ours)
-
-
-def _without_padding(ids: Any, column: str, model: Any) -> list[int]:
-    """Token ids without the padding at their ends: ids outside of the vocabulary, and padding that is no EOS."""
-    if not isinstance(ids, list | tuple) or not all(isinstance(i, int) for i in ids):
-        raise InputError(f"`{column}` is {type(ids).__name__}; expected a list of token ids")
-    padding = model.tokenizer.pad_token_id
-    size = len(model.tokenizer)
-    inside = [0 <= i < size and not (i == padding and padding not in model.eos_token_ids) for i in ids]
-    if True not in inside:
-        raise InputError(f"`{column}` holds nothing but padding")
-    first, last = inside.index(True), len(inside) - inside[::-1].index(True)
-    if not all(inside[first:last]):
-        raise InputError(f"`{column}` has ids outside of this tokenizer's vocabulary of {size}: another model's?")
-    return list(ids[first:last])
-
-
-def _check_tokenizer(ids: Sequence[int], text: str, column: str, tokenizer: Any) -> None:
-    """The token columns must be of the policy's tokenizer."""
-    decoded = tokenizer.decode(ids, skip_special_tokens=True)
-    if "".join(decoded.split()) != "".join(text.split()):
-        raise InputError(
-            f"`{column}` reads {decoded[:60]!r} with this policy's tokenizer, but the text is {text[:60]!r}: it is of "
-            "another model. `data.use_tokens: false` tokenizes the texts"
-        )
-
-
-def as_table(pairs: Sequence[OfflinePair], schema: pa.Schema) -> pa.Table:
-    """Pairs as the `pairs` stage of a round."""
-    rows = [
-        {
-            "prompt_id": pair.prompt_id,
-            "chosen_index": 0,
-            "rejected_index": 1,
-            "chosen": pair.texts[0],
-            "rejected": pair.texts[1],
-            "chosen_reward": pair.rewards[0],
-            "rejected_reward": pair.rewards[1],
-            "prompt_tokens": pair.prompt_tokens,
-            "chosen_tokens": pair.tokens[0],
-            "rejected_tokens": pair.tokens[1],
-        }
-        for pair in pairs
-    ]
-    return pa.Table.from_pylist(rows, schema=schema)
+        module: Any = self._trainer.lightning_module
+        return read_groups(module, stored, self.temperature, "`data.pairs`")

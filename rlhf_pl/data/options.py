@@ -2,6 +2,8 @@
 
 from typing import Any
 
+from rlhf_pl.data.pair_batches import GroupBatch
+from rlhf_pl.data.policy_module import lacking
 from rlhf_pl.utils.errors import InputError
 
 
@@ -14,7 +16,26 @@ def refuse_other_rows(before: dict[str, Any], now: dict[str, Any]) -> None:
         )
 
 
-def check_module(module: Any, data: Any, wanted: str) -> None:
-    """Raise InputError if a DataModule is asked to feed another module than the one its batches are for."""
-    if wanted not in (kind.__name__ for kind in type(module).__mro__):
-        raise InputError(f"`data`: {type(data).__name__} is for {wanted}, and `model` is {type(module).__name__}.")
+def check_module(module: Any, data: Any, batch_type: type) -> None:
+    """Raise InputError if a DataModule is asked to feed a module that trains on other batches than it serves.
+
+    What counts is the module's `batch_type`, not its class.
+    """
+    given = getattr(module, "batch_type", None)
+    if not (isinstance(given, type) and issubclass(given, batch_type)):
+        takes = f"trains on {given.__name__}" if isinstance(given, type) else "does not say its `batch_type`"
+        raise InputError(
+            f"`data`: {type(data).__name__} serves {batch_type.__name__}, and `model` {type(module).__name__} {takes}. "
+            "Choose a pair that fits: RebelModule with RoundDataModule or OfflineDataModule, RewardModelModule with "
+            "PreferenceDataModule, SFTModule with SFTDataModule."
+        )
+
+
+def check_policy_module(module: Any, data: Any) -> None:
+    """Raise InputError if a DataModule of rounds or pairs is asked to feed a module that is not a `PolicyModule`."""
+    check_module(module, data, GroupBatch)
+    if missing := lacking(module):
+        raise InputError(
+            f"`model`: {type(module).__name__} lacks {', '.join(missing)}, which {type(data).__name__} needs of a "
+            "module: see rlhf_pl.PolicyModule."
+        )

@@ -1,115 +1,142 @@
-"""Pairs of a round as training batches: rows, order, and a loader that resumes."""
+"""Prompt groups of a round as training batches: tokens, order, and a loader that resumes. A pair is a group of two."""
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
+from rlhf_pl.algorithms.policy_loss import PolicyLoss
+from rlhf_pl.algorithms.prompt_groups import PromptGroups, penalised
+from rlhf_pl.data.stored_groups import Numbers, StoredGroups
 from rlhf_pl.data.update_plan import UpdatePlan
-from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack
+from rlhf_pl.models.packed_batch import PackedBatch, pack
 from rlhf_pl.models.packed_layout import to_device
 
 
 # Not a dataclass that Lightning looks into: precision plugins would cast rewards and log-probs to bf16.
-class PairBatch:
-    """B pairs.
+class GroupBatch:
+    """G prompt groups, packed; of pairs a group is a pair.
 
     Args:
-        rows: B trees: a prompt with its chosen and its rejected answer.
-        rewards: Shape (2, B), float32: chosen, rejected.
-        old_logps: Summed log-probs under the policy that generated the round, shape (2, B), float32, nats.
-        reference_logps: The same under the fixed reference, or None where no KL penalty is wanted.
-        temperature: The temperature the responses were drawn at.
-        weight: Factor on the mean loss of this batch, so that an update's gradient is the mean over its pairs.
+        rows: G prefix groups: a prompt with those of its responses that are used, R in all, M tokens.
+        rewards: Shaped, shape (R,), float32, reward units.
+        finished: Whether each response ended with an EOS, shape (R,), bool.
+        sizes: Responses of each group, shape (G,), int64.
+        stored: Log-probs of the policies that do not train, by their names in `PolicyLoss.needs`, of shape (R,), or
+            (M,) where they are per token; float32, nats.
+        temperature: The temperature that the responses were sampled at.
+        weight: Factor on the mean loss of this batch, so that an update's gradient is the mean over all its elements.
     """
 
     def __init__(
         self,
         rows: PackedBatch,
         rewards: Tensor,
-        old_logps: Tensor,
-        reference_logps: Tensor | None,
+        finished: Tensor,
+        sizes: Tensor,
+        stored: Mapping[str, Tensor],
         temperature: float,
         weight: float = 1.0,
     ) -> None:
         self.rows = rows
         self.rewards = rewards
-        self.old_logps = old_logps
-        self.reference_logps = reference_logps
+        self.finished = finished
+        self.sizes = sizes
+        self.stored = dict(stored)
         self.temperature = temperature
         self.weight = weight
 
     def __len__(self) -> int:
-        return self.rewards.shape[1]
+        return len(self.sizes)
 
-    def to(self, device: torch.device | str, **kwargs: Any) -> "PairBatch":
+    def to(self, device: torch.device | str, **kwargs: Any) -> "GroupBatch":
         """The batch on `device`; Lightning calls it."""
-        reference = None if self.reference_logps is None else to_device(self.reference_logps, device)
-        return PairBatch(
-            self.rows.to(device),
-            to_device(self.rewards, device),
-            to_device(self.old_logps, device),
-            reference,
-            self.temperature,
-            self.weight,
-        )
+        stored = {name: to_device(values, device) for name, values in self.stored.items()}
+        rewards, finished, sizes = (to_device(values, device) for values in (self.rewards, self.finished, self.sizes))
+        return GroupBatch(self.rows.to(device), rewards, finished, sizes, stored, self.temperature, self.weight)
+
+    def groups(self, token_logps: Tensor, kl_coef: float = 0.0) -> PromptGroups:
+        """What the loss sees of the batch.
+
+        Args:
+            token_logps: The policy's, shape (M,), float32, nats.
+            kl_coef: Weight of the KL penalty in the rewards, reward units per nat.
+        """
+        rewards = penalised(self.rewards, kl_coef, self.stored)
+        logps, lengths = self.rows.sum_per_response(token_logps), self.rows.counts
+        return PromptGroups(token_logps, logps, rewards, lengths, self.finished, self.sizes, self.stored)
 
 
-class PairDataset(Dataset):
-    """The pairs of one round, read from its store's tables as they are needed.
+class GroupDataset(Dataset):
+    """The prompt groups of one round; tokens and per-token numbers stay in Arrow until their batch.
 
     Args:
-        pairs: The `pairs` stage.
-        logps: The `logps` stage, row by row beside it.
+        groups: What the round trains on.
+        numbers: Log-probs of its responses, by their names in `PolicyLoss.needs`.
         temperature: The sampling temperature of the round.
     """
 
-    def __init__(self, pairs: pa.Table, logps: pa.Table, temperature: float) -> None:
-        if len(pairs) != len(logps):
-            raise ValueError(f"{len(pairs)} pairs but {len(logps)} rows of log-probs.")
-        self.temperature = temperature
-        self.prompt_ids = pairs["prompt_id"]
-        self._tokens = {name: pairs[name].combine_chunks() for name in ("prompt_tokens", *_TOKENS)}
-        self.rewards = _both(pairs, "chosen_reward", "rejected_reward")
-        self.old_logps = _both(logps, "chosen_old_logp", "rejected_old_logp")
-        reference = ("chosen_reference_logp", "rejected_reference_logp")
-        self.reference_logps = _both(logps, *reference) if reference[0] in logps.column_names else None
+    def __init__(self, groups: StoredGroups, numbers: Numbers, temperature: float) -> None:
+        self.stored, self.numbers, self.temperature = groups, numbers, temperature
+        self.rewards = torch.tensor(groups.rewards, dtype=torch.float32)
+        self.finished = torch.from_numpy(groups.finished.copy())
 
     def __len__(self) -> int:
-        return self.rewards.shape[1]
-
-    def tree(self, index: int) -> PrefixGroup:
-        """The prompt of a pair with its chosen and its rejected answer."""
-        prompt, *answers = (self._tokens[n][index].values.to_numpy() for n in ("prompt_tokens", *_TOKENS))
-        return PrefixGroup(prompt, tuple(answers))
+        return len(self.stored)
 
     def lengths(self) -> list[int]:
-        """Tokens of each pair."""
-        return sum(self._tokens[n].value_lengths().to_numpy() for n in ("prompt_tokens", *_TOKENS)).tolist()
+        """Tokens of each group."""
+        return self.stored.lengths()
 
-    def batch(self, indices: Sequence[int], weight: float = 1.0) -> PairBatch:
-        """The pairs at `indices`."""
-        rows = pack([self.tree(i) for i in indices])
-        index = torch.as_tensor(list(indices))
-        reference = None if self.reference_logps is None else self.reference_logps[:, index]
-        return PairBatch(rows, self.rewards[:, index], self.old_logps[:, index], reference, self.temperature, weight)
+    def counts(self, loss: PolicyLoss) -> list[int] | None:
+        """Elements of a loss in each group; None where each group counts alike."""
+        if loss.per in ("pair", "group"):
+            return None
+        lengths = torch.from_numpy(self.stored.response_lengths().astype(np.int64))
+        return self.stored.sum_per_group(loss.counts(lengths, self.finished).numpy()).tolist()
 
-    def __getitems__(self, request: tuple[list[int], float]) -> PairBatch | None:
+    def batch(self, indices: Sequence[int], weight: float = 1.0) -> GroupBatch:
+        """The groups at `indices`."""
+        rows = pack([self.stored.tree(i) for i in indices])
+        members = [self.stored.rows(i) for i in indices]
+        places = torch.from_numpy(np.concatenate(members))
+        stored = {name: _at(values, places) for name, values in self.numbers.items()}
+        sizes = torch.tensor([len(part) for part in members])
+        rewards, finished = self.rewards[places], self.finished[places]
+        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, weight)
+
+    def before_training(self, indices: Sequence[int], kl_coef: float, device: torch.device) -> PromptGroups:
+        """What a loss sees of groups as long as the policy is the one that sampled them, on `device`.
+
+        Where its log-probs are not stored, those of the reference take their place, or 0.
+        """
+        members = [self.stored.rows(i) for i in indices]
+        places = torch.from_numpy(np.concatenate(members))
+        sizes = torch.tensor([len(part) for part in members], device=device)
+        lengths = torch.from_numpy(self.stored.response_lengths().astype(np.int64))[places].to(device)
+        stored = {name: _at(values, places).to(device) for name, values in self.numbers.items()}
+        zeros = torch.zeros(int(lengths.sum()), device=device)
+        tokens = stored.get("old_token_logps", stored.get("reference_token_logps", zeros))
+        sums = stored.get("old_logps", stored.get("reference_logps", torch.zeros(len(places), device=device)))
+        rewards = penalised(self.rewards[places].to(device), kl_coef, stored)
+        return PromptGroups(tokens, sums, rewards, lengths, self.finished[places].to(device), sizes, stored)
+
+    def __getitems__(self, request: tuple[list[int], float]) -> GroupBatch | None:
         indices, weight = request
         return self.batch(indices, weight) if indices else None
 
 
-_TOKENS = ("chosen_tokens", "rejected_tokens")
-
-
-def _both(table: pa.Table, chosen: str, rejected: str) -> Tensor:
-    """Two columns as a float32 tensor of shape (2, rows)."""
-    return torch.stack([torch.tensor(table[name].to_numpy(), dtype=torch.float32) for name in (chosen, rejected)])
+def _at(values: Tensor | pa.ListArray, places: Tensor) -> Tensor:
+    """The numbers of some responses; of lists those of their tokens, one response after the other."""
+    if isinstance(values, Tensor):
+        return values[places]
+    return torch.from_numpy(np.concatenate([values[i].values.to_numpy() for i in places.tolist()]))
 
 
 class RoundBatches(Sampler):
@@ -121,8 +148,8 @@ class RoundBatches(Sampler):
         rank: This process.
         lengths: Of each pair; where given, the pairs of an update are sorted by it, so that a micro-batch's rows are
             alike. The update sees the same pairs.
-        sizes: What each pair counts; where given, weights make an update's gradient the mean over these instead of
-            over pairs.
+        sizes: Elements of the loss in each pair or group; where given, an update's gradient is the mean over these
+            instead of over pairs.
     """
 
     def __init__(

@@ -1,119 +1,19 @@
 """The DataModule of reward-model training."""
 
-from collections.abc import Mapping, Sequence
-from functools import cached_property
+from collections.abc import Iterable
 from typing import Any, Literal
 
-import torch
-from torch import Tensor
-from torch.utils.data import Dataset
-
-from rlhf_pl.algorithms.agreement import longer_text
-from rlhf_pl.checkpointing.progress import rounds_done, run_seed
+from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.base_datamodule import PairsDataModule
-from rlhf_pl.data.files import each_rendered
-from rlhf_pl.data.held_out import prompt_key, split_groups
-from rlhf_pl.data.options import check_module, refuse_other_rows
+from rlhf_pl.data.held_out import check_held_out, hold_out, prompt_key
+from rlhf_pl.data.options import check_module
 from rlhf_pl.data.pair_batches import RoundBatches, RoundLoader
+from rlhf_pl.data.preference_batches import PreferenceBatch, PreferenceDataset
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.run_limits import is_over, limit_epoch, nothing_left
 from rlhf_pl.models.chat_template import check_template_kwargs
-from rlhf_pl.models.packed_batch import share_beginning
-from rlhf_pl.models.packed_layout import Layout, to_device
-from rlhf_pl.models.rendering import Rendered, Renderer, padded
-from rlhf_pl.models.rotary import shared_tokens
-from rlhf_pl.models.sequence_classifier import tree_inputs
 from rlhf_pl.utils.errors import at_least
-from rlhf_pl.utils.fingerprints import rows_fingerprint
 from rlhf_pl.utils.run_date import keep_run_date, take_run_date
-
-
-class PreferenceBatch:
-    """B comparisons.
-
-    Args:
-        inputs: What `ClassifierLM` takes for 2B scores: of each comparison that of the chosen, then of the rejected.
-        labels: Probability that the chosen answer is better, shape (B,), float32.
-        margins: By how much its score should be higher, shape (B,), float32, reward units.
-        longer: Whether the chosen answer is the longer text: 1, 0.5 for equal lengths, 0; shape (B,), float32.
-        weight: Factor on the mean loss, so that an update's gradient is the mean over its pairs.
-    """
-
-    def __init__(
-        self, inputs: dict[str, Any], labels: Tensor, margins: Tensor, longer: Tensor, weight: float = 1.0
-    ) -> None:
-        self.inputs, self.labels, self.margins, self.longer, self.weight = inputs, labels, margins, longer, weight
-
-    def to(self, device: torch.device | str, **kwargs: Any) -> "PreferenceBatch":
-        """The batch on `device`; Lightning calls it."""
-        inputs = {n: to_device(v, device) if isinstance(v, Tensor) else v for n, v in self.inputs.items()}
-        if isinstance(layout := inputs.get("layout"), Layout):
-            inputs["layout"] = layout.to(device)
-        labels, margins, longer = (to_device(t, device) for t in (self.labels, self.margins, self.longer))
-        return PreferenceBatch(inputs, labels, margins, longer, self.weight)
-
-
-class PreferenceDataset(Dataset):
-    """Comparisons as token ids.
-
-    Args:
-        pairs: The comparisons.
-        render: The reward model's.
-        config: The reward model's.
-        chat_template_kwargs: Further variables of its chat template.
-        option: The option that names the source, for errors.
-    """
-
-    def __init__(
-        self,
-        pairs: Sequence[Preference],
-        render: Renderer,
-        config: Any,
-        chat_template_kwargs: Mapping[str, Any] | None = None,
-        option: str = "data.preferences",
-    ) -> None:
-        self.pairs, self.config = pairs, config
-        self.rows: list[list[Rendered]] = []
-
-        def add(pair: Preference) -> None:
-            both = [render(pair.messages, r, pair.tools, chat_template_kwargs, True) for r in pair.responses]
-            self.rows.append(both)
-
-        each_rendered(pairs, add, option)
-        self.pad_id, self.shares_prompts = 0, False
-        self.truncated = sum(row.truncated_tokens > 0 for both in self.rows for row in both)
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def lengths(self) -> list[int]:
-        """Tokens of each pair: without what both have in common a second time, or both rows as long as the longer."""
-        if self.shares_prompts:
-            return [sum(map(len, both)) - common for both, common in zip(self.rows, self._common, strict=True)]
-        return [2 * max(map(len, both)) for both in self.rows]
-
-    @cached_property
-    def _common(self) -> list[int]:
-        """With how many tokens the two rows of each pair begin alike."""
-        return [shared_tokens([row.ids for row in both], self.config) for both in self.rows]
-
-    def _inputs(self, indices: Sequence[int]) -> dict[str, Any]:
-        if self.shares_prompts:
-            trees = [share_beginning([row.ids for row in self.rows[i]], self._common[i]) for i in indices]
-            return tree_inputs(trees)
-        return padded([row for i in indices for row in self.rows[i]], self.pad_id)
-
-    def __getitems__(self, request: tuple[list[int], float]) -> PreferenceBatch:
-        indices, weight = request
-        pairs = [self.pairs[i] for i in indices]
-        longer = [longer_text(p.chosen, p.rejected) for p in pairs]
-        return PreferenceBatch(
-            self._inputs(indices),
-            torch.tensor([p.label for p in pairs]),
-            torch.tensor([p.margin for p in pairs]),
-            torch.tensor(longer),
-            weight,
-        )
 
 
 class PreferenceDataModule(PairsDataModule):
@@ -159,47 +59,40 @@ class PreferenceDataModule(PairsDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__(batch_size, max_tokens_per_batch)
-        at_least(
-            "data",
-            max_tokens=(max_tokens, 2),
-            batch_size=(batch_size, 1),
-            max_tokens_per_batch=(max_tokens_per_batch, 1),
-            num_workers=(num_workers, 0),
+        super().__init__(
+            max_tokens_per_batch,
+            columns=columns,
+            split=split,
+            system_prompt=system_prompt,
+            chat_template_kwargs=chat_template_kwargs,
+            parse_dialogues=parse_dialogues,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
         )
-        self.source, self.columns, self.split, self.system_prompt = preferences, columns, split, system_prompt
-        self.chat_template_kwargs, self.parse_dialogues = chat_template_kwargs or {}, parse_dialogues
-        self.ties, self.on_wrong_pairs = ties, on_wrong_pairs
-        self.val_source, self.split_seed = val_preferences, split_seed
-        self.max_tokens, self.num_workers, self._seed = max_tokens, num_workers, seed
+        at_least("data", max_tokens=(max_tokens, 2))
+        check_held_out("data.val_preferences", val_preferences)
+        self.source, self.ties, self.on_wrong_pairs = preferences, ties, on_wrong_pairs
+        self.val_source, self.split_seed, self.max_tokens = val_preferences, split_seed, max_tokens
         self.train_set: PreferenceDataset | None = None
         self.val_set: PreferenceDataset | None = None
         self.dropped: dict[str, int] = {}
-
-    @property
-    def seed(self) -> int:
-        """The run's seed."""
-        return run_seed() if self._seed is None else self._seed
 
     def setup(self, stage: str) -> None:
         """Read, check, split and tokenize the pairs. Runs before any model loads."""
         if self.train_set is not None:
             return
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        check_module(module, self, "RewardModelModule")
+        module: Any = self._trainer.lightning_module
+        check_module(module, self, PreferenceBatch)
         render, kwargs = module.renderer(self.max_tokens), self.chat_template_kwargs
         check_template_kwargs(render.tokenizer, kwargs, "data.chat_template_kwargs")
-        take_run_date(self.trainer)
-        val_option = "data.preferences"
+        take_run_date(self._trainer)
         pairs = self._load(self.source, "data.preferences")
-        if isinstance(self.val_source, str):
-            val_option = "data.val_preferences"
-            train, val = pairs, self._load(self.val_source, val_option)
-        else:
-            keys = [prompt_key(p.messages) for p in pairs]
-            train_rows, val_rows = split_groups(keys, self.val_source, self.split_seed, "data.val_preferences")
-            train, val = [pairs[i] for i in train_rows], [pairs[i] for i in val_rows]
+        wanted, val_option = self.val_source, "data.val_preferences"
+        train, val = hold_out(
+            pairs, wanted, val_option, self._load, lambda p: prompt_key(p.messages), seed=self.split_seed
+        )
+        val_option = val_option if isinstance(wanted, str) else "data.preferences"
         config = module.source.config
         train_set = PreferenceDataset(train, render, config, kwargs)
         self.train_set, self.val_set = train_set, PreferenceDataset(val, render, config, kwargs, val_option)
@@ -232,19 +125,9 @@ class PreferenceDataModule(PairsDataModule):
             notes.append(f"{truncated} conversations cut to {self.max_tokens} tokens")
         return "; ".join([f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out", *notes])
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint notes of the data."""
-        return {"rows": self._rows_hash}
-
-    @cached_property
-    def _rows_hash(self) -> str:
-        """Of the training rows, which stay as they are; every checkpoint asks for it."""
+    def trained_rows(self) -> Iterable[Any]:
         assert self.train_set is not None
-        return rows_fingerprint(row.ids for both in self.train_set.rows for row in both)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other data than the checkpoint's."""
-        refuse_other_rows(state_dict, self.state_dict())
+        return (row.ids for both in self.train_set.rows for row in both)
 
     def train_dataloader(self) -> Any:
         assert self.train_set is not None
@@ -252,7 +135,7 @@ class PreferenceDataModule(PairsDataModule):
             return nothing_left(self._trainer)
         epoch = rounds_done(self._trainer)
         keep_run_date(self._trainer)
-        return self._loader(self.train_set, limit_epoch(self._trainer, self.divide(epoch)), epoch)
+        return self._loader(self.train_set, limit_epoch(self._trainer, self.accumulate_over(self.divide(epoch))), epoch)
 
     def divide(self, epoch: int) -> RoundBatches:
         assert self.train_set is not None

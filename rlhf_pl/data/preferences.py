@@ -11,10 +11,10 @@ from rlhf_pl.data.message_reader import MessageReader, joined
 from rlhf_pl.models.chat import (
     Message,
     Tools,
+    find_prompt_problem,
     is_empty,
-    message_problem,
+    is_same_response,
     message_text,
-    same_response,
     with_system_prompt,
 )
 from rlhf_pl.utils.errors import LARGEST_REWARD, InputError
@@ -169,12 +169,12 @@ def parse_answers(
             found = ", ".join(map(str, row)) or "none"
             raise InputError(f"no column `{columns[key]}`; found {found}. Name yours with --data.columns.{key}")
     messages, chosen, rejected = _take_apart(row, columns, reader)
-    if problem := message_problem(messages):
+    if problem := find_prompt_problem(messages):
         raise InputError(f"`{columns['prompt']}`: {problem}")
     for key, response in (("chosen", chosen), ("rejected", rejected)):
         if is_empty(response):
             raise WrongPairError(f"the answer in `{columns[key]}` is empty; expected text")
-    if same_response(chosen, rejected):
+    if is_same_response(chosen, rejected):
         raise EqualAnswersError(f"`{columns['chosen']}` and `{columns['rejected']}` are the same answer")
     return messages, chosen, rejected
 

@@ -1,14 +1,15 @@
 """Prompt rows: read from files or the Hub, checked one by one, split, and cut to the length limit."""
 
-import hashlib
 import json
 import random
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from rlhf_pl.data.files import Row, check_columns, each_rendered, parse_rows
+from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.message_reader import MessageReader
+from rlhf_pl.data.tokenizing import Recipe, token_lists, token_table
 from rlhf_pl.models.chat import Message, Tools, encode_prompt, with_system_prompt
 from rlhf_pl.utils.errors import InputError
 
@@ -23,7 +24,7 @@ class Prompt:
         prompt_id: Unique name of the row.
         messages: The conversation that the policy answers, system prompt included.
         columns: The row's other columns; every row has the same ones.
-        token_ids: The conversation by the policy's chat template; empty until `tokenize_prompts`.
+        token_ids: The conversation by the policy's chat template, 4 bytes a token; empty until `tokenize_prompts`.
         tools: What the chat template is given as `tools`.
         chat_template_kwargs: Further variables of the chat template.
     """
@@ -31,7 +32,7 @@ class Prompt:
     prompt_id: str
     messages: list[Message]
     columns: Mapping[str, Any] = field(default_factory=dict)
-    token_ids: tuple[int, ...] = ()
+    token_ids: Sequence[int] = ()
     tools: Tools | None = None
     chat_template_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
@@ -131,23 +132,20 @@ def tokenize_prompts(
     Raises:
         InputError: The chat template can't render some: up to 10 are listed.
     """
-    kept: list[Prompt] = []
     kwargs = dict(chat_template_kwargs or {})
-
-    def add(prompt: Prompt) -> None:
-        ids = encode_prompt(tokenizer, prompt.messages, prompt.tools, kwargs)
-        if len(ids) <= max_prompt_tokens:
-            kept.append(replace(prompt, token_ids=tuple(ids), chat_template_kwargs=kwargs))
-
-    each_rendered(prompts, add, option)
+    table = token_table(
+        prompts,
+        lambda prompt: [encode_prompt(tokenizer, prompt.messages, prompt.tools, kwargs)],
+        ["ids"],
+        Recipe(tokenizer, {"prompt": kwargs}, option),
+        lambda prompt: [prompt.messages, prompt.tools],
+    )
+    kept = [
+        replace(prompt, token_ids=array("i", ids.tobytes()), chat_template_kwargs=kwargs)
+        for prompt, ids in zip(prompts, token_lists(table, "ids"), strict=True)
+        if len(ids) <= max_prompt_tokens
+    ]
     return kept, len(prompts) - len(kept)
-
-
-def split_held_out(prompts: Sequence[Prompt], count: int) -> tuple[list[Prompt], list[Prompt]]:
-    """(training, held-out) prompts. The held-out ones follow from the ids alone, whatever the seed or row order."""
-    ranked = sorted(prompts, key=lambda p: hashlib.sha256(p.prompt_id.encode()).digest())
-    held_out = {p.prompt_id for p in ranked[:count]}
-    return [p for p in prompts if p.prompt_id not in held_out], [p for p in prompts if p.prompt_id in held_out]
 
 
 def prompts_of_round(prompts: Sequence[Prompt], round_index: int, per_round: int | None, seed: int) -> list[Prompt]:

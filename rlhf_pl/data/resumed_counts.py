@@ -44,7 +44,7 @@ def adapt_split(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None:
         return
     data: Any = getattr(trainer, "datamodule", None)
     if isinstance(data, PairsDataModule) and (data.max_tokens_per_batch is not None or getattr(data, "passes", 1) > 1):
-        data.divide(epochs["processed"])  # an update's micro-batches depend on the epoch
+        data.accumulate_over(data.divide(epochs["processed"]))  # an update's micro-batches depend on the epoch
     now = _split_of(trainer)
     if now is None or before == now:
         return

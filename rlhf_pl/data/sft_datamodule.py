@@ -1,75 +1,28 @@
 """The DataModule of supervised fine-tuning."""
 
 import random
-from collections.abc import Sequence
-from functools import cached_property
+from array import array
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
-import lightning as L
-import torch
-from torch.utils.data import Dataset
-
-from rlhf_pl.checkpointing.progress import rounds_done, run_seed
+from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.conversations import Conversation, load_conversations
-from rlhf_pl.data.files import each_rendered
-from rlhf_pl.data.held_out import prompt_key, split_groups
-from rlhf_pl.data.options import check_module, refuse_other_rows
-from rlhf_pl.data.packing import Example, fill_rows, pack_examples
+from rlhf_pl.data.held_out import check_held_out, hold_out, prompt_key
+from rlhf_pl.data.options import check_module
+from rlhf_pl.data.packing import Example, fill_rows
 from rlhf_pl.data.pair_batches import RoundBatches, RoundLoader
+from rlhf_pl.data.rows_datamodule import RowsDataModule
 from rlhf_pl.data.run_limits import is_over, limit_epoch, nothing_left
+from rlhf_pl.data.sft_batches import SFTBatch, SFTDataset
+from rlhf_pl.data.tokenizing import Recipe, token_lists, token_table
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.models.chat import encode_conversation
 from rlhf_pl.models.chat_template import check_template_kwargs
-from rlhf_pl.models.packed_batch import PackedBatch
 from rlhf_pl.utils.errors import InputError, at_least
-from rlhf_pl.utils.fingerprints import rows_fingerprint
 from rlhf_pl.utils.run_date import keep_run_date, take_run_date
 
 
-class SFTBatch:
-    """R rows of examples.
-
-    Args:
-        rows: The examples of all rows.
-        weight: Factor on the mean loss, so that an update's gradient is the mean over its learned tokens.
-    """
-
-    def __init__(self, rows: PackedBatch, weight: float = 1.0) -> None:
-        self.rows, self.weight = rows, weight
-
-    def to(self, device: torch.device | str, **kwargs: Any) -> "SFTBatch":
-        """The batch on `device`; Lightning calls it."""
-        return SFTBatch(self.rows.to(device), self.weight)
-
-
-class SFTDataset(Dataset):
-    """Rows of examples.
-
-    Args:
-        examples: Tokenized conversations.
-        rows: Numbers of the examples in each row.
-    """
-
-    def __init__(self, examples: Sequence[Example], rows: Sequence[Sequence[int]]) -> None:
-        self.examples, self.rows = examples, rows
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def lengths(self) -> list[int]:
-        """Tokens of each row."""
-        return [sum(len(self.examples[i]) for i in row) for row in self.rows]
-
-    def learned(self) -> list[int]:
-        """Learned tokens of each row."""
-        return [sum(sum(self.examples[i].mask[1:]) for i in row) for row in self.rows]
-
-    def __getitems__(self, request: tuple[list[int], float]) -> SFTBatch:
-        indices, weight = request
-        return SFTBatch(pack_examples([self.examples[i] for row in indices for i in self.rows[row]]), weight)
-
-
-class SFTDataModule(L.LightningDataModule):
+class SFTDataModule(RowsDataModule):
     """Conversations for supervised fine-tuning.
 
     Args:
@@ -109,21 +62,23 @@ class SFTDataModule(L.LightningDataModule):
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
-        super().__init__()
-        at_least("data", max_tokens=(max_tokens, 2), batch_size=(batch_size, 1), num_workers=(num_workers, 0))
-        self.source, self.columns, self.split, self.system_prompt = conversations, columns, split, system_prompt
-        self.chat_template_kwargs, self.parse_dialogues = chat_template_kwargs or {}, parse_dialogues
-        self.loss_on, self.packing = loss_on, packing
-        self.val_source, self.split_seed = val_conversations, split_seed
-        self.max_tokens, self.batch_size, self.num_workers, self._seed = max_tokens, batch_size, num_workers, seed
+        super().__init__(
+            columns=columns,
+            split=split,
+            system_prompt=system_prompt,
+            chat_template_kwargs=chat_template_kwargs,
+            parse_dialogues=parse_dialogues,
+            batch_size=batch_size,
+            num_workers=num_workers,
+            seed=seed,
+        )
+        at_least("data", max_tokens=(max_tokens, 2))
+        check_held_out("data.val_conversations", val_conversations)
+        self.source, self.loss_on, self.packing = conversations, loss_on, packing
+        self.val_source, self.split_seed, self.max_tokens = val_conversations, split_seed, max_tokens
         self.examples: list[Example] = []
         self.val_set: SFTDataset | None = None
         self.too_long = self.unlearned = 0
-
-    @property
-    def seed(self) -> int:
-        """The run's seed."""
-        return run_seed() if self._seed is None else self._seed
 
     @property
     def longest_tokens(self) -> int:
@@ -135,25 +90,21 @@ class SFTDataModule(L.LightningDataModule):
         """Read, check, split and tokenize the conversations. Runs before any model loads."""
         if self.examples:
             return
-        assert self.trainer is not None
-        module: Any = self.trainer.lightning_module
-        check_module(module, self, "SFTModule")
+        module: Any = self._trainer.lightning_module
+        check_module(module, self, SFTBatch)
         if self.max_tokens > module.source.max_context_tokens:
             raise InputError(
                 f"`data.max_tokens` of {self.max_tokens} is over the context of {module.source.path!r}, "
                 f"{module.source.max_context_tokens} tokens. Lower it."
             )
         check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
-        take_run_date(self.trainer)
+        take_run_date(self._trainer)
         everything = self._load(self.source, "data.conversations")
-        val_option = "data.conversations"
-        if isinstance(self.val_source, str):
-            val_option = "data.val_conversations"
-            train, val = everything, self._load(self.val_source, val_option)
-        else:
-            keys = [prompt_key(c.messages[:-1]) for c in everything]
-            mine, held_out = split_groups(keys, self.val_source, self.split_seed, "data.val_conversations")
-            train, val = [everything[i] for i in mine], [everything[i] for i in held_out]
+        wanted, val_option = self.val_source, "data.val_conversations"
+        train, val = hold_out(
+            everything, wanted, val_option, self._load, lambda c: prompt_key(c.messages[:-1]), seed=self.split_seed
+        )
+        val_option = val_option if isinstance(wanted, str) else "data.conversations"
         self.examples = self._tokenize(train, module.source, "data.conversations")
         val_examples = self._tokenize(val, module.source, val_option)
         if not self.examples:
@@ -166,28 +117,26 @@ class SFTDataModule(L.LightningDataModule):
         return load_conversations(source, self.columns, self.system_prompt, self.split, option, self.parse_dialogues)
 
     def _tokenize(self, conversations: Sequence[Conversation], source: Any, option: str) -> list[Example]:
+        tokenizer, eos = source.tokenizer, source.eos_token_ids
+        every, kwargs = self.loss_on == "all", self.chat_template_kwargs
+
+        def encode(conversation: Conversation) -> tuple[Sequence[int], Sequence[int]]:
+            ids, mask = encode_conversation(tokenizer, conversation.messages, eos, every, conversation.tools, kwargs)
+            return ids, list(map(int, mask))
+
+        recipe = Recipe(tokenizer, {"conversation": kwargs, "eos": eos, "every": every}, option)
+        table = token_table(conversations, encode, ["ids", "mask"], recipe, lambda c: [c.messages, c.tools])
         examples: list[Example] = []
         names: list[str] = []
-        every = self.loss_on == "all"
-
-        def add(conversation: Conversation) -> None:
-            ids, mask = encode_conversation(
-                source.tokenizer,
-                conversation.messages,
-                source.eos_token_ids,
-                every,
-                conversation.tools,
-                self.chat_template_kwargs,
-            )
+        columns = (token_lists(table, name) for name in ("ids", "mask"))
+        for conversation, ids, mask in zip(conversations, *columns, strict=True):
             if len(ids) > self.max_tokens:
                 self.too_long += 1
-            elif not any(mask):
+            elif not mask.any():
                 self.unlearned += 1
             else:
-                examples.append(Example(ids, mask))
+                examples.append(Example(array("i", ids.tobytes()), mask.astype(bool).tolist()))
                 names.append(conversation.name)
-
-        each_rendered(conversations, add, option)
         source.check_ids(((name, e.ids) for name, e in zip(names, examples, strict=True)), option)
         return examples
 
@@ -203,22 +152,11 @@ class SFTDataModule(L.LightningDataModule):
             f"out{left_out}"
         )
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint notes of the data."""
-        return {"rows": self._rows_hash}
-
-    @cached_property
-    def _rows_hash(self) -> str:
-        """Of the training rows, which stay as they are; every checkpoint asks for it."""
-        return rows_fingerprint((list(e.ids), list(e.mask)) for e in self.examples)
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other data than the checkpoint's."""
-        refuse_other_rows(state_dict, self.state_dict())
+    def trained_rows(self) -> Iterable[Any]:
+        return ((list(e.ids), list(e.mask)) for e in self.examples)
 
     def train_dataloader(self) -> Any:
-        assert self.trainer is not None
-        trainer, epoch = self.trainer, rounds_done(self.trainer)
+        trainer, epoch = self._trainer, rounds_done(self._trainer)
         if is_over(trainer):  # a finished run that is started again
             return nothing_left(trainer)
         keep_run_date(trainer)
@@ -231,17 +169,15 @@ class SFTDataModule(L.LightningDataModule):
         return self._loader(dataset, plan, f"{self.seed}:{epoch}", epoch, trains=True)
 
     def val_dataloader(self) -> Any:
-        assert self.trainer is not None
         if self.val_set is None or len(self.val_set) == 0:
             return []
-        plan = UpdatePlan(len(self.val_set), self.batch_size, 1, self.trainer.world_size)
+        plan = UpdatePlan(len(self.val_set), self.batch_size, 1, self._trainer.world_size)
         return self._loader(self.val_set, plan, "held-out", 0)
 
     def _loader(
         self, dataset: SFTDataset, plan: UpdatePlan, order: str, epoch: int, trains: bool = False
     ) -> RoundLoader:
-        assert self.trainer is not None
-        batches = RoundBatches(plan, order, self.trainer.global_rank, dataset.lengths(), dataset.learned())
+        batches = RoundBatches(plan, order, self._trainer.global_rank, dataset.lengths(), dataset.learned())
         if trains:
-            limit_epoch(self.trainer, batches)
+            limit_epoch(self._trainer, batches)
         return RoundLoader(dataset, batches, epoch, self.num_workers)

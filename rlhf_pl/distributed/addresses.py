@@ -1,4 +1,4 @@
-"""Which address of a host the others know."""
+"""Addresses by which hosts reach each other."""
 
 import ipaddress
 import socket
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 
 def resolve(name: str) -> str:
-    """The number that this host knows a name by; the name itself where it knows none."""
+    """Resolve a name to a number on this host; the name itself if that fails."""
     try:
         return str(socket.getaddrinfo(name, None, type=socket.SOCK_STREAM)[0][4][0])
     except OSError:
@@ -14,9 +14,10 @@ def resolve(name: str) -> str:
 
 
 def seen_from_others(addresses: Sequence[str]) -> str:
-    """Rank 0's address, of those that the ranks know it by.
+    """Choose rank 0's address from those that the ranks resolve it to.
 
-    A host may know itself by a loopback address, at which no other host reaches it; the last ranks are on other hosts.
+    A host may resolve its own name to a loopback address, where no other host reaches it. The last ranks are on other
+    hosts.
     """
     return next((address for address in reversed(addresses) if not _is_loopback(address)), addresses[0])
 

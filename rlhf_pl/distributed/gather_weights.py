@@ -1,4 +1,4 @@
-"""A model's weights under their Hugging Face names, one tensor at a time, whatever the strategy has made of them."""
+"""Gathers a model's weights under their Hugging Face names, one tensor at a time, under any strategy."""
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -10,19 +10,19 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 
 from rlhf_pl.models.lora import merged_tensors, plain_name, unwrapped_name
-from rlhf_pl.models.quantization import is_quantized, shapes, whole_tensors
+from rlhf_pl.models.quantization import dequantized_tensors, is_quantized, shapes
 
 
 @dataclass(frozen=True)
 class Weights:
-    """The weights of a model, tied ones included, to be had one after the other.
+    """The weights of a model, tied ones included, as a stream.
 
-    Where they are sharded a tensor is put together from all ranks while it is looked at, so all ranks must go through
-    the stream together, to its end; a rank holds one unit at a time (a decoder layer, or embeddings and head).
+    Sharded tensors are gathered from all ranks while the stream is read, so all ranks must read it together, to its
+    end. A rank holds one unit at a time (a decoder layer, or embeddings and head).
 
     Args:
         like: Names, shapes and dtypes: tensors on the meta device.
-        stream: Gives (name, tensor).
+        stream: Returns an iterator of (name, full tensor).
     """
 
     like: Mapping[str, Tensor]
@@ -30,12 +30,12 @@ class Weights:
 
 
 def weights_of(state: Mapping[str, Tensor]) -> Weights:
-    """Of tensors that are whole."""
+    """`Weights` of full tensors."""
     return Weights(_like(state), lambda: iter(state.items()))
 
 
 def model_weights(module: L.LightningModule, model: Any, like: Mapping[str, Tensor]) -> Weights:
-    """Of a Hugging Face model inside a module, adapters merged in copies.
+    """`Weights` of a Hugging Face model inside a module; adapters are merged into copies.
 
     Args:
         module: Its Trainer may have sharded the model.
@@ -46,7 +46,7 @@ def model_weights(module: L.LightningModule, model: Any, like: Mapping[str, Tens
 
 
 def like_of(model: Any) -> dict[str, Tensor]:
-    """Names, shapes and dtypes of a model's weights, adapters aside."""
+    """Names, shapes and dtypes of a model's weights without adapters, on the meta device."""
     state = shapes(model) if is_quantized(model) else model.state_dict()
     return _like({plain_name(name): t for name, t in state.items() if ".lora_" not in name})
 
@@ -58,14 +58,14 @@ def _like(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def full_tensors(
     module: L.LightningModule, model: nn.Module, wanted: Callable[[str], bool]
 ) -> Iterator[tuple[str, Tensor]]:
-    """Those tensors of a model inside a module that are wanted, whole; under FSDP all ranks must go through them."""
+    """Yield the wanted tensors of a model inside a module, unsharded. Under FSDP all ranks must iterate together."""
     trainer = module._trainer
     if trainer is not None and isinstance(trainer.strategy, FSDPStrategy) and trainer.model is not module:
         root: Any = trainer.model
         if any(part is model for part in root.modules()):
             yield from _summoned(root, model, wanted)
             return
-    tensors: Any = whole_tensors(model) if is_quantized(model) else model.state_dict().items()
+    tensors: Any = dequantized_tensors(model) if is_quantized(model) else model.state_dict().items()
     for name, tensor in tensors:
         if wanted(name):
             if hasattr(tensor, "full_tensor"):  # FSDP2
@@ -75,13 +75,13 @@ def full_tensors(
 
 
 def _summoned(root: Any, model: nn.Module, wanted: Callable[[str], bool]) -> Iterator[tuple[str, Tensor]]:
-    """FSDP1: unit by unit."""
+    """Gather under FSDP1, unit by unit."""
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
     names = {id(m): name for name, m in model.named_modules()}
     found: set[str] = set()
     with FSDP.summon_full_params(root, recurse=False, writeback=False):
-        pass  # before its first step a unit would take itself for the root
+        pass  # marks the root: before the first step another unit would take itself for it
     for unit in FSDP.fsdp_modules(root):
         inside = [m for m in _own_modules(unit) if id(m) in names]
         if not any(wanted(n) for m in inside for n in _names(names[id(m)], m)):
@@ -91,7 +91,7 @@ def _summoned(root: Any, model: nn.Module, wanted: Callable[[str], bool]) -> Ite
                 for name, tensor in _tensors(names[id(part)], part):
                     if wanted(name) and name not in found:
                         found.add(name)
-                        yield name, tensor.detach().clone()  # the unit's memory is given back
+                        yield name, tensor.detach().clone()  # the unit's memory is freed
 
 
 def _own_modules(unit: nn.Module) -> Iterator[nn.Module]:

@@ -1,4 +1,4 @@
-"""What the processes of a run share, and where they wait for each other."""
+"""Ranks: the processes of a run, and how they communicate."""
 
 import time
 from collections.abc import Callable, Iterator
@@ -22,20 +22,20 @@ DEFAULT_TIMEOUT = 60.0  # minutes
 
 
 class RanksError(RuntimeError):
-    """The ranks have lost each other: one has died, or did not come in time."""
+    """A rank has died, or did not arrive in time."""
 
 
 class Ranks:
-    """The processes of a run. With one process every call is free.
+    """The processes of a run. With one process every call returns at once.
 
-    Calls that communicate must be made by all ranks, in the same order. They go through a gloo group of their own, on
-    the CPU, so that they neither touch the accelerators nor share their time limit.
+    All ranks must make the calls that communicate, in the same order. They use a gloo group of their own, on the CPU,
+    so they neither block the accelerators nor share their timeout.
 
     Args:
         rank: This process.
         size: Number of processes.
         timeout: Minutes that a rank waits for the others.
-        address: Of rank 0's host, where the other ranks reach it.
+        address: Address of rank 0's host, as the other ranks reach it.
         local: Whether all ranks are on one host.
     """
 
@@ -54,33 +54,33 @@ class Ranks:
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which writes what there is one of."""
+        """Whether this is rank 0, which writes shared files."""
         return self.rank == 0
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Name what this rank does, for messages about ranks that are missed."""
-        self._at(name)
+        """Name what this rank does, for messages about missing ranks."""
+        self._report_phase(name)
         yield
-        self._at("")
+        self._report_phase("")
 
-    def _at(self, place: str) -> None:
+    def _report_phase(self, place: str) -> None:
         self._place = place
         if self._watch is not None:
-            self._watch.at(place)
+            self._watch.report_phase(place)
 
     def barrier(self) -> None:
-        """Until all ranks are here."""
+        """Wait until all ranks have called this."""
         if self.size > 1:
             with self._in_time():
                 dist.barrier(group=self._group)
 
     def broadcast(self, value: T) -> T:
-        """The value of rank 0."""
+        """Return rank 0's value on every rank."""
         return self.all_gather(value)[0] if self.size > 1 else value
 
     def all_gather(self, value: T) -> list[T]:
-        """The values of all ranks, by rank."""
+        """Return the values of all ranks, by rank."""
         if self.size == 1:
             return [value]
         values: list[Any] = [None] * self.size
@@ -89,7 +89,7 @@ class Ranks:
         return values
 
     def all_reduce_sum(self, tensor: Tensor) -> Tensor:
-        """The sum over ranks; a tensor on the CPU."""
+        """Return the sum over ranks of a CPU tensor."""
         if self.size == 1:
             return tensor
         total = tensor.clone()
@@ -98,7 +98,7 @@ class Ranks:
         return total
 
     def run_on_rank_zero(self, action: Callable[[], T]) -> T:
-        """Have rank 0 alone do something; all ranks get its result, or raise its error, once it is done."""
+        """Run `action` on rank 0 alone. All ranks return its result, or raise its InputError."""
         if self.size == 1:
             return action()
         result: Any = None
@@ -120,8 +120,8 @@ class Ranks:
             yield
         except RuntimeError as error:
             if time.monotonic() - started < 0.9 * 60 * self.timeout:
-                time.sleep(10)  # a rank has died: the watch ends this process with a message
-                raise RanksError(f"Rank {self.rank} has lost the other ranks{self._where()}.") from error
+                time.sleep(10)  # a rank has died: the failure watch ends this process with a message
+                raise RanksError(f"Rank {self.rank} has lost contact with the other ranks{self._where()}.") from error
             places = {} if self._watch is None else self._watch.places
             others = ", ".join(
                 f"rank {r} is at {places[r] or 'another phase'!r}" for r in sorted(places) if r != self.rank
@@ -136,12 +136,12 @@ class Ranks:
         return f" in the phase {self._place!r}" if self._place else ""
 
     def fail(self, message: str, code: int = 1) -> None:
-        """Tell the other ranks why this one ends."""
+        """Report to the other ranks why this one ends."""
         if self._watch is not None:
             self._watch.fail(message, code)
 
     def close(self) -> None:
-        """The run is over."""
+        """End the failure watch: the run is over."""
         if self._watch is not None:
             self._watch.close()
 
@@ -150,11 +150,11 @@ _OF_TRAINERS: WeakKeyDictionary[L.Trainer, Ranks] = WeakKeyDictionary()
 
 
 def ranks_of(trainer: L.Trainer, timeout: float | None = None) -> Ranks:
-    """The processes of a Trainer's run. The first call must be made by all of them, once the run is set up.
+    """The ranks of a Trainer's run. All of them must make the first call, once the strategy has set up the processes.
 
     Args:
         trainer: Its strategy has set up the processes.
-        timeout: Minutes to wait; counts at the first call.
+        timeout: Minutes to wait; only the first call's counts.
     """
     found = _OF_TRAINERS.get(trainer)
     if found is None:
@@ -164,7 +164,7 @@ def ranks_of(trainer: L.Trainer, timeout: float | None = None) -> Ranks:
             if not dist.is_initialized() or dist.get_world_size() != trainer.world_size:
                 raise RanksError(
                     f"The run has {trainer.world_size} ranks, but its process group has "
-                    f"{dist.get_world_size() if dist.is_initialized() else 0}: they would train apart in silence."
+                    f"{dist.get_world_size() if dist.is_initialized() else 0}: they would train separately."
                 )
             environment: Any = trainer.strategy.cluster_environment  # type: ignore[attr-defined]
             found = Ranks(
@@ -179,7 +179,7 @@ def ranks_of(trainer: L.Trainer, timeout: float | None = None) -> Ranks:
 
 
 def report_failure(trainer: L.Trainer, error: BaseException) -> None:
-    """Tell the other ranks why this one ends. Rank 0 prints it, unless it fails in the same way itself."""
+    """Report to the other ranks why this one ends. Rank 0 prints it, unless it fails in the same way itself."""
     found = _OF_TRAINERS.get(trainer)
     if found is None or found.size == 1:
         return
@@ -192,7 +192,7 @@ def report_failure(trainer: L.Trainer, error: BaseException) -> None:
 
 
 def forget_ranks(trainer: L.Trainer) -> None:
-    """A run is over: the next one of this Trainer gets its own."""
+    """End the ranks of a finished run, so that the Trainer's next run gets new ones."""
     found = _OF_TRAINERS.pop(trainer, None)
     if found is not None:
         found.close()

@@ -1,39 +1,51 @@
 """What Lightning's DDP, FSDP and FSDP2 strategies need to train a Hugging Face model, and to run on a CPU."""
 
-from contextlib import nullcontext
+from collections.abc import Callable
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.pytorch.plugins.precision import Precision
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import GradClipAlgorithmType
 from torch import nn
 
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.weight_placement import Placement
-from rlhf_pl.models.compute import HALF, compute_of
+from rlhf_pl.models.compute import HALF, get_compute
 from rlhf_pl.models.policy import PolicyLM, decoder_layers
+from rlhf_pl.utils.cpu import runs_fsdp
 from rlhf_pl.utils.errors import InputError
+
+
+def _load(strategy: Any, load: Callable[..., Any], path: Any, weights_only: bool | None) -> Any:
+    """Load a checkpoint by what a run has set as the strategy's `load_by`, if it has; by `load` otherwise."""
+    through = strategy.load_by
+    return load(path, weights_only) if through is None else through(load, path)
 
 
 class CPUFSDPStrategy(FSDPStrategy):
     """Lightning's FSDPStrategy on CPUs, where Lightning refuses it: for trying a config and for tests.
 
-    The command line takes it by itself where `fsdp` or `FSDPStrategy` is asked for and there is no GPU. Checkpoints are
-    sharded: full ones alias the optimizer's two moments on a CPU.
+    The command line takes it by itself where `fsdp` or `FSDPStrategy` is asked for and there is no GPU. In Python, give
+    the Trainer an instance, and fit inside of `rlhf_pl.utils.cpu.cpu_fsdp()`. On GPUs it is FSDPStrategy. Checkpoints
+    are sharded on CPUs: full ones alias the optimizer's two moments there.
     """
+
+    load_by: Callable[[Callable[..., Any], Any], Any] | None = None  # loads a path by Lightning's function
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.root_device.type != "cpu":
             return super()._setup_model(model)
         from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
         from torch.distributed.fsdp import FullyShardedDataParallel
-        from torch.distributed.fsdp._flat_param import FlatParamHandle
 
+        if not runs_fsdp():
+            raise InputError(
+                "CPUFSDPStrategy needs a change in torch on CPUs. Fit inside of `with rlhf_pl.utils.cpu.cpu_fsdp():`, "
+                "which undoes it at its end."
+            )
         self._state_dict_type = "sharded"
-        # Moving to the device where it is frees the storage that is about to be read.
-        FlatParamHandle.to_cpu = lambda self: nullcontext()  # type: ignore[method-assign,assignment,return-value]
         wrapped = FullyShardedDataParallel(
             module=model,
             cpu_offload=None,
@@ -45,9 +57,14 @@ class CPUFSDPStrategy(FSDPStrategy):
         _setup_activation_checkpointing(wrapped, self._activation_checkpointing_kwargs)
         return wrapped
 
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return _load(self, super().load_checkpoint, checkpoint_path, weights_only)
+
 
 class FSDP2Strategy(ModelParallelStrategy):
     """Lightning's ModelParallelStrategy whose devices all shard the model (FSDP2), instead of tensor parallelism.
+
+    On the command line it is called `fsdp2`; in Python, give the Trainer an instance.
 
     Args:
         data_parallel_size: Devices that share the parameters; auto for all.
@@ -55,6 +72,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         cpu_offload: Keep parameters, gradients and the optimizer's state in the memory of the CPU.
         **kwargs: Of ModelParallelStrategy: save_distributed_checkpoint, process_group_backend, timeout.
     """
+
+    load_by: Callable[[Callable[..., Any], Any], Any] | None = None  # loads a path by Lightning's function
 
     def __init__(
         self,
@@ -79,23 +98,8 @@ class FSDP2Strategy(ModelParallelStrategy):
         else:
             self.model.to(self.root_device)
 
-
-StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: fully_shard over all devices")
-
-
-def runnable_strategy(strategy: Any, on_gpu: bool) -> Any:
-    """What a config's `trainer.strategy` becomes: as it is, but for FSDP on a CPU and for FSDP2's sizes."""
-    if type(strategy) is ModelParallelStrategy:
-        sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
-        if sizes == ("auto", "auto"):  # would be tensor parallelism over the devices of a node
-            strategy.__class__ = FSDP2Strategy
-    if on_gpu:
-        return strategy
-    if strategy in ("fsdp", "fsdp_cpu_offload"):
-        return CPUFSDPStrategy()
-    if type(strategy) is FSDPStrategy:
-        strategy.__class__ = CPUFSDPStrategy
-    return strategy
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        return _load(self, super().load_checkpoint, checkpoint_path, weights_only)
 
 
 def is_sharded(trainer: L.Trainer) -> bool:
@@ -221,7 +225,7 @@ def shard_frozen(trainer: L.Trainer, unit: nn.Module) -> nn.Module:
         _fully_shard(strategy, unit, str(trainer.precision))
         return unit.to(strategy.root_device).eval() if not getattr(strategy, "cpu_offload", False) else unit.eval()
     if isinstance(unit, PolicyLM):
-        unit.keep_copies_alone()
+        unit.drop_float32_weights()
     return unit.to(strategy.root_device).eval()
 
 
@@ -236,7 +240,7 @@ def callable_policy(trainer: L.Trainer) -> Any:
 
 def compute_dtype(trainer: L.Trainer, dtype: str) -> str:
     """The dtype that the policy computes in, by name."""
-    compute = compute_of(trainer)
+    compute = get_compute(trainer)
     half = compute.dtype or compute.autocast
     return dtype if half is None else str(half).removeprefix("torch.")
 

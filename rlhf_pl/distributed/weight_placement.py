@@ -1,4 +1,4 @@
-"""A model that rank 0 alone has read, brought to all ranks part by part."""
+"""Broadcasts a model that only rank 0 has read to all ranks, part by part."""
 
 from pathlib import Path
 from typing import Any
@@ -15,9 +15,9 @@ from rlhf_pl.models.source import ModelSource
 
 
 def reads_weights(trainer: L.Trainer | None) -> bool:
-    """Whether this rank reads weights; another builds the model without memory, and gets them from rank 0.
+    """Whether this rank reads weights. Other ranks build the model on the meta device and receive them from rank 0.
 
-    Under FSDPStrategy, which wraps the model later and by itself, every rank reads them.
+    Under FSDPStrategy every rank reads them, because Lightning wraps the model later by itself.
     """
     if trainer is None or trainer.world_size == 1 or isinstance(trainer.strategy, FSDPStrategy):
         return True
@@ -25,38 +25,40 @@ def reads_weights(trainer: L.Trainer | None) -> bool:
 
 
 def checks_weights(trainer: L.Trainer, source: ModelSource) -> bool:
-    """Whether this rank looks at a model's weight files before they are read: it will read them, or has them too."""
+    """Whether this rank checks a model's weight files: it will read them, or has them too."""
     return reads_weights(trainer) or has_weights(Path(source.path))
 
 
 class Placement:
-    """Moves the parts of a model to their device, one after the other, with rank 0's weights on all ranks.
+    """Moves the parts of a model to their device one by one, with rank 0's weights on all ranks.
 
-    A rank holds what it has moved, and no more: a part that is sharded as soon as it is there is whole for a moment.
+    A rank holds only what it has moved: a part that is sharded right after its move is whole for a moment.
 
     Args:
-        unit: The model; on ranks but the first it is on the meta device.
-        device: Of this rank.
-        ranks: All of them go through the same parts together.
+        unit: The model; on the meta device except on rank 0.
+        device: This rank's device.
+        ranks: All of them must move the same parts in the same order.
     """
 
     def __init__(self, unit: nn.Module, device: torch.device, ranks: Ranks) -> None:
         self.device, self.ranks = device, ranks
         own = {name: tensor.dtype for name, tensor in _tensors(unit)}
-        self._dtypes = ranks.broadcast(own)  # reading may keep some tensors in float32
+        self._dtypes = ranks.broadcast(own)  # rank 0's, since reading may keep some tensors in float32
         self._names = {id(tensor): name for name, tensor in _tensors(unit)}
-        self._moved: dict[int, tuple[Tensor, Tensor]] = {}  # with the tensor itself, whose id must stay its own
+        self._moved: dict[
+            int, tuple[Tensor, Tensor]
+        ] = {}  # keeps the original tensor alive, so that its id stays unique
 
     def move(self, part: nn.Module) -> None:
-        """Bring a part of the model here; tensors that it shares with an earlier part are those of that part."""
+        """Move a part of the model. Tensors shared with an earlier part are reused."""
         for module in part.modules():
             slots: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
             for slot in slots:
                 for name, tensor in slot.items():
                     if tensor is not None and id(tensor) in self._names:
-                        slot[name] = self._there(tensor)
+                        slot[name] = self._moved_tensor(tensor)
 
-    def _there(self, tensor: Tensor) -> Tensor:
+    def _moved_tensor(self, tensor: Tensor) -> Tensor:
         if id(tensor) not in self._moved:
             if self.ranks.is_first:
                 here = tensor.detach().to(self.device).contiguous()

@@ -1,1 +1,1 @@
-"""Models: how they load, what they compute, how prompts share a row."""
+"""Models: loading, computation, and prompts that are shared between responses."""

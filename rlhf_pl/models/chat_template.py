@@ -1,4 +1,4 @@
-"""Chat templates: what a row holds goes to the template as it is, unless the template would write it wrongly."""
+"""Chat templates: messages are rendered unchanged, unless the template would write them wrongly."""
 
 import json
 from collections.abc import Callable, Mapping, Sequence
@@ -9,8 +9,8 @@ from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.run_date import strftime_now
 
 Messages = list[dict[str, Any]]
-CALLS = ("tool_calls", "function_call")
-# arguments of `apply_chat_template` that are set here, or have an option of their own
+CALL_KEYS = ("tool_calls", "function_call")
+# arguments of `apply_chat_template` that the trainer sets, or that have their own option
 _RESERVED = (
     "conversation",
     "messages",
@@ -28,31 +28,31 @@ _RESERVED = (
     "tokenizer_kwargs",
     "strftime_now",
 )
-_MARK = "Xqzjw"
+_MARKER = "Xqzjw"
 
 
 def check_template_kwargs(tokenizer: Any, given: Mapping[str, Any] | None, option: str) -> None:
-    """Raise InputError for variables that no chat template is given, or that this one never reads."""
+    """Raise InputError for reserved variables, and for variables that this chat template never reads."""
     check_variables(tokenizer.chat_template, given, option)
 
 
 def check_variables(chat_template: str | Mapping[str, str], given: Mapping[str, Any] | None, option: str) -> None:
-    """Raise InputError for variables that no chat template is given, or that this one, or these, never read."""
-    known = variables_read(chat_template) if given else set()
+    """Raise InputError for reserved variables, and for variables that none of these chat templates reads."""
+    known = find_template_variables(chat_template) if given else set()
     for name in given or ():
         if name in _RESERVED:
-            raise InputError(f"`{option}` gives {name!r}, which is set by the trainer. Leave it out.")
+            raise InputError(f"`{option}` sets {name!r}, which the trainer sets. Remove it.")
         if name not in known:
             raise InputError(
-                f"`{option}` gives {name!r}, which the chat template never reads. Leave it out, or correct the name."
+                f"`{option}` sets {name!r}, which the chat template never reads. Remove it, or correct the name."
             )
 
 
-def variables_read(chat_template: str | Mapping[str, str]) -> set[str]:
-    """The variables that a chat template, or any of several by name, reads without setting them itself.
+def find_template_variables(chat_template: str | Mapping[str, str]) -> set[str]:
+    """The variables that a chat template, or any of several named ones, reads without setting them itself.
 
     Raises:
-        InputError: It is no Jinja template.
+        InputError: A template is not valid Jinja.
     """
     from jinja2 import TemplateError
     from jinja2.meta import find_undeclared_variables
@@ -60,11 +60,11 @@ def variables_read(chat_template: str | Mapping[str, str]) -> set[str]:
 
     sources = list(chat_template.values()) if isinstance(chat_template, Mapping) else [chat_template]
     if not sources or not all(isinstance(source, str) for source in sources):
-        raise InputError("the chat template is no text")
+        raise InputError("the chat template is not text")
     try:
         parsed = [_compile_jinja_template(source).environment.parse(source) for source in sources]
     except TemplateError as error:
-        raise InputError(f"the chat template is no Jinja template: {error}") from error
+        raise InputError(f"the chat template is not a Jinja template: {error}") from error
     return set().union(*map(find_undeclared_variables, parsed))
 
 
@@ -72,8 +72,8 @@ class ChatTemplate:
     """A tokenizer's chat template with its variables.
 
     Args:
-        tokenizer: With a chat template.
-        kwargs: Further variables, such as `{"enable_thinking": False}`; those that the template names are given.
+        tokenizer: Has a chat template.
+        kwargs: Further variables, for example `{"enable_thinking": False}`; the template gets those that it mentions.
     """
 
     def __init__(self, tokenizer: Any, kwargs: Mapping[str, Any] | None = None) -> None:
@@ -86,7 +86,7 @@ class ChatTemplate:
         """The text of a conversation.
 
         Raises:
-            InputError: The template refuses it.
+            InputError: The template rejects it.
         """
         try:
             return self.tokenizer.apply_chat_template(
@@ -96,55 +96,55 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 **self.kwargs,
             )
-        except Exception as error:  # each template refuses in its own way
+        except Exception as error:  # templates raise errors of any class
             roles = [m["role"] for m in messages]
-            raise InputError(f"the chat template refuses the roles {roles}: {error}") from error
+            raise InputError(f"the chat template rejects the roles {roles}: {error}") from error
 
     def prepare(self, messages: Sequence[Any], tools: Any = None, need_tools: bool = True) -> Messages:
-        """The messages in the form in which this template writes all of what they say.
+        """Convert the messages to a form that this template writes completely.
 
-        They stay as they are wherever the template can write them. Else content parts become text or text becomes
-        parts, arguments of tool calls that are JSON text become objects or objects JSON text, null contents become
-        empty, and empty ones beside tool calls null.
+        The messages stay unchanged if the template can write them. Otherwise, content parts become text or text becomes
+        parts, arguments of tool calls are converted from JSON text to objects or back, null contents become empty, and
+        empty contents of messages with tool calls become null.
 
         Args:
             messages: A conversation.
-            tools: The tools that go with it.
-            need_tools: Whether a template that leaves the tools or whole messages out is an error.
+            tools: The conversation's tools.
+            need_tools: Whether it is an error if the template omits the tools or whole messages.
 
         Raises:
-            InputError: The template refuses the messages, or leaves messages, tools or tool calls out.
+            InputError: The template rejects the messages, or omits messages, tools or tool calls.
         """
         given = [{k: v for k, v in message.items() if k != "weight"} for message in messages]
-        prepared, text = self._written(given, tools)
-        if any(_of_tool(m) and str(m["content"]) in text for m in prepared):
-            raise InputError("the chat template writes a tool's result as Python; give it as text (JSON)")
+        prepared, text = self._find_form(given, tools)
+        if any(_is_tool_result(m) and str(m["content"]) in text for m in prepared):
+            raise InputError("the chat template writes a tool's result as Python; provide it as JSON text")
         if tools and need_tools and not self.writes_tools(prepared, tools, text):
             raise InputError(
-                "the chat template does not write the `tools` of this row, so the model would never see them. Give a "
-                "template that does (`chat_template`), or name another column with `columns.tools`"
+                "the chat template does not write the `tools` of this row, so the model would never see them. Set "
+                "`chat_template` to a template that does, or set `columns.tools` to another column"
             )
-        lost = self.lost(prepared, text, tools) if need_tools else []
+        lost = self.find_lost_messages(prepared, text, tools) if need_tools else []
         if lost:
             raise InputError(
                 f"the chat template writes nothing of message {lost[0]} ({prepared[lost[0]]['role']}), so the model "
-                "would never see it. Give a template that does (`chat_template`), or leave such messages out"
+                "would never see it. Set `chat_template` to a template that does, or remove such messages"
             )
         return prepared
 
     def writes_tools(self, messages: Messages, tools: Any, text: str | None = None) -> bool:
-        """Whether the template makes anything of `tools`."""
-        return self._try(messages, None) != (self.render(messages, tools) if text is None else text)
+        """Whether the template's text depends on `tools`."""
+        return self._try_render(messages, None) != (self.render(messages, tools) if text is None else text)
 
-    def _written(self, given: Messages, tools: Any) -> tuple[Messages, str]:
-        """(the first form of the messages that is written rightly, its text): as few changes as possible."""
+    def _find_form(self, given: Messages, tools: Any) -> tuple[Messages, str]:
+        """(the first form of the messages that is written correctly, its text), with as few changes as possible."""
         needed: dict[Callable[[Any], Any], Callable[[Messages, str, Any], bool]] = {
-            _flat: self._mistakes_parts,
-            _parsed: self._mistakes_arguments,
-            _filled: self._mistakes_null,
-            _listed: self._mistakes_text,
-            _dumped: _never,
-            _nulled: _never,
+            _parts_to_text: self._misreads_parts,
+            _arguments_to_objects: self._misreads_arguments,
+            _null_to_empty: self._misreads_null,
+            _text_to_parts: self._misreads_text,
+            _arguments_to_json: _never_misread,
+            _empty_to_null: _never_misread,
         }
         changes = [change for change in needed if [change(m) for m in given] != given]
         refusal = unwritten = None
@@ -159,70 +159,75 @@ class ChatTemplate:
                     refusal = refusal or error
                     continue
                 if self._loses_calls(form, text, tools):
-                    unwritten = "the chat template does not write tool calls. Give one that does (`chat_template`)"
+                    unwritten = "the chat template does not write tool calls. Set `chat_template` to one that does"
                 elif not any(needed[change](form, text, tools) for change in changes if change not in chosen):
                     return form, text
         if unwritten is not None:
             raise InputError(unwritten)
         raise refusal or InputError("the chat template does not write these messages")
 
-    def _try(self, messages: Messages, tools: Any) -> str | None:
+    def _try_render(self, messages: Messages, tools: Any) -> str | None:
         try:
             return self.render(messages, tools)
         except InputError:
             return None
 
-    def _mistakes_parts(self, form: Messages, text: str, tools: Any) -> bool:
-        """Whether one part of text is not written as that text is, by a template that takes text."""
-        plain = [_flat(m) for m in form]
+    def _misreads_parts(self, form: Messages, text: str, tools: Any) -> bool:
+        """Whether a template that takes text writes a single text part differently from the same text."""
+        plain = [_parts_to_text(m) for m in form]
         single = [m | {"content": [{"type": "text", "text": f["content"]}]} if m != f else m
                   for m, f in zip(form, plain, strict=True)]  # fmt: skip
-        as_text = self._try(plain, tools)
-        if as_text is None or (self.lost(plain, as_text, tools) and not self.lost(form, text, tools)):
+        as_text = self._try_render(plain, tools)
+        if as_text is None or (
+            self.find_lost_messages(plain, as_text, tools) and not self.find_lost_messages(form, text, tools)
+        ):
             return False
-        return self._try(single, tools) != as_text
+        return self._try_render(single, tools) != as_text
 
-    def _mistakes_text(self, form: Messages, text: str, tools: Any) -> bool:
-        """Whether text that is not written would be as a part."""
-        if not self.lost(form, text, tools):
+    def _misreads_text(self, form: Messages, text: str, tools: Any) -> bool:
+        """Whether the template omits text that it would write as a content part."""
+        if not self.find_lost_messages(form, text, tools):
             return False
-        parts = [_listed(m) for m in form]
-        as_parts = self._try(parts, tools)
-        if as_parts is None or self.lost(parts, as_parts, tools):
+        parts = [_text_to_parts(m) for m in form]
+        as_parts = self._try_render(parts, tools)
+        if as_parts is None or self.find_lost_messages(parts, as_parts, tools):
             return False
         written = (write(part) for m in parts for part in m.get("content") or () for write in (str, json.dumps))
-        return not any(whole in as_parts for whole in written)  # as Python or JSON writes them
+        return not any(whole in as_parts for whole in written)  # parts printed as Python or JSON do not count
 
-    def lost(self, form: Messages, text: str, tools: Any) -> list[int]:
-        """The messages of whose content nothing is written; text beside a tool call may be left out."""
-        said = [i for i, m in enumerate(form) if not any(m.get(key) for key in CALLS)]
-        said = [i for i in said if any(piece.strip() not in text for piece in _pieces(form[i]))]
-        if not said:
+    def find_lost_messages(self, form: Messages, text: str, tools: Any) -> list[int]:
+        """Indices of messages whose content the template omits; text beside a tool call may be omitted."""
+        missing = [i for i, m in enumerate(form) if not any(m.get(key) for key in CALL_KEYS)]
+        missing = [i for i in missing if any(piece.strip() not in text for piece in _content_texts(form[i]))]
+        if not missing:
             return []
-        marks = {i: f"{_MARK}{i}x" for i in said}
-        marked = self._try([_saying(m, marks[i]) if i in marks else m for i, m in enumerate(form)], tools)
-        return [] if marked is None else [i for i in said if marks[i].casefold() not in marked.casefold()]
+        marks = {i: f"{_MARKER}{i}x" for i in missing}
+        marked = self._try_render([_with_text(m, marks[i]) if i in marks else m for i, m in enumerate(form)], tools)
+        return [] if marked is None else [i for i in missing if marks[i].casefold() not in marked.casefold()]
 
     def _loses_calls(self, form: Messages, text: str, tools: Any) -> bool:
-        """Whether the tool calls of some message are not written."""
+        """Whether the template omits the tool calls of any message."""
         for i, message in enumerate(form):
             bare = _without_calls(message)
-            if any(message.get(key) for key in CALLS) and self._try([*form[:i], bare, *form[i + 1 :]], tools) == text:
+            if (
+                any(message.get(key) for key in CALL_KEYS)
+                and self._try_render([*form[:i], bare, *form[i + 1 :]], tools) == text
+            ):
                 return True
         return False
 
-    def _mistakes_arguments(self, form: Messages, text: str, tools: Any) -> bool:
-        """Whether JSON text is put into JSON once more."""
-        return any(json.dumps(a, ensure_ascii=False) in text or json.dumps(a) in text for a in _texts(form))
+    def _misreads_arguments(self, form: Messages, text: str, tools: Any) -> bool:
+        """Whether the template encodes JSON text as JSON a second time."""
+        return any(json.dumps(a, ensure_ascii=False) in text or json.dumps(a) in text for a in _json_arguments(form))
 
-    def _mistakes_null(self, form: Messages, text: str, tools: Any) -> bool:
-        """Whether a null content is written as `None`."""
-        marked = self._try([m | {"content": _MARK} if _filled(m) != m else m for m in form], tools)
-        return marked is not None and _MARK in marked and marked.replace(_MARK, "None") == text
+    def _misreads_null(self, form: Messages, text: str, tools: Any) -> bool:
+        """Whether the template writes a null content as `None`."""
+        marked = self._try_render([m | {"content": _MARKER} if _null_to_empty(m) != m else m for m in form], tools)
+        return marked is not None and _MARKER in marked and marked.replace(_MARKER, "None") == text
 
 
-def _of_tool(message: Mapping[str, Any]) -> bool:
-    """Whether a content is an object, a truth value or a list of other things than parts, as tools return them."""
+def _is_tool_result(message: Mapping[str, Any]) -> bool:
+    """Whether a content is an object, a boolean or a list of values that are not parts, as tools return them."""
     content = message.get("content")
     return isinstance(content, Mapping | list | bool) and not _is_parts(content)
 
@@ -233,80 +238,80 @@ def _is_parts(content: Any) -> bool:
     return all(isinstance(part, Mapping) and part.get("type") == "text" for part in content)
 
 
-def _flat(message: dict[str, Any]) -> dict[str, Any]:
-    """Content parts as one text, as vLLM joins them."""
+def _parts_to_text(message: dict[str, Any]) -> dict[str, Any]:
+    """Join content parts to one text, as vLLM does."""
     content: Any = message.get("content")
     return message | {"content": "\n".join(part["text"] for part in content)} if _is_parts(content) else message
 
 
-def _listed(message: dict[str, Any]) -> dict[str, Any]:
-    """A text as the one part of a content."""
+def _text_to_parts(message: dict[str, Any]) -> dict[str, Any]:
+    """Make a text the only part of a content."""
     content = message.get("content")
-    return _saying(message | {"content": [content]}, content) if isinstance(content, str) else message
+    return _with_text(message | {"content": [content]}, content) if isinstance(content, str) else message
 
 
-def _saying(message: dict[str, Any], text: str) -> dict[str, Any]:
-    """The message with another text in place of its own, or of its parts."""
+def _with_text(message: dict[str, Any], text: str) -> dict[str, Any]:
+    """Replace the message's text, or its parts, by another text."""
     as_parts = isinstance(message.get("content"), list)
     return message | {"content": [{"type": "text", "text": text}] if as_parts else text}
 
 
-def _pieces(message: Mapping[str, Any]) -> list[str]:
-    """The texts in a content."""
+def _content_texts(message: Mapping[str, Any]) -> list[str]:
+    """The texts of a message's content."""
     content: Any = message.get("content")
     if isinstance(content, str):
         return [content]
     return [part["text"] for part in content] if _is_parts(content) else []
 
 
-def _nulled(message: dict[str, Any]) -> dict[str, Any]:
-    """No content beside tool calls in place of an empty one."""
+def _empty_to_null(message: dict[str, Any]) -> dict[str, Any]:
+    """Replace an empty content beside tool calls by null."""
     return message | {"content": None} if message.get("content") == "" and message.get("tool_calls") else message
 
 
-def _never(form: Messages, text: str, tools: Any) -> bool:
-    """No mistake: for changes that are only made where the template refuses, or leaves tool calls out."""
+def _never_misread(form: Messages, text: str, tools: Any) -> bool:
+    """For changes that are only made where the template rejects the messages or omits tool calls."""
     return False
 
 
-def _filled(message: dict[str, Any]) -> dict[str, Any]:
-    """An empty content in place of none."""
+def _null_to_empty(message: dict[str, Any]) -> dict[str, Any]:
+    """Replace a null content by an empty one."""
     return message if message.get("content") is not None else message | {"content": ""}
 
 
-def _parsed(message: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of tool calls as objects where they are JSON text."""
-    return _with_arguments(message, _as_object)
+def _arguments_to_objects(message: dict[str, Any]) -> dict[str, Any]:
+    """Parse arguments of tool calls that are JSON text."""
+    return _change_arguments(message, _parse_object)
 
 
-def _dumped(message: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of tool calls as JSON text where they are objects."""
-    return _with_arguments(message, lambda a: json.dumps(a, ensure_ascii=False) if isinstance(a, Mapping) else None)
+def _arguments_to_json(message: dict[str, Any]) -> dict[str, Any]:
+    """Write arguments of tool calls that are objects as JSON text."""
+    return _change_arguments(message, lambda a: json.dumps(a, ensure_ascii=False) if isinstance(a, Mapping) else None)
 
 
-def _with_arguments(message: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
+def _change_arguments(message: dict[str, Any], change: Callable[[Any], Any]) -> dict[str, Any]:
     calls = message.get("tool_calls")
-    return message | {"tool_calls": [_changed_call(c, change) for c in calls]} if isinstance(calls, list) else message
+    return message | {"tool_calls": [_change_call(c, change) for c in calls]} if isinstance(calls, list) else message
 
 
-def _changed_call(call: Any, change: Callable[[Any], Any]) -> Any:
+def _change_call(call: Any, change: Callable[[Any], Any]) -> Any:
     if not isinstance(call, Mapping):
         return call
     if isinstance(call.get("function"), Mapping):
-        return {**call, "function": _changed_call(call["function"], change)}
+        return {**call, "function": _change_call(call["function"], change)}
     value = change(call.get("arguments"))
     return call if value is None else {**call, "arguments": value}
 
 
-def _texts(messages: Messages) -> list[str]:
-    """Arguments of tool calls that are objects as JSON text."""
+def _json_arguments(messages: Messages) -> list[str]:
+    """Arguments of tool calls that are JSON text of an object."""
     given = [m.get("tool_calls") for m in messages]
     calls = [call for listed in given if isinstance(listed, list) for call in listed if isinstance(call, Mapping)]
     inner = [call["function"] if isinstance(call.get("function"), Mapping) else call for call in calls]
-    return [c["arguments"] for c in inner if _as_object(c.get("arguments")) is not None]
+    return [c["arguments"] for c in inner if _parse_object(c.get("arguments")) is not None]
 
 
-def _as_object(arguments: Any) -> dict[str, Any] | None:
+def _parse_object(arguments: Any) -> dict[str, Any] | None:
     if not isinstance(arguments, str):
         return None
     try:
@@ -317,4 +322,4 @@ def _as_object(arguments: Any) -> dict[str, Any] | None:
 
 
 def _without_calls(message: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in message.items() if k not in CALLS}
+    return {k: v for k, v in message.items() if k not in CALL_KEYS}

@@ -1,4 +1,4 @@
-"""The heads of reward models' checkpoints: under what names they come, and whether they are one linear layer."""
+"""The heads of reward models' checkpoints: how to find them under other names, and what they must be."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -6,12 +6,12 @@ from typing import Any
 
 import torch
 
-from rlhf_pl.models.load_whole import New, check_whole, refuse_gaps
+from rlhf_pl.models.load_whole import IsNew, check_loading_info, check_whole
 from rlhf_pl.models.pretrained_files import WeightFiles
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
 
-# what reward models call their head: transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
+# names of the head in checkpoints of transformers, TRL, DeepSpeed-Chat and Starling, OpenRLHF, CleanRL
 HEADS = (
     "score",
     "classifier",
@@ -28,21 +28,21 @@ HEADS = (
 
 @dataclass(frozen=True)
 class HeadPlan:
-    """How a checkpoint fills transformers' classifier.
+    """How to load a checkpoint into transformers' classifier.
 
     Args:
-        rename: The classifier's names by the checkpoint's; None if they are the same.
+        rename: Maps the checkpoint's tensor names to the classifier's; None if they are the same.
     """
 
     rename: dict[str, str] | None = None
 
 
 def find_head(source: ModelSource, files: WeightFiles) -> HeadPlan:
-    """How the checkpoint fills the head of transformers' classifier with one output.
+    """Find out how to load the checkpoint into transformers' classifier with one output.
 
     Args:
-        source: Names the architecture.
-        files: The checkpoint's.
+        source: Defines the architecture.
+        files: The checkpoint's weight files.
 
     Raises:
         InputError: The head is missing (the tensors are listed), has several layers, or has several outputs.
@@ -56,7 +56,7 @@ def find_head(source: ModelSource, files: WeightFiles) -> HeadPlan:
         _check_outputs(files, given[output])
         return HeadPlan()
     backbone = [name.removeprefix(prefix) for name in own if name.startswith(prefix)]
-    given_prefix = _backbone_prefix(backbone, given)
+    given_prefix = _find_backbone_prefix(backbone, given)
     weight = next((n for h in HEADS for n in given if f".{n}".endswith(f".{h}.weight")), None)
     if len(head) == 1 and given_prefix is not None and weight is not None:
         width = own[output].shape[1]
@@ -73,13 +73,13 @@ def find_head(source: ModelSource, files: WeightFiles) -> HeadPlan:
         + (
             f"It has {', '.join(similar[:6])}, which is not one linear layer on top of this architecture."
             if similar
-            else "It is no reward model, and a head of random numbers would give random scores."
+            else "It is not a reward model, and a random head would give random scores."
         )
     )
 
 
-def _backbone_prefix(backbone: list[str], given: dict[str, tuple[int, ...]]) -> str | None:
-    """What stands in front of the backbone's names in a checkpoint; None if the backbone is not whole there."""
+def _find_backbone_prefix(backbone: list[str], given: dict[str, tuple[int, ...]]) -> str | None:
+    """The prefix of the backbone's names in a checkpoint; None if the backbone is not complete there."""
     longest = max(backbone, key=len)
     prefixes = sorted({name.removesuffix(longest) for name in given if name.endswith(longest)}, key=len)
     return next((p for p in prefixes if all(p + name in given for name in backbone)), None)
@@ -89,12 +89,12 @@ def _check_outputs(files: WeightFiles, shape: tuple[int, ...]) -> None:
     if shape[0] != 1:
         raise InputError(
             f"`{files.source.option}`: {files.source.path!r} has {shape[0]} labels; a reward model has 1. A classifier "
-            "of several classes gives no single reward; ArmoRM is loaded by `ArmoRMReward`."
+            "with several classes does not give a single reward; ArmoRM is loaded by `ArmoRMReward`."
         )
 
 
 def empty_classifier(source: ModelSource) -> Any:
-    """transformers' classifier of this architecture with one output, without memory for its weights."""
+    """transformers' classifier of this architecture with one output, on the meta device."""
     from transformers import AutoModelForSequenceClassification
 
     config = deepcopy(source.config)
@@ -102,12 +102,12 @@ def empty_classifier(source: ModelSource) -> Any:
     try:
         with torch.device("meta"):
             return AutoModelForSequenceClassification.from_config(config, trust_remote_code=source.trust_remote_code)
-    except Exception as error:  # numbers that fit no model come out of its layers as errors of every kind
-        raise source.unbuildable("sequence classifier", error) from error
+    except Exception as error:  # an invalid config can raise any error class in the model's layers
+        raise source.build_error("sequence classifier", error) from error
 
 
 def has_head(source: ModelSource) -> bool:
-    """Whether a checkpoint brings the head of a reward model."""
+    """Whether a checkpoint contains the head of a reward model."""
     try:
         find_head(source, WeightFiles(source))
     except InputError:
@@ -115,17 +115,17 @@ def has_head(source: ModelSource) -> bool:
     return True
 
 
-def is_of_head(model: Any, name: str) -> bool:
-    """Whether a tensor of a classifier is its head's, or its pooler's: what a new one draws."""
+def is_head_tensor(model: Any, name: str) -> bool:
+    """Whether a tensor belongs to a classifier's head or pooler, which a new classifier initialises."""
     return not name.startswith(f"{model.base_model_prefix}.") or ".pooler." in name
 
 
 def check_classifier(source: ModelSource, weights: ModelSource | None = None) -> None:
-    """Refuse a reward model whose files are damaged, lack weights or contradict each other; reads no weights.
+    """Refuse a reward model whose files are damaged, incomplete or inconsistent. Reads no weights.
 
     Args:
         source: Config and tokenizer.
-        weights: Where the weights are, if not in `source`.
+        weights: Location of the weights, if not `source`.
 
     Raises:
         InputError: Names the file and what is wrong.
@@ -134,7 +134,7 @@ def check_classifier(source: ModelSource, weights: ModelSource | None = None) ->
     files = WeightFiles(weights)
     rename = find_head(source, files).rename
     if rename is None and weights is source:
-        _check_own(source)
+        _check_own_head(source)
         return
     model = empty_classifier(source)
     own = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
@@ -143,21 +143,21 @@ def check_classifier(source: ModelSource, weights: ModelSource | None = None) ->
     wrong = [
         (name, given[name], shape)
         for name, shape in own.items()
-        if name in given and given[name] != shape and not is_of_head(model, name)  # a head may be flat
+        if name in given and given[name] != shape and not is_head_tensor(model, name)  # a head may be a vector
     ]
-    refuse_gaps(weights, model, {"missing_keys": own.keys() - given.keys(), "mismatched_keys": wrong})
+    check_loading_info(weights, model, {"missing_keys": own.keys() - given.keys(), "mismatched_keys": wrong})
 
 
 def check_new_classifier(source: ModelSource) -> None:
-    """The same of the backbone of a reward model that is to be trained, whose head may be missing."""
+    """Like `check_classifier`, for the start of a reward model's training: the head may be missing."""
     empty_classifier(source)
     if has_head(source):
         check_classifier(source)
     else:
-        _check_own(source, is_of_head)
+        _check_own_head(source, is_head_tensor)
 
 
-def _check_own(source: ModelSource, is_new: New = lambda model, name: False) -> None:
+def _check_own_head(source: ModelSource, is_new: IsNew = lambda model, name: False) -> None:
     from transformers import AutoModelForSequenceClassification
 
     config = deepcopy(source.config)

@@ -1,4 +1,4 @@
-"""Where a model computes and in which dtype, as the Trainer's strategy and precision say."""
+"""Device and dtype of a model's computation, from the Trainer's strategy and precision."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,12 +13,12 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Compute:
-    """What a model's kernels depend on.
+    """Device and dtypes that a model computes with; its choice of kernels depends on them.
 
     Args:
-        device: Where it runs.
-        dtype: Of the weights when they multiply; None for the dtype they are loaded in.
-        autocast: The dtype autocast casts to; None without it.
+        device: The model's device.
+        dtype: Dtype of the weights in matrix products; None for the dtype they are loaded in.
+        autocast: Dtype of autocast; None without autocast.
         sharded: Whether the strategy shards the weights, and casts them itself.
     """
 
@@ -28,16 +28,16 @@ class Compute:
     sharded: bool = False
 
     def weights_dtype(self, loaded: torch.dtype) -> torch.dtype:
-        """Dtype of the weights when they multiply, of a model loaded in `loaded`."""
+        """Dtype of the weights in matrix products, for a model loaded in `loaded`."""
         return loaded if self.dtype is None else self.dtype
 
 
-def compute_of(trainer: L.Trainer | None) -> Compute:
-    """How a module's model computes under this Trainer.
+def get_compute(trainer: L.Trainer | None) -> Compute:
+    """Device and dtypes of a module's model under this Trainer.
 
-    `bf16-mixed` multiplies bfloat16 copies of the weights: of one's own on a device that holds all of them (see
-    `WorkingCopy`), FSDP's where they are sharded. `16-mixed` is autocast's, which scales nothing down that could
-    overflow.
+    `bf16-mixed` computes with bfloat16 copies of the weights: those of `WorkingCopy` on a device that holds all
+    weights, FSDP's where the weights are sharded. `16-mixed` uses autocast, which keeps operations that could overflow
+    in float32.
     """
     if trainer is None:
         return Compute()

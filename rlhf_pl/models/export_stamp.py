@@ -1,4 +1,4 @@
-"""What an exported model's folder was written as, so that a file which is cut or changed later is noticed."""
+"""The record of an exported model's files, to detect files that are truncated or changed later."""
 
 import hashlib
 import json
@@ -11,8 +11,8 @@ STAMP = "rlhf_pl.json"
 NOT_EXPORTS = {"rounds", "heldout", "checkpoints"}  # in the run directory
 
 
-def stamp_of(folder: Path) -> dict[str, Any] | None:
-    """What the export that is there was made from, if there is one that says so."""
+def read_stamp(folder: Path) -> dict[str, Any] | None:
+    """The record of an export; None if the folder has none, or it is not valid."""
     try:
         content = json.loads((folder / STAMP).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
@@ -21,7 +21,7 @@ def stamp_of(folder: Path) -> dict[str, Any] | None:
 
 
 def file_records(folder: Path) -> dict[str, dict[str, Any]]:
-    """Size in bytes and SHA-256 of every file in a folder, by its path there."""
+    """Size in bytes and SHA-256 of every file in a folder, by its relative path."""
     return {
         file.relative_to(folder).as_posix(): {"size": file.stat().st_size, "sha256": _checksum(file)}
         for file in sorted(folder.rglob("*"))
@@ -29,22 +29,22 @@ def file_records(folder: Path) -> dict[str, dict[str, Any]]:
     }
 
 
-def damaged_files(folder: Path, checksums: bool) -> list[Path]:
-    """The files of an export that are not as they were written; those of earlier versions had no list of them.
+def find_damaged_files(folder: Path, checksums: bool) -> list[Path]:
+    """The files of an export that have changed since it was written. Earlier versions recorded no files.
 
     Args:
         folder: The exported model.
-        checksums: Whether to read the files; otherwise their sizes are compared.
+        checksums: Whether to read the files and compare their hashes; otherwise only sizes are compared.
     """
-    stamp = stamp_of(folder)
+    stamp = read_stamp(folder)
     if stamp is None:
         return [folder / STAMP]
     records = stamp.get("files", {})
-    return [folder / name for name, record in sorted(records.items()) if not _is_as_written(folder / name, record,
+    return [folder / name for name, record in sorted(records.items()) if not _is_unchanged(folder / name, record,
                                                                                            checksums)]  # fmt: skip
 
 
-def _is_as_written(file: Path, record: Any, checksums: bool) -> bool:
+def _is_unchanged(file: Path, record: Any, checksums: bool) -> bool:
     try:
         if not file.is_file() or file.stat().st_size != record["size"]:
             return False
@@ -53,13 +53,13 @@ def _is_as_written(file: Path, record: Any, checksums: bool) -> bool:
         return False
 
 
-def exports(run_dir: Path) -> Iterator[Path]:
-    """The exported models in a run directory, adapters aside."""
-    for folder, inside, files in os.walk(run_dir):
+def find_exports(run_dir: Path) -> Iterator[Path]:
+    """The exported models in a run directory, without adapters."""
+    for folder, subfolders, files in os.walk(run_dir):
         if STAMP in files:
-            inside.clear()
+            subfolders.clear()
             yield Path(folder)
-        inside[:] = sorted(name for name in inside if not name.startswith(".") and name not in NOT_EXPORTS)
+        subfolders[:] = sorted(name for name in subfolders if not name.startswith(".") and name not in NOT_EXPORTS)
 
 
 def _checksum(file: Path) -> str:

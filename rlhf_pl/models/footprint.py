@@ -1,4 +1,4 @@
-"""How much memory training on pairs takes, told from a model's config: no weights are loaded."""
+"""Estimates of the memory that training on pairs takes, from a model's config, without loading weights."""
 
 from copy import deepcopy
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from rlhf_pl.models.source import ModelSource
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
-LOGIT_COPIES = 4  # float32 copies of a block of logits at the peak, with what matrix products pack
+LOGIT_COPIES = 4  # float32 copies of a block of logits at the peak, including buffers of matrix products
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class ModelSize:
     """Numbers of parameters.
 
     Args:
-        total: All of them, tied ones once.
-        trainable: Those that train.
-        adapters: Of these, in adapters.
-        layer: Of one decoder layer.
-        rest: Outside of the layers: embeddings, head, norms.
+        total: All parameters; tied ones count once.
+        trainable: Trainable parameters, including adapters.
+        adapters: Parameters of adapters.
+        layer: Parameters of one decoder layer.
+        rest: Parameters outside the layers: embeddings, head, norms.
         layers: Number of decoder layers.
     """
 
@@ -41,10 +41,10 @@ class ModelSize:
 
 
 def model_size(config: Any, trainable_layers: int | None = None, lora: Any = None) -> ModelSize:
-    """Of the model that `config` describes."""
+    """Count the parameters of the model that `config` describes."""
     model = meta_lm(config)
     layers = decoder_layers(model)
-    total, layer = _count(model), _count(layers[0])
+    total, layer = _count_parameters(model), _count_parameters(layers[0])
     rest = total - layer * len(layers)
     adapters = 0
     if lora is not None:
@@ -54,12 +54,12 @@ def model_size(config: Any, trainable_layers: int | None = None, lora: Any = Non
         trainable = adapters
     elif trainable_layers is not None:
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-        trainable = trainable_layers * layer + (0 if tied else _count(model.get_output_embeddings()))
+        trainable = trainable_layers * layer + (0 if tied else _count_parameters(model.get_output_embeddings()))
     return ModelSize(total + adapters, trainable, adapters, layer, rest, len(layers))
 
 
 def reward_bytes(reward: Any) -> int:
-    """Of the weights of reward models in this process."""
+    """Size of the weights of all reward models in this process, bytes."""
     total = 0
     for part in getattr(reward, "parts", [reward]):
         source = getattr(part, "source", None)
@@ -70,7 +70,7 @@ def reward_bytes(reward: Any) -> int:
 
 
 def trainer_bytes(module: nn.Module, device: torch.device) -> int:
-    """What a module keeps on a device between training steps once it has trained: weights, copies, AdamW's moments."""
+    """Memory that a module holds on a device between training steps: weights, copies, AdamW's moments; bytes."""
     compute: Any = getattr(getattr(module, "policy", None), "compute", Compute())
     total = 0
     for parameter in module.parameters():
@@ -84,19 +84,19 @@ def trainer_bytes(module: nn.Module, device: torch.device) -> int:
     return total
 
 
-def _count(module: nn.Module) -> int:
+def _count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters())
 
 
 @dataclass(frozen=True)
 class Kernels:
-    """What activations depend on beside shapes.
+    """Kernels that determine which activations are saved.
 
     Args:
-        half: Weights multiply in half precision.
-        attention: Of transformers.
-        flash: One call of flash attention a layer, which keeps queries, keys, values and its output.
-        liger: liger-kernel computes norms and MLPs.
+        half: Whether matrix products are in half precision.
+        attention: Attention implementation of transformers.
+        flash: Whether each layer calls flash attention once, which saves queries, keys, values and its output.
+        liger: Whether liger-kernel computes norms and MLPs.
     """
 
     half: bool
@@ -106,13 +106,13 @@ class Kernels:
 
 
 def activation_bytes(config: Any, rows: int, tokens: int, kernels: Kernels, checkpointing: bool) -> int:
-    """What the backbone keeps for the backward pass, bytes.
+    """Memory that the backbone saves for the backward pass, bytes.
 
-    The model of one and of two layers goes through a forward pass on tensors without memory, and what autograd saves is
-    added up; a further layer keeps what the second one does. With `checkpointing` a layer keeps its input, and one
-    layer at a time everything.
+    Runs a forward pass of one and of two layers on fake tensors and adds up what autograd saves; each further layer
+    saves as much as the second one. With `checkpointing`, each layer saves only its input, and one layer at a time
+    saves everything.
     """
-    one, two = (_saved(config, layers, rows, tokens, kernels) for layers in (1, 2))
+    one, two = (_count_saved_bytes(config, layers, rows, tokens, kernels) for layers in (1, 2))
     layers = config.get_text_config().num_hidden_layers
     if checkpointing:
         hidden = rows * tokens * config.get_text_config().hidden_size * (2 if kernels.half else 4)
@@ -120,7 +120,7 @@ def activation_bytes(config: Any, rows: int, tokens: int, kernels: Kernels, chec
     return one + (layers - 1) * (two - one)
 
 
-def _saved(config: Any, layers: int, rows: int, tokens: int, kernels: Kernels) -> int:
+def _count_saved_bytes(config: Any, layers: int, rows: int, tokens: int, kernels: Kernels) -> int:
     from torch._subclasses.fake_tensor import FakeTensorMode
     from transformers import AutoModelForCausalLM
 
@@ -128,17 +128,17 @@ def _saved(config: Any, layers: int, rows: int, tokens: int, kernels: Kernels) -
     config.get_text_config().num_hidden_layers = layers
     with FakeTensorMode(allow_non_fake_inputs=True):
         dtype = torch.bfloat16 if kernels.half else torch.float32
-        attention = _flash() if kernels.flash else kernels.attention
+        attention = _register_flash_stand_in() if kernels.flash else kernels.attention
         model = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
         if kernels.liger:
-            _keep_what_liger_keeps(model)
+            _save_as_liger_does(model)
         weights = {p.untyped_storage()._cdata for p in model.parameters()}
         kept: dict[int, tuple[int, Any]] = {}
 
         def pack(tensor: torch.Tensor) -> torch.Tensor:
             storage = tensor.untyped_storage()
             if storage._cdata not in weights:
-                kept[storage._cdata] = (storage.nbytes(), tensor)  # the tensor too: its address must stay its own
+                kept[storage._cdata] = (storage.nbytes(), tensor)  # keep the tensor, so that its address is not reused
             return tensor
 
         ids = torch.zeros(rows, tokens, dtype=torch.long)
@@ -148,34 +148,34 @@ def _saved(config: Any, layers: int, rows: int, tokens: int, kernels: Kernels) -
         return sum(size for size, _ in kept.values())
 
 
-def _flash() -> str:
-    """An attention, as transformers knows it, that keeps what flash attention does."""
+def _register_flash_stand_in() -> str:
+    """Register an attention with transformers that saves the same tensors as flash attention."""
     from transformers import AttentionInterface
     from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
     name = "rlhf_pl_footprint"
 
     def attention(module: Any, query: Any, key: Any, value: Any, mask: Any, **kwargs: Any) -> tuple[Any, None]:
-        return _Keeping.apply(query, key, value).transpose(1, 2).contiguous(), None
+        return _SaveInputs.apply(query, key, value).transpose(1, 2).contiguous(), None
 
     AttentionInterface.register(name, attention)
     AttentionMaskInterface.register(name, sdpa_mask)
     return name
 
 
-def _keep_what_liger_keeps(model: nn.Module) -> None:
-    """Norms that keep their input, and gated MLPs that keep the two products that are multiplied."""
+def _save_as_liger_does(model: nn.Module) -> None:
+    """Make norms save their input, and gated MLPs save the two factors of their product, as liger-kernel does."""
     for module in model.modules():
         if type(module).__name__.endswith("RMSNorm"):
-            module.forward = lambda hidden: _Keeping.apply(hidden)
+            module.forward = lambda hidden: _SaveInputs.apply(hidden)
         elif all(hasattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")):
             module.forward = lambda hidden, mlp=module: mlp.down_proj(
-                _Keeping.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden))
+                _SaveInputs.apply(mlp.gate_proj(hidden), mlp.up_proj(hidden))
             )
 
 
-class _Keeping(torch.autograd.Function):
-    """Something of the size of its inputs, which it keeps."""
+class _SaveInputs(torch.autograd.Function):
+    """Returns a tensor like its first input and saves all inputs."""
 
     @staticmethod
     def forward(ctx: Any, *inputs: torch.Tensor) -> torch.Tensor:
@@ -184,26 +184,26 @@ class _Keeping(torch.autograd.Function):
 
 
 def head_bytes(config: Any, chunk_tokens: int, on_gpu: bool, half: bool, trains: bool = True) -> int:
-    """What the output head takes at the peak of its backward pass: logits, and the gradient of its weights.
+    """Peak memory of the output head's backward pass: logits, and the gradient of its weights; bytes.
 
     Args:
-        config: The model's.
-        chunk_tokens: Tokens of a block.
-        on_gpu: Whether a block is of the whole vocabulary.
-        half: Weights multiply in half precision.
-        trains: Whether there is that gradient.
+        config: The model's config.
+        chunk_tokens: Tokens per chunk.
+        on_gpu: Whether the GPU kernels run, which compute a chunk over the whole vocabulary.
+        half: Whether matrix products are in half precision.
+        trains: Whether the head's weights get a gradient.
     """
     text = config.get_text_config()
     weights = text.vocab_size * text.hidden_size
     if on_gpu:
-        # a chunk's logits and their gradient; the weights' gradient summed in float32 and then cast
+        # a chunk's logits and their gradient; the gradient of the weights in float32 and its cast copy
         return chunk_tokens * text.vocab_size * (6 if half else 8) + trains * weights * (6 if half else 4)
     block = LOGIT_COPIES * 4 * chunk_tokens * min(text.vocab_size, VOCABULARY_BLOCK)
     return block + trains * weights * (2 if half else 4)
 
 
 def kv_bytes(config: Any, sequences: int, tokens: int, dtype_bytes: int) -> int:
-    """A cache of keys and values."""
+    """Size of a KV cache, bytes."""
     text = config.get_text_config()
     heads = getattr(text, "num_key_value_heads", None) or text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads

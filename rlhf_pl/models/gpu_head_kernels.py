@@ -1,15 +1,15 @@
-"""Triton kernels of the output head; a module of their own because Triton is there on GPUs alone."""
+"""Triton kernels of the output head, in their own module because Triton is installed only with GPUs."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def _logit(raw, bias, places, inside, scale, cap, inverse, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
-    """Logits over the temperature, and what their derivative by the raw product is."""
+def _logit(raw, bias, columns, in_vocabulary, scale, cap, inverse, HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr):
+    """Logits divided by the temperature, and their derivative with respect to the raw product."""
     value = raw
     if HAS_BIAS:
-        value += tl.load(bias + places, mask=inside, other=0.0).to(tl.float32)
+        value += tl.load(bias + columns, mask=in_vocabulary, other=0.0).to(tl.float32)
     value *= scale
     slope = scale * inverse
     if HAS_CAP:
@@ -21,41 +21,41 @@ def _logit(raw, bias, places, inside, scale, cap, inverse, HAS_BIAS: tl.constexp
 
 @triton.jit
 def forward(
-    logits, bias, targets, logps, totals, stride, size, scale, cap, inverse,
+    logits, bias, targets, logps, log_sum_exps, stride, size, scale, cap, inverse,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A row: log-sum-exp of its logits into `totals`, and the target's log-prob into `logps`."""
+    """One row: writes the log-sum-exp of its logits to `log_sum_exps`, and the target's log-prob to `logps`."""
     row = tl.program_id(0).to(tl.int64)
     target = tl.load(targets + row)
-    top = -float("inf")
+    maximum = -float("inf")
     total = 0.0
-    wanted = 0.0
+    target_logit = 0.0
     for start in range(0, size, BLOCK):
-        places = start + tl.arange(0, BLOCK)
-        inside = places < size
-        raw = tl.load(logits + row * stride + places, mask=inside, other=0.0)
-        value, _ = _logit(raw, bias, places, inside, scale, cap, inverse, HAS_BIAS, HAS_CAP)
-        wanted += tl.sum(tl.where(places == target, value, 0.0))
-        value = tl.where(inside, value, -float("inf"))
-        higher = tl.maximum(top, tl.max(value))
-        total = total * tl.exp(top - higher) + tl.sum(tl.exp(value - higher))
-        top = higher
-    total = top + tl.log(total)
-    tl.store(totals + row, total)
-    tl.store(logps + row, wanted - total)
+        columns = start + tl.arange(0, BLOCK)
+        in_vocabulary = columns < size
+        raw = tl.load(logits + row * stride + columns, mask=in_vocabulary, other=0.0)
+        value, _ = _logit(raw, bias, columns, in_vocabulary, scale, cap, inverse, HAS_BIAS, HAS_CAP)
+        target_logit += tl.sum(tl.where(columns == target, value, 0.0))
+        value = tl.where(in_vocabulary, value, -float("inf"))
+        new_maximum = tl.maximum(maximum, tl.max(value))
+        total = total * tl.exp(maximum - new_maximum) + tl.sum(tl.exp(value - new_maximum))
+        maximum = new_maximum
+    total = maximum + tl.log(total)
+    tl.store(log_sum_exps + row, total)
+    tl.store(logps + row, target_logit - total)
 
 
 @triton.jit
 def backward(
-    logits, bias, targets, totals, gradient, of_logits, stride, size, scale, cap, inverse,
+    logits, bias, targets, log_sum_exps, gradient, grad_logits, stride, size, scale, cap, inverse,
     HAS_BIAS: tl.constexpr, HAS_CAP: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """A block of a row: the gradient of the raw products."""
+    """One block of a row: writes the gradient of the raw products to `grad_logits`."""
     row = tl.program_id(0).to(tl.int64)
-    places = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    inside = places < size
-    raw = tl.load(logits + row * stride + places, mask=inside, other=0.0)
-    value, slope = _logit(raw, bias, places, inside, scale, cap, inverse, HAS_BIAS, HAS_CAP)
-    chosen = (places == tl.load(targets + row)).to(tl.float32)
-    found = tl.load(gradient + row) * slope * (chosen - tl.exp(value - tl.load(totals + row)))
-    tl.store(of_logits + row * size + places, found, mask=inside)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    in_vocabulary = columns < size
+    raw = tl.load(logits + row * stride + columns, mask=in_vocabulary, other=0.0)
+    value, slope = _logit(raw, bias, columns, in_vocabulary, scale, cap, inverse, HAS_BIAS, HAS_CAP)
+    is_target = (columns == tl.load(targets + row)).to(tl.float32)
+    result = tl.load(gradient + row) * slope * (is_target - tl.exp(value - tl.load(log_sum_exps + row)))
+    tl.store(grad_logits + row * size + columns, result, mask=in_vocabulary)

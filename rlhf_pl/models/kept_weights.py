@@ -1,4 +1,4 @@
-"""The weights that a policy had before it trained on a round, kept in the memory of the CPU."""
+"""The weights of a policy before it trained on a round, stored in CPU memory."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -11,53 +11,55 @@ from torch.distributed.tensor import DTensor
 
 
 class KeptWeights:
-    """A copy of all weights that train, which can take their place for a while.
+    """A copy of all trainable weights, which can temporarily replace the current ones.
 
-    A rank keeps its own shards alone. Nothing is added to a GPU's memory but one tensor at a time.
+    Each rank stores only its own shards. GPU memory grows by one tensor at a time.
 
     Args:
-        module: Holds the policy; nothing of it is in use while a copy is made or put in place.
+        module: Holds the policy, which must be idle while weights are copied or swapped.
     """
 
     def __init__(self, module: L.LightningModule) -> None:
         self.module = module
         reshard(module)
-        self._kept = [tensor.to("cpu", copy=True) for _, tensor in _trained(module)]
+        self._kept = [tensor.to("cpu", copy=True) for _, tensor in _trainable_tensors(module)]
 
     @classmethod
-    def of_state(cls, module: L.LightningModule, state: Mapping[str, Tensor], prefix: str) -> "KeptWeights":
-        """Of whole tensors, by their names in the module after `prefix`; for modules that are not sharded."""
+    def from_state(cls, module: L.LightningModule, state: Mapping[str, Tensor], prefix: str) -> "KeptWeights":
+        """Copy whole tensors, named as in the module without `prefix`; for modules that are not sharded."""
         kept = cls.__new__(cls)
         kept.module = module
-        kept._kept = [state[n.removeprefix(prefix)].detach().to("cpu", t.dtype, copy=True) for n, t in _trained(module)]
+        kept._kept = [
+            state[n.removeprefix(prefix)].detach().to("cpu", t.dtype, copy=True) for n, t in _trainable_tensors(module)
+        ]
         return kept
 
     def update(self) -> None:
-        """Keep the present weights instead."""
+        """Store the module's current weights."""
         reshard(self.module)
-        for kept, (_, own) in zip(self._kept, _trained(self.module), strict=True):
+        for kept, (_, own) in zip(self._kept, _trainable_tensors(self.module), strict=True):
             kept.copy_(own)
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """In which the module has the weights that were kept."""
-        self._exchange()
+    def swapped_in(self) -> Iterator[None]:
+        """Give the module the stored weights inside the context."""
+        self._swap()
         try:
             yield
         finally:
-            self._exchange()
+            self._swap()
 
     @torch.no_grad()
-    def _exchange(self) -> None:
+    def _swap(self) -> None:
         reshard(self.module)
-        for kept, (_, own) in zip(self._kept, _trained(self.module), strict=True):
-            present = own.clone()
+        for kept, (_, own) in zip(self._kept, _trainable_tensors(self.module), strict=True):
+            current = own.clone()
             own.copy_(kept)
-            kept.copy_(present)
+            kept.copy_(current)
 
 
-def _trained(module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
-    """What the optimizer writes to, on this rank."""
+def _trainable_tensors(module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
+    """Names and tensors that the optimizer updates on this rank."""
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
             own = parameter.detach()
@@ -65,7 +67,7 @@ def _trained(module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
 
 
 def reshard(module: L.LightningModule) -> None:
-    """Drop what FSDP holds of whole weights after a forward pass: it would not see that the shards have changed."""
+    """Free the full weights that FSDP keeps after a forward pass: it would not notice that the shards have changed."""
     from torch.distributed.fsdp import FSDPModule
     from torch.distributed.fsdp import FullyShardedDataParallel as FSDP
 
@@ -78,7 +80,7 @@ def reshard(module: L.LightningModule) -> None:
 
 
 def _reshard_unit(handle: Any) -> None:
-    """Of FSDP1; one that has no weights, or has not been used yet, has nothing to drop."""
+    """Reshard a unit of FSDP1, unless it has no weights or was never used."""
     if handle is None or not hasattr(handle.flat_param, "_full_param_padded"):
         return
     if handle.uses_sharded_strategy and not handle.needs_unshard():

@@ -1,4 +1,4 @@
-"""liger-kernel's norms, MLPs and rotary embeddings, bound to one model and to nothing else of the process."""
+"""liger-kernel's norms, MLPs and rotary embeddings, bound to one model without changing the rest of the process."""
 
 import inspect
 import sys
@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.utilities.rank_zero import rank_zero_only
 
 from rlhf_pl.models.compute import Compute
-from rlhf_pl.models.kernel_check import is_as_exact, once, small_copies
+from rlhf_pl.models.kernel_check import cached_check, is_as_exact, small_copies
 from rlhf_pl.models.quantization import is_quantized
 from rlhf_pl.utils.console import note
 from rlhf_pl.utils.errors import InputError
@@ -21,42 +21,42 @@ from rlhf_pl.utils.errors import InputError
 _ROPE = "apply_rotary_pos_emb"
 
 
-def apply_liger(lm: Any, compute: Compute, wanted: bool | None, option: str = "model.policy") -> bool:
-    """Have liger-kernel compute a model's norms, MLPs and rotary embeddings, if a small copy then gives the same.
+def apply_liger(lm: Any, compute: Compute, required: bool | None, option: str = "model.policy") -> bool:
+    """Make liger-kernel compute a model's norms, MLPs and rotary embeddings, if a small copy gives the same results.
 
     Args:
         lm: A Hugging Face model; changed in place.
-        compute: Where and how it will compute.
-        wanted: True to require it, False to leave it; None for wherever a GPU, the package and its kernels for the
-            architecture are there.
+        compute: Device and dtypes of the computation.
+        required: True to require liger-kernel, False to disable it; None to use it if there are a GPU, the package and
+            its kernels for the architecture.
         option: The option that names the model, for errors.
 
     Returns:
-        Whether it does.
+        Whether the model uses liger-kernel.
 
     Raises:
-        InputError: It is required, and can't be had.
+        InputError: liger-kernel is required, but can't be used.
     """
-    if wanted is False:
+    if required is False:
         return False
-    missing = _what_is_missing(lm, compute)
+    missing = _find_missing(lm, compute)
     if missing is None:
-        missing = once(lm.config, compute, lm.dtype, "liger", lambda: _what_fails(lm, compute))
+        missing = cached_check(lm.config, compute, lm.dtype, "liger", lambda: _find_failure(lm, compute))
     if missing is None:
         _bind(lm)
         return True
-    if wanted:
+    if required:
         group = option.rpartition(".")[0]
         raise InputError(
             f"`{group}.use_liger_kernel` is true, but liger-kernel can't compute {type(lm).__name__}: {missing}. Set "
             "it to null or false."
         )
     if compute.device.type == "cuda":
-        _say_plain(type(lm).__name__, missing)
+        _note_not_used(type(lm).__name__, missing)
     return False
 
 
-def _what_is_missing(lm: Any, compute: Compute) -> str | None:
+def _find_missing(lm: Any, compute: Compute) -> str | None:
     import os
 
     if compute.device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
@@ -77,16 +77,23 @@ def _apply_function(model_type: str) -> Any:
 
 
 def _bind(lm: Any) -> None:
-    """liger's own function for the architecture, which patches the instance, with what it does to modules undone.
+    """Patch one model with liger's function for its architecture, and undo what it changes in Python modules.
 
-    It replaces the rotary function in the module where the attention is defined. Attention layers of this model get a
-    `forward` of their own that sees liger's instead.
+    liger replaces the rotary function in the Python module that defines the attention. Instead, the attention layers of
+    this model get their own `forward`, which sees liger's rotary function.
     """
     apply = _apply_function(lm.config.model_type)
-    wanted = {"rope": True, "rms_norm": True, "layer_norm": True, "swiglu": True, "geglu": True, "cross_entropy": False}
-    wanted["fused_linear_cross_entropy"] = False
-    with _modules_kept() as changed:
-        apply(model=lm, **{k: v for k, v in wanted.items() if k in inspect.signature(apply).parameters})
+    required = {
+        "rope": True,
+        "rms_norm": True,
+        "layer_norm": True,
+        "swiglu": True,
+        "geglu": True,
+        "cross_entropy": False,
+    }
+    required["fused_linear_cross_entropy"] = False
+    with _restore_modules() as changed:
+        apply(model=lm, **{k: v for k, v in required.items() if k in inspect.signature(apply).parameters})
     for module in lm.modules():
         rope = changed.get((type(module).__module__, _ROPE))
         forward = type(module).forward
@@ -103,8 +110,8 @@ def _bind(lm: Any) -> None:
 
 
 @contextmanager
-def _modules_kept() -> Iterator[dict[tuple[str, str], Any]]:
-    """Undo at the end what happens to the names in transformers' model modules; gives what they were bound to."""
+def _restore_modules() -> Iterator[dict[tuple[str, str], Any]]:
+    """Restore names in transformers' model modules on exit; yields a dict that then holds their new values."""
     changed: dict[tuple[str, str], Any] = {}
     modules = {n: m for n, m in sys.modules.items() if n.startswith("transformers.models.") and ".modeling_" in n}
     before = {name: dict(vars(module)) for name, module in modules.items()}
@@ -128,17 +135,17 @@ def _modules_kept() -> Iterator[dict[tuple[str, str], Any]]:
                     setattr(kind, key, names[key])
 
 
-def _what_fails(lm: Any, compute: Compute) -> str | None:
-    """None if states and their gradient by the embeddings are as exact as those of plain layers."""
+def _find_failure(lm: Any, compute: Compute) -> str | None:
+    """Compare hidden states and the gradient of the embeddings to plain layers; None if they are as exact."""
     try:
         copies = small_copies(lm.config, compute, lm.dtype)
         exact, plain = (_states_and_gradient(copies, model) for model in (copies.exact, copies.plain))
         _bind(copies.plain)
         found = _states_and_gradient(copies, copies.plain)
-    except Exception as error:  # a compiler's or a driver's too
+    except Exception as error:  # compilers and drivers raise errors of any class
         return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'it fails'}"
     exact_enough = all(is_as_exact(*parts) for parts in zip(found, plain, exact, strict=True))
-    return None if exact_enough else "its results differ from plain layers here"
+    return None if exact_enough else "its results differ from those of plain layers"
 
 
 def _states_and_gradient(copies: Any, model: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,5 +159,5 @@ def _states_and_gradient(copies: Any, model: Any) -> tuple[torch.Tensor, torch.T
 
 @cache
 @rank_zero_only
-def _say_plain(name: str, why: str) -> None:
+def _note_not_used(name: str, why: str) -> None:
     note(f"{name} computes without liger-kernel: {why}.")

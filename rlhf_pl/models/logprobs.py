@@ -1,4 +1,4 @@
-"""Log-probs of given tokens, without ever holding the logits of all of them."""
+"""Log-probs of given tokens, computed in chunks so that the logits of all tokens are never in memory."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ class Head:
         weight: Shape (V, H).
         bias: Shape (V,).
         scale: Factor on the logits (Cohere, Granite).
-        softcap: What the logits are squashed to; None for logits as they are (Gemma-2).
+        softcap: Bound of the soft-capped logits (Gemma-2); None for no cap.
     """
 
     weight: Tensor
@@ -28,7 +28,7 @@ class Head:
     softcap: float | None = None
 
     def logits(self, product: Tensor, block: slice = slice(None)) -> Tensor:
-        """Logits from products with the weight, computed in place."""
+        """Compute logits in place from the products with the weight."""
         if self.bias is not None:
             product += self.bias[block]
         if self.scale != 1.0:
@@ -37,7 +37,7 @@ class Head:
 
 
 def product(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in float32, not rounded to the operands' dtype on the way."""
+    """a @ b in float32, without rounding to the operands' dtype."""
     if a.dtype == torch.float32:
         return a @ b
     if a.is_cuda:
@@ -67,10 +67,10 @@ def chunked_logps(
     temperature: float = 1.0,
     chunk_tokens: int = 1024,
 ) -> Tensor:
-    """`gather_logps(head(hidden), targets)`, with at most `chunk_tokens` rows of logits alive at a time, for any head.
+    """`gather_logps(head(hidden), targets)` for any head, with at most `chunk_tokens` rows of logits in memory.
 
-    In training the logits of more than one chunk are recomputed in the backward pass, so peak memory is `chunk_tokens`
-    times the vocabulary whatever N is.
+    With gradients and more than one chunk, the backward pass recomputes the logits, so that peak memory is
+    `chunk_tokens` times the vocabulary for any N.
 
     Args:
         hidden: The hidden state that predicts each target, shape (N, H).
@@ -96,15 +96,15 @@ def chunked_logps(
 def linear_logps(
     hidden: Tensor, targets: Tensor, head: Head, temperature: float = 1.0, chunk_tokens: int = 1024
 ) -> Tensor:
-    """`gather_logps` of a head's logits, of which `chunk_tokens` by `VOCABULARY_BLOCK` are alive at most.
+    """`gather_logps` of a head's logits, with at most `chunk_tokens` by `VOCABULARY_BLOCK` logits in memory.
 
-    Log-sum-exp is taken block by block; the backward pass computes the logits again and turns them into their gradient
-    in place. Nothing is as large as the vocabulary but the weight and its gradient.
+    Log-sum-exp is computed block by block. The backward pass recomputes the logits and turns them into their gradient
+    in place. Only the weight and its gradient are as large as the vocabulary.
 
     Args:
-        hidden: Shape (N, H), of the weight's dtype.
+        hidden: Shape (N, H), in the weight's dtype.
         targets: Token ids, shape (N,), int64.
-        head: Of V outputs.
+        head: A head with V outputs.
         temperature: The sampling temperature, positive.
         chunk_tokens: Tokens per chunk, positive.
 
@@ -127,21 +127,21 @@ class _LinearLogps(torch.autograd.Function):
         chunk_tokens: int,
     ) -> Tensor:
         ctx.scale, ctx.softcap, ctx.temperature, ctx.chunk_tokens = head.scale, head.softcap, temperature, chunk_tokens
-        wanted = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
-        log_total = torch.empty_like(wanted)
+        target_logits = torch.zeros(len(hidden), dtype=torch.float32, device=hidden.device)
+        log_sum_exp = torch.empty_like(target_logits)
         for rows in _slices(len(hidden), chunk_tokens):
-            top = wanted.new_full((len(wanted[rows]),), -torch.inf)
-            total = torch.zeros_like(top)
+            maximum = target_logits.new_full((len(target_logits[rows]),), -torch.inf)
+            total = torch.zeros_like(maximum)
             for block in _slices(len(weight), VOCABULARY_BLOCK):
                 logits = _block_of_logits(hidden[rows], head, block, temperature)
-                place, inside = _places(targets[rows], block)
-                wanted[rows] += torch.where(inside, logits.gather(1, place[:, None])[:, 0], 0.0)
-                higher = torch.maximum(top, logits.amax(1))
-                total = total * (top - higher).exp() + logits.sub_(higher[:, None]).exp_().sum(1)
-                top = higher
-            log_total[rows] = top + total.log()
-        ctx.save_for_backward(hidden, targets, weight, bias, log_total)
-        return wanted - log_total
+                column, in_block = _target_columns(targets[rows], block)
+                target_logits[rows] += torch.where(in_block, logits.gather(1, column[:, None])[:, 0], 0.0)
+                new_maximum = torch.maximum(maximum, logits.amax(1))
+                total = total * (maximum - new_maximum).exp() + logits.sub_(new_maximum[:, None]).exp_().sum(1)
+                maximum = new_maximum
+            log_sum_exp[rows] = maximum + total.log()
+        ctx.save_for_backward(hidden, targets, weight, bias, log_sum_exp)
+        return target_logits - log_sum_exp
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
@@ -150,11 +150,11 @@ class _LinearLogps(torch.autograd.Function):
 
     @staticmethod
     def _gradients(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, targets, weight, bias, log_total = ctx.saved_tensors
-        wants_hidden, _, wants_weight, wants_bias, *_ = ctx.needs_input_grad
-        of_hidden = torch.empty_like(hidden) if wants_hidden else None
-        of_weight = torch.zeros_like(weight) if wants_weight else None
-        of_bias = torch.zeros_like(bias) if wants_bias else None
+        hidden, targets, weight, bias, log_sum_exp = ctx.saved_tensors
+        needs_hidden, _, needs_weight, needs_bias, *_ = ctx.needs_input_grad
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None
+        grad_weight = torch.zeros_like(weight) if needs_weight else None
+        grad_bias = torch.zeros_like(bias) if needs_bias else None
         head = Head(weight, bias, ctx.scale, ctx.softcap)
         scaled = gradient / ctx.temperature
         for rows in _slices(len(hidden), ctx.chunk_tokens):
@@ -163,19 +163,19 @@ class _LinearLogps(torch.autograd.Function):
             for block in _slices(len(weight), VOCABULARY_BLOCK):
                 logits = _block_of_logits(h, head, block, ctx.temperature)
                 slope = _slope(head, logits, ctx.temperature)
-                logits.sub_(log_total[rows, None]).exp_().mul_(-g[:, None])  # from here on their gradient
-                place, inside = _places(targets[rows], block)
-                logits.scatter_add_(1, place[:, None], torch.where(inside, g, 0.0)[:, None])
-                of_logits = (logits if slope is None else logits.mul_(slope)).to(weight.dtype)
-                if of_hidden is not None:
-                    sums += of_logits @ weight[block]
-                if of_weight is not None:
-                    of_weight[block].addmm_(of_logits.T, h)
-                if of_bias is not None:
-                    of_bias[block] += of_logits.sum(0)
-            if of_hidden is not None:
-                of_hidden[rows] = sums
-        return of_hidden, None, of_weight, of_bias, None, None, None
+                logits.sub_(log_sum_exp[rows, None]).exp_().mul_(-g[:, None])  # now the gradient of the logits
+                column, in_block = _target_columns(targets[rows], block)
+                logits.scatter_add_(1, column[:, None], torch.where(in_block, g, 0.0)[:, None])
+                grad_logits = (logits if slope is None else logits.mul_(slope)).to(weight.dtype)
+                if grad_hidden is not None:
+                    sums += grad_logits @ weight[block]
+                if grad_weight is not None:
+                    grad_weight[block].addmm_(grad_logits.T, h)
+                if grad_bias is not None:
+                    grad_bias[block] += grad_logits.sum(0)
+            if grad_hidden is not None:
+                grad_hidden[rows] = sums
+        return grad_hidden, None, grad_weight, grad_bias, None, None, None
 
 
 def _slices(length: int, size: int) -> Iterator[slice]:
@@ -183,19 +183,19 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def _block_of_logits(hidden: Tensor, head: Head, block: slice, temperature: float) -> Tensor:
-    """Logits over the temperature, shape (n, block), float32."""
+    """Logits divided by the temperature, shape (n, block), float32."""
     logits = head.logits(product(hidden, head.weight[block].T), block)
     return logits if temperature == 1.0 else logits.div_(temperature)
 
 
 def _slope(head: Head, logits: Tensor, temperature: float) -> Tensor | float | None:
-    """Derivative of a head's logits by the products with its weight; None for 1."""
+    """Derivative of a head's logits with respect to the products with its weight; None for 1."""
     if head.softcap is None:
         return None if head.scale == 1.0 else head.scale
     return logits.mul(temperature / head.softcap).square_().neg_().add_(1.0).mul_(head.scale)
 
 
-def _places(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Where in a block the targets are, and whether they are in it, each of shape (n,)."""
-    inside = (targets >= block.start) & (targets < block.stop)
-    return (targets - block.start).clamp(0, block.stop - block.start - 1), inside
+def _target_columns(targets: Tensor, block: slice) -> tuple[Tensor, Tensor]:
+    """The targets' columns in a block, and whether each target is in the block, both of shape (n,)."""
+    in_block = (targets >= block.start) & (targets < block.stop)
+    return (targets - block.start).clamp(0, block.stop - block.start - 1), in_block

@@ -1,4 +1,4 @@
-"""LoRA adapters (arXiv:2106.09685) by peft, put into a model in place."""
+"""LoRA adapters (arXiv:2106.09685) by peft, added to a model in place."""
 
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -10,14 +10,14 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.models.lora_experts import (
-    adapt_in_place_of_weight,
     adapts_parameter,
+    avoid_parametrization,
     factors,
-    fused_experts,
-    names_as_given,
-    peft_reads_back,
+    find_fused_experts,
+    is_read_back_by_peft,
+    without_name_conversion,
 )
-from rlhf_pl.models.lora_reach import bypassed_layers, refused_by_peft
+from rlhf_pl.models.lora_reach import find_bypassed_layers, is_refused_by_peft
 from rlhf_pl.models.quantization import check_bitsandbytes
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError, finite
@@ -27,21 +27,21 @@ TensorsOf = Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]
 
 @dataclass(frozen=True)
 class LoRA:
-    """Low-rank adapters on every linear layer but the output head, and on the fused weights of experts.
+    """Low-rank adapters on all linear layers except the output head, and on the fused weights of experts.
 
-    A mixture of experts keeps the weights of all its experts in a few parameters, each of shape (experts, rows,
-    columns); every expert's matrix gets an adapter of the same rank. Routers stay as they are, unless they are linear
-    layers that give plain scores. So do layers that a model reads the weights of, such as some of Mamba's.
+    A mixture of experts stores the weights of all its experts in a few parameters, each of shape (experts, rows,
+    columns); every expert's matrix gets an adapter of the same rank. Routers get no adapters, unless they are linear
+    layers that return plain scores. Neither do layers whose weights a model reads directly, as some of Mamba's.
 
     Args:
         rank: Rank of the update.
         alpha: The update is scaled by alpha / rank.
-        dropout: Dropout in front of the adapters.
-        target_modules: Names of the layers, such as `[q_proj, v_proj]`; null for every linear layer of the backbone.
-        target_parameters: Names of experts' fused weights, such as `[gate_up_proj, down_proj]`; `[]` for none of them;
-            null for all of them, or for none where `target_modules` names layers.
-        base_dtype: nf4 or fp4 to keep the frozen linear layers in 4 bits (QLoRA), on one device or under DDP; null for
-            `model.dtype`. Needs bitsandbytes. Checkpoints then hold the adapters alone.
+        dropout: Dropout on the inputs of the adapters.
+        target_modules: Names of the layers, for example `[q_proj, v_proj]`; null for all linear layers of the backbone.
+        target_parameters: Names of experts' fused weights, for example `[gate_up_proj, down_proj]`; `[]` for none; null
+            for all, or for none if `target_modules` names layers.
+        base_dtype: nf4 or fp4 to store the frozen linear layers in 4 bits (QLoRA), on one device or under DDP; null for
+            `model.dtype`. Needs bitsandbytes. Checkpoints then contain only the adapters.
     """
 
     rank: int = 16
@@ -60,26 +60,26 @@ class LoRA:
 
 
 def check_lora(settings: LoRA | None) -> None:
-    """Raise InputError where adapters are wanted and peft is not installed."""
+    """Raise InputError if the settings need a package that is not installed."""
     if settings is not None:
         _peft()
         if settings.base_dtype is not None:
             check_bitsandbytes()
 
 
-def noted(settings: LoRA) -> dict[str, Any]:
-    """What a run notes of its adapters: what was not there in earlier versions, only where it is used."""
+def record_settings(settings: LoRA) -> dict[str, Any]:
+    """The settings that a run records; options that earlier versions did not have are recorded only if they are set."""
     return {name: value for name, value in vars(settings).items() if (name, value) != ("target_parameters", None)}
 
 
 def base_dtype(settings: LoRA | None) -> str | None:
-    """How the frozen base is kept, if not in the module's dtype."""
+    """The 4-bit type of the frozen base; None if it has the module's dtype."""
     return None if settings is None else settings.base_dtype
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What gets adapters, by the names in the model.
+    """Names of the layers and parameters that get adapters.
 
     Args:
         layers: Linear layers.
@@ -91,46 +91,46 @@ class Targets:
 
 
 def adapter_targets(model: Any, settings: LoRA) -> Targets:
-    """What gets adapters in a model that may be on the meta device.
+    """Find the layers and parameters of a model that get adapters. The model may be on the meta device.
 
     Raises:
-        InputError: A name that was asked for is not there, there is nothing, or dropout is asked for on experts.
+        InputError: A requested name does not exist, nothing can get adapters, or experts would need dropout.
     """
-    linear, fused = _linear_layers(model), fused_experts(model)
+    linear, fused = _linear_layers(model), find_fused_experts(model)
     leaves = {name.split(".")[-1] for name in linear}
-    left_out = bypassed_layers(model.config) | {leaf for leaf in leaves if refused_by_peft(model, leaf)}
+    left_out = find_bypassed_layers(model.config) | {leaf for leaf in leaves if is_refused_by_peft(model, leaf)}
     linear = [name for name in linear if name.split(".")[-1] not in left_out]
-    wanted, wanted_fused = settings.target_modules, settings.target_parameters
-    if wanted_fused is None and wanted is not None:
-        wanted_fused = []
+    requested, requested_fused = settings.target_modules, settings.target_parameters
+    if requested_fused is None and requested is not None:
+        requested_fused = []
     found = Targets(
-        _named("target_modules", "linear layers", model, linear, wanted, bool(wanted_fused)),
-        _named("target_parameters", "fused weights of experts", model, list(fused), wanted_fused, True),
+        _select_names("target_modules", "linear layers", model, linear, requested, bool(requested_fused)),
+        _select_names("target_parameters", "fused weights of experts", model, list(fused), requested_fused, True),
     )
     if not found.layers and not found.parameters:
-        raise InputError(f"`model.lora`: {type(model).__name__} has no linear layers that adapters could be put on.")
+        raise InputError(f"`model.lora`: {type(model).__name__} has no linear layers that could get adapters.")
     if found.parameters and settings.dropout > 0:
         raise InputError(
-            f"`model.lora.dropout` is {settings.dropout}, but adapters of experts' fused weights have none. Set it to "
-            "0, or `model.lora.target_parameters` to [] to leave the experts as they are."
+            f"`model.lora.dropout` is {settings.dropout}, but adapters of experts' fused weights don't support it. Set "
+            "it to 0, or set `model.lora.target_parameters` to [] for experts without adapters."
         )
     return found
 
 
-def _named(
-    option: str, kind: str, model: Any, there: list[str], wanted: list[str] | None, may_be_empty: bool
+def _select_names(
+    option: str, kind: str, model: Any, existing: list[str], requested: list[str] | None, may_be_empty: bool
 ) -> list[str]:
-    """Those of `there` whose last part is in `wanted`; all of them for None."""
-    if wanted is None:
-        return there
-    names = sorted({name.split(".")[-1] for name in there})
-    if unknown := [name for name in wanted if name not in names] or ([] if wanted or may_be_empty else ["none"]):
+    """The names of `existing` whose last part is in `requested`; all names for None."""
+    if requested is None:
+        return existing
+    names = sorted({name.split(".")[-1] for name in existing})
+    if unknown := [name for name in requested if name not in names] or ([] if requested or may_be_empty else ["none"]):
         others = f"are called {', '.join(names)}. Name some of these" if names else "are none"
         raise InputError(
-            f"`model.lora.{option}` names {', '.join(unknown)}; the {kind} of {type(model).__name__} {others}, or give "
-            "null for all."
+            f"`model.lora.{option}` names {', '.join(unknown)}; the {kind} of {type(model).__name__} {others}, or set "
+            "it to null for all."
         )
-    return [name for name in there if name.split(".")[-1] in wanted]
+    return [name for name in existing if name.split(".")[-1] in requested]
 
 
 def _linear_layers(model: Any) -> list[str]:
@@ -141,32 +141,32 @@ def _linear_layers(model: Any) -> list[str]:
 
 
 def adapter_size(model: Any, settings: LoRA) -> int:
-    """Numbers in the adapters of a model that may be on the meta device."""
-    targets, modules, fused = adapter_targets(model, settings), dict(model.named_modules()), fused_experts(model)
+    """Number of parameters in a model's adapters. The model may be on the meta device."""
+    targets, modules, fused = adapter_targets(model, settings), dict(model.named_modules()), find_fused_experts(model)
     size = sum(sum(modules[name].weight.shape) for name in targets.layers)
     size += sum(fused[name][0] * sum(fused[name][1:]) for name in targets.parameters)
     return settings.rank * size
 
 
 def add_lora(model: Any, settings: LoRA, seed: int, train_head: bool) -> None:
-    """Freeze a Hugging Face model and put trainable adapters into its backbone.
+    """Freeze a Hugging Face model and add trainable adapters to its backbone.
 
     Args:
         model: Changed in place.
-        settings: The adapters.
-        seed: Of their initial values.
-        train_head: Whether what stands on the backbone trains as a whole.
+        settings: The adapters' settings.
+        seed: Seed of their initial values.
+        train_head: Whether all parameters outside the backbone train.
     """
     peft = _peft()
     targets = adapter_targets(model, settings)
     model.requires_grad_(False)
     config = _config(settings, targets)
-    with torch.random.fork_rng(), names_as_given():
+    with torch.random.fork_rng(), without_name_conversion():
         torch.manual_seed(seed)
         peft.inject_adapter_in_model(config, model)
     for module in model.modules():
         if adapts_parameter(module):
-            adapt_in_place_of_weight(module)
+            avoid_parametrization(module)
     if train_head:
         prefix = model.base_model_prefix + "."
         for name, parameter in model.named_parameters():
@@ -175,9 +175,9 @@ def add_lora(model: Any, settings: LoRA, seed: int, train_head: bool) -> None:
 
 
 def adapted_layers(model: Any) -> dict[str, Any]:
-    """The layers with adapters, by the names they have in a model that is not wrapped.
+    """The layers with adapters, by their names in the unwrapped model.
 
-    Experts with several adapted parameters are one inside the other, the inner ones named `....base_layer`.
+    peft nests the wrappers of experts with several adapted parameters; the inner ones are named `....base_layer`.
     """
     found = {}
     for name, module in model.named_modules():
@@ -187,12 +187,12 @@ def adapted_layers(model: Any) -> dict[str, Any]:
 
 
 def plain_name(name: str) -> str:
-    """A tensor's name as it is without adapters."""
+    """A tensor's name in the model without adapters."""
     return re.sub(r"(\.base_layer)+\.", ".", name)
 
 
 def _adapted_tensors(layers: Mapping[str, Any]) -> dict[str, str]:
-    """By the name of each adapted tensor that of the layer that adapts it."""
+    """Maps the name of each adapted tensor to the name of the layer that adapts it."""
     found = {}
     for name, layer in layers.items():
         inner, place = layer.base_layer, f"{name}.base_layer"
@@ -203,7 +203,7 @@ def _adapted_tensors(layers: Mapping[str, Any]) -> dict[str, str]:
 
 
 def unwrapped_name(name: str) -> str:
-    """A parameter's or module's name without what FSDP and activation checkpointing put into it."""
+    """A parameter's or module's name without the parts that FSDP and activation checkpointing add."""
     for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
         name = name.replace(wrapper, "")
     for wrapper in ("._fsdp_wrapped_module", "._checkpoint_wrapped_module"):
@@ -212,11 +212,11 @@ def unwrapped_name(name: str) -> str:
 
 
 def merged_tensors(model: Any, tensors: TensorsOf) -> Iterator[tuple[str, Tensor]]:
-    """A model's tensors with adapters merged in, in copies, under the names they have without adapters.
+    """A model's tensors with adapters merged into copies, named as in the model without adapters.
 
     Args:
-        model: A Hugging Face model, with adapters or without.
-        tensors: Gives those of its tensors whose names are wanted, whole.
+        model: A Hugging Face model, with or without adapters.
+        tensors: Yields the model's full tensors whose names pass a filter.
     """
     layers = adapted_layers(model)
     if not layers:
@@ -226,12 +226,12 @@ def merged_tensors(model: Any, tensors: TensorsOf) -> Iterator[tuple[str, Tensor
     adapted = _adapted_tensors(layers)
     for name, tensor in tensors(lambda name: ".lora_" not in name):
         if (layer := adapted.get(name)) is not None:
-            tensor = (tensor.float() + _update(layers[layer], layer, adapters)).to(tensor.dtype)
+            tensor = (tensor.float() + _compute_update(layers[layer], layer, adapters)).to(tensor.dtype)
         yield plain_name(name), tensor
 
 
-def _update(layer: Any, name: str, adapters: dict[str, Tensor]) -> Tensor:
-    """What a layer's adapters add to its weight, in its shape, float32."""
+def _compute_update(layer: Any, name: str, adapters: dict[str, Tensor]) -> Tensor:
+    """The update of a layer's weight by its adapters, in the weight's shape, float32."""
     total: Any = 0
     for adapter in layer.active_adapters:
         down, up = (adapters[f"{name}.lora_{part}.{adapter}.weight"].float() for part in "AB")
@@ -247,10 +247,10 @@ def _update(layer: Any, name: str, adapters: dict[str, Tensor]) -> Tensor:
 
 @contextmanager
 def without_adapters(model: Any) -> Iterator[None]:
-    """The model as it was before adapters were put into it. For inference: what trains is left alone."""
+    """Disable a model's adapters inside the context. For inference: `requires_grad` does not change."""
     layers = list(adapted_layers(model).values())
     for layer in layers:
-        layer._disable_adapters = True  # `enable_adapters` would also touch what requires gradients
+        layer._disable_adapters = True  # `enable_adapters` would also change `requires_grad`
     try:
         yield
     finally:
@@ -259,7 +259,7 @@ def without_adapters(model: Any) -> Iterator[None]:
 
 
 def adapted_targets(model: Any) -> Targets:
-    """What has adapters in a model."""
+    """The layers and parameters of a model that have adapters."""
     layers = adapted_layers(model)
     parameters = [plain_name(n) for n, layer in _adapted_tensors(layers).items() if adapts_parameter(layers[layer])]
     return Targets(sorted(n for n, layer in layers.items() if not adapts_parameter(layer)), sorted(parameters))
@@ -268,22 +268,25 @@ def adapted_targets(model: Any) -> Targets:
 def save_adapter(
     settings: LoRA, targets: Targets, model: Any, adapters: Mapping[str, Tensor], base: str, folder: str
 ) -> None:
-    """Write the adapters as a folder that peft loads onto the base model, unless peft would put them elsewhere.
+    """Write the adapters to a folder that peft can load, unless peft would attach them to other layers.
 
     Args:
         settings: The adapters' settings.
-        targets: What has adapters.
-        model: Of that architecture.
-        adapters: Their tensors, by their names in the model.
+        targets: The layers and parameters with adapters.
+        model: A model of the same architecture.
+        adapters: The adapters' tensors, by their names in the model.
         base: Folder or Hub id of the base model.
-        folder: Where to; made if missing.
+        folder: Target folder; created if missing.
     """
     from safetensors.torch import save_file
 
     config = _config(settings, targets)
-    if not peft_reads_back(config, model):
+    if not is_read_back_by_peft(config, model):
         kind = type(model).__name__
-        console.print(f"Adapters are exported merged alone: peft would put them elsewhere in {kind}.", soft_wrap=True)
+        console.print(
+            f"Adapters are exported only in merged form: peft would attach them to other layers of {kind}.",
+            soft_wrap=True,
+        )
         return
     config.base_model_name_or_path, config.task_type, config.inference_mode = base, "CAUSAL_LM", True
     config.save_pretrained(folder)

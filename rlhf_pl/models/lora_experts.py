@@ -1,4 +1,4 @@
-"""Adapters on the weights of experts that a model keeps in one parameter, by peft's `target_parameters`."""
+"""Adapters on the fused weights of experts, by peft's `target_parameters`."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,28 +10,28 @@ import torch
 from torch import Tensor
 
 
-def fused_experts(model: Any) -> dict[str, torch.Size]:
-    """Shapes (experts, rows, columns) of the parameters that hold the matrices of all experts of a layer, by name."""
+def find_fused_experts(model: Any) -> dict[str, torch.Size]:
+    """Shapes (experts, rows, columns) of the parameters that hold all experts of a layer, by parameter name."""
     prefix = model.base_model_prefix + "."
     return {
         f"{name}.{key}": parameter.shape
         for name, module in model.named_modules()
-        if name.startswith(prefix) and not type(module).__module__.startswith("torch.nn")  # such as convolutions
+        if name.startswith(prefix) and not type(module).__module__.startswith("torch.nn")  # excludes convolutions
         for key, parameter in module._parameters.items()
         if parameter is not None and parameter.dim() == 3 and parameter.is_floating_point() and min(parameter.shape) > 1
     }
 
 
 def adapts_parameter(layer: Any) -> bool:
-    """Whether an adapted layer of peft's stands for one parameter of a module, rather than for a linear layer."""
+    """Whether an adapted layer of peft wraps one parameter of a module instead of a linear layer."""
     return hasattr(layer, "parameter_name")
 
 
 def factors(layer: Any, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """The two factors of every expert's update, whose product has the shape of the adapted parameter.
+    """The two factors of all experts' updates; their product has the shape of the adapted parameter.
 
     Args:
-        layer: With the adapter.
+        layer: The layer with the adapter.
         down: Its `lora_A`, shape (experts * rank, in).
         up: Its `lora_B`, shape (out, rank * experts).
 
@@ -45,17 +45,17 @@ def factors(layer: Any, down: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     return down.transpose(1, 2), up.transpose(1, 2)
 
 
-def adapt_in_place_of_weight(layer: Any) -> None:
-    """Let the adapted parameter stand in its module's `__dict__` during a forward pass.
+def avoid_parametrization(layer: Any) -> None:
+    """Make a layer store its adapted parameter in its module's `__dict__` during a forward pass.
 
-    peft registers a parametrization, and takes it away again, which fits neither flattened parameters (FSDP) nor
+    peft registers and removes a parametrization instead, which works neither with flattened parameters (FSDP) nor with
     weights that are copies (`WorkingCopy`).
     """
-    layer.__class__ = _wrapper()
+    layer.__class__ = _adapter_class()
 
 
 @cache
-def _wrapper() -> Any:
+def _adapter_class() -> Any:
     from peft.tuners.lora.layer import ParamWrapper
 
     class ExpertsAdapter(ParamWrapper):
@@ -81,11 +81,11 @@ def _wrapper() -> Any:
 
 
 @contextmanager
-def names_as_given() -> Iterator[None]:
-    """In which peft takes the names of layers as they are.
+def without_name_conversion() -> Iterator[None]:
+    """Stop peft from converting names of layers inside the context.
 
-    Of some architectures it takes layers called `gate_proj`, such as those of shared experts, for what earlier versions
-    of transformers called the experts' weights.
+    In some architectures, peft mistakes layers called `gate_proj`, for example those of shared experts, for the
+    experts' weights, which earlier versions of transformers gave that name.
     """
     from peft.utils import transformers_weight_conversion as conversion
 
@@ -97,8 +97,8 @@ def names_as_given() -> Iterator[None]:
         conversion.convert_peft_config_for_transformers = convert
 
 
-def peft_reads_back(config: Any, model: Any) -> bool:
-    """Whether peft would put adapters of this config where they were when it loads them."""
+def is_read_back_by_peft(config: Any, model: Any) -> bool:
+    """Whether peft, when it loads adapters with this config, attaches them to the same layers."""
     from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
 
     read = deepcopy(config)

@@ -1,4 +1,4 @@
-"""Prompts with their answers as one flat row of tokens for the policy: no padding, every prompt once."""
+"""Prompts and their responses packed into one flat row of tokens: no padding, each prompt once."""
 
 from collections.abc import Iterator, Sequence, Sized
 from dataclasses import dataclass, fields, replace
@@ -12,40 +12,40 @@ from rlhf_pl.models.packed_layout import Layout, Lengths, to_device
 
 @dataclass(frozen=True)
 class PrefixGroup:
-    """A prompt with one or more answers, which see the prompt and not each other."""
+    """The tokens of a prompt with one or more responses, which attend to the prompt but not to each other."""
 
     prompt: Sequence[int]
-    answers: tuple[Sequence[int], ...]
+    responses: tuple[Sequence[int], ...]
 
     def __len__(self) -> int:
-        return len(self.prompt) + sum(map(len, self.answers))
+        return len(self.prompt) + sum(map(len, self.responses))
 
 
-def common_tokens(rows: Sequence[list[int]]) -> int:
-    """With how many tokens all rows begin alike; one less than the shortest has at most."""
-    first, last = min(rows), max(rows)  # what the first and the last in order have in common, all have
-    most = min(map(len, rows)) - 1
-    return next((i for i in range(most) if first[i] != last[i]), most)
+def common_prefix_length(rows: Sequence[list[int]]) -> int:
+    """Length of the longest common prefix of all rows that leaves each row at least one token."""
+    first, last = min(rows), max(rows)  # in sorted order, the first and last row share what all share
+    limit = min(map(len, rows)) - 1
+    return next((i for i in range(limit) if first[i] != last[i]), limit)
 
 
-def share_beginning(rows: Sequence[list[int]], common: int | None = None) -> PrefixGroup:
-    """Rows as what they have in common (`common_tokens`, if it is known) with the rest of each."""
-    common = common_tokens(rows) if common is None else common
+def make_prefix_group(rows: Sequence[list[int]], common: int | None = None) -> PrefixGroup:
+    """Split rows into their common prefix, of length `common` if it is known, and the rest of each row."""
+    common = common_prefix_length(rows) if common is None else common
     return PrefixGroup(rows[0][:common], tuple(row[common:] for row in rows))
 
 
 @dataclass
 class PackedBatch:
-    """N tokens of trees, one after the other, and the M tokens among them whose log-probs are wanted, answer by answer.
+    """N tokens of consecutive prefix groups, and M target tokens among them whose log-probs are computed.
 
     Args:
-        input_ids: Of each tree its prompt, then its answers, shape (1, N), int64.
-        position_ids: Counted from the start of the prompt in every answer, shape (1, N), int64.
-        logit_positions: Place among the N of the token that each wanted one follows, shape (M,), int64.
-        targets: The wanted tokens' ids, shape (M,), int64.
-        response_ids: Number of the answer that each of them is in, ascending, shape (M,), int64.
-        counts: Wanted tokens of each answer, shape (answers,), int64.
-        layout: Where prompts and answers lie.
+        input_ids: Each prefix group's prompt, then its responses, shape (1, N), int64.
+        position_ids: Positions counted from the start of the prompt, in every response, shape (1, N), int64.
+        logit_positions: Index among the N tokens of the token before each target, shape (M,), int64.
+        targets: Ids of the target tokens, in the order of the responses, shape (M,), int64.
+        response_ids: Index of each target's response, ascending, shape (M,), int64.
+        counts: Number of targets of each response, shape (responses,), int64.
+        layout: Lengths of the prompts and responses.
     """
 
     input_ids: Tensor
@@ -58,18 +58,18 @@ class PackedBatch:
 
     @property
     def lengths(self) -> Lengths:
-        """Of each tree the tokens of its prompt and of every answer."""
+        """For each prefix group, the number of tokens of its prompt and of each response."""
         return self.layout.lengths
 
     @property
-    def answers(self) -> int:
-        """How many there are."""
-        return sum(len(tree) - 1 for tree in self.lengths)
+    def num_responses(self) -> int:
+        """Number of responses."""
+        return sum(len(group) - 1 for group in self.lengths)
 
     def sum_per_response(self, logps: Tensor) -> Tensor:
-        """The sum over each answer of something that is there for each of the M tokens, shape (answers,).
+        """Sum a value of each target token over each response, shape (responses,).
 
-        On the device of `logps`: elsewhere the order of summation is another.
+        Runs on the device of `logps`: the order of summation depends on the device.
         """
         counts = to_device(self.counts, logps.device)
         return torch.segment_reduce(logps, "sum", lengths=counts, unsafe=True, initial=0)
@@ -84,54 +84,54 @@ class PackedBatch:
         return replace(self, **{n: to_device(v, device) for n, v in tensors}, layout=self.layout.to(device))
 
 
-def pack(trees: Sequence[PrefixGroup]) -> PackedBatch:
-    """Trees as a batch; every token of every answer is wanted."""
+def pack(groups: Sequence[PrefixGroup]) -> PackedBatch:
+    """Pack prefix groups into a batch; every token of every response is a target."""
     ids: list[Tensor] = []
     positions, logit_positions, counts = [], [], []
     start = 0
-    for tree in trees:
-        prompt = len(tree.prompt)
-        ids.append(torch.tensor(tree.prompt, dtype=torch.long))
+    for group in groups:
+        prompt = len(group.prompt)
+        ids.append(torch.tensor(group.prompt, dtype=torch.long))
         positions.append(torch.arange(prompt))
         end = start + prompt
-        for answer in tree.answers:
-            ids.append(torch.tensor(answer, dtype=torch.long))
-            positions.append(torch.arange(prompt, prompt + len(answer)))
-            before = torch.arange(end - 1, end - 1 + len(answer))
-            before[:1] = start + prompt - 1  # an answer follows the prompt, not the answer that lies before it
+        for response in group.responses:
+            ids.append(torch.tensor(response, dtype=torch.long))
+            positions.append(torch.arange(prompt, prompt + len(response)))
+            before = torch.arange(end - 1, end - 1 + len(response))
+            before[:1] = start + prompt - 1  # a response follows the prompt, not the response before it
             logit_positions.append(before)
-            counts.append(len(answer))
-            end += len(answer)
+            counts.append(len(response))
+            end += len(response)
         start = end
-    answers = [a for tree in trees for a in tree.answers]
+    responses = [response for group in groups for response in group.responses]
     return PackedBatch(
         torch.cat(ids)[None],
         torch.cat(positions)[None],
         torch.cat(logit_positions),
-        torch.cat([torch.tensor(a, dtype=torch.long) for a in answers]),
-        torch.repeat_interleave(torch.arange(len(answers)), torch.tensor(counts)),
+        torch.cat([torch.tensor(r, dtype=torch.long) for r in responses]),
+        torch.repeat_interleave(torch.arange(len(responses)), torch.tensor(counts)),
         torch.tensor(counts),
-        Layout(tuple((len(tree.prompt), *map(len, tree.answers)) for tree in trees)),
+        Layout(tuple((len(group.prompt), *map(len, group.responses)) for group in groups)),
     )
 
 
 def padded(input_ids: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
-    """A batch's answers as rows of prompt and answer, padded on the right, for models that can't share prompts.
+    """Unpack a batch into right-padded rows of prompt and response, for models that can't share prompts.
 
     Args:
-        input_ids: Of a `PackedBatch`, shape (1, N).
-        lengths: Of the same.
+        input_ids: `input_ids` of a `PackedBatch`, shape (1, N).
+        lengths: `lengths` of the same batch.
 
     Returns:
-        Token ids and attention mask, each of shape (answers, longest prompt and answer). Token `i` of the M is
-        predicted at row `response_ids[i]`, column `position_ids[0, logit_positions[i]]`.
+        Token ids and attention mask, each of shape (responses, longest prompt and response). Target `i` is predicted
+        at row `response_ids[i]`, column `position_ids[0, logit_positions[i]]`.
     """
     ids, device = input_ids[0], input_ids.device
     rows: list[Tensor] = []
     start = 0
-    for prompt, *answers in lengths:
+    for prompt, *responses in lengths:
         end = start + prompt
-        for length in answers:
+        for length in responses:
             rows.append(torch.cat([ids[start : start + prompt], ids[end : end + length]]))
             end += length
         start = end
@@ -141,7 +141,10 @@ def padded(input_ids: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
 
 
 def batches_by_length(rows: Sequence[Sized], tokens_per_batch: int) -> Iterator[list[int]]:
-    """Indices of rows of like length, longest first, padded tokens within the budget (one row at least)."""
+    """Batches of indices of rows of similar length, longest first; each within the budget of padded tokens.
+
+    A batch has at least one row.
+    """
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i]))
     start = 0
     while start < len(order):

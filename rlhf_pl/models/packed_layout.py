@@ -1,4 +1,4 @@
-"""Where prompts and answers lie in a flat row of tokens, and what attention kernels are told about it."""
+"""The layout of prompts and responses in a flat row of tokens, and the inputs of attention kernels for it."""
 
 from collections.abc import Callable
 from functools import cached_property
@@ -9,30 +9,30 @@ from torch import Tensor
 
 Lengths = tuple[tuple[int, ...], ...]
 
-_BLOCK = 128  # longest sequences are rounded up to it, so that kernels see few different sizes
+_BLOCK = 128  # maximum lengths are rounded up to a multiple, so that kernels see few different sizes
 
 
 def to_device(tensor: Tensor, device: torch.device | str) -> Tensor:
-    """A copy on `device` that the host does not wait for."""
+    """Copy a tensor to `device`, without blocking the host."""
     if torch.device(device).type == "cuda" and tensor.device.type == "cpu":
         return tensor.pin_memory().to(device, non_blocking=True)
     return tensor.to(device)
 
 
 class Layout:
-    """The lengths of trees that lie one after the other: of each its prompt, then its answers.
+    """The lengths of consecutive prefix groups: each group's prompt, then its responses.
 
     Args:
-        lengths: Of each tree the tokens of its prompt and of every answer; one answer at least.
-        device: Of the tensors made from them, once each.
+        lengths: For each prefix group, the number of tokens of its prompt and of each response; at least one response.
+        device: Device of the tensors derived from the lengths, which are cached.
     """
 
     def __init__(self, lengths: Lengths, device: torch.device | str = "cpu") -> None:
         self.lengths, self.device = lengths, torch.device(device)
-        self._masks: dict[Any, Any] = {}
+        self._cache: dict[Any, Any] = {}
 
     def to(self, device: torch.device | str) -> "Layout":
-        """The same layout for another device; tensors for GPU kernels are made at once, where the host has time."""
+        """The same layout for another device. Builds tensors for GPU kernels immediately, while the host is idle."""
         moved = Layout(self.lengths, device)
         if moved.device.type == "cuda":
             _ = moved.varlen
@@ -40,64 +40,66 @@ class Layout:
 
     @cached_property
     def varlen(self) -> "Varlen":
-        """For kernels over sequences of different lengths."""
-        with torch.device("cpu"):  # whatever device Lightning has made the default
+        """Inputs of kernels for sequences of different lengths."""
+        with torch.device("cpu"):  # Lightning may have set another default device
             return Varlen(self.lengths, self.device)
 
     @cached_property
-    def places(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of each of the N tokens its tree, its answer (-1 in prompts), and its position, each of shape (N,), int32."""
+    def token_indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        """Prefix group index, response index (-1 in prompts) and position of each token, each of shape (N,), int32."""
         with torch.device("cpu"):
-            return self._places()
+            return self._make_token_indices()
 
-    def _places(self) -> tuple[Tensor, Tensor, Tensor]:
-        trees, answers, positions = [], [], []
-        answer = 0
+    def _make_token_indices(self) -> tuple[Tensor, Tensor, Tensor]:
+        groups, responses, positions = [], [], []
+        response = 0
         for number, (prompt, *others) in enumerate(self.lengths):
-            trees.append(torch.full((prompt + sum(others),), number))
-            answers.append(torch.full((prompt,), -1))
+            groups.append(torch.full((prompt + sum(others),), number))
+            responses.append(torch.full((prompt,), -1))
             positions.append(torch.arange(prompt))
             for length in others:
-                answers.append(torch.full((length,), answer))
+                responses.append(torch.full((length,), response))
                 positions.append(torch.arange(prompt, prompt + length))
-                answer += 1
-        return tuple(to_device(torch.cat(part).int(), self.device) for part in (trees, answers, positions))  # type: ignore[return-value]
+                response += 1
+        return tuple(to_device(torch.cat(part).int(), self.device) for part in (groups, responses, positions))  # type: ignore[return-value]
 
-    def sees(self, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
-        """A mask for FlexAttention: (batch, head, query, key) -> whether the query sees the key."""
-        tree, answer, position = self.places
+    def mask_function(self, window: int | None) -> Callable[[Any, Any, Any, Any], Tensor]:
+        """A mask function for FlexAttention: (batch, head, query, key) -> whether the query attends to the key."""
+        group, response, position = self.token_indices
 
         def mask(batch: Any, head: Any, query: Any, key: Any) -> Tensor:
-            inside = (tree[query] == tree[key]) & ((answer[key] == -1) | (answer[query] == answer[key]))
+            inside = (group[query] == group[key]) & ((response[key] == -1) | (response[query] == response[key]))
             seen = inside & (position[key] <= position[query])
             return seen if window is None else seen & (position[query] - position[key] < window)
 
         return mask
 
-    def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What `make` gives, made once for this layout."""
-        if key not in self._masks:
-            self._masks[key] = make()
-        return self._masks[key]
+    def cached(self, key: Any, make: Callable[[], Any]) -> Any:
+        """The result of `make`, computed once for this layout."""
+        if key not in self._cache:
+            self._cache[key] = make()
+        return self._cache[key]
 
 
 class Varlen:
-    """Queries, keys and values as independent sequences: a tree's prompt with its first answer, then each other answer,
+    """Queries, keys and values as independent sequences.
+
+    The first sequence of a prefix group is its prompt with the first response. Each further response is a sequence
     whose keys and values are the prompt's and its own.
 
     Args:
         lengths: See `Layout`.
-        device: Of the tensors.
+        device: Device of the tensors.
 
     Attributes:
-        keys: Places among the N tokens of all sequences' keys, one sequence after the other, shape (K,), int64.
-        own: Where each of the N tokens stands among the K as a token of its own sequence, shape (N,), int64.
-        copies: For the second, third, ... answers of all trees: prompt tokens among the N, and their copies among the
-            K, each pair of shape (C,), int64. No token comes twice in a pair.
-        query_offsets: Where each sequence's queries start, and the end, shape (sequences + 1,), int32.
-        key_offsets: The same of keys.
-        max_query: No sequence has more queries.
-        max_key: No sequence has more keys.
+        keys: Index among the N tokens of each key of all consecutive sequences, shape (K,), int64.
+        own: Index among the K keys of each of the N tokens in its own sequence, shape (N,), int64.
+        copies: For the second, third, ... responses of all groups: indices of prompt tokens among the N, and of their
+            copies among the K, each pair of shape (C,), int64. No index occurs twice in a pair.
+        query_offsets: Start of each sequence's queries, and the end, shape (sequences + 1,), int32.
+        key_offsets: The same for keys.
+        max_query: Upper bound of the number of queries of a sequence.
+        max_key: Upper bound of the number of keys of a sequence.
     """
 
     def __init__(self, lengths: Lengths, device: torch.device) -> None:
@@ -133,12 +135,12 @@ class Varlen:
         )
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Keys or values of all sequences, shape (N, ...) to (K, ...)."""
+        """Gather the keys or values of all sequences, shape (N, ...) to (K, ...)."""
         return _Gather.apply(tensor, self)
 
 
 class _Gather(torch.autograd.Function):
-    """An index whose gradient is a sum without sorting and without atomic additions to one place."""
+    """An index select whose gradient needs neither sorting nor atomic additions to the same element."""
 
     @staticmethod
     def forward(ctx: Any, tensor: Tensor, plan: Varlen) -> Tensor:
@@ -148,6 +150,6 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         total = gradient.index_select(0, ctx.plan.own)
-        for places, copies in ctx.plan.copies:
-            total.index_add_(0, places, gradient.index_select(0, copies))
+        for token_indices, copies in ctx.plan.copies:
+            total.index_add_(0, token_indices, gradient.index_select(0, copies))
         return total, None

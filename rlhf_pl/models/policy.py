@@ -1,6 +1,5 @@
-"""The policy: how it is loaded, and the module that gives log-probs."""
+"""The policy: loading, and the module that computes log-probs."""
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from copy import deepcopy
@@ -11,35 +10,35 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from rlhf_pl.models.compute import Compute
-from rlhf_pl.models.gpu_head import available, gpu_logps
-from rlhf_pl.models.kernel_check import FAILURES, NoCopyError, once, small_copies
+from rlhf_pl.models.gpu_head import gpu_logps, has_gpu_kernels
+from rlhf_pl.models.kernel_check import FAILURES, NoCopyError, cached_check, small_copies
 from rlhf_pl.models.liger import apply_liger
-from rlhf_pl.models.load_whole import check_whole, load_whole, refuse_not_finite
+from rlhf_pl.models.load_whole import check_finite, check_whole, load_whole
 from rlhf_pl.models.logprobs import Head, chunked_logps, linear_logps
 from rlhf_pl.models.packed_batch import padded
 from rlhf_pl.models.packed_layout import Layout
-from rlhf_pl.models.quantization import keep_as_quantized, quantization_config
-from rlhf_pl.models.rotary import steady_rotary
-from rlhf_pl.models.shared_prefix import hidden_states, is_shared, share_prompts
+from rlhf_pl.models.quantization import disable_repacking, quantization_config
+from rlhf_pl.models.rotary import stabilize_rotary
+from rlhf_pl.models.shared_prefix import hidden_states, share_prompts, takes_prefix_groups
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.models.working_copy import WorkingCopy
 from rlhf_pl.utils.errors import InputError
 
 Unit = TypeVar("Unit", bound=nn.Module)
-RESCALING = "rescale_every"  # of RWKV's config: the number of layers between divisions by 2; 0 for none
+RESCALING = "rescale_every"  # key of RWKV's config: number of layers between divisions of weights by 2; 0 for none
 DType = Literal["float32", "bfloat16", "float16"]
 
 
 class PolicyLM(nn.Module):
-    """A causal LM as one unit: token ids in, response log-probs out.
+    """A causal LM as one module that maps token ids to log-probs of responses.
 
-    Backbone and output head run inside one `forward`, so that a strategy that wraps the unit (DDP, FSDP) never sees
+    Backbone and output head run inside one `forward`, so that a strategy that wraps the module (DDP, FSDP) never sees
     a call to a part of it.
 
     Args:
         lm: A Hugging Face causal LM.
-        logprob_chunk_tokens: Response tokens whose logits are held at a time.
-        compute: Where and how it computes.
+        logprob_chunk_tokens: Response tokens whose logits are in memory at a time.
+        compute: Device and dtypes of the computation.
     """
 
     def __init__(self, lm: Any, logprob_chunk_tokens: int = 1024, compute: Compute = Compute()) -> None:  # noqa: B008
@@ -59,25 +58,25 @@ class PolicyLM(nn.Module):
         layout: Layout,
         temperature: float = 1.0,
     ) -> Tensor:
-        """Log-probs of the wanted tokens of a `PackedBatch`, each given what stands before it.
+        """Log-probs of the target tokens of a `PackedBatch`, each given the tokens before it.
 
-        A model that `share_prompts` has prepared reads every prompt once; others get padded rows.
+        A model prepared by `share_prompts` computes each prompt once; others get padded rows.
 
         Args:
-            input_ids: And the others: see `PackedBatch`.
+            input_ids: See `PackedBatch` for this and the other tensors; shape (1, N).
             position_ids: Shape (1, N).
             logit_positions: Shape (M,).
             targets: Shape (M,).
             response_ids: Shape (M,).
-            layout: Where prompts and answers lie.
+            layout: Lengths of the prompts and responses.
             temperature: The sampling temperature that divides the logits.
 
         Returns:
             Shape (M,), float32, nats.
         """
-        lm = self.lm if self.copy is None else self.copy.twin()
+        lm = self.lm if self.copy is None else self.copy.prepare_module()
         with without_autocast(input_ids.device, self.compute):
-            if is_shared(lm):
+            if takes_prefix_groups(lm):
                 hidden = hidden_states(lm, input_ids, position_ids, layout).index_select(0, logit_positions)
             else:
                 ids, mask = padded(input_ids, layout.lengths)
@@ -85,20 +84,20 @@ class PolicyLM(nn.Module):
                 hidden = rows[response_ids, position_ids[0, logit_positions]]
         layer = lm.get_output_embeddings()
         if type(layer) is not nn.Linear or isinstance(layer.weight, DTensor) or layer._forward_pre_hooks:
-            # a layer of another kind, or one whose weights come when it is called
+            # another kind of layer, or one whose weights are only loaded when it is called
             return chunked_logps(hidden, targets, lambda h: head_logits(lm, h), temperature, self.logprob_chunk_tokens)
         with torch.autocast(hidden.device.type, enabled=False):
-            head = head_of(lm)
+            head = get_head(lm)
             hidden = hidden.to(head.weight.dtype)
-            logps = gpu_logps if available(hidden.device, hidden.dtype) else linear_logps
+            logps = gpu_logps if has_gpu_kernels(hidden.device, hidden.dtype) else linear_logps
             return logps(hidden, targets, head, temperature, self.logprob_chunk_tokens)
 
     def train(self, mode: bool = True) -> "PolicyLM":
         """See `train_in_eval_mode`."""
         return train_in_eval_mode(self, mode)
 
-    def keep_copies_alone(self) -> None:
-        """Of a policy that does not train: its weights in the dtype in which they multiply, and not twice."""
+    def drop_float32_weights(self) -> None:
+        """For a policy that does not train: cast the weights to the dtype of matrix products, and drop the copies."""
         if self.copy is not None:
             for parameter in self.lm.parameters():
                 if parameter.dtype == torch.float32:
@@ -106,8 +105,8 @@ class PolicyLM(nn.Module):
             self.copy = None
 
     @contextmanager
-    def by_own_weights(self) -> Iterator[None]:
-        """Compute with the weights as they are stored, without copies in half precision."""
+    def using_own_weights(self) -> Iterator[None]:
+        """Compute with the stored weights inside the context, not with copies in half precision."""
         copy, self.copy = self.copy, None
         compute, self.compute = self.compute, Compute(self.compute.device)
         try:
@@ -117,33 +116,32 @@ class PolicyLM(nn.Module):
 
 
 def train_in_eval_mode(unit: Unit, mode: bool) -> Unit:
-    """`unit.train(mode)`, but what is random or different in train mode stays as it is in eval mode (router noise).
+    """`unit.train(mode)`, but modules that behave differently in train mode stay in eval mode (router noise).
 
     A policy must give the log-probs that its responses were sampled with. On are only what gradient checkpointing looks
-    at, and the dropout in front of adapters, where that is asked for.
+    at, and the dropout in front of adapters, where that is asked for. Lightning warns of modules in eval mode; the
+    command line leaves that out.
     """
-    # Lightning asks whether that is meant
-    warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     for name, module in unit.named_modules():
-        wanted = getattr(module, "gradient_checkpointing", False) or (".lora_dropout." in name)
-        module.training = mode and (module is unit or bool(wanted))
+        needs_train_mode = getattr(module, "gradient_checkpointing", False) or (".lora_dropout." in name)
+        module.training = mode and (module is unit or bool(needs_train_mode))
     return unit
 
 
 def working_copy(model: Any, compute: Compute) -> WorkingCopy | None:
-    """Of a model whose weights multiply in another dtype than they are stored in, where no strategy sees to that."""
+    """A working copy, if matrix products use another dtype than the stored weights and the strategy does not cast."""
     if compute.dtype is None or compute.sharded or compute.dtype == model.dtype:
         return None
     return WorkingCopy(model, compute.dtype)
 
 
 def without_autocast(device: torch.device, compute: Compute) -> Any:
-    """Where the weights multiply in the wanted dtype as they are, autocast would only widen what lies between."""
+    """Disable autocast if the weights already have the compute dtype: it would only widen activations."""
     return nullcontext() if compute.dtype is None else torch.autocast(device.type, enabled=False)
 
 
-def head_of(lm: Any) -> Head:
-    """The output head with the scalings that some architectures add, as one thing."""
+def get_head(lm: Any) -> Head:
+    """The output head, including the scalings that some architectures add."""
     layer, config = lm.get_output_embeddings(), lm.config.get_text_config()
     scale = 1.0
     if (factor := getattr(config, "logit_scale", None)) is not None:  # Cohere
@@ -154,7 +152,9 @@ def head_of(lm: Any) -> Head:
 
 
 def head_logits(lm: Any, hidden: Tensor) -> Tensor:
-    """The output head in the dtype of its weights, autocast aside: bf16 logits near 20 are off by up to 0.06 nats.
+    """Logits of the output head in the dtype of its weights, without autocast.
+
+    bf16 logits near 20 have errors of up to 0.06 nats.
 
     Args:
         lm: A Hugging Face causal LM.
@@ -165,13 +165,13 @@ def head_logits(lm: Any, hidden: Tensor) -> Tensor:
     """
     layer = lm.get_output_embeddings()
     with torch.autocast(hidden.device.type, enabled=False):
-        head = head_of(lm)
+        head = get_head(lm)
         logits = layer(hidden.to(layer.weight.dtype)).float()
         return Head(head.weight, None, head.scale, head.softcap).logits(logits)
 
 
 def meta_lm(config: Any, trust_remote_code: bool = False, **arguments: Any) -> Any:
-    """A causal LM without memory behind its weights; `arguments` are those of `from_config`."""
+    """A causal LM on the meta device; `arguments` are those of `from_config`."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -179,20 +179,20 @@ def meta_lm(config: Any, trust_remote_code: bool = False, **arguments: Any) -> A
 
 
 def empty_lm(source: ModelSource) -> Any:
-    """The architecture of `source` without memory behind its weights.
+    """The causal LM of `source` on the meta device.
 
     Raises:
-        InputError: transformers has no causal LM of it.
+        InputError: transformers has no causal LM of this architecture.
     """
     config = source.config
     try:
         return meta_lm(config, source.trust_remote_code)
-    except Exception as error:  # numbers that fit no model come out of its layers as errors of every kind
-        raise source.unbuildable("causal LM", error) from error
+    except Exception as error:  # an invalid config can raise any error class in the model's layers
+        raise source.build_error("causal LM", error) from error
 
 
 def check_lm(source: ModelSource) -> None:
-    """Refuse a policy whose files are damaged, lack weights or contradict each other; reads no weights.
+    """Refuse a policy whose files are damaged, incomplete or inconsistent. Reads no weights.
 
     Raises:
         InputError: Names the file and what is wrong.
@@ -213,20 +213,21 @@ def load_lm(
     read_weights: bool = True,
     longest: int | None = None,
 ) -> Any:
-    """The causal LM of `source`, with dropout off, in eval mode, checked to be one that `PolicyLM` can run.
+    """Load the causal LM of `source`, without dropout, in eval mode, and check that `PolicyLM` can run it.
 
     Args:
-        source: Where it is.
+        source: The model.
         dtype: Dtype of the weights.
-        attn_implementation: Attention of transformers.
-        base_dtype: nf4 or fp4 for linear layers in 4 bits, on the current GPU where there is one.
-        compute: Where and how it will compute, which fast paths are tried for.
+        attn_implementation: Attention implementation of transformers.
+        base_dtype: nf4 or fp4 for linear layers in 4 bits, on the current GPU if there is one.
+        compute: Device and dtypes of the computation; fast paths are checked for them.
         use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None for wherever it can.
-        read_weights: Whether to read them; else the model is on the meta device. Those in 4 bits are always read.
-        longest: Tokens of the longest row it will read, whose rotary factors all rows get; None for each row's own.
+        read_weights: Whether to read the weights; otherwise the model is on the meta device. 4-bit weights are always
+            read.
+        longest: Tokens of the run's longest row, whose rotary factors all rows get; None for each row's own.
 
     Raises:
-        InputError: The weights can't be read, or the architecture treats its logits in a way unknown here.
+        InputError: The weights can't be read, or the architecture transforms its logits in an unknown way.
     """
     from transformers import AutoModelForCausalLM
 
@@ -237,25 +238,25 @@ def load_lm(
     config = without_dropout(source.config)
     lacks_sdpa = attn_implementation == "sdpa" and not empty_lm(source)._supports_sdpa
     if lacks_sdpa:
-        attn_implementation = "eager"  # what all such models have (gpt-oss, GPT-J, Bloom)
+        attn_implementation = "eager"  # all such models have it (gpt-oss, GPT-J, Bloom)
     arguments = {"dtype": getattr(torch, dtype), "attn_implementation": attn_implementation}
     if read_weights or quantized:
         lm = load_whole(source, AutoModelForCausalLM, config=config, **arguments, **quantized)
-        refuse_not_finite(lm, source)
+        check_finite(lm, source)
     else:
         lm = meta_lm(config, source.trust_remote_code, **arguments).eval()
     if base_dtype is not None:
-        keep_as_quantized(lm)
-    steady_rotary(lm, source.config, longest)
+        disable_repacking(lm)
+    stabilize_rotary(lm, source.config, longest)
     _check_logits(lm, source, compute)
-    available(compute.device, compute.weights_dtype(lm.dtype))  # tried, and said, before anything else
+    has_gpu_kernels(compute.device, compute.weights_dtype(lm.dtype))  # checks and reports before the first use
     share_prompts(lm, compute, from_eager=lacks_sdpa)
     apply_liger(lm, compute, use_liger_kernel, source.option)
     return lm
 
 
 def train_last_layers(lm: Any, count: int, source: ModelSource) -> None:
-    """Freeze the embeddings and all decoder layers but the last `count`.
+    """Freeze the embeddings and all decoder layers except the last `count`.
 
     Raises:
         InputError: The model has fewer layers.
@@ -268,12 +269,12 @@ def train_last_layers(lm: Any, count: int, source: ModelSource) -> None:
 
 
 def decoder_layers(model: nn.Module) -> list[nn.Module]:
-    """The layers of a decoder, first to last: of all lists of modules the longest that is inside no other."""
+    """The layers of a decoder, first to last: the longest list of modules that is not inside another list."""
     found: list[nn.ModuleList] = []
     todo: list[nn.Module] = [model]
     while todo:
         module = todo.pop()
-        if isinstance(module, nn.ModuleList):  # what is inside, such as a layer's experts, is no list of layers
+        if isinstance(module, nn.ModuleList):  # lists inside, for example a layer's experts, are not lists of layers
             found.append(module)
         else:
             todo.extend(module.children())
@@ -281,9 +282,9 @@ def decoder_layers(model: nn.Module) -> list[nn.Module]:
 
 
 def without_dropout(config: Any) -> Any:
-    """A copy of a model's config with every dropout off, of layers too, and weights that stay as they are.
+    """A copy of a model's config without dropout, layer dropout and rescaling of weights.
 
-    RWKV divides its weights in eval mode, which would be trained and exported so.
+    RWKV rescales its weights in eval mode, and the rescaled weights would be trained and exported.
     """
     config = deepcopy(config)
     for key, value in vars(config).items():
@@ -295,17 +296,17 @@ def without_dropout(config: Any) -> Any:
 
 
 def _check_logits(lm: Any, source: ModelSource, compute: Compute) -> None:
-    """Our logits must be the model's own: a head that is scaled in some new way would train on wrong log-probs."""
+    """Check that our logits equal the model's: a head with an unknown scaling would train on wrong log-probs."""
     try:
-        same = once(lm.config, compute, lm.dtype, "logits", lambda: _has_known_logits(lm, source, compute))
+        same = cached_check(lm.config, compute, lm.dtype, "logits", lambda: _has_known_logits(lm, source, compute))
     except torch.OutOfMemoryError:
         raise
     except FAILURES as error:
-        raise source.unreadable("config", error) from error
+        raise source.read_error("config", error) from error
     if not same:
         raise InputError(
-            f"`{source.option}`: {source.path!r} ({type(lm).__name__}) changes its logits after the output head in a "
-            "way that is not supported; log-probs would be wrong. Choose another architecture, or open an issue."
+            f"`{source.option}`: {source.path!r} ({type(lm).__name__}) changes its logits after the output head in an "
+            "unsupported way; log-probs would be wrong. Choose another architecture, or open an issue."
         )
 
 
@@ -315,17 +316,17 @@ def _has_known_logits(lm: Any, source: ModelSource, compute: Compute) -> bool:
         small = small_copies(lm.config, compute, lm.dtype, source.trust_remote_code).exact
     except NoCopyError as error:
         if lm.device.type == "meta":
-            return True  # the rank that has the weights finds out
-        if lm.base_model is lm:  # such as Llama-4's text model
+            return True  # checked on the rank that has the weights
+        if lm.base_model is lm:  # for example Llama-4's text model
             raise InputError(
-                f"`{source.option}`: {type(lm).__name__} has no backbone that gives hidden states apart from its "
+                f"`{source.option}`: {type(lm).__name__} has no backbone that returns hidden states without its "
                 "output head, which log-probs need. Choose another architecture, or open an issue."
             ) from error
         small = lm
     ids = torch.arange(8, device=small.device).unsqueeze(0) % small.config.get_text_config().vocab_size
     expected = small(input_ids=ids, use_cache=False).logits[0].float()
     if not expected.isfinite().all():
-        raise source.unreadable("config", ValueError("its numbers make log-probs that are not finite"))
+        raise source.read_error("config", ValueError("its numbers give log-probs that are not finite"))
     hidden = small.base_model(input_ids=ids, use_cache=False).last_hidden_state[0]
     actual = head_logits(small, hidden)
     return actual.shape == expected.shape and torch.allclose(actual, expected, rtol=1e-3, atol=1e-3)

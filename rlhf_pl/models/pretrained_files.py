@@ -1,4 +1,4 @@
-"""What a model's weight files hold, read without loading them: names and shapes, and single tensors."""
+"""Reads names and shapes, or single tensors, from a model's weight files without loading the model."""
 
 import hashlib
 import json
@@ -23,17 +23,17 @@ _PIECES, _PIECE_BYTES = 64, 65536
 
 
 def stored_config(source: ModelSource) -> dict[str, Any]:
-    """What a model's config.json says, as it is written; empty without one."""
-    file = _cached(source, "config.json", quiet=True)
+    """The content of a model's config.json; empty if there is none."""
+    file = _find_file(source, "config.json", quiet=True)
     try:
         content = json.loads(Path(file).read_text()) if file else {}
     except ValueError as error:
-        raise InputError(f"`{source.option}`: the config.json of {source.path!r} is no JSON: {error}") from error
+        raise InputError(f"`{source.option}`: the config.json of {source.path!r} is not JSON: {error}") from error
     return content if isinstance(content, dict) else {}
 
 
-def _cached(source: ModelSource, name: str, quiet: bool = False) -> str:
-    """Path of a model's file; empty if there is none."""
+def _find_file(source: ModelSource, name: str, quiet: bool = False) -> str:
+    """The local path of a model's file; empty if there is none."""
     from transformers.utils import cached_file
 
     found = cached_file(
@@ -71,30 +71,30 @@ class WeightFiles:
         if name.endswith(".json"):
             self._index = [name]
             index = self._read_index(Path(self._file(name)))
-            self._where: dict[str, str] | None = index
+            self._file_of_tensor: dict[str, str] | None = index
             self._names = sorted(set(index.values()))
         else:
-            self._where = None
+            self._file_of_tensor = None
             self._names = [name]
 
     def _file(self, name: str, quiet: bool = False) -> str:
-        return _cached(self.source, name, quiet)
+        return _find_file(self.source, name, quiet)
 
     @property
     def names(self) -> list[str]:
-        """The index, where there is one, and all weight files."""
+        """Names of the index, if there is one, and of all weight files."""
         return [*self._index, *self._names]
 
     def _read_index(self, file: Path) -> dict[str, str]:
-        """By each tensor's name its file, in the same folder."""
+        """Read the index: the file of each tensor by the tensor's name."""
         try:
             index = json.loads(file.read_text())["weight_map"]
             if not index or not all(Path(name).name == name for name in index.values()):
-                raise ValueError("`weight_map` must give the names of files in this folder")
+                raise ValueError("`weight_map` must name files in this folder")
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise InputError(
-                f"`{self.source.option}`: {file} is no index of weights: {type(error).__name__}: {error}. Download or "
-                "copy it again."
+                f"`{self.source.option}`: {file} is not an index of weights: {type(error).__name__}: {error}. Download "
+                "or copy it again."
             ) from error
         return index
 
@@ -103,19 +103,19 @@ class WeightFiles:
         """All weight files.
 
         Raises:
-            InputError: One that the index names is missing.
+            InputError: A file that the index names is missing.
         """
         found = {name: self._file(name, quiet=True) for name in self._names}
-        if lost := [name for name, file in found.items() if not file]:
+        if missing := [name for name, file in found.items() if not file]:
             raise InputError(
-                f"`{self.source.option}`: {self.source.path!r} lacks {', '.join(lost[:8])}, which its index names. "
-                "Download or copy what is missing."
+                f"`{self.source.option}`: {self.source.path!r} lacks {', '.join(missing[:8])}, which its index names. "
+                "Download or copy the missing files."
             )
         return [Path(file) for file in found.values()]
 
     @contextmanager
     def _opened(self, file: Path) -> Iterator[Any]:
-        """A safetensors file, whose header says that it is whole."""
+        """Open a safetensors file, which checks by its header that it is complete."""
         from safetensors import SafetensorError, safe_open
 
         try:
@@ -123,13 +123,13 @@ class WeightFiles:
                 yield opened
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"`{self.source.option}`: {file} is damaged or cut short ({size(file.stat().st_size)}): {error}. "
+                f"`{self.source.option}`: {file} is damaged or truncated ({size(file.stat().st_size)}): {error}. "
                 "Download or copy it again."
             ) from error
 
     def file_of(self, name: str) -> str:
-        """The file that has the tensor of that name; empty if none has it under that name."""
-        files = self._where or dict.fromkeys(self.shapes, self._names[0])
+        """The file that contains the tensor of that name; empty if none does."""
+        files = self._file_of_tensor or dict.fromkeys(self.shapes, self._names[0])
         return files.get(name, "")
 
     @cached_property
@@ -146,7 +146,7 @@ class WeightFiles:
 
     @cached_property
     def dtype(self) -> torch.dtype | None:
-        """What most numbers are stored in, of float32, bfloat16 and float16; None if they are in none of these."""
+        """The most common dtype of the numbers, of float32, bfloat16 and float16; None if there are none of these."""
         numbers = dict.fromkeys(_DTYPES, 0)
         for file in self.files:
             if file.suffix == ".safetensors":
@@ -165,10 +165,12 @@ class WeightFiles:
 
     def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
         """The tensors of these names."""
-        wanted = set(names)
+        requested = set(names)
         found: dict[str, Tensor] = {}
         for name, file in zip(self._names, self.files, strict=True):
-            here = wanted if self._where is None else {n for n in wanted if self._where[n] == name}
+            here = (
+                requested if self._file_of_tensor is None else {n for n in requested if self._file_of_tensor[n] == name}
+            )
             if not here:
                 continue
             if file.suffix == ".safetensors":
@@ -181,11 +183,11 @@ class WeightFiles:
 
     def _load_bin(self, file: Path) -> dict[str, Tensor]:
         try:
-            mmap = zipfile.is_zipfile(file)  # which files of torch before 1.6 are not
+            mmap = zipfile.is_zipfile(file)  # files of torch before 1.6 are not zip files
             state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # pickle and zip errors of many kinds
             line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"`{self.source.option}`: cannot read {file} as weights alone: {line}") from error
+            raise InputError(f"`{self.source.option}`: cannot read {file} as weights only: {line}") from error
         if not isinstance(state, dict):
             raise InputError(
                 f"`{self.source.option}`: {file} holds a {type(state).__name__}; it must be tensors by name"
@@ -193,7 +195,7 @@ class WeightFiles:
         return {name: value for name, value in state.items() if isinstance(name, str) and isinstance(value, Tensor)}
 
     def fingerprint(self) -> str:
-        """A short hash of the files: their sizes, and pieces from all over them."""
+        """A short hash of the files: of their sizes, and of pieces at regular distances."""
         digest = hashlib.sha256()
         for file in self.files:
             size = file.stat().st_size

@@ -1,4 +1,4 @@
-"""Frozen weights in 4 bits (QLoRA, arXiv:2305.14314) by bitsandbytes, and what they stand for."""
+"""Frozen weights in 4 bits (QLoRA, arXiv:2305.14314) by bitsandbytes, and their dequantized values."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -20,11 +20,11 @@ def check_bitsandbytes() -> None:
 
 
 def quantization_config(kind: str, compute_dtype: torch.dtype) -> Any:
-    """For `from_pretrained`: every linear layer but the output head in 4 bits.
+    """A config for `from_pretrained` that loads all linear layers except the output head in 4 bits.
 
     Args:
         kind: nf4 or fp4.
-        compute_dtype: What a layer is made of again before it is used.
+        compute_dtype: Dtype of a layer's weights when they are dequantized for use.
     """
     from transformers import BitsAndBytesConfig
 
@@ -36,11 +36,11 @@ def quantization_config(kind: str, compute_dtype: torch.dtype) -> Any:
     )
 
 
-def keep_as_quantized(model: Any) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights in the first forward pass without gradients.
+def disable_repacking(model: Any) -> None:
+    """Stop bitsandbytes from repacking 4-bit weights in the first forward pass without gradients.
 
-    It does on CPUs with bfloat16 instructions, and rounds the weights' scales to bfloat16 on the way: what a policy
-    stands for would depend on what it has been used for.
+    It repacks on CPUs with bfloat16 instructions and rounds the weights' scales to bfloat16, so that a policy's values
+    would depend on its earlier use.
     """
     from bitsandbytes.nn import Linear4bit
 
@@ -55,8 +55,8 @@ def is_quantized(model: Any) -> bool:
 
 
 def shapes(model: Any) -> dict[str, Tensor]:
-    """A model's state dict with 4-bit weights as meta tensors of the shape and dtype that they stand for."""
-    packed = _packed(model)
+    """A model's state dict with 4-bit weights as meta tensors of their dequantized shape and dtype."""
+    packed = _quantized_weights(model)
     return {
         name: torch.empty(packed[name].quant_state.shape, dtype=packed[name].quant_state.dtype, device="meta")
         if name in packed
@@ -65,9 +65,9 @@ def shapes(model: Any) -> dict[str, Tensor]:
     }
 
 
-def whole_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
-    """A model's state dict, one tensor at a time, with 4-bit weights as the values that they stand for."""
-    packed = _packed(model)
+def dequantized_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
+    """A model's state dict, one tensor at a time, with 4-bit weights dequantized."""
+    packed = _quantized_weights(model)
     for name, tensor in _state(model, packed):
         if name in packed:
             from bitsandbytes.functional import dequantize_4bit
@@ -76,18 +76,18 @@ def whole_tensors(model: Any) -> Iterator[tuple[str, Tensor]]:
         yield name, tensor
 
 
-def without_base(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """A module's state dict with what trains in it alone: the frozen base is quantized anew from its folder."""
+def without_frozen_base(module: Any, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A module's state dict with only its trainable parameters: the frozen base is quantized again from its folder."""
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     return {name: tensor for name, tensor in state.items() if name in trained}
 
 
-def _packed(model: Any) -> dict[str, Any]:
+def _quantized_weights(model: Any) -> dict[str, Any]:
     return {name: p for name, p in model.named_parameters() if getattr(p, "quant_state", None) is not None}
 
 
 def _state(model: Any, packed: dict[str, Any]) -> Iterator[tuple[str, Tensor]]:
-    """Without the entries that belong to a 4-bit weight, such as its scales."""
+    """A model's state dict without the entries that belong to a 4-bit weight, for example its scales."""
     for name, tensor in model.state_dict().items():
         owner = name.rpartition(".weight.")[0] + ".weight"
         if owner not in packed or name == owner:

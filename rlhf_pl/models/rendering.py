@@ -1,4 +1,4 @@
-"""Conversations with their answer as a reward model reads them: its own template and tokens, cut to its length."""
+"""Renders conversations with a response for a reward model: its own template and tokens, truncated to its length."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -8,14 +8,14 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from rlhf_pl.models.chat import Message, Tools, spoken
+from rlhf_pl.models.chat import Message, Tools, plain_text
 from rlhf_pl.models.chat_template import ChatTemplate
-from rlhf_pl.models.score_position import ScoreAt, score_place, tokens_left_off
+from rlhf_pl.models.score_position import ScoreAt, count_trailing_tokens, resolve_score_at
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError
 
 SystemPrompt = Literal["keep", "drop"]
-_QUESTION, _ANSWER = "Xqzjw", "Wjzqx"
+_PROMPT, _RESPONSE = "Xqzjw", "Wjzqx"
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,10 @@ class Rendered:
 
     Args:
         ids: Token ids.
-        turn: Position of the first token of what stands between the last prompt message and the answer: the end of
-            that message's turn and the assistant's header. None if the template has no such text.
-        truncated_tokens: Tokens cut away.
-        token_type_ids: Of pair encodings; empty otherwise.
+        turn: Position of the first token between the last prompt message and the response: the end of that message's
+            turn and the assistant's header. None if the template has no such text.
+        truncated_tokens: Number of removed tokens.
+        token_type_ids: Token types of pair encodings; empty otherwise.
     """
 
     ids: list[int]
@@ -40,19 +40,19 @@ class Rendered:
 
 
 class Renderer:
-    """Renders conversations by a tokenizer's chat template, cut from the left of the prompt.
+    """Renders conversations by a tokenizer's chat template, and truncates the prompt from the left.
 
-    What is too long loses tokens right after its BOS, up to where the answer's turn begins; only an answer that alone
-    is too long loses its end.
+    Conversations that are too long lose tokens after their BOS, up to the start of the response's turn. Only a response
+    that is too long by itself loses its end.
 
     Args:
-        tokenizer: The reward model's.
-        max_tokens: Longest conversation, answer included.
+        tokenizer: The reward model's tokenizer.
+        max_tokens: Maximum length of a conversation, including the response.
         system_prompt: Whether system messages are rendered.
-        pair_encoding: Give the prompt's and the answer's text as a pair instead, for encoders without a chat template.
+        pair_encoding: Encode the texts of prompt and response as a pair, for encoders without a chat template.
         option: The option that names the model, for errors.
-        score_at: Where the score is read. Rows end there: what the template writes behind it is left off.
-        eos: Ids that end an answer, to find that place.
+        score_at: The token at which the score is read. Rows end there: later tokens of the template are removed.
+        eos: Ids of EOS tokens, to find that token.
     """
 
     def __init__(
@@ -67,11 +67,18 @@ class Renderer:
     ) -> None:
         self.tokenizer, self.max_tokens, self.system_prompt = tokenizer, max_tokens, system_prompt
         self.pair_encoding, self.option = pair_encoding, option
-        self._told: set[str] = set()
+        self._reported: set[str] = set()
         self.score_at: ScoreAt = score_at
         if pair_encoding and score_at != "last":
-            raise InputError(f"`score_at` is {score_at}, but `pair_encoding` writes no conversation. Set it to `last`.")
-        self.left_off = 0 if pair_encoding else tokens_left_off(score_at, self.ending, eos, option)
+            raise InputError(
+                f"`score_at` is {score_at}, but `pair_encoding` does not render a conversation. Set it to `last`."
+            )
+        self.trailing_tokens = 0 if pair_encoding else count_trailing_tokens(score_at, self.ending, eos, option)
+
+    @property
+    def settings(self) -> list[Any]:
+        """What its rows depend on beside tokenizer and template."""
+        return [self.max_tokens, self.system_prompt, self.pair_encoding, self.score_at, self.trailing_tokens]
 
     def __call__(
         self,
@@ -84,29 +91,29 @@ class Renderer:
         """The conversation with `response` as its last message.
 
         Args:
-            messages: What stands before it.
-            response: Its text, or the assistant's message.
-            tools: What the chat template is given as `tools`.
+            messages: The messages before the response.
+            response: The response's text, or the assistant's message.
+            tools: The chat template's variable `tools`.
             chat_template_kwargs: Further variables of the chat template.
-            need_tools: Whether a template that leaves the tools or whole messages out is an error; else that is said
-                once.
+            need_tools: Whether it is an error if the template omits the tools or whole messages; otherwise that is
+                reported once.
 
         Raises:
-            InputError: The template refuses it, or would leave tool calls out.
+            InputError: The template rejects the conversation, or would omit tool calls.
         """
         if self.system_prompt == "drop":
             messages = [m for m in messages if m["role"] != "system"]
         last = {"role": "assistant", "content": response} if isinstance(response, str) else response
         if self.pair_encoding:
             if tools:
-                self._lacks_tools(need_tools)
-            return self._as_pair("\n\n".join(map(spoken, messages)), spoken(last))
+                self._report_unseen_tools(need_tools)
+            return self._encode_pair("\n\n".join(map(plain_text, messages)), plain_text(last))
         text = self._render([*messages, last], tools, chat_template_kwargs, need_tools)
         encoded = self.tokenizer(text, add_special_tokens=False, return_offsets_mapping=self.tokenizer.is_fast)
         ids = list(encoded["input_ids"])
-        ids = ids[: len(ids) - self.left_off]
+        ids = ids[: len(ids) - self.trailing_tokens]
         turn = self._turn_position(text, ids, encoded)
-        return self._cut(ids, turn)
+        return self._truncate(ids, turn)
 
     def _render(
         self,
@@ -121,52 +128,52 @@ class Renderer:
             text = template.render(prepared, tools)
         except InputError as error:
             system = any(m["role"] == "system" for m in messages)
-            hint = " Give `system_prompt: drop` to leave system messages out." if system else ""
+            hint = " Set `system_prompt: drop` to omit system messages." if system else ""
             raise InputError(f"`{self.option}`: {error}.{hint}") from error
         if tools and not need_tools and not template.writes_tools(prepared, tools, text):
-            self._lacks_tools()
-        if not need_tools and (lost := template.lost(prepared, text, tools)):
+            self._report_unseen_tools()
+        if not need_tools and (lost := template.find_lost_messages(prepared, text, tools)):
             role = prepared[lost[0]]["role"]
-            self._say_once(f"messages of the role {role!r} are not written for this model: it scores without them.")
+            self._note_once(f"this model's template omits messages of the role {role!r}: it scores without them.")
         return text
 
-    def _lacks_tools(self, is_error: bool = False) -> None:
-        """Say once that the model does not get to see the tools."""
+    def _report_unseen_tools(self, is_error: bool = False) -> None:
+        """Report once that the model does not see the tools, or raise an error."""
         if is_error:
-            raise InputError(f"`{self.option}`: a pair of texts has no place for the `tools` of this row.")
-        self._say_once("the data's tools are not written for this model: it scores without seeing them.")
+            raise InputError(f"`{self.option}`: a pair of texts can't contain the `tools` of this row.")
+        self._note_once("this model's input omits the data's tools: it scores without seeing them.")
 
-    def _say_once(self, line: str) -> None:
-        if line not in self._told:
-            self._told.add(line)
+    def _note_once(self, line: str) -> None:
+        if line not in self._reported:
+            self._reported.add(line)
             console.print(f"`{self.option}`: {line}", soft_wrap=True)
 
     @cached_property
     def turn_text(self) -> str:
-        """What the template writes between the last message of the prompt and the answer; empty if that can't be told.
+        """The template's text between the last message of the prompt and the response; empty if it is unknown.
 
-        Found by rendering a conversation whose texts are known.
+        Found by rendering a conversation with known texts.
         """
-        text, start, end = self._known
-        return text[start + len(_QUESTION) : end] if 0 <= start < end else ""
+        text, start, end = self._probe
+        return text[start + len(_PROMPT) : end] if 0 <= start < end else ""
 
     @cached_property
     def ending(self) -> list[int]:
-        """Ids of what the template writes after the answer; empty if that can't be told."""
+        """Ids of the template's text after the response; empty if it is unknown."""
         if self.pair_encoding:
             return []
-        text, _, end = self._known
-        rest = text[end + len(_ANSWER) :] if end >= 0 else ""
+        text, _, end = self._probe
+        rest = text[end + len(_RESPONSE) :] if end >= 0 else ""
         return list(self.tokenizer(rest, add_special_tokens=False)["input_ids"]) if rest else []
 
     @cached_property
-    def _known(self) -> tuple[str, int, int]:
-        """A conversation whose texts are known, and where they begin in it."""
-        text = self._render([{"role": "user", "content": _QUESTION}, {"role": "assistant", "content": _ANSWER}])
-        return text, text.find(_QUESTION), text.rfind(_ANSWER)
+    def _probe(self) -> tuple[str, int, int]:
+        """A rendered conversation with known texts, and the positions of the two texts."""
+        text = self._render([{"role": "user", "content": _PROMPT}, {"role": "assistant", "content": _RESPONSE}])
+        return text, text.find(_PROMPT), text.rfind(_RESPONSE)
 
     def _turn_position(self, text: str, ids: list[int], encoded: Any) -> int | None:
-        """The token at which the last `turn_text` begins."""
+        """Index of the token at which the last `turn_text` starts."""
         start = text.rfind(self.turn_text) if self.turn_text else -1
         if start < 0:
             return None
@@ -174,17 +181,17 @@ class Renderer:
             return len(self.tokenizer(text[:start], add_special_tokens=False)["input_ids"])
         return next((i for i, (_, end) in enumerate(encoded["offset_mapping"]) if end > start), None)
 
-    def _cut(self, ids: list[int], turn: int | None) -> Rendered:
+    def _truncate(self, ids: list[int], turn: int | None) -> Rendered:
         overflow = max(0, len(ids) - self.max_tokens)
         if overflow == 0:
             return Rendered(ids, turn)
         start = 1 if ids and ids[0] == self.tokenizer.bos_token_id else 0
         end = len(ids) if turn is None else turn
-        cut = min(overflow, max(0, end - start))
-        kept = (ids[:start] + ids[start + cut :])[: self.max_tokens]
-        return Rendered(kept, None if turn is None else turn - cut, overflow)
+        removed = min(overflow, max(0, end - start))
+        kept = (ids[:start] + ids[start + removed :])[: self.max_tokens]
+        return Rendered(kept, None if turn is None else turn - removed, overflow)
 
-    def _as_pair(self, prompt: str, response: str) -> Rendered:
+    def _encode_pair(self, prompt: str, response: str) -> Rendered:
         tokenizer = self.tokenizer
         whole = tokenizer(prompt, response)
         overflow = max(0, len(whole["input_ids"]) - self.max_tokens)
@@ -196,7 +203,7 @@ class Renderer:
 
 
 def reward_tokenizer(source: Any, pair_encoding: bool) -> Any:
-    """The tokenizer of a reward model; it needs a chat template unless pairs are encoded."""
+    """The tokenizer of a reward model; it needs a chat template unless `pair_encoding` is set."""
     if not pair_encoding:
         return source.tokenizer
     from transformers import AutoTokenizer
@@ -213,25 +220,25 @@ def reward_renderer(
     option: str | None = None,
     tokenizer: Any = None,
 ) -> Renderer:
-    """Renders conversations as the reward model of `source` reads them.
+    """A renderer of conversations for the reward model of `source`.
 
     Args:
-        source: Its config and tokenizer.
+        source: The model's config and tokenizer.
         max_tokens: See `Renderer`.
         system_prompt: See `Renderer`.
         pair_encoding: See `Renderer`.
-        score_at: Where the score is read; None for where its config says, else the last token.
+        score_at: Where the score is read; None for the config's value, or else the last token.
         option: The option that names the model, for errors; None for that of `source`.
-        tokenizer: If not that of `source`.
+        tokenizer: Another tokenizer than that of `source`.
     """
     tokenizer = tokenizer or reward_tokenizer(source, pair_encoding)
-    place = score_place(score_at, source)
+    place = resolve_score_at(score_at, source)
     eos = () if place == "last" else source.eos_token_ids
     return Renderer(tokenizer, max_tokens, system_prompt, pair_encoding, option or source.option, place, eos)
 
 
 def padded(rows: Sequence[Rendered], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
-    """`input_ids`, `attention_mask` and, where rows have them, `token_type_ids`, padded on the right, shape (R, T)."""
+    """Right-padded `input_ids`, `attention_mask` and, if rows have them, `token_type_ids`, each of shape (R, T)."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id)
     mask = torch.zeros_like(ids)

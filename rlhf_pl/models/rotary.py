@@ -1,7 +1,7 @@
-"""Rotary embeddings whose factors depend on the longest position of a call (`longrope`, `dynamic`), made steady.
+"""Makes rotary embeddings whose factors depend on the longest position of a call (`longrope`, `dynamic`) deterministic.
 
-transformers looks at the whole batch: a short row beside a long one gets the long one's factors. A policy gets those of
-the longest row of its run at every call, as vLLM's engines do; a reward model gets those of each row's own length.
+transformers uses the whole batch: a short row next to a long one gets the long one's factors. Here, a policy always
+gets the factors of the longest row of its run, as in vLLM's engines; a reward model gets those of each row's length.
 """
 
 import math
@@ -12,19 +12,19 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_pl.models.packed_batch import common_tokens
+from rlhf_pl.models.packed_batch import common_prefix_length
 from rlhf_pl.utils.errors import InputError
 
-Thresholds = dict[str, int]  # of each kind of factors: positions beyond which they differ
+Thresholds = dict[str, int]  # rope type -> number of positions beyond which its factors change
 
 
 def thresholds(config: Any) -> Thresholds:
-    """Of a model's config, by rope type; empty where factors depend on no length."""
+    """The thresholds of a model's config, by rope type; empty if no factors depend on length."""
     text = config.get_text_config()
     parameters = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
-    every = [parameters, *(p for p in parameters.values() if isinstance(p, Mapping))]
+    sections = [parameters, *(p for p in parameters.values() if isinstance(p, Mapping))]
     found: Thresholds = {}
-    for part in every:
+    for part in sections:
         kind = part.get("rope_type") or part.get("type")
         if kind == "longrope":
             limit = part.get("original_max_position_embeddings") or getattr(
@@ -36,22 +36,22 @@ def thresholds(config: Any) -> Thresholds:
     return found
 
 
-def factors_of(limits: Thresholds, length: int) -> int:
-    """What tells the factors of one length from those of another: equal for lengths that have the same."""
+def factors_key(limits: Thresholds, length: int) -> int:
+    """A key that is equal for two lengths if and only if they have the same factors."""
     if length > limits.get("dynamic", length):
         return length
     return -1 if length > limits.get("longrope", length) else 0
 
 
 def longrope_scales(config: Any, longest: int) -> tuple[float, float]:
-    """By what `longrope` embeddings are multiplied in a run: by transformers, and by vLLM.
+    """The scales of `longrope` embeddings in a run: that of transformers, and that of vLLM.
 
-    vLLM reads neither `factor` nor `attention_factor`, but `short_mscale` and `long_mscale`, which transformers reads
-    in PhiMoE alone.
+    vLLM reads `short_mscale` and `long_mscale`, not `factor` and `attention_factor`. transformers reads the former only
+    in PhiMoE.
 
     Args:
-        config: Of a model with `longrope` embeddings.
-        longest: Tokens of the longest row of the run.
+        config: Config of a model with `longrope` embeddings.
+        longest: Tokens of the run's longest row.
     """
     text = config.get_text_config()
     parameters = text.rope_parameters
@@ -69,28 +69,28 @@ def _longrope_scale(stretch: float, limit: int) -> float:
 
 
 def describe_factors(config: Any, longest: int) -> str | None:
-    """The factors of a run whose longest row is `longest`, for its records; None where they depend on no length."""
+    """Describe the factors of a run whose longest row has `longest` tokens; None if they don't depend on length."""
     limits = thresholds(config)
     if not limits:
         return None
-    which = factors_of(limits, longest)
+    which = factors_key(limits, longest)
     if which > 0:
         return f"dynamic, at {which} positions"
     kind, limit = next(iter(limits.items()))
     return f"{kind}, {'over' if which else 'up to'} {limit} positions"
 
 
-def steady_rotary(model: nn.Module, config: Any, longest: int | None = None) -> None:
-    """Have a model give a row the same numbers whatever stands beside it.
+def stabilize_rotary(model: nn.Module, config: Any, longest: int | None = None) -> None:
+    """Make a model's results for a row independent of the other rows of a batch.
 
     Args:
-        model: Changed in place: its rotary embeddings get a hook.
-        config: The model's.
-        longest: Every call gets the factors of this length; None for each row's own, where rows are told apart by
-            position 0 and have no padding beyond their last position (`row_positions`).
+        model: Changed in place: its rotary embeddings get hooks.
+        config: The model's config.
+        longest: Every call gets the factors of this length. None for the factors of each row's length; then every row
+            must start at position 0 and padding must not exceed the row's last position (`row_positions`).
 
     Raises:
-        InputError: It has rotary embeddings of a kind that is not known here.
+        InputError: The model has an unknown kind of rotary embeddings.
     """
     limits = thresholds(config)
     if not limits:
@@ -98,29 +98,29 @@ def steady_rotary(model: nn.Module, config: Any, longest: int | None = None) -> 
     modules = [m for m in model.modules() if hasattr(m, "rope_type") and hasattr(m, "config")]
     if not modules:
         raise InputError(
-            f"The rotary embeddings of {type(model).__name__} depend on the longest row of a batch in a way that is "
-            "not known here, so a row's numbers would depend on what stands beside it. Choose another model, or one of "
-            "transformers' own classes."
+            f"The rotary embeddings of {type(model).__name__} depend on the longest row of a batch in an unknown way, "
+            "so a row's results would depend on the other rows. Choose another model, or one of transformers' own "
+            "classes."
         )
-    hook = partial(_by_row, limits) if longest is None else partial(_pinned, longest)
+    hook = partial(_factors_by_row, limits) if longest is None else partial(_factors_of_longest, longest)
     for module in modules:
-        module.register_forward_pre_hook(_forget_long)
+        module.register_forward_pre_hook(_drop_long_factors)
         module.register_forward_hook(hook, with_kwargs=True)
 
 
-def shared_tokens(rows: Sequence[list[int]], config: Any) -> int:
-    """Of rows that get factors by their own length: how many first tokens are the same, embeddings included."""
+def shared_prefix_length(rows: Sequence[list[int]], config: Any) -> int:
+    """Length of the common prefix of rows that get factors by their own length; 0 if their factors differ."""
     limits = thresholds(config)
-    if len({factors_of(limits, len(row)) for row in rows}) > 1:
+    if len({factors_key(limits, len(row)) for row in rows}) > 1:
         return 0
-    return common_tokens(rows)
+    return common_prefix_length(rows)
 
 
 def longest_row(trainer: Any, config: Any) -> int | None:
-    """Tokens of the longest row of a Trainer's run, for `steady_rotary`; None where factors depend on no length.
+    """Tokens of the longest row of a Trainer's run, for `stabilize_rotary`; None if factors don't depend on length.
 
     Raises:
-        InputError: The DataModule does not say.
+        InputError: The DataModule does not define it.
     """
     if trainer is None or not thresholds(config):
         return None
@@ -128,80 +128,82 @@ def longest_row(trainer: Any, config: Any) -> int | None:
     longest = getattr(data, "longest_tokens", None)
     if longest is None:
         raise InputError(
-            f"`data`: the rotary embeddings of {type(config).__name__} depend on the longest row of a run. Give "
-            f"{type(data).__name__} an attribute `longest_tokens`: the tokens of its longest prompt with its response."
+            f"`data`: the rotary embeddings of {type(config).__name__} depend on the longest row of a run. Add an "
+            f"attribute `longest_tokens` to {type(data).__name__}: the tokens of its longest prompt with its response."
         )
     return int(longest)
 
 
 def row_positions(attention_mask: Tensor) -> Tensor:
-    """Positions of rows that are padded on the right, none of them beyond its row's last, shape (R, T)."""
+    """Positions of right-padded rows; padding has the position of its row's last token; shape (R, T)."""
     return (attention_mask.long().cumsum(-1) - 1).clamp(min=0)
 
 
-def _pinned(longest: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Embeddings as if a row of `longest` tokens stood beside each."""
-    positions = _positions(args, kwargs)
+def _factors_of_longest(longest: int, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Embeddings with the factors of a row of `longest` tokens."""
+    positions = _get_positions(args, kwargs)
     last = torch.full_like(positions[..., :1], longest - 1)
-    found = _again(module, args, kwargs, torch.cat([positions, last], dim=-1))
-    return _each(lambda part: part[..., :-1, :], found)
+    found = _recompute(module, args, kwargs, torch.cat([positions, last], dim=-1))
+    return _map_outputs(lambda part: part[..., :-1, :], found)
 
 
-def _by_row(limits: Thresholds, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
-    """Embeddings of each row as if it stood alone."""
-    positions = _positions(args, kwargs)
-    lengths = _lengths(positions)
+def _factors_by_row(limits: Thresholds, module: nn.Module, args: Any, kwargs: dict[str, Any], output: Any) -> Any:
+    """Embeddings of each row with the factors of its own length."""
+    positions = _get_positions(args, kwargs)
+    lengths = _row_lengths(positions)
     groups: dict[int, list[int]] = {}
     for length in lengths.unique().tolist():
-        groups.setdefault(factors_of(limits, length), []).append(length)
+        groups.setdefault(factors_key(limits, length), []).append(length)
     found = None
     for same in groups.values():
         mine = torch.isin(lengths, torch.tensor(same, device=lengths.device))
-        _forget(module)
-        part = _again(module, args, kwargs, positions.masked_fill(~mine, 0))
+        _reset_dynamic_factors(module)
+        part = _recompute(module, args, kwargs, positions.masked_fill(~mine, 0))
         chosen = mine[..., None]
-        found = part if found is None else _each(lambda new, old, m=chosen: torch.where(m, new, old), part, found)
-    _forget(module)
+        found = (
+            part if found is None else _map_outputs(lambda new, old, m=chosen: torch.where(m, new, old), part, found)
+        )
+    _reset_dynamic_factors(module)
     return found
 
 
-def _lengths(positions: Tensor) -> Tensor:
-    """Of each token the length of its row, where every row begins at position 0, shape as `positions`."""
+def _row_lengths(positions: Tensor) -> Tensor:
+    """The length of each token's row, with the shape of `positions`; every row starts at position 0."""
     rows = (positions == 0).cumsum(-1)
     longest = torch.zeros(*positions.shape[:-1], positions.shape[-1] + 1, dtype=positions.dtype, device=rows.device)
     return longest.scatter_reduce(-1, rows, positions, "amax").gather(-1, rows) + 1
 
 
-def _forget(module: Any) -> None:
-    """`dynamic` embeddings keep the factors of the longest row they have seen; back to those of the start."""
+def _reset_dynamic_factors(module: Any) -> None:
+    """Reset `dynamic` embeddings, which keep the factors of the longest row so far, to their initial factors."""
     for name, start in list(module.named_buffers(recurse=False)):
         if name.endswith("original_inv_freq"):
             prefix = name.removesuffix("original_inv_freq")
             setattr(module, f"{prefix}inv_freq", start)
-            if hasattr(module, seen := f"{prefix}max_seq_len_cached"):
-                setattr(module, seen, module.original_max_seq_len)
+            if hasattr(module, cached_length := f"{prefix}max_seq_len_cached"):
+                setattr(module, cached_length, module.original_max_seq_len)
 
 
-def _forget_long(module: nn.Module, args: Any = None) -> None:
-    """transformers stumbles over the long factors that it has kept of a type of layers."""
+def _drop_long_factors(module: nn.Module, args: Any = None) -> None:
+    """Delete cached long factors of a type of layers: transformers fails if they exist."""
     for name in [name for name in vars(module) if name.endswith("_long_inv_freq")]:
         delattr(module, name)
 
 
-def _positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+def _get_positions(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return kwargs["position_ids"] if "position_ids" in kwargs else args[1]
 
 
-def _again(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> Any:
-    """What the module gives at other positions, without its hooks."""
-    _forget_long(module)
+def _recompute(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], positions: Tensor) -> Any:
+    """The module's output at other positions, without its hooks."""
+    _drop_long_factors(module)
     if "position_ids" in kwargs:
         return module.forward(*args, **(kwargs | {"position_ids": positions}))
     return module.forward(args[0], positions, *args[2:], **kwargs)
 
 
-def _each(change: Any, *outputs: Any) -> Any:
-    """Of cosines and sines, or of one tensor."""
+def _map_outputs(change: Any, *outputs: Any) -> Any:
+    """Apply a function to cosines and sines, or to one tensor."""
     if isinstance(outputs[0], Tensor):
         return change(*outputs)
     return tuple(change(*parts) for parts in zip(*outputs, strict=True))

@@ -1,4 +1,4 @@
-"""Where in a conversation a reward model's score is read: found by length when the conversation is rendered."""
+"""The token of a conversation at which a reward model's score is read, determined when it is rendered."""
 
 import math
 from collections.abc import Sequence
@@ -11,17 +11,17 @@ from rlhf_pl.utils.errors import InputError
 
 ScoreAt = Literal["last", "eos", "before_eos"]
 PLACES = ("last", "eos", "before_eos")
-KEY = "score_at"  # of a config.json
+KEY = "score_at"  # in config.json
 _warned: set[str] = set()
 
 
-def score_place(wanted: ScoreAt | None, source: ModelSource) -> ScoreAt:
-    """Where the score is read: where it was asked for, else where the model's config says, else at the last token.
+def resolve_score_at(option: ScoreAt | None, source: ModelSource) -> ScoreAt:
+    """Where the score is read: the option's value, or else the model config's, or else the last token.
 
     Raises:
-        InputError: The config names no such place.
+        InputError: The config has an invalid value.
     """
-    found: Any = wanted or stored_config(source).get(KEY) or "last"
+    found: Any = option or stored_config(source).get(KEY) or "last"
     if found not in PLACES:
         raise InputError(
             f"`{source.option}`: the config of {source.path!r} has `{KEY}` {found!r}; expected one of "
@@ -30,25 +30,25 @@ def score_place(wanted: ScoreAt | None, source: ModelSource) -> ScoreAt:
     return found
 
 
-def note_place(config: Any, place: ScoreAt) -> None:
-    """Write into a model's config where its score is read, if that is not the last token."""
+def write_score_at(config: Any, place: ScoreAt) -> None:
+    """Write to a model's config where its score is read, if it is not the last token."""
     if place != "last":
         setattr(config, KEY, place)
     elif hasattr(config, KEY):
         delattr(config, KEY)
 
 
-def tokens_left_off(place: ScoreAt, ending: Sequence[int], eos: Sequence[int], option: str) -> int:
-    """How many tokens of a conversation lie behind the place where its score is read.
+def count_trailing_tokens(place: ScoreAt, ending: Sequence[int], eos: Sequence[int], option: str) -> int:
+    """Number of tokens of a conversation after the token at which its score is read.
 
     Args:
-        place: Where that is.
-        ending: What the template writes after the response.
-        eos: Ids that end a response.
+        place: Where the score is read.
+        ending: Ids of the template's text after the response.
+        eos: Ids of EOS tokens.
         option: The option that names the model, for errors.
 
     Raises:
-        InputError: The template ends the response with no EOS.
+        InputError: The template writes no EOS after the response.
     """
     if place == "last":
         return 0
@@ -62,14 +62,14 @@ def tokens_left_off(place: ScoreAt, ending: Sequence[int], eos: Sequence[int], o
 
 
 def mean_score(config: Any, path: str = "") -> float:
-    """What `bias` in a model's config says is to be subtracted from every score; 0 if it is not there or is a switch.
+    """The mean score that a model's config gives as `bias`, to subtract from every score; 0 if missing or a boolean.
 
     Args:
-        config: The config, or what config.json holds.
-        path: Of the model, for errors.
+        config: The config, or the content of config.json.
+        path: The model's path, for errors.
 
     Raises:
-        InputError: It is no finite number.
+        InputError: `bias` is not a finite number.
     """
     value = config.get("bias") if isinstance(config, dict) else getattr(config, "bias", None)
     if value is None or isinstance(value, bool):
@@ -81,34 +81,34 @@ def mean_score(config: Any, path: str = "") -> float:
     return float(value)
 
 
-def forget_mean(config: Any) -> None:
-    """Take a mean score out of a model's config."""
+def remove_mean_score(config: Any) -> None:
+    """Remove the mean score from a model's config."""
     if mean_score(config):
         del config.bias
 
 
-def reads_elsewhere(ending: Sequence[int], source: ModelSource) -> bool:
-    """Whether transformers' classifier takes the last token of a conversation for padding, and reads before it."""
+def is_read_before_padding(ending: Sequence[int], source: ModelSource) -> bool:
+    """Whether transformers' classifier treats the last token of a conversation as padding, and reads before it."""
     return bool(ending) and ending[-1] == source.config.get_text_config().pad_token_id
 
 
-def warn_of_other_reading(render: Any, source: ModelSource) -> None:
-    """Say where other tools read a model's score at another place than the last token, unless its config says where.
+def warn_if_read_elsewhere(render: Any, source: ModelSource) -> None:
+    """Warn if other tools don't read a model's score at the last token, unless its config has `score_at`.
 
     Args:
-        render: The model's `Renderer`, with no place asked for.
-        source: Its config.
+        render: The model's `Renderer`, without `score_at`.
+        source: The model's config.
     """
-    if reads_elsewhere(render.ending, source) and KEY not in stored_config(source):
+    if is_read_before_padding(render.ending, source) and KEY not in stored_config(source):
         warn_once(
             f"`{source.option}`: conversations for {source.path!r} end with its own padding token. Its score is read "
-            "at that last token, as vLLM does; transformers' classifier takes it for padding and reads before it. If "
-            "the model was trained that way, set `score_at: before_eos`; `score_at: last` ends this warning."
+            "at that last token, as in vLLM; transformers' classifier treats it as padding and reads before it. If "
+            "the model was trained that way, set `score_at: before_eos`; `score_at: last` silences this warning."
         )
 
 
 def warn_once(text: str) -> None:
-    """Print a warning, the first time only."""
+    """Print a warning once per process."""
     from lightning.pytorch.utilities import rank_zero_only
 
     if text not in _warned and rank_zero_only.rank == 0:  # type: ignore[attr-defined]

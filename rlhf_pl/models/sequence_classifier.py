@@ -1,4 +1,4 @@
-"""Reward models with one output: loaded with their head or not at all, and run as one unit."""
+"""Reward models with one output: loading, and the module that computes scores."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -6,15 +6,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from rlhf_pl.models.classifier_head import empty_classifier, find_head, has_head, is_of_head
+from rlhf_pl.models.classifier_head import empty_classifier, find_head, has_head, is_head_tensor
 from rlhf_pl.models.compute import Compute
-from rlhf_pl.models.load_whole import TOLD, load_whole, refuse_gaps, refuse_not_finite
+from rlhf_pl.models.load_whole import LOADING_INFO, check_finite, check_loading_info, load_whole
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.packed_layout import Layout
 from rlhf_pl.models.policy import train_in_eval_mode, without_autocast, without_dropout, working_copy
 from rlhf_pl.models.pretrained_files import WeightFiles, stored_config
-from rlhf_pl.models.rotary import row_positions, steady_rotary, thresholds
-from rlhf_pl.models.score_position import forget_mean, mean_score
+from rlhf_pl.models.rotary import row_positions, stabilize_rotary, thresholds
+from rlhf_pl.models.score_position import mean_score, remove_mean_score
 from rlhf_pl.models.shared_prefix import hidden_states, share_prompts
 from rlhf_pl.models.source import ModelSource
 
@@ -25,13 +25,13 @@ def load_classifier(
     dtype: torch.dtype | None = None,
     attn_implementation: str = "sdpa",
 ) -> Any:
-    """The reward model of `source` with all its weights and one output, dropout off, in eval mode.
+    """Load the reward model of `source` with all its weights and one output, without dropout, in eval mode.
 
     Args:
         source: Config and tokenizer.
-        weights: Where the weights are, if not in `source`.
-        dtype: Of the weights; None for that of the checkpoint.
-        attn_implementation: Attention of transformers.
+        weights: Location of the weights, if not `source`.
+        dtype: Dtype of the weights; None for that of the checkpoint.
+        attn_implementation: Attention implementation of transformers.
 
     Raises:
         InputError: The head or other weights are missing, or there is more than one label.
@@ -41,7 +41,7 @@ def load_classifier(
     weights = weights or source
     files = WeightFiles(weights)
     rename = find_head(source, files).rename
-    if rename is None and weights is not source:  # it may come without the config that transformers looks for
+    if rename is None and weights is not source:  # its folder may lack the config that transformers needs
         rename = {name: name for name in files.shapes}
     config = without_dropout(source.config)
     config.num_labels = 1
@@ -57,9 +57,9 @@ def load_classifier(
             state["score.weight"] = state["score.weight"].view(1, -1)
         bias = state.pop("score.bias", None)
         kind = type(empty_classifier(source))
-        model, info = kind.from_pretrained(None, state_dict=state, dtype=dtype, **arguments, **TOLD)
-        refuse_gaps(weights, model, info)
-        if bias is not None:  # transformers' own head has none
+        model, info = kind.from_pretrained(None, state_dict=state, dtype=dtype, **arguments, **LOADING_INFO)
+        check_loading_info(weights, model, info)
+        if bias is not None:  # transformers' own head has no bias
             model.score.bias = nn.Parameter(bias.view(1).to(dtype))
     return model.eval()
 
@@ -67,30 +67,30 @@ def load_classifier(
 def new_classifier(
     source: ModelSource, seed: int, dtype: torch.dtype | None = None, attn_implementation: str = "sdpa"
 ) -> Any:
-    """A classifier with one output on the backbone of `source`; a head that is there is kept, else it is drawn.
+    """Load a classifier with one output on the backbone of `source`; a missing head is initialised at random.
 
-    A mean in the config is left out: it is not that of the scores that training will give.
+    A mean score in the config is removed: the scores after training will have another mean.
 
     Args:
         source: A causal LM or a reward model.
-        seed: Of the head.
-        dtype: Of the weights; None for that of the checkpoint.
-        attn_implementation: Attention of transformers.
+        seed: Seed of the head.
+        dtype: Dtype of the weights; None for that of the checkpoint.
+        attn_implementation: Attention implementation of transformers.
     """
     from transformers import AutoModelForSequenceClassification
 
     if has_head(source):
         model = load_classifier(source, None, dtype, attn_implementation)
-        refuse_not_finite(model, source)
-        forget_mean(model.config)
+        check_finite(model, source)
+        remove_mean_score(model.config)
         return model
     config = without_dropout(source.config)
     config.num_labels = 1
-    forget_mean(config)
+    remove_mean_score(config)
     model = load_whole(
         source,
         AutoModelForSequenceClassification,
-        is_of_head,
+        is_head_tensor,
         config=config,
         dtype=dtype or "auto",
         attn_implementation=attn_implementation,
@@ -101,24 +101,24 @@ def new_classifier(
         for name, parameter in model.named_parameters():
             if name.startswith(prefix):
                 continue
-            # small, so that training starts near equal scores (as in arXiv:2009.01325)
+            # small, so that training starts with almost equal scores (as in arXiv:2009.01325)
             std = (parameter.shape[-1] + 1) ** -0.5 if parameter.dim() > 1 else 0.0
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
-    refuse_not_finite(model, source)
+    check_finite(model, source)
     return model.eval()
 
 
 class ClassifierLM(nn.Module):
-    """A classifier as one unit: token ids in, one score a row out.
+    """A classifier as one module that maps token ids to one score per row.
 
-    Where the head is one linear layer on the last token's hidden state, the score is read at the last token of a row,
-    found by the row's length, whatever that token is, and the layer is computed in the dtype of its weights, autocast
-    aside: bf16 scores near 10 would be steps of 0.06. Other heads, such as those of encoders, are the model's own. The
-    mean that a config names as `bias` is subtracted.
+    If the head is one linear layer on the last token's hidden state, the score is read at the last token of a row,
+    found by the row's length and independent of the token's id. The layer computes in the dtype of its weights, without
+    autocast: bf16 scores near 10 have steps of 0.06. Other heads, for example those of encoders, run as in the model.
+    The mean score that a config gives as `bias` is subtracted.
 
     Args:
         model: A Hugging Face sequence classifier with one output.
-        compute: Where and how it computes; None for where the model is.
+        compute: Device and dtypes of the computation; None for those of the model.
     """
 
     def __init__(self, model: Any, compute: Compute | None = None) -> None:
@@ -126,13 +126,13 @@ class ClassifierLM(nn.Module):
         compute = compute or Compute(model.device)
         self.model, self.compute = model, compute
         self.copy = working_copy(model, compute)
-        self.by_row = bool(thresholds(model.config))
-        steady_rotary(model, model.config)
-        self.head_name = _linear_head(model)
+        self.has_row_factors = bool(thresholds(model.config))
+        stabilize_rotary(model, model.config)
+        self.head_name = _find_linear_head(model)
         self.mean = mean_score(model.config)
         self.linear = self.head_name is not None
-        # what is padding is told by the mask; heads of the model's own may look for its token
-        self.pad_id = 0 if self.linear else _padding_taken(model)
+        # the mask marks padding, but the model's own head may look for the padding token
+        self.pad_id = 0 if self.linear else _find_ignored_padding(model)
         self.shares_prompts = self.linear and share_prompts(model, compute)
 
     def train(self, mode: bool = True) -> "ClassifierLM":
@@ -149,74 +149,77 @@ class ClassifierLM(nn.Module):
         layout: Layout | None = None,
         **inputs: Tensor,
     ) -> Tensor:
-        """Scores of rows that are padded with `pad_id` on either side, or of what `tree_inputs` gives.
+        """Scores of rows that are padded with `pad_id` on either side, or of the inputs of `prefix_group_inputs`.
 
         Args:
-            input_ids: Shape (R, T), int64; of trees (1, N).
-            attention_mask: 1 at tokens, shape (R, T); of trees None.
-            position_ids: Of trees, shape (1, N).
-            last: Of trees the place where each answer's score is read, shape (R,).
-            layout: Where trees lie.
-            inputs: Others that the architecture takes of rows, such as `token_type_ids`, shape (R, T).
+            input_ids: Shape (R, T), int64; (1, N) for prefix groups.
+            attention_mask: 1 at tokens, shape (R, T); None for prefix groups.
+            position_ids: Only for prefix groups: shape (1, N).
+            last: Only for prefix groups: index of the token at which each response's score is read, shape (R,).
+            layout: Only for prefix groups: their lengths.
+            inputs: Further inputs of the architecture for rows, for example `token_type_ids`, shape (R, T).
 
         Returns:
             Shape (R,), float32.
         """
-        model = self.model if self.copy is None else self.copy.twin()
+        model = self.model if self.copy is None else self.copy.prepare_module()
         with without_autocast(input_ids.device, self.compute):
             if layout is not None:
                 assert position_ids is not None
                 assert last is not None
                 hidden = hidden_states(model, input_ids, position_ids, layout).index_select(0, last)
-                return self._head(hidden) - self.mean
+                return self._apply_head(hidden) - self.mean
             assert attention_mask is not None
-            order = (attention_mask == 0).long().argsort(dim=-1, stable=True)  # so that positions count tokens alone
+            # move padding to the right, so that positions count only tokens
+            order = (attention_mask == 0).long().argsort(dim=-1, stable=True)
             rows = {"input_ids": input_ids, "attention_mask": attention_mask, **inputs}
             rows = {name: tensor.gather(1, order) for name, tensor in rows.items()}
-            if self.by_row:
+            if self.has_row_factors:
                 rows["position_ids"] = row_positions(rows["attention_mask"])
-            return (self._of_rows(model, **rows) if self.linear else self._own(model, **rows)) - self.mean
+            return (
+                self._score_rows(model, **rows) if self.linear else self._score_by_own_head(model, **rows)
+            ) - self.mean
 
-    def _of_rows(self, model: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Scores at the last tokens of rows that are padded on the right."""
+    def _score_rows(self, model: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Scores at the last tokens of right-padded rows."""
         hidden = model.base_model(
             input_ids=input_ids, attention_mask=attention_mask, use_cache=False, **inputs
         ).last_hidden_state
         rows = torch.arange(len(hidden), device=hidden.device)
-        return self._head(hidden[rows, attention_mask.sum(-1) - 1])
+        return self._apply_head(hidden[rows, attention_mask.sum(-1) - 1])
 
-    def _own(self, model: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
-        """Scores by the head of the model's own, row by row if it minds padding; padded on the right."""
+    def _score_by_own_head(self, model: Any, input_ids: Tensor, attention_mask: Tensor, **inputs: Tensor) -> Tensor:
+        """Scores of right-padded rows by the model's own head; row by row if its scores depend on padding."""
         if self.pad_id is None and len(input_ids) > 1:
             rows = []
             for row, mask in enumerate(attention_mask.bool()):
-                alone = {name: tensor[row][mask][None] for name, tensor in inputs.items()}
+                others = {name: tensor[row][mask][None] for name, tensor in inputs.items()}
                 ids = input_ids[row][mask][None]
-                rows.append(self._own(model, ids, torch.ones_like(ids), **alone))
+                rows.append(self._score_by_own_head(model, ids, torch.ones_like(ids), **others))
             return torch.cat(rows)
         return model(input_ids=input_ids, attention_mask=attention_mask, **inputs).logits[:, 0].float()
 
-    def _head(self, hidden: Tensor) -> Tensor:
-        """Shape (R, H) to (R,), float32."""
+    def _apply_head(self, hidden: Tensor) -> Tensor:
+        """Apply the head to hidden states, shape (R, H) to (R,), float32."""
         head = getattr(self.model, self.head_name or "")
         with torch.autocast(hidden.device.type, enabled=False):
             return head(hidden.to(head.weight.dtype))[:, 0].float()
 
 
-def tree_inputs(trees: Sequence[PrefixGroup]) -> dict[str, Any]:
-    """What `ClassifierLM.forward` takes of conversations that share their beginnings, where it `shares_prompts`.
+def prefix_group_inputs(groups: Sequence[PrefixGroup]) -> dict[str, Any]:
+    """The inputs of `ClassifierLM.forward` for conversations with common prefixes, if it `shares_prompts`.
 
     Args:
-        trees: What conversations have in common, with the rest of each, one token at least.
+        groups: The common prefixes of conversations, with the rest of each, at least one token.
     """
     last: list[int] = []
     end = 0
-    for tree in trees:
-        end += len(tree.prompt)
-        for answer in tree.answers:
-            end += len(answer)
+    for group in groups:
+        end += len(group.prompt)
+        for response in group.responses:
+            end += len(response)
             last.append(end - 1)
-    rows = pack(trees)
+    rows = pack(groups)
     return {
         "input_ids": rows.input_ids,
         "position_ids": rows.position_ids,
@@ -226,12 +229,12 @@ def tree_inputs(trees: Sequence[PrefixGroup]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _linear_head(model: Any) -> str | None:
-    """The name of the linear layer that makes the model's score of the last token's hidden state, tried on a few ids.
+def _find_linear_head(model: Any) -> str | None:
+    """The name of the linear layer that computes the model's score from the last token's hidden state.
 
-    None where the score is made otherwise.
+    Found by comparing scores of a few ids. None if the score is computed differently.
     """
-    ids = _ids_to_try(model)
+    ids = _make_test_ids(model)
     expected = model(input_ids=ids).logits[0, 0].float()
     hidden = getattr(model.base_model(input_ids=ids), "last_hidden_state", None)
     for name in ("score", "classifier"):
@@ -244,20 +247,22 @@ def _linear_head(model: Any) -> str | None:
 
 
 @torch.no_grad()
-def _padding_taken(model: Any) -> int | None:
-    """The padding token of a model whose scores do not change with padding on the right; None if it has none such."""
+def _find_ignored_padding(model: Any) -> int | None:
+    """The padding token, if padding on the right does not change the model's scores; otherwise None."""
     pad_id = model.config.get_text_config().pad_token_id
     if pad_id is None or not 0 <= pad_id < model.get_input_embeddings().weight.shape[0]:
         return None
-    ids = _ids_to_try(model)
+    ids = _make_test_ids(model)
     longer = torch.cat([ids, torch.full_like(ids[:, :3], pad_id)], dim=1)
-    alone = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
-    beside = model(input_ids=longer, attention_mask=(torch.arange(longer.shape[1]) < ids.shape[1]).long()[None])
-    same = torch.allclose(alone.float(), beside.logits.float(), rtol=1e-3, atol=1e-3)
+    scores = model(input_ids=ids, attention_mask=torch.ones_like(ids)).logits
+    scores_with_padding = model(
+        input_ids=longer, attention_mask=(torch.arange(longer.shape[1]) < ids.shape[1]).long()[None]
+    )
+    same = torch.allclose(scores.float(), scores_with_padding.logits.float(), rtol=1e-3, atol=1e-3)
     return pad_id if same else None
 
 
-def _ids_to_try(model: Any) -> Tensor:
+def _make_test_ids(model: Any) -> Tensor:
     config = model.config.get_text_config()
     ids = torch.tensor([[i for i in range(1, 12) if i != config.pad_token_id][:6]], device=model.device)
     return ids % config.vocab_size

@@ -1,4 +1,4 @@
-"""A small random model of the kind a config describes, to try kernels and layouts on where the run computes."""
+"""Small random models of a config's architecture, to check kernels and layouts on the run's device."""
 
 import contextlib
 from collections.abc import Callable
@@ -10,22 +10,22 @@ from torch import nn
 
 from rlhf_pl.models.rotary import thresholds
 
-_VOCABULARY = 128
-WINDOW = 6  # windows and chunks of attention, in tokens: shorter than what the checks compute
-_MOST_LAYERS = 8
-_MOST_EXPERTS = 32  # routers choose among groups of them
+_VOCABULARY_SIZE = 128
+WINDOW = 6  # attention windows and chunks in tokens, shorter than the sequences of the checks
+_MAX_LAYERS = 8
+_MAX_EXPERTS = 32  # routers choose among groups of them
 _WIDTHS = ("intermediate_size", "moe_intermediate_size", "shared_expert_intermediate_size", "intermediate_size_mlp")
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 
 def small_config(config: Any, kinds: Callable[[nn.Module], list[Any]]) -> Any:
-    """A config of few and narrow layers of every kind that `config` has, with windows shorter than a few tokens.
+    """A config with a few layers of every kind that `config` has, and with short attention windows.
 
-    Heads keep their size and their number to a KV head, which kernels depend on.
+    Head size and the number of query heads per KV head do not change: kernels depend on them.
 
     Args:
-        config: Of a model.
-        kinds: The layers of a model without weights, as what tells one kind from another.
+        config: A model's config.
+        kinds: Describes each layer of a model on the meta device; equal for layers of the same kind.
     """
     config = deepcopy(config)
     if hasattr(config, "quantization_config"):
@@ -33,7 +33,7 @@ def small_config(config: Any, kinds: Callable[[nn.Module], list[Any]]) -> Any:
     text = config.get_text_config()
     for name in ("vocab_size", "vocab_size_per_layer_input"):  # the second is Gemma-3n's and Gemma-4's
         if hasattr(text, name):
-            setattr(text, name, _VOCABULARY)
+            setattr(text, name, _VOCABULARY_SIZE)
     for name, token in (("pad_token_id", 0), ("bos_token_id", 1), ("eos_token_id", 2)):
         if getattr(text, name, None) is not None:
             setattr(text, name, token)
@@ -43,13 +43,13 @@ def small_config(config: Any, kinds: Callable[[nn.Module], list[Any]]) -> Any:
     _lower_thresholds(text)
     for name in ("attn_logit_softcapping", "final_logit_softcapping"):
         if getattr(text, name, None) is not None:
-            setattr(text, name, 2.0)  # what no logit of a small model reaches would not show
+            setattr(text, name, 2.0)  # low enough to change a small model's logits
     _keep_layers(text, config, kinds)
     return config
 
 
 def _lower_thresholds(text: Any) -> None:
-    """Beyond so few positions rotary factors are others, where they depend on positions."""
+    """Make rotary factors that depend on length change after a few positions."""
     limits = thresholds(text)
     if "dynamic" in limits:
         text.max_position_embeddings = WINDOW
@@ -63,21 +63,21 @@ def _lower_thresholds(text: Any) -> None:
 
 
 def narrow(config: Any) -> Any:
-    """The same with fewer heads, narrower layers and fewer experts, where the config says them in the usual names."""
+    """A config with fewer heads, narrower layers and fewer experts, if it has the usual names for them."""
     config = deepcopy(config)
     text = config.get_text_config()
     with contextlib.suppress(AttributeError, TypeError, ValueError, RuntimeError):  # heads of several sizes (Gemma-4)
-        _fewer_heads(text)
+        _reduce_heads(text)
     for name in _WIDTHS:
         if isinstance(getattr(text, name, None), int):
             setattr(text, name, 128)
     for name in _EXPERTS:
         if isinstance(getattr(text, name, None), int):
-            setattr(text, name, min(getattr(text, name), _MOST_EXPERTS))
+            setattr(text, name, min(getattr(text, name), _MAX_EXPERTS))
     return config
 
 
-def _fewer_heads(text: Any) -> None:
+def _reduce_heads(text: Any) -> None:
     heads = text.num_attention_heads
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
@@ -91,7 +91,7 @@ def _fewer_heads(text: Any) -> None:
 
 
 def _keep_layers(text: Any, config: Any, kinds: Callable[[nn.Module], list[Any]]) -> None:
-    """As many first layers as it takes to have one of each kind."""
+    """Keep the first layers of a config, up to the first that completes one of each kind."""
     from transformers import AutoModel
 
     count = text.num_hidden_layers
@@ -99,9 +99,9 @@ def _keep_layers(text: Any, config: Any, kinds: Callable[[nn.Module], list[Any]]
         found = kinds(AutoModel.from_config(config))
     types = list(getattr(text, "layer_types", None) or [None] * len(found))
     found = list(zip(found, types, strict=False))
-    wanted = next((n for n in range(1, len(found)) if set(found[:n]) == set(found)), len(found)) if found else 1
-    keep = max(1, min(wanted, _MOST_LAYERS))
-    if wanted > keep and getattr(text, "layer_types", None):  # the kinds lie far apart
+    needed = next((n for n in range(1, len(found)) if set(found[:n]) == set(found)), len(found)) if found else 1
+    keep = max(1, min(needed, _MAX_LAYERS))
+    if needed > keep and getattr(text, "layer_types", None):  # the kinds are far apart: keep one layer of each
         types = list(dict.fromkeys(types))
         keep = len(types)
     for name, value in list(vars(text).items()):
@@ -114,7 +114,7 @@ def _keep_layers(text: Any, config: Any, kinds: Callable[[nn.Module], list[Any]]
 
 @torch.no_grad()
 def make_peaked(model: nn.Module) -> None:
-    """Random weights under which attention is far from even and every part tells, biases and norms too."""
+    """Set random weights for which attention is far from uniform and every parameter matters, biases and norms too."""
     random = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         noise = torch.randn(parameter.shape, generator=random).to(parameter.device, parameter.dtype)

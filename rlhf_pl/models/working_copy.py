@@ -10,62 +10,63 @@ from torch import Tensor, nn
 
 
 class WorkingCopy:
-    """A twin of a model whose weights are copies in another dtype, cast once after every change of the model's own.
+    """A copy of a model with weights in another dtype, cast once after every change of the model's weights.
 
-    The model's own weights stay what the optimizer, checkpoints and callbacks see; gradients reach them through the
-    copies, in their own dtype, so that micro-batches are summed in float32. Unlike autocast this casts nothing in a
+    Optimizer, checkpoints and callbacks see only the model's own weights. Gradients reach them through the copies, in
+    the own weights' dtype, so that micro-batches are summed in float32. Unlike autocast, this casts nothing in a
     micro-batch, and activations between layers are in half precision too.
 
-    Not all changes of weights show (averages of weights and some optimizers write past torch's counters), so every pass
-    without gradients casts anew but inside `steady`; of passes with gradients the first after a step of the optimizer,
-    or after evaluation, does.
+    Some changes of weights are not visible: weight averages and some optimizers bypass torch's version counters.
+    Therefore every pass without gradients casts again, except inside `weights_unchanged`. Of passes with gradients, the
+    first one after an optimizer step or an evaluation casts.
 
     Args:
         model: Holds the weights.
-        dtype: Of the copies.
+        dtype: Dtype of the copies.
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         self.model, self.dtype = model, dtype
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # by the id of a weight: itself and its copy
-        self._twins: dict[bool, _Twin] = {}  # for passes with gradients, which may be recomputed later, and without
-        self._built_of: list[Any] = []
-        self._noted: list[tuple[int, int]] = []
-        self._steady = self._expired = False
+        self._copies: dict[int, tuple[Tensor, Tensor]] = {}  # id of a weight -> the weight and its copy
+        # separate for passes with gradients, which may be recomputed later, and without
+        self._modules: dict[bool, _ModelCopy] = {}
+        self._built_from: list[Any] = []
+        self._seen_versions: list[tuple[int, int]] = []
+        self._frozen = self._invalid = False
 
-    def expire(self) -> None:
-        """Cast anew before the next use."""
-        self._expired = True
+    def invalidate(self) -> None:
+        """Cast again before the next use."""
+        self._invalid = True
 
     @contextmanager
-    def steady(self) -> Iterator[None]:
-        """In which the weights do not change, so that passes without gradients cast once."""
-        self.expire()
-        self._steady = True
+    def weights_unchanged(self) -> Iterator[None]:
+        """The weights do not change inside this context, so that passes without gradients cast only once."""
+        self.invalidate()
+        self._frozen = True
         try:
             yield
         finally:
-            self._steady = False
-            self.expire()
+            self._frozen = False
+            self.invalidate()
 
-    def twin(self) -> Any:
-        """The twin, ready for a forward pass; under gradients its weights lead back to the model's own."""
+    def prepare_module(self) -> Any:
+        """The copy, ready for a forward pass. With gradients enabled, they flow to the model's own weights."""
         gradients = torch.is_grad_enabled()
-        with torch.inference_mode(False), torch.no_grad():  # what is made here is used in training as well
-            if self._built_of != (now := self._structure()):
+        with torch.inference_mode(False), torch.no_grad():  # training uses these tensors too
+            if self._built_from != (now := self._structure()):
                 self._make_copies()
-                self._built_of = now
-            if not gradients and not self._steady:
-                self.expire()
+                self._built_from = now
+            if not gradients and not self._frozen:
+                self.invalidate()
             self._refresh()
-            if not gradients and not self._steady:
-                self.expire()  # for the next pass with gradients too
-            if gradients not in self._twins:
-                self._twins[gradients] = _Twin(self.model, self._copies)
-        return self._twins[gradients].use(gradients)
+            if not gradients and not self._frozen:
+                self.invalidate()  # for the next pass with gradients too
+            if gradients not in self._modules:
+                self._modules[gradients] = _ModelCopy(self.model, self._copies)
+        return self._modules[gradients].use(gradients)
 
     def _structure(self) -> list[Any]:
-        """What a twin is built of: modules, weights, where they are, and hooks."""
+        """Everything that a copy is built from: modules, weights with device and dtype, and hooks."""
         found: list[Any] = []
         for module in self.model.modules():
             weights = [(id(p), p.device, p.dtype) for p in module._parameters.values() if p is not None]
@@ -79,19 +80,19 @@ class WorkingCopy:
             for key, own in weights.items()
             if own.dtype == torch.float32
         }
-        self._twins, self._noted = {}, []
+        self._modules, self._seen_versions = {}, []
 
     def _refresh(self) -> None:
         if not self._copies:
             return
         now = [(own._version, own.data_ptr()) for own, _ in self._copies.values()]
-        if now == self._noted and not self._expired:
+        if now == self._seen_versions and not self._invalid:
             return
         own, copies = zip(*self._copies.values(), strict=True)
-        if now == self._noted:  # nothing to see: a backward pass that is still to come must not take it for a change
+        if now == self._seen_versions:  # perhaps unchanged: a pending backward pass must not see a new version
             copies = tuple(copy.data for copy in copies)
         torch._foreach_copy_(list(copies), list(own))
-        self._noted, self._expired = now, False
+        self._seen_versions, self._invalid = now, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WorkingCopy":
         return WorkingCopy(deepcopy(self.model, memo), self.dtype)
@@ -100,8 +101,8 @@ class WorkingCopy:
         return WorkingCopy, (self.model, self.dtype)
 
 
-class _Twin:
-    """The structure of a model; buffers and weights that keep their dtype are shared with it."""
+class _ModelCopy:
+    """A copy of a model's modules that shares its buffers and all weights that keep their dtype."""
 
     def __init__(self, model: nn.Module, copies: dict[int, tuple[Tensor, Tensor]]) -> None:
         self.model, self.copies = model, copies
@@ -113,13 +114,13 @@ class _Twin:
         ]  # fmt: skip
 
     def use(self, gradients: bool) -> nn.Module:
-        """The twin in the model's present modes."""
+        """The copy in the model's current train and adapter modes."""
         for own, other in zip(self.model.modules(), self.module.modules(), strict=True):
             other.training = own.training
             if "_disable_adapters" in vars(own):  # peft's
                 other._disable_adapters = own._disable_adapters
         used = {
-            key: _Use.apply(own, copy) if gradients and own.requires_grad else copy
+            key: _UseCopy.apply(own, copy) if gradients and own.requires_grad else copy
             for key, (own, copy) in self.copies.items()
         }
         for parameters, name, key in self.places:
@@ -127,8 +128,8 @@ class _Twin:
         return self.module
 
 
-class _Use(torch.autograd.Function):
-    """Gives a copy for a weight, and the weight the copy's gradient."""
+class _UseCopy(torch.autograd.Function):
+    """Replaces a weight by its copy, and passes the copy's gradient to the weight."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, copy: Tensor) -> Tensor:

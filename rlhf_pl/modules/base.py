@@ -1,32 +1,156 @@
-"""What the LightningModules here share: the hooks of optimizer and schedule."""
+"""What the LightningModules here share: one model's checks, loading, optimizer, checkpoints and export."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
 from typing import Any, ClassVar
 
 import lightning as L
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 
 from rlhf_pl.checkpointing.progress import stopped_inside
-from rlhf_pl.checkpointing.safe_loading import guard_loads
+from rlhf_pl.checkpointing.safe_loading import guard_loads, release_loads
 from rlhf_pl.data.resumed_counts import adapt_split, note_split
-from rlhf_pl.distributed.strategies import clip_gradients
+from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
+from rlhf_pl.distributed.strategies import check_strategy, clip_gradients, shard
+from rlhf_pl.distributed.weight_placement import checks_weights
+from rlhf_pl.models.lora import LoRA, adapter_targets, base_dtype, check_lora
+from rlhf_pl.models.policy import DType
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.divergence_check import DivergenceCheck
-from rlhf_pl.modules.optimization import Optimization
+from rlhf_pl.modules.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
+from rlhf_pl.modules.logging import Means
+from rlhf_pl.modules.optimization import Optimization, check_precision
 
 
-class TrainedModule(L.LightningModule):
-    """A module whose `optimization` makes and follows its optimizer and schedule."""
+class TrainedModule(L.LightningModule, ABC):
+    """A module that trains one Hugging Face model. A subclass says how the model is made, and brings the loss.
 
-    optimization: Optimization
-    train_metrics: ClassVar[tuple[str, ...]] = ()  # logged with every update
-    val_metrics: ClassVar[tuple[str, ...]] = ()  # logged with every validation on held-out rows
+    Args:
+        source: Where the model comes from.
+        optimizer: Makes the optimizer from the parameters.
+        lr_scheduler: Makes the learning-rate schedule from the optimizer; it steps once an update.
+        lora: Low-rank adapters that are trained instead of the weights; None for all weights.
+        dtype: Dtype of the trained weights.
+        attn_implementation: Attention of transformers.
+        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None for wherever it can.
+        gradient_checkpointing: Whether activations are recomputed in the backward pass.
+    """
+
+    batch_type: ClassVar[type]  # what its DataModules serve
+    train_metrics: tuple[str, ...] = ()  # logged with every update
+    val_metrics: tuple[str, ...] = ()  # logged with every validation on held-out rows
+    exports_adapter: ClassVar[bool] = True  # beside the model that they are merged into
 
     gradient_norm: Tensor | None = None  # of the last update, before clipping; None where it is not computed
 
+    def __init__(
+        self,
+        source: ModelSource,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable,
+        lora: LoRA | None,
+        dtype: DType,
+        attn_implementation: str,
+        use_liger_kernel: bool | None,
+        gradient_checkpointing: bool,
+    ) -> None:
+        super().__init__()
+        check_lora(lora)
+        self.source, self.lora = source, lora
+        self.optimization = Optimization(optimizer, lr_scheduler)
+        self.dtype_name: DType = dtype
+        self.attn_implementation = attn_implementation
+        self.use_liger_kernel = use_liger_kernel
+        self.gradient_checkpointing = gradient_checkpointing
+        self.train_means, self.val_means = Means(), Means()
+        self._like: dict[str, Tensor] = {}
+
+    @property
+    @abstractmethod
+    def hf_model(self) -> Any:
+        """The Hugging Face model that trains; None until it is loaded."""
+
+    @abstractmethod
+    def check_source(self) -> None:
+        """Refuse weight files that the model can't be loaded from, before anything loads."""
+
+    @abstractmethod
+    def empty_model(self) -> Any:
+        """The Hugging Face model without memory behind its weights, and without adapters."""
+
+    @abstractmethod
+    def load_model(self) -> Any:
+        """The Hugging Face model as its training starts, adapters included."""
+
+    @abstractmethod
+    def unit(self, model: Any) -> nn.Module:
+        """A Hugging Face model wrapped as what takes a batch's rows, in this run's precision."""
+
+    @abstractmethod
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        """The loss of a micro-batch, weighted so that an update's gradient is that of its mean."""
+
+    @property
+    def export_tokenizer(self) -> Any:
+        """The tokenizer that the model is exported with."""
+        return self.source.tokenizer
+
     def setup(self, stage: str) -> None:
         guard_loads(self.trainer)
+        check_precision(self.trainer)
+        check_strategy(self.trainer, self.dtype_name, base_dtype(self.lora))
+        if checks_weights(self.trainer, self.source):
+            self.check_source()
+        if self.lora is not None:
+            adapter_targets(self.empty_model(), self.lora)
+
+    def load_unit(self, from_first_rank: bool = False) -> Any:
+        """The model that trains, wrapped and sharded; for `configure_model`.
+
+        Args:
+            from_first_rank: Whether rank 0 alone reads the weights, for all ranks.
+        """
+        model = self.load_model()
+        if self.gradient_checkpointing:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        self._like = like_of(model)
+        unit = self.unit(model).train()
+        shard(self, unit, from_first_rank)
+        return unit
+
+    def weights(self) -> Weights:
+        """The model's weights under their Hugging Face names, tied ones included, adapters merged."""
+        assert self.hf_model is not None
+        return model_weights(self, self.hf_model, self._like)
+
+    def try_export(self, dtype: str | None = None) -> None:
+        """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
+        loaded = self.hf_model is not None
+        model = self.hf_model if loaded else self.empty_model()
+        try_export(model, self.source, self.export_tokenizer, dtype)
+        if self.lora is not None and self.exports_adapter and not loaded:
+            try_adapter(model, self.lora, self.source)
+
+    def export(self, folder: str, dtype: str | None = None) -> None:
+        """Write the model as a Hugging Face folder: safetensors, tokenizer, chat template, generation config.
+
+        All ranks must call it; rank 0 writes. Adapters are merged in, and a policy's are in the subfolder `adapter` as
+        well.
+
+        Args:
+            folder: Where to; made if missing.
+            dtype: Dtype of the weights; None for that of the checkpoint that the run started from.
+        """
+        model, write = self.hf_model, self.global_rank == 0
+        export_folder(model, self.source, self.export_tokenizer, self.weights(), folder, dtype, write)
+        if self.lora is not None and self.exports_adapter:
+            export_adapter(self, self.lora, model, self.source, folder)
+
+    def teardown(self, stage: str) -> None:
+        release_loads(self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
         """Also of a run in Python."""
@@ -70,7 +194,10 @@ class TrainedModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         note_split(self.trainer, checkpoint)
         self.optimization.on_save_checkpoint(checkpoint)
+        leave_out_base(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        if self.hf_model is not None:
+            check_weights(self, checkpoint, self.source)
         adapt_split(self.trainer, checkpoint)
         self.optimization.on_load_checkpoint(checkpoint)

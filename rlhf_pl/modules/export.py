@@ -14,7 +14,7 @@ from rlhf_pl.distributed.strategies import is_sharded
 from rlhf_pl.models.lora import LoRA, adapted_targets, adapter_targets, save_adapter
 from rlhf_pl.models.policy import RESCALING
 from rlhf_pl.models.pretrained_files import WeightFiles
-from rlhf_pl.models.quantization import without_base
+from rlhf_pl.models.quantization import without_frozen_base
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.finite import first_not_finite
@@ -191,7 +191,7 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], sour
         return
     own, given = module.state_dict(), checkpoint["state_dict"]
     if not module.strict_loading:
-        own = without_base(module, own)
+        own = without_frozen_base(module, own)
     wrong = [n for n in [*own, *given] if n not in own or n not in given or own[n].shape != given[n].shape]
     if wrong:
         hint = ""
@@ -210,4 +210,4 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], sour
 def leave_out_base(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
     """Take a 4-bit base out of a checkpoint that is about to be written; it is quantized anew from its folder."""
     if not module.strict_loading:
-        checkpoint["state_dict"] = without_base(module, checkpoint["state_dict"])
+        checkpoint["state_dict"] = without_frozen_base(module, checkpoint["state_dict"])

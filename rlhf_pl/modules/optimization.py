@@ -71,7 +71,7 @@ class Optimization:
         if isinstance(scheduler, WarmupCosine):
             scheduler.follow(lambda: _progress(module.trainer, self.skipped))
         for copy in (c for c in (getattr(m, "copy", None) for m in module.modules()) if isinstance(c, WorkingCopy)):
-            optimizer.register_step_post_hook(lambda *_, copy=copy: copy.expire())
+            optimizer.register_step_post_hook(lambda *_, copy=copy: copy.invalidate())
         self._hyperparameters = hyperparameters(optimizer)
         config: Any = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):

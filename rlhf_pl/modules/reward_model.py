@@ -12,24 +12,20 @@ from torchmetrics.classification import BinaryCalibrationError
 from rlhf_pl.algorithms.agreement import wilson_interval
 from rlhf_pl.algorithms.losses import bradley_terry_loss, centering_loss
 from rlhf_pl.checkpointing.progress import run_seed
-from rlhf_pl.data.preference_datamodule import PreferenceBatch
-from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
+from rlhf_pl.data.preference_batches import PreferenceBatch
 from rlhf_pl.distributed.ranks import ranks_of
-from rlhf_pl.distributed.strategies import check_strategy, shard
-from rlhf_pl.distributed.weight_placement import checks_weights
 from rlhf_pl.models.classifier_head import check_new_classifier, empty_classifier, has_head
-from rlhf_pl.models.compute import compute_of
+from rlhf_pl.models.compute import get_compute
 from rlhf_pl.models.liger import apply_liger
-from rlhf_pl.models.lora import LoRA, adapter_targets, add_lora, check_lora
+from rlhf_pl.models.lora import LoRA, add_lora
 from rlhf_pl.models.policy import DType
 from rlhf_pl.models.rendering import Renderer, SystemPrompt, reward_renderer
-from rlhf_pl.models.score_position import ScoreAt, note_place, warn_of_other_reading, warn_once
+from rlhf_pl.models.score_position import ScoreAt, warn_if_read_elsewhere, warn_once, write_score_at
 from rlhf_pl.models.sequence_classifier import ClassifierLM, new_classifier
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.base import TrainedModule
-from rlhf_pl.modules.export import check_weights, export_folder, try_export
-from rlhf_pl.modules.logging import Means, is_update, log_update
-from rlhf_pl.modules.optimization import Optimization, check_precision
+from rlhf_pl.modules.export import export_folder
+from rlhf_pl.modules.logging import is_update, log_update
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
 from rlhf_pl.modules.padding_token import Padding, own_padding, padding_in_config, with_new_rows
 from rlhf_pl.utils.errors import InputError, at_least
@@ -63,8 +59,10 @@ class RewardModelModule(TrainedModule):
             says, else `last`.
     """
 
+    batch_type = PreferenceBatch
     train_metrics = tuple(f"train/{name}" for name in ("lr", *PARTS))
     val_metrics = tuple(f"val/{name}" for name in (*PARTS, "longer_accuracy", "calibration_error"))
+    exports_adapter = False
 
     def __init__(
         self,
@@ -84,24 +82,24 @@ class RewardModelModule(TrainedModule):
         trust_remote_code: bool = False,
         score_at: ScoreAt | None = None,
     ) -> None:
-        super().__init__()
         at_least("model", centering=(centering, 0))
         if lora is not None and lora.base_dtype is not None:
             raise InputError("`model.lora.base_dtype`: reward models train on a base in `model.dtype`. Set it to null.")
-        check_lora(lora)
-        self.source = ModelSource(backbone, revision, chat_template, trust_remote_code, "model.backbone")
-        self.optimization = Optimization(optimizer, lr_scheduler)
-        self.centering, self.lora = centering, lora
-        self.dtype_name: DType = dtype
-        self.attn_implementation = attn_implementation
-        self.use_liger_kernel = use_liger_kernel
-        self.gradient_checkpointing = gradient_checkpointing
+        super().__init__(
+            ModelSource(backbone, revision, chat_template, trust_remote_code, "model.backbone"),
+            optimizer,
+            lr_scheduler,
+            lora,
+            dtype,
+            attn_implementation,
+            use_liger_kernel,
+            gradient_checkpointing,
+        )
+        self.centering = centering
         self.system_prompt: SystemPrompt = system_prompt
         self.pair_encoding = pair_encoding
         self._score_at = score_at
         self.classifier: ClassifierLM | None = None
-        self.train_means, self.val_means = Means(), Means()
-        self._like: dict[str, Tensor] = {}
         self._margins: list[Tensor] = []  # of held-out pairs with a clear label
         self._compared = 0  # the number of these in the last validation
 
@@ -132,40 +130,45 @@ class RewardModelModule(TrainedModule):
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        check_precision(self.trainer)
-        check_strategy(self.trainer, self.dtype_name)
-        if checks_weights(self.trainer, self.source):
-            check_new_classifier(self.source)
-        if self.lora is not None:
-            adapter_targets(empty_classifier(self.source), self.lora)
         self._say_where_scores_are_read()
 
     def _say_where_scores_are_read(self) -> None:
         render = self.renderer(2**31)
-        if render.left_off:
+        if render.trailing_tokens:
             warn_once(
                 f"`model.score_at` is {render.score_at}: the exported model's config says so to ClassifierReward and "
                 "VLLMServerReward; transformers, vLLM and TRL by themselves read the score at a conversation's last "
                 "token, as with `last`."
             )
         elif self._score_at is None and has_head(self.source):
-            warn_of_other_reading(render, self.source)
+            warn_if_read_elsewhere(render, self.source)
 
-    def configure_model(self) -> None:
-        """Load the backbone. Lightning calls it after all inputs have been checked."""
-        if self.classifier is not None:
-            return
+    @property
+    def hf_model(self) -> Any:
+        return None if self.classifier is None else self.classifier.model
+
+    def check_source(self) -> None:
+        check_new_classifier(self.source)
+
+    def empty_model(self) -> Any:
+        return empty_classifier(self.source)
+
+    def load_model(self) -> Any:
         seed = run_seed()
         model = new_classifier(self.source, seed, getattr(torch, self.dtype_name), self.attn_implementation)
         if self.lora is not None:
             add_lora(model, self.lora, seed, train_head=True)
-        if self.gradient_checkpointing:
-            model.gradient_checkpointing_enable({"use_reentrant": False})
-        self._like = like_of(model)
-        compute = compute_of(self._trainer)
+        return model
+
+    def unit(self, model: Any) -> ClassifierLM:
+        compute = get_compute(self._trainer)
         apply_liger(model, compute, self.use_liger_kernel, self.source.option)
-        self.classifier = ClassifierLM(model, compute).train()
-        shard(self, self.classifier)
+        return ClassifierLM(model, compute)
+
+    def configure_model(self) -> None:
+        """Load the backbone. Lightning calls it after all inputs have been checked."""
+        if self.classifier is None:
+            self.classifier = self.load_unit()
 
     def forward(self, **inputs: Any) -> Tensor:
         """Scores of rows, or of trees; the arguments of `ClassifierLM.forward`, shape (R,)."""
@@ -227,15 +230,9 @@ class RewardModelModule(TrainedModule):
             f"calibration error {metrics['val/calibration_error']:.3f}; length alone gets {max(longer, 1 - longer):.3f}"
         )
 
-    def weights(self) -> Weights:
-        """The weights under their Hugging Face names, adapters merged."""
-        assert self.classifier is not None
-        return model_weights(self, self.classifier.model, self._like)
-
-    def try_export(self, dtype: str | None = None) -> None:
-        """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
-        model = empty_classifier(self.source) if self.classifier is None else self.classifier.model
-        try_export(model, self.source, self.padding.tokenizer, dtype)
+    @property
+    def export_tokenizer(self) -> Any:
+        return self.padding.tokenizer
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the reward model as a Hugging Face folder that `ClassifierReward` and plain transformers load.
@@ -246,16 +243,8 @@ class RewardModelModule(TrainedModule):
         """
         assert self.classifier is not None
         model, padding = self.classifier.model, self.padding
-        note_place(model.config, self.renderer(2**31).score_at)
+        write_score_at(model.config, self.renderer(2**31).score_at)
         weights = with_new_rows(self.weights(), model, padding.new_rows)
         with padding_in_config(model.config, padding):
             write = self.global_rank == 0
             export_folder(model, self.source, padding.tokenizer, weights, folder, dtype, write)
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        super().on_save_checkpoint(checkpoint)
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        if self.classifier is not None:
-            check_weights(self, checkpoint, self.source)
-        super().on_load_checkpoint(checkpoint)

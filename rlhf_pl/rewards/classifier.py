@@ -5,26 +5,24 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from rlhf_pl.models.classifier_head import check_classifier
 from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.liger import apply_liger
-from rlhf_pl.models.load_whole import refuse_not_finite
+from rlhf_pl.models.load_whole import check_finite
 from rlhf_pl.models.packed_layout import Layout
-from rlhf_pl.models.pretrained_files import WeightFiles, stored_config
+from rlhf_pl.models.pretrained_files import stored_config
 from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, padded, reward_renderer
-from rlhf_pl.models.score_position import ScoreAt, mean_score, reads_elsewhere, warn_of_other_reading
-from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, tree_inputs
+from rlhf_pl.models.score_position import ScoreAt, is_read_before_padding, mean_score, warn_if_read_elsewhere
+from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, prefix_group_inputs
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.rewards.base import Reward, RewardResult, Sample
-from rlhf_pl.rewards.families import Family, families
-from rlhf_pl.rewards.local_model import LocalModel, ModelDType
-from rlhf_pl.utils.devices import fast_dtype
-from rlhf_pl.utils.fingerprints import describe
+from rlhf_pl.rewards.base import RewardResult, Sample
+from rlhf_pl.rewards.families import Family
+from rlhf_pl.rewards.local_model import LocalModelReward, ModelDType
 
 
-class ClassifierReward(Reward):
+class ClassifierReward(LocalModelReward):
     """A sequence-classification reward model with one label, of any architecture that transformers knows.
 
     The conversation is rendered with the reward model's own tokenizer and chat template. Heads under the names that
@@ -72,54 +70,48 @@ class ClassifierReward(Reward):
         trust_remote_code: bool = False,
         score_at: ScoreAt | None = None,
     ) -> None:
-        self.weights = ModelSource(model, revision, chat_template, trust_remote_code, "rollout.reward.model")
-        self.source = self.weights
+        weights = ModelSource(model, revision, chat_template, trust_remote_code, "rollout.reward.model")
+        source = weights
         if base is not None:
-            self.source = ModelSource(base, None, chat_template, trust_remote_code, "rollout.reward.base")
-        self.model, self.base, self.dtype = model, base, dtype
-        self.max_tokens, self.system_prompt, self.pair_encoding = max_tokens, system_prompt, pair_encoding
-        self.chat_template, self.attn_implementation, self.revision = chat_template, attn_implementation, revision
-        self.use_liger_kernel = use_liger_kernel
-        self._score_at = score_at
-        self._renderer: Renderer | None = None
-        self._local = LocalModel(self._load, _run, device, tokens_per_batch, offload)
-
-    @property
-    def name(self) -> str:
-        return f"ClassifierReward({self.model})"
+            source = ModelSource(base, None, chat_template, trust_remote_code, "rollout.reward.base")
+        super().__init__(
+            weights,
+            source,
+            dtype=dtype,
+            device=device,
+            max_tokens=max_tokens,
+            tokens_per_batch=tokens_per_batch,
+            system_prompt=system_prompt,
+            offload=offload,
+            attn_implementation=attn_implementation,
+            use_liger_kernel=use_liger_kernel,
+        )
+        self.base, self.pair_encoding, self._score_at = base, pair_encoding, score_at
 
     def fingerprint(self) -> str:
-        return f"{describe(self)}:{self._weights_hash}{self._reading}"
+        return super().fingerprint() + self._reading
 
     @cached_property
     def _reading(self) -> str:
         """What is not as it always was for every model."""
         place, mean = self.renderer().score_at, self._mean
-        plain = place == "last" and mean == 0 and not reads_elsewhere(self.renderer().ending, self.source)
+        plain = place == "last" and mean == 0 and not is_read_before_padding(self.renderer().ending, self.source)
         return "" if plain else f":{place}:{mean}"
 
     @cached_property
     def _mean(self) -> float:
         return mean_score(stored_config(self.weights), self.model) or mean_score(self.source.config, self.base or "")
 
-    @cached_property
-    def _weights_hash(self) -> str:
-        return WeightFiles(self.weights).fingerprint()
-
-    def renderer(self) -> Renderer:
-        """Renders conversations as the model reads them."""
-        if self._renderer is None:
-            limit = min(self.max_tokens, self.source.max_context_tokens)
-            self._renderer = reward_renderer(
-                self.source, limit, self.system_prompt, self.pair_encoding, self._score_at, "rollout.reward.model"
-            )
-        return self._renderer
+    def make_renderer(self, max_tokens: int) -> Renderer:
+        return reward_renderer(
+            self.source, max_tokens, self.system_prompt, self.pair_encoding, self._score_at, "rollout.reward.model"
+        )
 
     def check(self, samples: Sequence[Sample]) -> None:
         check_classifier(self.source, self.weights)
         _ = self._mean
         if self._score_at is None:
-            warn_of_other_reading(self.renderer(), self.source)
+            warn_if_read_elsewhere(self.renderer(), self.source)
         self._rows(samples)
 
     def _rows(self, samples: Sequence[Sample]) -> list[Rendered]:
@@ -130,38 +122,25 @@ class ClassifierReward(Reward):
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
         rows = self._rows(batch)
-        scores = [
-            score for scores in self._local(families(batch, rows, self.source.config)) for score in scores.tolist()
-        ]
+        scores = [score for scores in self.run(batch, rows) for score in scores.tolist()]
         return [
             RewardResult(score, truncated_tokens=row.truncated_tokens) for score, row in zip(scores, rows, strict=True)
         ]
 
-    def open(self) -> None:
-        self._local.open()
-
-    def release_gpu(self) -> None:
-        self._local.release_gpu()
-
-    def close(self) -> None:
-        self._local.close()
-
-    def _load(self) -> nn.Module:
-        name = fast_dtype(self.dtype, self._local.device.type)
-        dtype = None if name is None else getattr(torch, name)
-        model = load_classifier(self.source, self.weights, dtype, self.attn_implementation)
-        refuse_not_finite(model, self.weights)
-        compute = Compute(self._local.device)
+    def load(self, dtype: str | None, device: torch.device) -> ClassifierLM:
+        kind = None if dtype is None else getattr(torch, dtype)
+        model = load_classifier(self.source, self.weights, kind, self.attn_implementation)
+        check_finite(model, self.weights)
+        compute = Compute(device)
         apply_liger(model, compute, self.use_liger_kernel, self.source.option)
         return ClassifierLM(model, compute)
 
-
-def _run(module: Any, found: list[Family], device: torch.device) -> list[Tensor]:
-    """The scores of each family."""
-    rows = [row for family in found for row in family.rows]
-    if module.shares_prompts and not any(row.token_type_ids for row in rows):
-        inputs = tree_inputs([family.tree for family in found])
-        scores = module(**{n: v.to(device) if isinstance(v, Tensor | Layout) else v for n, v in inputs.items()})
-    else:
-        scores = module(**padded(rows, module.pad_id or 0, device))
-    return list(scores.split([len(family.rows) for family in found]))
+    def forward(self, module: Any, found: list[Family], device: torch.device) -> list[Tensor]:
+        """The scores of each family."""
+        rows = [row for family in found for row in family.rows]
+        if module.shares_prompts and not any(row.token_type_ids for row in rows):
+            inputs = prefix_group_inputs([family.tree for family in found])
+            scores = module(**{n: v.to(device) if isinstance(v, Tensor | Layout) else v for n, v in inputs.items()})
+        else:
+            scores = module(**padded(rows, module.pad_id or 0, device))
+        return list(scores.split([len(family.rows) for family in found]))

@@ -4,9 +4,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rlhf_pl.models.packed_batch import PrefixGroup, share_beginning
+from rlhf_pl.models.packed_batch import PrefixGroup, make_prefix_group
 from rlhf_pl.models.rendering import Rendered
-from rlhf_pl.models.rotary import shared_tokens
+from rlhf_pl.models.rotary import shared_prefix_length
 from rlhf_pl.rewards.base import Sample
 
 
@@ -34,4 +34,4 @@ def families(samples: Sequence[Sample], rows: Sequence[Rendered], config: Any) -
 
 
 def _tree(rows: list[list[int]], config: Any) -> PrefixGroup:
-    return share_beginning(rows, shared_tokens(rows, config))
+    return make_prefix_group(rows, shared_prefix_length(rows, config))

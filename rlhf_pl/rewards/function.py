@@ -3,14 +3,14 @@
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from rlhf_pl.rewards.base import Reward, Sample
 from rlhf_pl.rewards.isolated import IsolatedFunction
 from rlhf_pl.rewards.results import Outcome, outcomes_of
-from rlhf_pl.utils.by_path import import_path, look_beside
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import code_fingerprint
 
@@ -104,7 +104,7 @@ class FunctionReward(Reward):
             return []
         if self._isolated is not None:
             return self._isolated.score(batch)
-        look_beside(getattr(self._function, "__module__", None) or "")
+        _look_beside(getattr(self._function, "__module__", None) or "")
         if not self._batched:
             return outcomes_of([self._function(**self._arguments(s)) for s in batch], batch)
         rows = [self._arguments(s, many=True) for s in batch]
@@ -151,10 +151,9 @@ def import_function(path: str) -> Callable[..., Any]:
 
 
 def _import_module(path: str, dotted: str) -> Any:
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
     try:
-        return importlib.import_module(dotted)
+        with _current_directory():
+            return importlib.import_module(dotted)
     except ModuleNotFoundError as error:
         if error.name and (dotted == error.name or dotted.startswith(error.name + ".")):
             raise InputError(
@@ -172,7 +171,30 @@ def _import_file(path: str, file: str) -> Any:
         raise InputError(f"`rollout.reward`: {path!r} not found: there is no file {file!r}.")
     if location.suffix != ".py":
         raise InputError(f"`rollout.reward`: {file!r} is no Python file.")
+    from rlhf_pl.utils.by_path import import_path  # which has Python look for modules of its own
+
     try:
         return import_path(file)
     except (Exception, SystemExit) as error:
         raise InputError(f"`rollout.reward`: running {file!r} failed: {type(error).__name__}: {error}.") from error
+
+
+def _look_beside(module: str) -> None:
+    """Let a function of a file that was named by its path import what lies beside it."""
+    if by_path := sys.modules.get("rlhf_pl.utils.by_path"):
+        by_path.look_beside(module)
+
+
+@contextmanager
+def _current_directory() -> Iterator[None]:
+    """In which modules are also looked for in the current directory, as the command line does all the time."""
+    folder = str(Path.cwd())
+    if "" in sys.path or folder in sys.path:
+        yield
+        return
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        if folder in sys.path:
+            sys.path.remove(folder)

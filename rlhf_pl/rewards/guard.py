@@ -5,6 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Any, Literal
 
 from rlhf_pl.rewards.base import Failure, Reward, Sample
@@ -15,6 +16,7 @@ from rlhf_pl.rewards.results import Outcome, cut, failure_of, scores_of
 from rlhf_pl.rewards.time_limit import call_limited, ends_if_locked
 from rlhf_pl.utils.console import warn
 from rlhf_pl.utils.errors import LARGEST_REWARD, InputError
+from rlhf_pl.utils.retries import Retries
 
 MOST_GIVEN_UP = 3  # calls of a reward that do not let themselves be interrupted, before the run stops
 
@@ -118,9 +120,8 @@ def _score(reward: Reward, batch: list[Sample], config: ScoringConfig) -> list[O
     """Call with retries of what failed; a batch that fails as a whole is split, so that a bad answer costs itself."""
     outcomes: dict[int, Outcome] = {}
     todo, whole = list(range(len(batch))), None
-    for attempt in range(config.retries + 1):
-        if attempt:
-            time.sleep(config.backoff_s * 2 ** (attempt - 1))
+    for pause in chain([0.0], Retries(config.retries, config.backoff_s).pauses()):
+        time.sleep(pause)
         found = _call(reward, [batch[i] for i in todo], config.timeout_s)
         whole = found if isinstance(found, Failure) else None
         if not isinstance(found, Failure):

@@ -3,13 +3,13 @@
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
-from rlhf_pl.rewards.remote import Service, WrongAnswerError, number
+from rlhf_pl.rewards.base import Failure, RewardResult, Sample
+from rlhf_pl.rewards.remote import RemoteReward, Service, WrongAnswerError, number
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import redact
 
 
-class HTTPReward(Reward):
+class HTTPReward(RemoteReward):
     """An endpoint that takes and gives JSON.
 
     It gets `{"samples": [{"prompt_id", "messages", "response", "finished", "columns"}, ...]}`, with `response_message`
@@ -47,23 +47,8 @@ class HTTPReward(Reward):
     def name(self) -> str:
         return redact(f"HTTPReward({self.url})")
 
-    @property
-    def trial(self) -> bool:
-        return True
-
-    @property
-    def is_remote(self) -> bool:
-        return True
-
-    @property
-    def limits_itself(self) -> bool:
-        return True
-
     def fingerprint(self) -> str:
         return self.name
-
-    def check(self, samples: Sequence[Sample]) -> None:
-        self._service.check()
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult | Failure]:
         size = self.samples_per_request

@@ -1,107 +1,16 @@
 """A language model as the judge, behind any OpenAI-compatible chat endpoint."""
 
-import json
-import re
 from collections.abc import Mapping, Sequence
 from itertools import combinations
-from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from rlhf_pl.models.chat import spoken
-from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
-from rlhf_pl.rewards.remote import Service, WrongAnswerError
-from rlhf_pl.utils.errors import InputError, at_least
-from rlhf_pl.utils.secrets import redact
-
-RUBRIC = (
-    "Judge how well the assistant's answer serves the user: is it correct, does it do what was asked, is it clear and "
-    "no longer than it needs to be?"
-)
-ResponseFormat = Literal["json_schema", "text"]
+from rlhf_pl.rewards.base import Failure, RewardResult, Sample
+from rlhf_pl.rewards.chat_judge import RUBRIC, JudgeReward, ResponseFormat, conversation, response, verdict
+from rlhf_pl.rewards.remote import WrongAnswerError
+from rlhf_pl.utils.errors import InputError
 
 
-class _Judge:
-    """A chat endpoint, a rubric, and how verdicts are asked for."""
-
-    def __init__(
-        self,
-        service: Service,
-        model: str,
-        rubric: str,
-        response_format: ResponseFormat,
-        max_tokens: int,
-        temperature: float,
-    ) -> None:
-        if max_tokens < 1:
-            raise InputError(f"`rollout.reward.max_tokens` must be 1 or more, got {max_tokens}.")
-        self.service, self.model, self.rubric = service, model, _text_or_file(rubric)
-        at_least("rollout.reward", temperature=(temperature, 0))
-        self.response_format, self.max_tokens, self.temperature = response_format, max_tokens, temperature
-
-    def request(self, task: str, schema: dict[str, Any]) -> dict[str, Any]:
-        payload: dict[str, Any] = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": task}],
-            "max_tokens": self.max_tokens,
-            "temperature": self.temperature,
-        }
-        if self.response_format == "json_schema":
-            verdict = {"name": "verdict", "strict": True, "schema": schema}
-            payload["response_format"] = {"type": "json_schema", "json_schema": verdict}
-        return payload
-
-
-def _text_or_file(rubric: str) -> str:
-    """A rubric, or the text of the file that `rubric` names."""
-    if len(rubric) < 256 and "\n" not in rubric and rubric.endswith((".txt", ".md")):
-        file = Path(rubric)
-        if not file.is_file():
-            raise InputError(f"`rollout.reward.rubric`: no file {rubric!r}.")
-        return file.read_text(encoding="utf-8")
-    if not rubric.strip():
-        raise InputError("`rollout.reward.rubric` is empty.")
-    return rubric
-
-
-def _chat_url(url: str) -> str:
-    url = url.rstrip("/")
-    return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
-
-
-def _conversation(sample: Sample) -> str:
-    return "\n\n".join(f"[{m['role']}]\n{spoken(m)}" for m in sample.messages)
-
-
-def _answer(sample: Sample) -> str:
-    return spoken(sample.response_message)
-
-
-def _said(body: Any) -> str:
-    try:
-        content = body["choices"][0]["message"]["content"]
-    except (KeyError, IndexError, TypeError):
-        raise WrongAnswerError("expected a chat completion with choices[0].message.content") from None
-    if not isinstance(content, str) or not content.strip():
-        raise WrongAnswerError("the judge said nothing; raise `max_tokens` if it thinks before it answers")
-    return content
-
-
-def _verdict(body: Any, key: str) -> Any:
-    """What the judge put under `key`: the last JSON object with it, or a line such as `score: 7`."""
-    text = _said(body)
-    for found in reversed(re.findall(r"\{[^{}]*\}", text)):
-        try:
-            value = json.loads(found)
-        except ValueError:
-            continue
-        if key in value:
-            return value[key]
-    if lines := re.findall(rf"(?i)\b{key}\b\W{{1,5}}(-?\d+(?:\.\d+)?|\w+)", text):
-        return lines[-1]
-    raise WrongAnswerError(f'the judge gave no "{key}": {redact(text)[-120:]!r}')
-
-
-class JudgeScoreReward(Reward):
+class JudgeScoreReward(JudgeReward):
     """A judge that gives every answer a score; the reward is that score scaled to 0 to 1.
 
     Args:
@@ -139,29 +48,20 @@ class JudgeScoreReward(Reward):
     ) -> None:
         if lowest >= highest:
             raise InputError(f"`rollout.reward`: lowest ({lowest}) must be below highest ({highest}).")
-        service = Service(_chat_url(url), timeout_s, retries, backoff_s, concurrency, api_key_env)
-        self._judge = _Judge(service, model, rubric, response_format, max_tokens, temperature)
-        self.url, self.model, self.rubric = url, model, self._judge.rubric
-        self.lowest, self.highest, self.temperature = lowest, highest, temperature
-
-    @property
-    def name(self) -> str:
-        return f"JudgeScoreReward({self.model})"
-
-    @property
-    def trial(self) -> bool:
-        return True
-
-    @property
-    def is_remote(self) -> bool:
-        return True
-
-    @property
-    def limits_itself(self) -> bool:
-        return True
-
-    def check(self, samples: Sequence[Sample]) -> None:
-        self._judge.service.check()
+        super().__init__(
+            url,
+            model,
+            rubric,
+            response_format,
+            max_tokens,
+            temperature,
+            concurrency,
+            timeout_s,
+            retries,
+            backoff_s,
+            api_key_env,
+        )
+        self.lowest, self.highest = lowest, highest
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult | Failure]:
         schema = {
@@ -170,8 +70,8 @@ class JudgeScoreReward(Reward):
             "required": ["score"],
             "additionalProperties": False,
         }
-        payloads = [self._judge.request(self._task(sample), schema) for sample in batch]
-        scores = self._judge.service.map(payloads, lambda i, body: self._scaled(_verdict(body, "score")))
+        tasks = [self._task(sample) for sample in batch]
+        scores = self.ask(tasks, schema, lambda body: self._scaled(verdict(body, "score")))
         return [
             s if isinstance(s, Failure) else RewardResult(s, {"score": self.lowest + s * (self.highest - self.lowest)})
             for s in scores
@@ -179,9 +79,9 @@ class JudgeScoreReward(Reward):
 
     def _task(self, sample: Sample) -> str:
         return (
-            f"{self.rubric}\n\n# Conversation\n\n{_conversation(sample)}\n\n# The assistant's answer\n\n"
-            f"{_answer(sample)}\n\n# Your verdict\n\nA whole number from {self.lowest} (worst) to {self.highest} (best)"
-            ', as JSON: {"score": <number>}'
+            f"{self.rubric}\n\n# Conversation\n\n{conversation(sample)}\n\n# The assistant's answer\n\n"
+            f"{response(sample)}\n\n# Your verdict\n\nA whole number from {self.lowest} (worst) to {self.highest} "
+            '(best), as JSON: {"score": <number>}'
         )
 
     def _scaled(self, value: Any) -> float:
@@ -194,7 +94,7 @@ class JudgeScoreReward(Reward):
         return (score - self.lowest) / (self.highest - self.lowest)
 
 
-class JudgePairReward(Reward):
+class JudgePairReward(JudgeReward):
     """A judge that compares answers two by two; the reward is the share of comparisons an answer wins, ties half.
 
     Each comparison is asked in both orders, so that a liking for the first place cancels out. Without
@@ -233,33 +133,27 @@ class JudgePairReward(Reward):
         backoff_s: float = 1.0,
         api_key_env: str | None = None,
     ) -> None:
-        service = Service(_chat_url(url), timeout_s, retries, backoff_s, concurrency, api_key_env)
-        self._judge = _Judge(service, model, rubric, response_format, max_tokens, temperature)
-        self.url, self.model, self.rubric = url, model, self._judge.rubric
-        self.reference_column, self.temperature = reference_column, temperature
-
-    @property
-    def name(self) -> str:
-        return f"JudgePairReward({self.model})"
-
-    @property
-    def trial(self) -> bool:
-        return True
-
-    @property
-    def is_remote(self) -> bool:
-        return True
-
-    @property
-    def limits_itself(self) -> bool:
-        return True
+        super().__init__(
+            url,
+            model,
+            rubric,
+            response_format,
+            max_tokens,
+            temperature,
+            concurrency,
+            timeout_s,
+            retries,
+            backoff_s,
+            api_key_env,
+        )
+        self.reference_column = reference_column
 
     @property
     def by_prompt(self) -> bool:
         return self.reference_column is None
 
     def check(self, samples: Sequence[Sample]) -> None:
-        self._judge.service.check()
+        super().check(samples)
         for sample in samples:
             self._reference(sample)
 
@@ -279,8 +173,8 @@ class JudgePairReward(Reward):
         tasks = []
         for first, second in pairs:
             answers = (
-                _answer(batch[first]),
-                self._reference(batch[first]) if second is None else _answer(batch[second]),
+                response(batch[first]),
+                self._reference(batch[first]) if second is None else response(batch[second]),
             )
             tasks += [self._task(batch[first], *answers), self._task(batch[first], *reversed(answers))]
         schema = {
@@ -289,16 +183,14 @@ class JudgePairReward(Reward):
             "required": ["better"],
             "additionalProperties": False,
         }
-        verdicts = self._judge.service.map(
-            [self._judge.request(task, schema) for task in tasks], lambda i, body: _share_of_a(_verdict(body, "better"))
-        )
+        verdicts = self.ask(tasks, schema, lambda body: _share_of_a(verdict(body, "better")))
         won: list[list[float]] = [[] for _ in batch]
         failed: dict[int, Failure] = {}
         for (first, second), there, back in zip(pairs, verdicts[::2], verdicts[1::2], strict=True):
             for index in (first, *([] if second is None else [second])):
-                for verdict in (there, back):
-                    if isinstance(verdict, Failure):
-                        failed[index] = verdict
+                for share_of_a in (there, back):
+                    if isinstance(share_of_a, Failure):
+                        failed[index] = share_of_a
             if isinstance(there, Failure) or isinstance(back, Failure):
                 continue
             share = (there + 1 - back) / 2
@@ -323,7 +215,7 @@ class JudgePairReward(Reward):
 
     def _task(self, sample: Sample, a: str, b: str) -> str:
         return (
-            f"{self.rubric}\n\n# Conversation\n\n{_conversation(sample)}\n\n# Answer A\n\n{a}\n\n# Answer B\n\n{b}\n\n"
+            f"{self.rubric}\n\n# Conversation\n\n{conversation(sample)}\n\n# Answer A\n\n{a}\n\n# Answer B\n\n{b}\n\n"
             '# Your verdict\n\nWhich answer is better? As JSON: {"better": "A"}, {"better": "B"} or {"better": "tie"}'
         )
 

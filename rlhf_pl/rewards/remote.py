@@ -6,14 +6,14 @@ import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeVar
 
-from rlhf_pl.rewards.base import Failure
-from rlhf_pl.utils.errors import InputError, at_least, finite
+from rlhf_pl.rewards.base import Failure, Reward, Sample
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.retries import RETRYABLE, check_requests, retry_after
 from rlhf_pl.utils.secrets import check_environment_key, environment_key, redact, register_url
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 64 * 2**20
 _MAX_SAID_BYTES = 2**16  # of an answer that is quoted in an error
-_AGAIN = {408, 409, 425, 429, 500, 502, 503, 504}  # statuses that may be different a moment later
 
 
 class WrongAnswerError(Exception):
@@ -46,12 +46,8 @@ class Service:
         register_url(url)
         if not url.startswith(("http://", "https://")):
             raise InputError(f"`{option}` must begin with http:// or https://, got {url!r}.")
-        at_least("rollout.reward", concurrency=(concurrency, 1), retries=(retries, 0), backoff_s=(backoff_s, 0))
-        finite("rollout.reward", timeout_s=timeout_s)
-        if not timeout_s > 0:
-            raise InputError(f"`rollout.reward.timeout_s` must be above 0 seconds, got {timeout_s}.")
-        self.url, self.timeout_s, self.retries, self.backoff_s = url, timeout_s, retries, backoff_s
-        self.concurrency, self.api_key_env = concurrency, api_key_env
+        self._retries = check_requests("rollout.reward", concurrency, timeout_s, retries, backoff_s)
+        self.url, self.timeout_s, self.concurrency, self.api_key_env = url, timeout_s, concurrency, api_key_env
 
     def check(self) -> None:
         """Raise InputError if the key is not in the environment."""
@@ -95,20 +91,17 @@ class Service:
             return list(await asyncio.gather(*(one(i) for i in range(len(payloads)))))
 
     async def _post(self, client: Any, payload: Mapping[str, Any], parse: Callable[[Any], T]) -> T | Failure:
-        failure = Failure("exception", "", True)
-        for attempt in range(self.retries + 1):
-            pause = self.backoff_s * 2 ** (attempt - 1) if attempt else 0.0
-            await asyncio.sleep(pause)
-            found, again, wait = await self._attempt(client, payload, parse)
+        failures = 0
+        while True:
+            found, again, asked_s = await self._attempt(client, payload, parse)
             if not isinstance(found, Failure):
                 return found
-            times = f" ({attempt + 1} attempts)" if attempt else ""
-            failure = Failure(found.kind, f"{found.detail}{times}.", True)
-            if not again:
-                break
-            if wait and attempt < self.retries:
-                await asyncio.sleep(max(0.0, min(wait, 60.0) - self.backoff_s * 2**attempt))
-        return failure
+            failures += 1
+            pause = self._retries.pause(failures, asked_s) if again else None
+            if pause is None:
+                times = f" ({failures} attempts)" if failures > 1 else ""
+                return Failure(found.kind, f"{found.detail}{times}.", True)
+            await asyncio.sleep(pause)
 
     async def _attempt(
         self, client: Any, payload: Mapping[str, Any], parse: Callable[[Any], T]
@@ -130,9 +123,8 @@ class Service:
             return Failure("exception", f"{self.url}: {error}"), False, 0.0
         if not 200 <= status < 300:
             said = _said(body)[:200].strip().replace("\n", " ")
-            wait = headers.get("retry-after", "")
-            seconds = float(wait) if wait.isdigit() else 0.0
-            return Failure("exception", f"{self.url} answered with status {status}: {said}"), status in _AGAIN, seconds
+            failure = Failure("exception", f"{self.url} answered with status {status}: {said}")
+            return failure, status in RETRYABLE, retry_after(headers)
         try:
             return parse(json.loads(body)), False, 0.0
         except (ValueError, RecursionError):
@@ -150,6 +142,27 @@ class Service:
                 if len(body) > MAX_BODY_BYTES:
                     raise WrongAnswerError(f"the answer is longer than {MAX_BODY_BYTES // 2**20} MiB")
             return response.status_code, response.headers, bytes(body)
+
+
+class RemoteReward(Reward):
+    """A reward that a service computes: it is tried before any model loads, and `Service` limits every call."""
+
+    _service: Service
+
+    @property
+    def trial(self) -> bool:
+        return True
+
+    @property
+    def is_remote(self) -> bool:
+        return True
+
+    @property
+    def limits_itself(self) -> bool:
+        return True
+
+    def check(self, samples: Sequence[Sample]) -> None:
+        self._service.check()
 
 
 def _said(body: bytes) -> str:

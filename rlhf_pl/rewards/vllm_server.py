@@ -7,16 +7,16 @@ from typing import Any, Literal
 from rlhf_pl.models.pretrained_files import stored_config
 from rlhf_pl.models.rendering import Renderer, SystemPrompt, reward_renderer
 from rlhf_pl.models.rotary import longrope_scales, thresholds
-from rlhf_pl.models.score_position import ScoreAt, mean_score, warn_of_other_reading
+from rlhf_pl.models.score_position import ScoreAt, mean_score, warn_if_read_elsewhere
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
+from rlhf_pl.rewards.base import Failure, RewardResult, Sample
 from rlhf_pl.rewards.exposed_servers import warn_of_open_servers
-from rlhf_pl.rewards.remote import Service, WrongAnswerError, number
+from rlhf_pl.rewards.remote import RemoteReward, Service, WrongAnswerError, number
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import describe
 
 
-class VLLMServerReward(Reward):
+class VLLMServerReward(RemoteReward):
     """A classifier or reward model under `vllm serve MODEL --runner pooling`.
 
     Conversations are rendered here, by the reward model's own tokenizer and template, and sent as token ids. Scores are
@@ -73,18 +73,6 @@ class VLLMServerReward(Reward):
     def name(self) -> str:
         return f"VLLMServerReward({self.model})"
 
-    @property
-    def trial(self) -> bool:
-        return True
-
-    @property
-    def is_remote(self) -> bool:
-        return True
-
-    @property
-    def limits_itself(self) -> bool:
-        return True
-
     def renderer(self) -> Renderer:
         """Renders conversations as the model reads them."""
         if self._renderer is None:
@@ -101,11 +89,11 @@ class VLLMServerReward(Reward):
         return mean_score(stored_config(self._source), self._source.path)
 
     def check(self, samples: Sequence[Sample]) -> None:
-        self._service.check()
+        super().check(samples)
         warn_of_open_servers([self.url])
         _ = self._mean
         if self._score_at is None:
-            warn_of_other_reading(self.renderer(), self._source)
+            warn_if_read_elsewhere(self.renderer(), self._source)
         self._check_rotary()
         for sample in samples:
             sample.rendered(self.renderer())

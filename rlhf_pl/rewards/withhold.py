@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from rlhf_pl.models.thinking import Marks, answer_text, answer_tokens, is_prefilled
+from rlhf_pl.models.thinking import Marks, is_prefilled, text_without_thinking, tokens_without_thinking
 from rlhf_pl.rewards.base import Sample
 
 _KEYS = ("reasoning_content", "reasoning", "thinking")  # where messages keep it apart
@@ -19,11 +19,11 @@ def without_thinking(sample: Sample, marks: Marks, prompt: str = "", tokenizer: 
         tokenizer: The policy's, for the answer's tokens, and for marks that are special tokens.
     """
     opened = is_prefilled(prompt, marks)
-    text = answer_text(sample.response, marks, opened)
+    text = text_without_thinking(sample.response, marks, opened)
     ids = list(sample.response_tokens)
     kept: list[int] | None = ids
     if tokenizer is not None and ids:
-        kept = answer_tokens(ids, tokenizer.decode, marks, opened)
+        kept = tokens_without_thinking(ids, tokenizer.decode, marks, opened)
         special = set(marks) & set(tokenizer.all_special_tokens)
         if special:  # the text is without them
             text = None if kept is None else tokenizer.decode(kept, skip_special_tokens=True)

@@ -2,12 +2,14 @@
 
 import time
 from collections.abc import Callable, Sequence
+from itertools import chain
 from typing import TypeVar
 
 from rlhf_pl.rollout.served_engine import ServedEngine, ServerError
 from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.retries import Retries
 
 T = TypeVar("T")
 
@@ -18,11 +20,10 @@ class Fleet:
     Args:
         engines: All servers.
         retries: Further attempts to reach one before it is given up.
-        backoff_s: Pause before the first of them, seconds; doubled before every further one.
     """
 
-    def __init__(self, engines: Sequence[ServedEngine], retries: int, backoff_s: float) -> None:
-        self.engines, self.retries, self.backoff_s = list(engines), retries, backoff_s
+    def __init__(self, engines: Sequence[ServedEngine], retries: Retries) -> None:
+        self.engines, self.retries = list(engines), retries
         self.quiet = False  # of several ranks one tells
         self._lost: dict[str, Exception] = {}
 
@@ -96,9 +97,8 @@ class Fleet:
             known: Whether it was found lost in the meantime.
         """
         error = failure
-        pauses = [self.backoff_s * 2**attempt for attempt in range(self.retries)]
         reached = not isinstance(failure, ServerError) or failure.status is not None
-        for pause in [0.0, *pauses] if reached else pauses:
+        for pause in chain([0.0] if reached else [], self.retries.pauses()):
             if error is not None and known():
                 break
             time.sleep(pause)

@@ -4,10 +4,10 @@ from collections.abc import Callable
 from typing import Any
 
 from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.retries import RETRYABLE
 from rlhf_pl.utils.secrets import environment_key, redact
 
 LAUNCH = 'VLLM_SERVER_DEV_MODE=1 vllm serve MODEL --weight-transfer-config \'{"backend": "%s"}\''
-_AGAIN = {408, 425, 429, 500, 502, 503, 504}
 _QUESTION_S = 60.0  # a server that answers at all says in this time what it is and what weights it has
 
 
@@ -70,7 +70,7 @@ class ServedEngine:
             said = redact(response.text)[:300].strip().replace("\n", " ")
             raise ServerError(
                 f"{self.url}{path} answered with status {response.status_code}: {said}",
-                again=response.status_code in _AGAIN,
+                again=response.status_code in RETRYABLE,
                 status=response.status_code,
             )
         try:

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.models.policy import without_dropout
-from rlhf_pl.models.rotary import steady_rotary, thresholds
-from rlhf_pl.models.shared_prefix import take_exact_attention
+from rlhf_pl.models.rotary import stabilize_rotary, thresholds
+from rlhf_pl.models.shared_prefix import use_exact_attention
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 
 
@@ -36,8 +36,8 @@ class TransformersSampler(Sampler):
                 without_dropout(spec.source.config), dtype=getattr(torch, self.dtype)
             )
         self._model = model.to(device).eval()
-        take_exact_attention(self._model)
-        steady_rotary(self._model, spec.source.config, spec.max_model_tokens)
+        use_exact_attention(self._model)
+        stabilize_rotary(self._model, spec.source.config, spec.max_model_tokens)
         if thresholds(spec.source.config):
             from transformers import GenerationMixin
 

@@ -3,29 +3,21 @@
 import contextlib
 import gc
 import importlib.util
-import logging
-import os
-import random
-import shutil
-import tempfile
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from rlhf_pl.models.rotary import factors_of, longrope_scales, thresholds
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
+from rlhf_pl.rollout.vllm_checks import check_engine_rotary, check_heads, engine_share, reshaping
 from rlhf_pl.rollout.vllm_experts import check_kernels, take_kernels
+from rlhf_pl.rollout.vllm_process import engine_environment, own_temporary_files, private_rng
 from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
 from rlhf_pl.utils.devices import fast_dtype
 from rlhf_pl.utils.errors import InputError
 
-_PREFIX = "rlhf_pl-vllm-"
-MARGIN_BYTES = 4 * 2**30  # of a GPU that neither is to take: contexts, graphs, what allocators keep
 _ON_CPU = 256  # answers drawn at a time
 
 
@@ -84,7 +76,6 @@ class VLLMSampler(Sampler):
 
     def start(self, spec: EngineSpec) -> None:
         self.check()
-        _set_environment()
         from vllm import LLM
 
         self._eos = list(spec.source.eos_token_ids)
@@ -92,7 +83,7 @@ class VLLMSampler(Sampler):
         self._is_tied = bool(spec.source.config.get_text_config().tie_word_embeddings)
         self._on_gpu = torch.cuda.is_available()
         if not self._on_gpu:
-            _check_heads(spec.source.config.get_text_config())
+            check_heads(spec.source.config.get_text_config())
         self._max_model_tokens = spec.max_model_tokens
         args: dict[str, Any] = {
             "dtype": self.dtype,
@@ -130,12 +121,10 @@ class VLLMSampler(Sampler):
             args["logits_processors"] = [Nucleus]
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         if distributed:
-            # Lightning leaves RANK unset; the launcher backend makes each rank's engine use its own device.
-            os.environ["RANK"] = str(torch.distributed.get_rank())
             args["distributed_executor_backend"] = "external_launcher"
             args["tensor_parallel_size"] = self.ranks_per_engine
         try:
-            with _private_rng(), _own_temporary_files():
+            with private_rng(), own_temporary_files(), engine_environment(distributed):
                 self._llm = LLM(spec.source.path, **(args | self.engine_args))
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             raise InputError(
@@ -248,7 +237,7 @@ class VLLMSampler(Sampler):
             self._requests += 1
             index_of[request] = index
             engine.add_request(request, {"prompt_token_ids": prompt.token_ids}, params)
-        with _private_rng():  # around all steps: reading a GPU's state makes the host wait for it
+        with private_rng():  # around all steps: reading a GPU's state makes the host wait for it
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
@@ -288,116 +277,9 @@ class VLLMSampler(Sampler):
         gc.collect()
 
 
-def reshaping(arguments: Mapping[str, Any]) -> list[str]:
-    """Which of an engine's arguments change the distribution that it draws from, or the log-probs that it notes."""
-    changed = [n for n in ("logits_processors", "override_generation_config") if arguments.get(n)]
-    if (arguments.get("logprobs_mode") or "raw_logprobs") != "raw_logprobs":
-        changed.append("logprobs_mode")
-    if (arguments.get("speculative_config") or {}).get("rejection_sample_method") == "synthetic":
-        changed.append("speculative_config")
-    return changed
-
-
-def _set_environment() -> None:
-    """What vLLM reads when it is imported. Values the user has set stay."""
-    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine must live in this process to take tensors
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-    if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
-        logging.getLogger("vllm").setLevel(logging.ERROR)  # for what is said before vLLM sets up its own logging
-    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
-
-
-def check_engine_rotary(config: Any, longest: int, engine: int, where: str) -> None:
-    """vLLM takes `longrope` factors by an engine's longest sequence, and stretches no `dynamic` ones.
-
-    Args:
-        config: The policy's.
-        longest: Tokens of the longest row of the run.
-        engine: Of the engine's.
-        where: What sets that, for the error.
-
-    Raises:
-        InputError: Its factors are not those of the run.
-    """
-    limits = thresholds(config)
-    if longest > (limit := limits.get("dynamic", longest)):
-        raise InputError(
-            "`rollout.sampler`: vLLM does not stretch dynamic rotary factors, which this policy's rows need: they have "
-            f"{longest} tokens at most, over its {limit}. Lower data.max_prompt_tokens or "
-            "rollout.sampling.max_response_tokens, or use --rollout.sampler TransformersSampler."
-        )
-    if factors_of(limits, longest) != factors_of(limits, engine):
-        limit = limits["longrope"]
-        raise InputError(
-            f"{where} is {engine}, and this run's longest prompt with its response has {longest} tokens: the policy's "
-            f"rotary factors change at {limit}, so responses would be sampled with other ones. Set it to {longest}."
-        )
-    if "longrope" in limits:
-        own, other = longrope_scales(config, longest)
-        if abs(own - other) > 1e-4 * own:
-            raise InputError(
-                f"`rollout.sampler`: vLLM multiplies this policy's longrope embeddings by {other:.4g}, and "
-                f"transformers by {own:.4g} (factor, attention_factor and mscales of its config), so responses would "
-                "be another model's. Use --rollout.sampler TransformersSampler."
-            )
-
-
-def engine_share(total: int, trainer: int) -> float:
-    """Share of a GPU that is left to the engine.
-
-    Args:
-        total: Of the GPU, bytes.
-        trainer: What the trainer will hold there while answers are drawn, bytes.
-
-    Raises:
-        InputError: Next to nothing is left.
-    """
-    share = (total - trainer - MARGIN_BYTES) / total
-    if share < 0.05:
-        raise InputError(
-            f"`rollout.sampler`: of {total / 2**30:.1f} GiB the trainer holds {trainer / 2**30:.1f} GiB while answers "
-            "are drawn, which leaves no room for an engine beside it. Shard the trainer (--trainer.strategy fsdp2 over "
-            "more devices), train adapters (--model.lora LoRA), or draw answers elsewhere (VLLMServerSampler)."
-        )
-    return round(share, 3)
-
-
-@contextlib.contextmanager
-def _own_temporary_files() -> Iterator[None]:
-    """The engine starts with a rendezvous file in the temporary folder, which nobody would remove after a kill.
-
-    It is not needed once the engine runs, so it goes at once; what a process leaves that is killed while it starts, the
-    next one removes.
-    """
-    for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        if not Path("/proc", old.name.removeprefix(_PREFIX).split("-")[0]).exists():
-            shutil.rmtree(old, ignore_errors=True)
-    before = tempfile.tempdir
-    tempfile.tempdir = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
-    try:
-        yield
-    finally:
-        shutil.rmtree(tempfile.tempdir, ignore_errors=True)
-        tempfile.tempdir = before
-
-
 def _index(index_of: dict[str, int], request_id: str) -> int:
     """The engine may append a suffix of its own to a request's id."""
     return index_of[request_id] if request_id in index_of else index_of["-".join(request_id.split("-")[:2])]
-
-
-def _check_heads(config: Any) -> None:
-    """On the CPU vLLM finds out about unsupported attention heads only in the middle of its first batch."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-
-    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    supported = CPUAttentionBackend.get_supported_head_sizes()
-    if size not in supported:
-        raise InputError(
-            f"`rollout.sampler`: on the CPU vLLM has no attention heads of size {size}, only of {supported}. Choose "
-            "another model, or use --rollout.sampler TransformersSampler."
-        )
 
 
 def _first_line(error: Exception) -> str:
@@ -410,20 +292,3 @@ def _response(answer: Any) -> Response:
     noted = answer.logprobs
     logps = [] if noted is None else [step[token].logprob for step, token in zip(noted, ids, strict=True)]
     return Response(ids, logps, finished=answer.finish_reason == "stop")
-
-
-@contextlib.contextmanager
-def _private_rng() -> Iterator[None]:
-    """Keep the engine away from the trainer's random state: it seeds Python, NumPy and torch globally."""
-    import numpy as np
-
-    python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    gpus = torch.cuda.get_rng_state_all() if torch.cuda.is_available() else []
-    try:
-        yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy)
-        torch.set_rng_state(cpu)
-        if gpus:
-            torch.cuda.set_rng_state_all(gpus)

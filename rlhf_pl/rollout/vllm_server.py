@@ -1,6 +1,5 @@
 """vLLM servers elsewhere, on other GPUs or nodes: answers over HTTP, weights by vLLM's weight transfer."""
 
-import math
 import queue
 import secrets
 import socket
@@ -21,12 +20,14 @@ from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Respons
 from rlhf_pl.rollout.checkpoint_format import checkpoint_format
 from rlhf_pl.rollout.dispatch import Dispatch
 from rlhf_pl.rollout.fleet import Fleet
-from rlhf_pl.rollout.served_engine import LAUNCH, ServedEngine, ServerError
-from rlhf_pl.rollout.vllm import check_engine_rotary, reshaping
+from rlhf_pl.rollout.served_engine import ServedEngine, ServerError
+from rlhf_pl.rollout.vllm_checks import check_engine_rotary, reshaping
+from rlhf_pl.rollout.vllm_client import VLLMClient
 from rlhf_pl.rollout.weight_sync.routes import Bucket, WeightRoute, WeightRoutes
 from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
 from rlhf_pl.rollout.weight_sync.transports import NCCLPush, TCPPush
-from rlhf_pl.utils.errors import InputError, at_least, finite
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.retries import check_requests
 from rlhf_pl.utils.secrets import check_environment_key, register_url
 
 BUCKET_BYTES = 256 * 2**20  # of weights under way at a time
@@ -78,19 +79,16 @@ class VLLMServerSampler(Sampler):
                 "`rollout.sampler.urls` must be a list of addresses that begin with http:// or https://, got "
                 f"{wrong[0] if wrong else urls!r}."
             )
-        at_least("rollout.sampler", concurrency=(concurrency, 1), retries=(retries, 0), backoff_s=(backoff_s, 0))
-        finite("rollout.sampler", timeout_s=timeout_s)
-        if not timeout_s > 0:
-            raise InputError(f"`rollout.sampler.timeout_s` must be above 0 seconds, got {timeout_s}.")
+        self._retries = check_requests("rollout.sampler", concurrency, timeout_s, retries, backoff_s)
         self.urls, self.dtype, self.transport, self.address = [u.rstrip("/") for u in urls], dtype, transport, address
-        self.concurrency, self.timeout_s, self.retries, self.backoff_s = concurrency, timeout_s, retries, backoff_s
+        self.concurrency, self.timeout_s = concurrency, timeout_s
         self.api_key_env = api_key_env
         engines = [ServedEngine(url, timeout_s, api_key_env) for url in self.urls]
-        self._fleet = Fleet(engines, retries, backoff_s)
+        self._fleet = Fleet(engines, self._retries)
         self._routes: WeightRoutes | None = None  # on rank 0
+        self._client = VLLMClient(dtype, transport, _PUSHES[transport].backend)
         self._announced: set[str] = set()
         self._rank = 0
-        self._longest = 0  # tokens of a prompt with its answer
         self._check_rotary: Callable[[ServedEngine], None] = lambda engine: None
         self._version: str | None = None  # what the servers call the policy's weights; None until they have them
         self._pushed: str | None = None  # what they call those that they were last given
@@ -99,7 +97,7 @@ class VLLMServerSampler(Sampler):
         """A server must be there, and those that are need what is wanted turned on."""
         check_environment_key("rollout.sampler.api_key_env", self.api_key_env)
         warn_of_open_servers(self.urls)
-        self._fleet.of_those_there(self._check_engine)
+        self._fleet.of_those_there(self._client.check)
 
     def check_rotary(self, config: Any, longest: int) -> None:
         if not thresholds(config):
@@ -115,7 +113,7 @@ class VLLMServerSampler(Sampler):
     def reshapes(self) -> list[str]:
         """A server's own defaults don't count: a request names every option of sampling."""
         found = []
-        for engine, config in self._fleet.of_those_there(lambda engine: engine.config(self._backend)):
+        for engine, config in self._fleet.of_those_there(self._client.config):
             model = config.get("model_config", {})
             names = [name for name in reshaping(model) if name != "override_generation_config"]
             found += [f"the server at {engine.url} runs with {name} {model[name]!r}" for name in names]
@@ -123,11 +121,10 @@ class VLLMServerSampler(Sampler):
 
     def start(self, spec: EngineSpec) -> None:
         self._rank = dist.get_rank() if dist.is_initialized() else 0
-        self._eos = list(spec.source.eos_token_ids)
+        self._client.begin(spec)
         self._as_stored = checkpoint_format(spec.source)
-        self._longest = spec.max_model_tokens
         self._fleet.quiet = self._rank > 0
-        self._fleet.of_those_there(self._name_model)
+        self._fleet.of_those_there(self._client.name_model)
         if self._rank == 0:
             address = self.address or _own_address(self._fleet.there[0].url)
             engines = self._fleet.engines
@@ -194,7 +191,7 @@ class VLLMServerSampler(Sampler):
             engine = engines[place]
             try:
                 while (index := dispatch.take(place)) is not None:
-                    found = self._draw(engine, prompts[index], sampling)
+                    found = self._client.sample(engine, prompts[index], sampling)
                     failure = found if isinstance(found, ServerError) else None
                     # after the answers: a server that has the version now had it all along
                     if problem := self._fleet.problem(engine, version, failure, lambda: dispatch.is_lost(place)):
@@ -203,10 +200,10 @@ class VLLMServerSampler(Sampler):
                         dispatch.give_back(place, index)
                         self._fleet.require_one()
                     elif isinstance(found, ServerError):
-                        tries = dispatch.failed(place, index)
-                        if tries > self.retries or not found.again:
+                        pause = self._retries.pause(dispatch.failed(place, index))
+                        if pause is None or not found.again:
                             raise found
-                        time.sleep(self.backoff_s * 2 ** (tries - 1))
+                        time.sleep(pause)
                         dispatch.give_back(place, index)
                     else:
                         dispatch.done(place)
@@ -232,52 +229,11 @@ class VLLMServerSampler(Sampler):
         for engine in self._fleet.engines:
             engine.close()
 
-    @property
-    def _backend(self) -> str:
-        """Of the servers' weight transfer."""
-        return _PUSHES[self.transport].backend
-
     def _vet(self, engine: ServedEngine) -> None:
         """Whether a server that is there anew can be used."""
-        self._check_engine(engine)
+        self._client.check(engine)
         self._check_rotary(engine)
-        self._name_model(engine)
-
-    def _check_engine(self, engine: ServedEngine) -> None:
-        """Whether a server can be used."""
-        url, config = engine.url, engine.config(self._backend)
-        backend = (config.get("weight_transfer_config") or {}).get("backend")
-        if backend != self._backend:
-            raise InputError(
-                f"`rollout.sampler.urls`: the server at {url} takes weights by backend {backend!r}, but transport "
-                f"{self.transport} needs {self._backend!r}. Start it as {LAUNCH % self._backend}"
-            )
-        dtype = str(config.get("model_config", {}).get("dtype", "")).removeprefix("torch.")
-        if dtype and dtype != self.dtype:
-            raise InputError(
-                f"`rollout.sampler.dtype` is {self.dtype}, but the server at {url} computes in {dtype}. Set it to "
-                f"{dtype}, or start the server with --dtype {self.dtype}."
-            )
-        if (
-            str(config.get("device_config", {}).get("device_type")) == "cpu"
-            and config.get("scheduler_config", {}).get("enable_chunked_prefill") is True
-        ):
-            raise InputError(
-                f"`rollout.sampler.urls`: the server at {url} runs on a CPU with chunked prefill, where vLLM can't "
-                "draw with a seed. Start it with --no-enable-chunked-prefill."
-            )
-
-    def _name_model(self, engine: ServedEngine) -> None:
-        """Note the name that a server's model has; it must have room for the longest row."""
-        model = engine.served()
-        room = model.get("max_model_len") or math.inf
-        if room < self._longest:
-            raise InputError(
-                f"`rollout.sampler.urls`: the server at {engine.url} has room for {room} tokens, but prompt plus "
-                f"answer take up to {self._longest}. Start it with --max-model-len {self._longest}, or lower "
-                "data.max_prompt_tokens or rollout.sampling.max_response_tokens."
-            )
-        engine.model = model["id"]
+        self._client.name_model(engine)
 
     def _agree(self, version: str) -> None:
         """Rank 0 tells the others which servers have the new weights."""
@@ -290,32 +246,6 @@ class VLLMServerSampler(Sampler):
             self._fleet.lost = lost
             for engine, model in zip(self._fleet.engines, models, strict=True):
                 engine.model = model
-
-    def _draw(
-        self, engine: ServedEngine, prompt: PromptTokens, sampling: SamplingConfig
-    ) -> list[Response] | ServerError:
-        """A prompt's answers, or what the request ended with."""
-        body = {
-            "model": engine.model,
-            "prompt": prompt.token_ids,
-            "n": sampling.num_responses,
-            "seed": prompt.seed,
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "top_k": sampling.top_k,
-            "min_p": sampling.min_p,
-            "repetition_penalty": 1.0,
-            "max_tokens": sampling.max_response_tokens,
-            "stop_token_ids": self._eos,
-            **({"logprobs": 0} if prompt.logps else {}),
-            "return_token_ids": True,
-            "skip_special_tokens": False,
-        }
-        read = partial(_responses, count=sampling.num_responses, wanted=prompt.logps)
-        try:
-            return engine.call("/v1/completions", body, read=read)
-        except ServerError as error:
-            return error
 
 
 def _own_address(url: str) -> str:
@@ -334,22 +264,3 @@ def _own_address(url: str) -> str:
             f"`rollout.sampler.address`: can't find out this host's address on the way to {url}: {error}. Give the one "
             "at which the servers reach it."
         ) from error
-
-
-def _responses(told: Mapping[str, Any], count: int, wanted: bool) -> list[Response]:
-    """The answers in a completion; raises IndexError if there are not so many."""
-    choices = {choice["index"]: choice for choice in told["choices"]}
-    if set(choices) != set(range(count)):
-        raise IndexError(f"{sorted(choices)} are not {count} answers")
-    return [_response(choices[i], wanted) for i in range(count)]
-
-
-def _response(choice: Mapping[str, Any], wanted: bool) -> Response:
-    ids = list(map(int, choice["token_ids"]))
-    logps = list(map(float, choice["logprobs"]["token_logprobs"])) if choice.get("logprobs") else []
-    if wanted and len(ids) != len(logps):
-        raise InputError(
-            f"`rollout.sampler`: a server gave {len(logps)} log-probs for {len(ids)} tokens. Its vLLM is of a version "
-            "that is not known here."
-        )
-    return Response(ids, logps, finished=choice["finish_reason"] == "stop")

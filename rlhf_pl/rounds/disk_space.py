@@ -6,8 +6,8 @@ from pathlib import Path
 import lightning as L
 
 from rlhf_pl.checkpointing.checkpoints import checkpoint_files
+from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.data.round_datamodule import RoundDataModule
-from rlhf_pl.modules.pairwise import RebelModule
 from rlhf_pl.rollout import SamplingConfig
 from rlhf_pl.store.round_store import STAGES
 from rlhf_pl.utils.disk import check_space
@@ -16,7 +16,7 @@ CHECKPOINTS = 2  # beside those that stay: of the last update, until the one of 
 
 
 def check_room(
-    trainer: L.Trainer, module: RebelModule, data: RoundDataModule, sampling: SamplingConfig, index: int
+    trainer: L.Trainer, module: PolicyModule, data: RoundDataModule, sampling: SamplingConfig, index: int
 ) -> None:
     """Refuse a round whose answers, checkpoints or final model would not fit on the disk.
 
@@ -39,7 +39,7 @@ def _newest_checkpoint(run_dir: Path) -> int:
     return sum(f.stat().st_size for f in (files[-1].rglob("*") if files[-1].is_dir() else files[-1:])) if files else 0
 
 
-def _trained_share(module: RebelModule) -> float:
+def _trained_share(module: PolicyModule) -> float:
     """Of the policy's parameters; AdamW keeps two moments of each of these."""
     assert module.policy is not None
     parameters = list(module.policy.parameters())

@@ -2,7 +2,11 @@
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
 
 from rlhf_pl.models.chat import message_text
 from rlhf_pl.rewards import CombinedReward, FunctionReward, HTTPReward, Reward
@@ -163,12 +167,21 @@ def _penalties(pairs: dict[str, Any]) -> list[str]:
     return [name for name in ("missing_eos", "length") if name in pairs.get("penalties", {})]
 
 
-def first_answers(stored: Round) -> dict[str, dict[str, Any]]:
-    """Of every prompt its first answer's row, with its `reward` and the last message as `question`, by prompt id."""
-    rows = stored.read("responses").select(["prompt_id", "response_index", "prompt", "response"]).to_pylist()
-    rewards = stored.read("rewards")["reward"].to_pylist()
-    return {
-        row["prompt_id"]: row | {"reward": reward, "question": message_text(json.loads(row["prompt"])[-1])}
-        for row, reward in zip(rows, rewards, strict=True)
-        if row["response_index"] == 0
-    }
+def prompt_ids(stored: Round) -> list[str]:
+    """The prompts whose responses were scored, in their order."""
+    return pc.unique(stored.read("rewards", ["prompt_id"])["prompt_id"]).to_pylist()
+
+
+def first_answers(stored: Round, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """The first response's row of each wanted prompt, with its `reward` and the last message as `question`, by id."""
+    columns = ["prompt_id", "response_index", "prompt", "response"]
+    found: dict[str, dict[str, Any]] = {}
+    stages = (stored.read_shards("responses", columns), stored.read_shards("rewards", ["reward"]))
+    for rows, rewards in zip(*stages, strict=True):
+        asked = pc.is_in(rows["prompt_id"], pa.array(wanted, pa.string()))
+        table = rows.append_column("reward", rewards["reward"])
+        for row in table.filter(pc.and_(asked, pc.equal(rows["response_index"], 0))).to_pylist():
+            found[row["prompt_id"]] = row | {"question": message_text(json.loads(row["prompt"])[-1])}
+        if len(found) == len(wanted):
+            break
+    return found

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 import lightning as L
 from torch import Tensor
 
+from rlhf_pl.data.policy_module import PolicyModule, as_lightning
 from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import callable_policy, is_sharded
 from rlhf_pl.models.kept_weights import KeptWeights
-from rlhf_pl.modules.pairwise import RebelModule
 from rlhf_pl.rounds.policy_snapshot import find_past_lm, logps_function, steady
 from rlhf_pl.rounds.stages.kl import STAGE, note_kl, response_logps, sampled_trees
 from rlhf_pl.store.round_store import Round
@@ -36,7 +36,7 @@ class PolicyKL:
     """
 
     def __init__(
-        self, trainer: L.Trainer, module: RebelModule, data: RoundDataModule, tokens_per_batch: int, phase: Phase
+        self, trainer: L.Trainer, module: PolicyModule, data: RoundDataModule, tokens_per_batch: int, phase: Phase
     ) -> None:
         self.trainer, self.module, self.data = trainer, module, data
         self.tokens_per_batch, self._phase = tokens_per_batch, phase
@@ -48,7 +48,7 @@ class PolicyKL:
         if not self.data.val_prompts or self._of_round == index:
             return
         if self._kept is None:
-            self._kept = KeptWeights(self.module)
+            self._kept = KeptWeights(as_lightning(self.module))
         else:
             self._kept.update()
         self._of_round = index
@@ -63,9 +63,9 @@ class PolicyKL:
         """Note the KL of the present policy, which is that after `version` rounds and has answered in `stored`."""
         ranks, started = ranks_of(self.trainer), time.monotonic()
         old = self._old_policy(version - 1)
-        reference = has_reference(self.module)
+        reference = self.module.has_reference
         trees = sampled_trees(stored)
-        count = sum(len(tree.answers) for tree in trees) * (1 + (old is not None) + reference)
+        count = sum(len(tree.responses) for tree in trees) * (1 + (old is not None) + reference)
         temperature = stored.info("responses")["sampling"]["temperature"]
         own = logps_function(self.trainer, self.module, callable_policy(self.trainer))
         logps: dict[str, Tensor] = {}
@@ -77,7 +77,7 @@ class PolicyKL:
 
             under("new", own)
             if old is not None:
-                with old.in_place():
+                with old.swapped_in():
                     under("old", own)
             if reference:
                 under("reference", logps_function(self.trainer, self.module, self.module.load_reference()))
@@ -91,9 +91,4 @@ class PolicyKL:
         if is_sharded(self.trainer) or made_by is None:
             return None
         lm = find_past_lm(self.trainer, self.module, made_by["policy_step"], made_by["weights"])
-        return None if lm is None else KeptWeights.of_state(self.module, lm.state_dict(), "policy.lm.")
-
-
-def has_reference(module: RebelModule) -> bool:
-    """Whether there is a reference to measure the distance to."""
-    return module.kl_coef > 0 or module.lora is not None
+        return None if lm is None else KeptWeights.from_state(as_lightning(self.module), lm.state_dict(), "policy.lm.")

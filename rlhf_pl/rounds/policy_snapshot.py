@@ -10,60 +10,62 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.checkpointing.checkpoints import checkpoint_files, read_progress, read_weights
+from rlhf_pl.data.policy_module import PolicyModule, as_lightning
 from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import callable_policy
 from rlhf_pl.models.packed_batch import PackedBatch
 from rlhf_pl.models.policy import PolicyLM
-from rlhf_pl.modules.pairwise import RebelModule
 from rlhf_pl.rollout.weight_sync.sync import PolicySnapshot
 from rlhf_pl.utils.fingerprints import weights_fingerprint
 
 
-def present_policy(trainer: L.Trainer, module: RebelModule) -> PolicySnapshot:
+def present_policy(trainer: L.Trainer, module: PolicyModule) -> PolicySnapshot:
     """The policy that trains. All ranks must ask for it together."""
     weights = module.weights()
     fingerprint = ranks_of(trainer).broadcast(weights_fingerprint(weights.stream()))
     return _snapshot(trainer, module, callable_policy(trainer), weights, fingerprint)
 
 
-def find_past_policy(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> PolicySnapshot | None:
+def find_past_policy(trainer: L.Trainer, module: PolicyModule, step: int, fingerprint: str) -> PolicySnapshot | None:
     """The policy of an earlier update, from the model the run started from or from a checkpoint; None if it is gone."""
     lm = find_past_lm(trainer, module, step, fingerprint)
     if lm is None:
         return None
-    weights = model_weights(module, lm, like_of(lm))
+    weights = model_weights(as_lightning(module), lm, like_of(lm))
     policy = module.unit(lm.to(module.device)).requires_grad_(False).eval()
     return _snapshot(trainer, module, policy, weights, fingerprint)
 
 
-def find_past_lm(trainer: L.Trainer, module: RebelModule, step: int, fingerprint: str) -> Any | None:
+def find_past_lm(trainer: L.Trainer, module: PolicyModule, step: int, fingerprint: str) -> Any | None:
     """The model of an earlier policy, adapters included, on the CPU where it is not in 4 bits; None if it is gone."""
     lm = module.build_lm()
     like = like_of(lm)
 
     def is_wanted() -> bool:
-        return weights_fingerprint(model_weights(module, lm, like).stream()) == fingerprint
+        return weights_fingerprint(model_weights(as_lightning(module), lm, like).stream()) == fingerprint
 
     if step == 0 and is_wanted():
         return lm
     for file in checkpoint_files(trainer.default_root_dir):
         progress = read_progress(file)
         if progress is not None and progress.global_step == step:
-            lm.load_state_dict(read_weights(file, "policy.lm.", lm.state_dict()), strict=module.strict_loading)
+            lm.load_state_dict(
+                read_weights(file, "policy.lm.", lm.state_dict()), strict=as_lightning(module).strict_loading
+            )
             if is_wanted():
                 return lm
     return None
 
 
 def _snapshot(
-    trainer: L.Trainer, module: RebelModule, policy: Any, weights: Weights, fingerprint: str
+    trainer: L.Trainer, module: PolicyModule, policy: Any, weights: Weights, fingerprint: str
 ) -> PolicySnapshot:
     rounding = partial(_rounding, trainer, module, policy)
     return PolicySnapshot(weights, logps_function(trainer, module, policy), rounding, fingerprint)
 
 
-def _rounding(trainer: L.Trainer, module: RebelModule, policy: Any, rows: PackedBatch) -> float:
+def _rounding(trainer: L.Trainer, module: PolicyModule, policy: Any, rows: PackedBatch) -> float:
     """What bfloat16 changes in the policy's own log-probs; 0 where its weights are not float32 in the first place."""
     if module.dtype_name != "float32":
         return 0.0
@@ -71,17 +73,21 @@ def _rounding(trainer: L.Trainer, module: RebelModule, policy: Any, rows: Packed
     inputs = rows.to(device).inputs()
     found = []
     for enabled in (False, True):
-        with _inference(module), _own_weights(policy), torch.autocast(device.type, torch.bfloat16, enabled=enabled):
+        with (
+            _inference(as_lightning(module)),
+            _own_weights(policy),
+            torch.autocast(device.type, torch.bfloat16, enabled=enabled),
+        ):
             found.append(policy(**inputs))
     return (found[0] - found[1]).abs().mean().item()
 
 
-def logps_function(trainer: L.Trainer, module: RebelModule, policy: Any) -> Callable[[PackedBatch, float], Tensor]:
+def logps_function(trainer: L.Trainer, module: PolicyModule, policy: Any) -> Callable[[PackedBatch, float], Tensor]:
     """Log-probs of rows' wanted tokens under `policy`, without gradients, in eval mode, in the run's precision."""
 
     def logps(rows: PackedBatch, temperature: float) -> Tensor:
         device = trainer.strategy.root_device
-        with _inference(module), trainer.precision_plugin.forward_context():
+        with _inference(as_lightning(module)), trainer.precision_plugin.forward_context():
             return policy(**rows.to(device).inputs(), temperature=temperature)
 
     return logps
@@ -99,13 +105,13 @@ def _inference(module: L.LightningModule) -> Iterator[None]:
         module.train(was_training)
 
 
-def steady(module: RebelModule) -> Any:
+def steady(module: PolicyModule) -> Any:
     """In which the policy's weights do not change, so that copies of them are cast once."""
     copy = None if module.policy is None else module.policy.copy
-    return nullcontext() if copy is None else copy.steady()
+    return nullcontext() if copy is None else copy.weights_unchanged()
 
 
 def _own_weights(policy: Any) -> Any:
     """In which a policy, or the module around one, computes with the weights as they are stored."""
     unit = getattr(policy, "policy", policy)
-    return unit.by_own_weights() if isinstance(unit, PolicyLM) else nullcontext()
+    return unit.using_own_weights() if isinstance(unit, PolicyLM) else nullcontext()

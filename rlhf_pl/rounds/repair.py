@@ -49,7 +49,7 @@ def _mend(maker: RoundMaker, stored: Round) -> None:
     if not maker.ranks.broadcast(bool(stored.manifest.get("settings"))) and not _stamp_anew(maker, stored):
         maker.ranks.run_on_rank_zero(stored.delete)
         return
-    before, now = stored.manifest["settings"]["responses"], Round.as_stored(maker.settings(stored))["responses"]
+    before, now = stored.manifest["settings"]["responses"], Round.as_stored(maker.stamps.settings(stored))["responses"]
     if differences(before, now, *OF_POLICY):
         raise DamagedStoreError(f"{stored.path} can't be repaired: it was made with other settings than these.")
     there = [name for name in STAGES if name in stored.manifest["stages"] or stored.shards(name)]

@@ -7,14 +7,16 @@ from typing import Any, Literal
 import lightning as L
 import torch
 
-from rlhf_pl.algorithms.pair_selection import PairSelector
+from rlhf_pl.algorithms.pair_selection import BestWorst, PairSelector
+from rlhf_pl.algorithms.prompt_groups import PER_TOKEN
 from rlhf_pl.algorithms.reward_shaping import RewardShaping
+from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.data.round_datamodule import RoundDataModule
-from rlhf_pl.modules.pairwise import RebelModule
 from rlhf_pl.rewards import Reward, ScoringConfig
 from rlhf_pl.rollout import SamplingConfig
 from rlhf_pl.rollout.base import NOTED_TEMPERATURE
 from rlhf_pl.store.provenance import StageSettings
+from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import describe
 
@@ -27,7 +29,7 @@ class RoundOptions:
     scoring: ScoringConfig
     sampling: SamplingConfig
     val_sampling: SamplingConfig
-    selector: PairSelector
+    selector: PairSelector | None  # None: the default of a loss on pairs
     shaping: RewardShaping
     prompts_per_shard: int | None
     logps_batch_tokens: int
@@ -39,9 +41,13 @@ class RoundOptions:
         """Prompts of a shard: a minute or two of an engine's work."""
         return self.prompts_per_shard or (1024 if torch.cuda.is_available() else 64)
 
+    def sampling_of(self, stored: Round) -> SamplingConfig:
+        """How the prompts of a round, or of an evaluation, are answered."""
+        return self.val_sampling if stored.is_held_out else self.sampling
+
 
 def downstream_settings(
-    module: RebelModule, options: RoundOptions, trainer: L.Trainer, data: RoundDataModule
+    module: PolicyModule, options: RoundOptions, trainer: L.Trainer, data: RoundDataModule
 ) -> StageSettings:
     """The settings of all stages after the answers, which are known before anything loads."""
     return {
@@ -50,10 +56,11 @@ def downstream_settings(
             **options.scoring.withheld,
             **({"chat_template_kwargs": data.chat_template_kwargs} if data.chat_template_kwargs else {}),
         },
-        "pairs": {"selector": describe(options.selector), **_changed(options.shaping)},
+        "pairs": {**_selection(module, options), **_changed(options.shaping)},
         "logps": {
-            "reference": module.reference_source.path if module.kl_coef > 0 else None,
+            "reference": module.reference_source.path if "reference_logps" in module.needs else None,
             **({} if options.old_logps == "policy" else {"old": options.old_logps}),
+            **logps_settings(module),
         },
         "training": {
             **module.training_settings(),
@@ -63,6 +70,57 @@ def downstream_settings(
             "gradient_clip_val": trainer.gradient_clip_val,
         },
     }
+
+
+def logps_settings(module: PolicyModule) -> dict[str, Any]:
+    """Which log-probs are computed beside those of a loss on pairs, which takes summed ones under pi_old."""
+    per_token = sorted(name for name in module.needs if name in PER_TOKEN)
+    return {
+        **({} if "old_logps" in module.needs else {"without": "old_logps"}),
+        **({"per_token": per_token} if per_token else {}),
+    }
+
+
+def pair_selector(module: PolicyModule, options: RoundOptions) -> PairSelector | None:
+    """What picks pairs; None where whole groups are trained on.
+
+    Raises:
+        InputError: A selector is given that nothing asks.
+    """
+    if module.loss.per == "pair":
+        return options.selector or BestWorst()
+    if options.selector is not None:
+        raise InputError(
+            f"`rollout.selector` is {type(options.selector).__name__}, but `model.loss` {type(module.loss).__name__} "
+            "trains on all responses of a prompt: no pairs are picked. Leave it out."
+        )
+    return None
+
+
+def check_old_logps(module: PolicyModule, options: RoundOptions) -> None:
+    """Refuse the sampler's log-probs where the loss takes none, or those of every token.
+
+    Raises:
+        InputError: `rollout.old_logps` is sampler, and the loss can't take what it reports.
+    """
+    if options.old_logps == "policy":
+        return
+    loss = type(module.loss).__name__
+    if "old_token_logps" in module.needs:
+        raise InputError(
+            f"`rollout.old_logps` is sampler, but `model.loss` {loss} needs the log-probs of every token, and their "
+            "sums alone are kept of the sampler's. Set it to policy."
+        )
+    if "old_logps" not in module.needs:
+        raise InputError(
+            f"`rollout.old_logps` is sampler, but `model.loss` {loss} takes no log-probs of the policy that sampled "
+            "the round, so it would have no effect. Leave it out."
+        )
+
+
+def _selection(module: PolicyModule, options: RoundOptions) -> dict[str, Any]:
+    selector = pair_selector(module, options)
+    return {"groups": "all scored responses"} if selector is None else {"selector": describe(selector)}
 
 
 def check_noted_logps(sampling: SamplingConfig, reshapes: Sequence[str] = ()) -> None:

@@ -1,1 +1,1 @@
-"""The round store: what every round produced, and what it was made from."""
+"""What a run keeps on disk: its rounds, as files under manifests."""

@@ -6,7 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pl.store.files import JOURNAL, NOTE, entries, read_checked
-from rlhf_pl.store.round_store import COPY, STAGES, STORE, DamagedStoreError, Round, RoundStore
+from rlhf_pl.store.manifest import COPY
+from rlhf_pl.store.round_store import STAGES, DamagedStoreError, Round, RoundStore
+from rlhf_pl.store.run_identity import STORE
 
 FOLDERS = ("rounds", "heldout")
 MAX_LISTED = 10
@@ -55,14 +57,17 @@ class Problems:
         raise DamagedStoreError(f"The round store is damaged:\n{listed}{more}\n{way_out}")
 
 
-def find_problems(store: RoundStore, rounds_done: int | None = None, held_out: bool = True) -> Problems:
-    """Read the whole store once.
+def find_problems(
+    store: RoundStore, rounds_done: int | None = None, held_out: bool = True, checksums: bool = True
+) -> Problems:
+    """Look through the whole store.
 
     Args:
         store: Of a run directory.
         rounds_done: Rounds whose training was begun, as the checkpoint to go on from says; None where there is none:
             then the newest evaluation and round that was trained on tell.
         held_out: Whether evaluations are wanted.
+        checksums: Read every file. Otherwise those that are changed inside are found when they are read.
     """
     run = store.run
     if store.noted_run not in (None, run):  # all else would be strange to it
@@ -75,7 +80,7 @@ def find_problems(store: RoundStore, rounds_done: int | None = None, held_out: b
     extra = _beyond(own, rounds_done)
     own = [stored for stored in own if stored.path not in extra]
     strangers = [*_unknown_in(store), *foreign, *extra, *(path for stored in own for path in strangers_in(stored, run))]
-    damaged = [(stored, file) for stored in own for file in stored.damage()]
+    damaged = [(stored, file) for stored in own for file in stored.damage(checksums)]
     return Problems(sorted(strangers), damaged, _missing(store, own, rounds_done, held_out))
 
 

@@ -15,6 +15,7 @@ SHARD = re.compile(r"(\d{5,})-[0-9a-f]{16}\.parquet")
 NOTE = re.compile(r"_\d{5,}\.shard")
 JOURNAL = re.compile(r"_\d{5,}\.journal")
 ASIDE = "set_aside"  # in the run directory
+_PARQUET = b"PAR1"
 _OF_SYSTEMS = ("Thumbs.db", "desktop.ini")
 
 
@@ -58,6 +59,29 @@ def read_shard_file(file: Path) -> bytes | None:
     """
     content = file.read_bytes() if file.is_file() else None
     return content if content is not None and file.stem.split("-", 1)[1] == checksum(content) else None
+
+
+def is_whole_shard(file: Path) -> bool:
+    """Whether a file is what its name says; the whole of it is read.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    return read_shard_file(file) is not None
+
+
+def has_parquet_ends(file: Path) -> bool:
+    """Whether a file begins and ends as Parquet files do; nothing else of it is read.
+
+    Raises:
+        OSError: It can't be read.
+    """
+    if not file.is_file() or file.stat().st_size < 2 * len(_PARQUET):
+        return False
+    with file.open("rb") as opened:
+        begins = opened.read(len(_PARQUET))
+        opened.seek(-len(_PARQUET), os.SEEK_END)
+        return begins == opened.read(len(_PARQUET)) == _PARQUET
 
 
 def is_of_others(name: str) -> bool:

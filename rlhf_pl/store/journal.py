@@ -7,6 +7,7 @@ from typing import Any
 
 from rlhf_pl.store.files import DamagedStoreError, checksum
 from rlhf_pl.utils.disk import naming_a_full_disk, write_atomically
+from rlhf_pl.utils.public_names import with_public_descriptions
 
 Entry = list[Any]  # ["result", reward, components, truncated tokens] or ["failure", kind, detail]
 
@@ -43,7 +44,7 @@ class Journal:
                 f"{self.path} is damaged after {max(0, len(lines) - 1)} calls. The same command with --repair keeps "
                 "these and has the rest scored again."
             )
-        if not lines or lines[0] != self.made_of:
+        if not lines or with_public_descriptions(lines[0]) != self.made_of:
             self.path.unlink()
             return []
         if whole < len(content) or content.startswith(b"["):

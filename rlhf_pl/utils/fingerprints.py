@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from rlhf_pl.utils.public_names import public_name
 from rlhf_pl.utils.secrets import redacted
 
 _WORDS = 251  # a prime, so that rows that change places are noticed
@@ -42,10 +43,9 @@ def rows_fingerprint(rows: Iterable[Any]) -> str:
 
 def describe(thing: Any, *ignore: str) -> str:
     """A class and its public settings that are plain values, as `rlhf_pl.RebelLoss(eta=1.0)`; no secrets."""
-    kind = type(thing)
     values = {k: v for k, v in vars(thing).items() if _is_plain(v) and not k.startswith("_") and k not in ignore}
     listed = ", ".join(f"{name}={value!r}" for name, value in sorted(redacted(values).items()))
-    return f"{kind.__module__}.{kind.__qualname__}({listed})"
+    return f"{public_name(type(thing))}({listed})"
 
 
 def _is_plain(value: Any) -> bool:

@@ -1,5 +1,6 @@
 """The date that chat templates are told: that on which the run began, also when it goes on after midnight."""
 
+import re
 from datetime import datetime
 from pathlib import Path
 
@@ -18,6 +19,16 @@ def strftime_now(form: str) -> str:
     global _used
     _used = True
     return (_date or datetime.now()).strftime(form)
+
+
+def dates_in(template: str) -> list[str]:
+    """What a chat template may be told of the date, for keys of what is kept: it counts as asked for.
+
+    Where a template does not name its formats plainly, that is the date with its time.
+    """
+    calls = template.replace("strftime_now is defined", "").count("strftime_now")
+    formats = [form for _, form in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", template)]
+    return [strftime_now(form) for form in (formats if len(formats) == calls else ["%c %f"])] if calls else []
 
 
 def take_run_date(trainer: L.Trainer | None = None) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 from rlhf_pl.utils.secrets import learn_arguments, redact, redact_known
 
 MAX_PRINTED = 2000  # characters of an error on the terminal
+MAX_TRACEBACK = 100_000  # of one that was asked for
 MAX_LOGGED = 64 * 2**20  # characters that a process writes to its log of long errors
 LOG = "errors.log"
 _LEAST_LOOKED_AT = 2**16
@@ -57,6 +58,7 @@ class _Log:
 
 
 _log = _Log()
+_tracebacks = False
 
 
 def log_to(run_dir: str | Path) -> None:
@@ -100,18 +102,41 @@ def print_error(message: object, prefix: str = "error: ") -> None:
     print(shortened(prefix + escape(redact(message)), MAX_PRINTED), file=sys.stderr, flush=True)
 
 
-def print_traceback(error: BaseException) -> None:
+def show_tracebacks(wanted: bool) -> None:
+    """Whether wrong inputs are shown with their traceback from here on: `--traceback`."""
+    global _tracebacks
+    _tracebacks = wanted
+
+
+def shows_tracebacks() -> bool:
+    """Whether `--traceback` was given."""
+    return _tracebacks
+
+
+def print_wrong_input(error: BaseException, message: object = None) -> None:
+    """A wrong input on standard error: one message, after the traceback if that is wanted.
+
+    Args:
+        error: What was raised.
+        message: What is said of it; None for what it says itself.
+    """
+    if _tracebacks:
+        print_traceback(error, MAX_TRACEBACK)
+    print_error(error if message is None else message)
+
+
+def print_traceback(error: BaseException, limit: int = MAX_PRINTED) -> None:
     """A bug on standard error: the message, after as many of the last calls as there is room for."""
     whole = escape(redact("".join(traceback.format_exception(error))))
-    if len(whole) <= MAX_PRINTED:
+    if len(whole) <= limit:
         print(whole, end="", file=sys.stderr, flush=True)
         return
     note = f"[{len(whole):,} characters in all{_place(_log.add(whole))}]"
     message = escape(redact("".join(traceback.format_exception_only(error)))).rstrip("\n")
-    if len(message) > MAX_PRINTED // 2:
-        message = message[: MAX_PRINTED // 2] + "…"
+    if len(message) > limit // 2:
+        message = message[: limit // 2] + "…"
     calls = escape(redact("".join(traceback.format_tb(error.__traceback__))))
-    room = MAX_PRINTED - len(message) - len(note) - 50
+    room = limit - len(message) - len(note) - 50
     if len(calls) > room:
         calls = "  ...\n" + calls[-room:].partition("\n")[2]
     print(f"Traceback (most recent call last):\n{calls}{message}\n{note}", file=sys.stderr, flush=True)

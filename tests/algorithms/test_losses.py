@@ -7,7 +7,7 @@ from rlhf_pl.utils.errors import InputError
 
 
 def test_value_worked_by_hand() -> None:
-    """Log-ratios 0.5 and -0.25 make a margin of 0.75; rewards differ by 2, eta is 0.5: (0.75 - 1)^2 = 0.0625."""
+    """Log-ratios 0.5 and -0.25 have a margin of 0.75; the reward margin is 2, eta is 0.5: (0.75 - 1)^2 = 0.0625."""
     loss = rebel_loss(torch.tensor([0.5]), torch.tensor([-0.25]), torch.tensor([2.0]), eta=0.5)
     assert loss.item() == 0.0625
 

@@ -17,7 +17,7 @@ def test_margin_floor_drops_close_pairs() -> None:
 
 def test_random_pairs_are_ordered_seeded_and_cover_all() -> None:
     rewards = [0.0, 1.0, 2.0]
-    drawn = [RandomPair()(rewards, [1] * 3, [True] * 3, seed)[0] for seed in range(60)]
-    assert all(rewards[chosen] > rewards[rejected] for chosen, rejected in drawn)
-    assert set(drawn) == {(1, 0), (2, 0), (2, 1)}
-    assert drawn == [RandomPair()(rewards, [1] * 3, [True] * 3, seed)[0] for seed in range(60)]
+    sampled = [RandomPair()(rewards, [1] * 3, [True] * 3, seed)[0] for seed in range(60)]
+    assert all(rewards[chosen] > rewards[rejected] for chosen, rejected in sampled)
+    assert set(sampled) == {(1, 0), (2, 0), (2, 1)}
+    assert sampled == [RandomPair()(rewards, [1] * 3, [True] * 3, seed)[0] for seed in range(60)]

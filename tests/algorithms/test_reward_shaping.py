@@ -20,15 +20,15 @@ def test_penalties() -> None:
 
 
 def test_normalisation() -> None:
-    """Mean 2; squared deviations 1, 1, 0, 0: standard deviation sqrt(1/2)."""
+    """The mean is 2 and the squared deviations are 1, 1, 0, 0: the standard deviation is sqrt(1/2)."""
     root = 2**0.5
     assert shaped(normalize="round") == [[pytest.approx(-root), pytest.approx(root)], [0, 0]]
     assert shaped(normalize="prompt") == [[-1, 1], [0, 0]]
     assert shaped(normalize="round", missing_eos_reward=1)[0] == [pytest.approx(-1), pytest.approx(-1)]
 
 
-def test_what_was_taken_off_is_noted() -> None:
-    _, notes = shape_rewards(REWARDS, LENGTHS, FINISHED, RewardShaping(missing_eos_penalty=4, normalize="round"))
-    assert notes == {"missing_eos": 1.0, "round_mean": 1.0, "round_std": pytest.approx(1.5**0.5)}
+def test_mean_penalties_and_statistics_of_the_round_are_returned() -> None:
+    _, metrics = shape_rewards(REWARDS, LENGTHS, FINISHED, RewardShaping(missing_eos_penalty=4, normalize="round"))
+    assert metrics == {"missing_eos": 1.0, "round_mean": 1.0, "round_std": pytest.approx(1.5**0.5)}
     with pytest.raises(InputError, match="length_penalty` must be 0 or more"):
         RewardShaping(length_penalty=-1)

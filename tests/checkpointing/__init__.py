@@ -1,0 +1,1 @@
+"""Resume points, and runs that go on from those of earlier versions."""

@@ -4,6 +4,7 @@ import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import lightning as L
@@ -11,8 +12,9 @@ import pytest
 import torch
 from torch.distributed.checkpoint import FileSystemReader, load, save
 
+from rlhf_pl import CPUFSDPStrategy, FSDP2Strategy
 from rlhf_pl.checkpointing.checkpoints import CONTENTS, META, is_whole, read_progress, read_weights
-from rlhf_pl.checkpointing.safe_loading import DamagedError, UnsafeError, check_checkpoint, check_folder
+from rlhf_pl.checkpointing.safe_loading import DamagedError, UnsafeError, check_checkpoint, check_folder, guard_loads
 from rlhf_pl.modules import SFTModule
 from rlhf_pl.utils.errors import InputError
 from tests import planted
@@ -155,7 +157,7 @@ class _Tiny(SFTModule):
     """A module of this package without a model, so that Lightning's own loads are what is seen."""
 
     def setup(self, stage: str) -> None:
-        super(SFTModule, self).setup(stage)
+        guard_loads(self.trainer)
 
     def configure_model(self) -> None:
         if not hasattr(self, "layer"):
@@ -183,6 +185,26 @@ def test_trainers_used_from_python_load_no_pickle(tmp_path: Path, folder: Path, 
     with pytest.raises(InputError, match=str(file)):
         getattr(trainer, stage)(_Tiny("nowhere"), loader, ckpt_path=str(file))
     assert not mark.exists()
+
+
+@pytest.mark.parametrize("kind", [CPUFSDPStrategy, FSDP2Strategy])
+def test_our_strategies_load_no_pickle(tmp_path: Path, folder: Path, kind: type) -> None:
+    mark = tmp_path / "ran"
+    plant_in_metadata(folder, mark)
+    run: Any = SimpleNamespace(strategy=kind())
+    guard_loads(run)
+    with pytest.raises(InputError, match=str(folder)):
+        run.strategy.load_checkpoint(folder)
+    assert not mark.exists()
+
+
+def test_a_trainer_gets_its_own_way_to_load_back(tmp_path: Path) -> None:
+    """Another module's checkpoint may hold what is only loaded with its user's consent."""
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+                        limit_train_batches=1, max_epochs=1, default_root_dir=tmp_path)  # fmt: skip
+    plain = trainer.strategy.checkpoint_io
+    trainer.fit(_Tiny("nowhere"), torch.utils.data.DataLoader(torch.zeros(0, 1)))  # type: ignore[arg-type]
+    assert trainer.strategy.checkpoint_io is plain
 
 
 def test_load_from_checkpoint_loads_no_pickle(tmp_path: Path) -> None:

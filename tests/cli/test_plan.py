@@ -149,7 +149,7 @@ def test_the_engine_gets_what_the_trainer_leaves(llama: Path) -> None:
     from rlhf_pl.models.compute import Compute
     from rlhf_pl.models.footprint import trainer_bytes
     from rlhf_pl.models.policy import PolicyLM
-    from rlhf_pl.rollout.vllm import engine_share
+    from rlhf_pl.rollout.vllm_checks import engine_share
 
     source = ModelSource(str(llama))
     cpu = torch.device("cpu")

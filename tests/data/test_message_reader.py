@@ -221,9 +221,9 @@ def test_responses_at_the_end_are_left_out_of_prompts_and_counted(
     [
         ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "looks like messages, but is no JSON"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "content part of type `image`"),
-        ({"prompt": [{"role": "user", "content": ["Hi"]}]}, "content part that is no object with a `type`"),
+        ({"prompt": [{"role": "user", "content": ["Hi"]}]}, "content part that is not an object with a `type`"),
         ({"prompt": [ASK, {"role": "assistant", "content": None}, ASK]}, "NoneType under `content`"),
-        ({"prompt": [ASK, SAID | {"weight": 0.5}, ASK]}, "has the weight 0.5, expected 1 (learn it) or 0"),
+        ({"prompt": [ASK, SAID | {"weight": 0.5}, ASK]}, "has the weight 0.5, expected 1 (train on it) or 0"),
         ({"prompt": "Hi", "tools": "hammer"}, "`tools` is 'hammer'; expected a list of tools"),
         ({"prompt": [SAID]}, "empty but for a response"),
     ],

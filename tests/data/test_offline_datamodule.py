@@ -15,7 +15,7 @@ from rlhf_pl.optim import AdamW
 from rlhf_pl.store.provenance import ChangedSettingsError
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.errors import InputError
-from tests.conftest import make_tokenizer, save_llama
+from tests.conftest import make_tokenizer
 
 Write = Callable[..., str]
 PLAIN = [
@@ -74,27 +74,6 @@ def stored_rows(folder: Path, stage: str) -> list[dict[str, Any]]:
     return RoundStore(folder).round(0).read(stage).to_pylist()
 
 
-def test_log_probs_are_those_of_the_starting_policy_kept_over_epochs(
-    llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The independent computation: log-softmax of a fresh model's logits over the answer's ids, at the temperature."""
-    from transformers import AutoModelForCausalLM
-
-    fit(tmp_path, llama, write_jsonl(PLAIN), {"temperature": 0.7})
-    assert "sign agreement" in capsys.readouterr().out
-    model = AutoModelForCausalLM.from_pretrained(llama).eval()
-    pairs, logps = stored_rows(tmp_path, "pairs"), stored_rows(tmp_path, "logps")
-    assert len(pairs) == 7
-    for pair, logp in zip(pairs, logps, strict=True):
-        for which in ("chosen", "rejected"):
-            ids = torch.tensor([pair["prompt_tokens"] + pair[f"{which}_tokens"]])
-            with torch.no_grad():
-                table = (model(ids).logits[0, :-1] / 0.7).log_softmax(-1)
-            start = len(pair["prompt_tokens"]) - 1
-            expected = table.gather(-1, ids[0, 1:, None])[start:].sum().item()
-            assert logp[f"{which}_old_logp"] == pytest.approx(expected, abs=1e-3)
-
-
 def test_training_moves_the_margins_towards_the_rewards(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
     file = write_jsonl(PLAIN)
     losses = []
@@ -118,20 +97,11 @@ def test_updates_divided_by_tokens_are_the_same(llama: Path, tmp_path: Path, wri
 def test_published_columns_give_the_same_pairs_as_plain_ones(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
     fit(tmp_path / "plain", llama, write_jsonl(PLAIN, "plain.jsonl"), max_epochs=1)
     fit(tmp_path / "theirs", llama, write_jsonl([published(r) for r in PLAIN], "theirs.jsonl"), max_epochs=1)
-    for stage in ("pairs", "logps"):
+    for stage in ("responses", "pairs", "logps"):
         plain, theirs = (
             [{**r, "prompt_id": ""} for r in stored_rows(tmp_path / n, stage)] for n in ("plain", "theirs")
         )
         assert plain == theirs
-
-
-def test_given_log_probs_are_taken_and_doubted(
-    llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str]
-) -> None:
-    rows = [published(r, chosen_logprob=-12.5, reject_logprob=-20.25) for r in PLAIN]
-    fit(tmp_path, llama, write_jsonl(rows), max_epochs=1)
-    assert {r["chosen_old_logp"] for r in stored_rows(tmp_path, "logps")} == {-12.5}
-    assert "nats a token from this policy's" in capsys.readouterr().out
 
 
 def test_a_run_goes_on_and_other_pairs_are_refused(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
@@ -198,18 +168,3 @@ def test_manifest_notes_what_the_round_was_made_of(llama: Path, tmp_path: Path, 
     manifest = json.loads((tmp_path / "rounds" / "0000" / "manifest.json").read_text())
     assert manifest["settings"]["pairs"]["temperature"] == 1.0
     assert manifest["stages"]["logps"]["policies"] == ["old"]
-
-
-def test_rotary_factors_are_those_of_one_run(tmp_path: Path, write_jsonl: Write) -> None:
-    """Longer held-out pairs would give the stored log-probs, and training, other factors."""
-    longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
-    folder = save_llama(
-        tmp_path / "llama", rope_parameters=longrope | {"original_max_position_embeddings": 40, "factor": 8.0}
-    )
-    run, file = tmp_path / "run", write_jsonl(PLAIN)
-    fit(run, folder, file, {"val_pairs": 0}, max_epochs=1)
-    manifest = RoundStore(run).round(0).manifest
-    assert manifest["settings"]["pairs"]["rotary_factors"] == "longrope, up to 40 positions"
-    longer = write_jsonl([row | {"chosen": "Red, green and blue. " * 20} for row in PLAIN], "val.jsonl")
-    with pytest.raises(ChangedSettingsError, match=r"rotary_factors: longrope, up to 40 .* -> longrope, over 40"):
-        fit(run, folder, file, {"val_pairs": longer})

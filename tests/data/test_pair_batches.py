@@ -2,11 +2,12 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rlhf_pl.data.pair_batches import PairDataset, RoundBatches, RoundLoader
+from rlhf_pl.data.pair_batches import GroupDataset, RoundBatches, RoundLoader
+from rlhf_pl.data.stored_groups import pair_copies, stored_numbers
 from rlhf_pl.data.update_plan import UpdatePlan
 
 
-def dataset(count: int, reference: bool = False) -> PairDataset:
+def dataset(count: int, reference: bool = False) -> GroupDataset:
     """Pair i: prompt [i, i], chosen [100 + i], rejected [200 + i] * (i + 1)."""
     pairs = pa.table(
         {
@@ -21,7 +22,8 @@ def dataset(count: int, reference: bool = False) -> PairDataset:
     logps = {f"{which}_{name}_logp": [float(i + k) for i in range(count)]
              for k, (which, name) in enumerate((w, n) for w in ("chosen", "rejected")
                                                for n in (("old", "reference") if reference else ("old",)))}  # fmt: skip
-    return PairDataset(pairs, pa.table(logps), temperature=0.8)
+    groups = pair_copies(pairs)
+    return GroupDataset(groups, stored_numbers(pa.table(logps), groups), temperature=0.8)
 
 
 def test_batch_holds_a_tree_per_pair() -> None:
@@ -32,8 +34,9 @@ def test_batch_holds_a_tree_per_pair() -> None:
     assert batch.rows.targets.tolist() == [101, 201, 201, 102, 202, 202, 202]
     assert batch.rows.response_ids.tolist() == [0, 1, 1, 2, 3, 3, 3]
     assert batch.rows.lengths == ((2, 1, 2), (2, 1, 3))
-    assert batch.rewards.tolist() == [[1.0, 2.0], [-1.0, -2.0]]
-    assert batch.reference_logps is not None
+    assert batch.rewards.tolist() == [1.0, -1.0, 2.0, -2.0]
+    assert batch.stored["old_logps"].tolist() == [1.0, 3.0, 2.0, 4.0]  # of pair i: i, and i + 2
+    assert set(batch.stored) == {"old_logps", "reference_logps"}
     assert (len(batch), batch.weight, batch.temperature) == (2, 0.5, 0.8)
 
 
@@ -41,7 +44,7 @@ def test_rewards_and_logps_stay_float32_under_half_precision() -> None:
     from lightning.pytorch.plugins.precision import HalfPrecision
 
     batch = HalfPrecision("bf16-true").convert_input(dataset(3).batch([0, 1]))
-    assert batch.rewards.dtype == batch.old_logps.dtype == torch.float32
+    assert batch.rewards.dtype == batch.stored["old_logps"].dtype == torch.float32
 
 
 def test_order_is_a_function_of_seed_and_round() -> None:

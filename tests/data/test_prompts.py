@@ -8,7 +8,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from rlhf_pl.data.prompts import Prompt, load_prompts, prompts_of_round, split_held_out, tokenize_prompts
+from rlhf_pl.data.files import read_rows
+from rlhf_pl.data.prompts import Prompt, load_prompts, prompts_of_round, tokenize_prompts
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
 
@@ -121,15 +122,6 @@ def test_long_prompts_are_left_out_and_counted(source: ModelSource) -> None:
     assert source.tokenizer.decode(kept[0].token_ids) == "<s><|user|>Hi<|end|><|assistant|>"
 
 
-def test_held_out_prompts_follow_from_their_ids() -> None:
-    prompts = [Prompt(f"p{i}", user("Hi")) for i in range(50)]
-    train, held_out = split_held_out(prompts, 10)
-    assert len(held_out) == 10
-    assert {p.prompt_id for p in train}.isdisjoint(p.prompt_id for p in held_out)
-    again = split_held_out(prompts[::-1], 10)[1]
-    assert {p.prompt_id for p in again} == {p.prompt_id for p in held_out}
-
-
 def test_rounds_use_every_prompt_before_any_twice() -> None:
     prompts = [Prompt(f"p{i}", user("Hi")) for i in range(12)]
     rounds = [[p.prompt_id for p in prompts_of_round(prompts, r, 4, seed=1)] for r in range(6)]
@@ -140,3 +132,14 @@ def test_rounds_use_every_prompt_before_any_twice() -> None:
     assert all(len(set(prompts_of_round_ids)) == 4 for prompts_of_round_ids in rounds)
     everything = prompts_of_round(prompts, 3, None, seed=1)
     assert sorted(p.prompt_id for p in everything) == sorted(p.prompt_id for p in prompts)
+
+
+def test_parquet_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """2,500 rows in one row group: no more than 1,024 of them are Python objects at a time."""
+    rows = [{"prompt_id": str(i), "prompt": f"Question {i}"} for i in range(2500)]
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
+    monkeypatch.setattr(pq.ParquetFile, "read", lambda *arguments, **options: pytest.fail("read as a whole"))
+    wheres = [where for where, _ in read_rows(str(tmp_path / "p.parquet"), "train", "data.prompts")]
+    assert wheres == [f"row {i}" for i in range(2500)]
+    found = load_prompts(str(tmp_path / "p.parquet"))
+    assert [(p.prompt_id, p.messages) for p in found] == [(r["prompt_id"], user(r["prompt"])) for r in rows]

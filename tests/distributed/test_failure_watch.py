@@ -85,15 +85,15 @@ def test_ranks_find_each_other_among_strangers(capsys: pytest.CaptureFixture[str
     start = time.monotonic()
     with watching(3, strangers) as watches:
         assert time.monotonic() - start < 5
-        watches[1].at("scoring responses")
-        watches[2].at("training")
+        watches[1].report_phase("scoring responses")
+        watches[2].report_phase("training")
         until(lambda: watches[0].places == {1: "scoring responses", 2: "training"})
         assert watches[0]._names[2].startswith("rank 2 (process ")
     for connection in connections:
         connection.close()
     said = capsys.readouterr().out
-    assert said.count("was turned away") == 1
-    assert f"{len(KINDS)} connections were turned away in all" in said
+    assert said.count("was rejected") == 1
+    assert f"{len(KINDS)} connections were rejected in all" in said
 
 
 @pytest.mark.parametrize("to", [0, 1])
@@ -114,7 +114,7 @@ def test_random_lines_are_ignored(seed: int) -> None:
         for _ in range(200):
             watches[1]._links[0].sendall(rng.randbytes(rng.randrange(300)))
         watches[1]._links[0].sendall(b"\n")
-        watches[1].at("training")
+        watches[1].report_phase("training")
         until(lambda: watches[0].places.get(1) == "training")
 
 

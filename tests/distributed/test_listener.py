@@ -11,7 +11,7 @@ import pytest
 
 from rlhf_pl.distributed import listener as module
 from rlhf_pl.distributed.listener import Listener, join, make_token
-from tests.strangers import KINDS, is_turned_away, visit
+from tests.strangers import KINDS, is_rejected, visit
 
 A, B = make_token(), make_token()
 
@@ -20,7 +20,7 @@ A, B = make_token(), make_token()
 def welcoming(tokens: list[str], within: float = 20.0) -> Iterator[tuple[Listener, list[socket.socket]]]:
     """A listener that waits in a thread; the peers come into the list, which is full when the block has ended."""
     listener, peers = Listener("127.0.0.1", "the tests"), []
-    thread = threading.Thread(target=lambda: peers.extend(listener.welcome(tokens, within)))
+    thread = threading.Thread(target=lambda: peers.extend(listener.accept_peers(tokens, within)))
     thread.start()
     try:
         yield listener, peers
@@ -44,7 +44,7 @@ def test_peers_come_in_the_order_of_their_tokens_and_the_rest_is_theirs() -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stranger_delays_nobody_and_is_turned_away(
+def test_a_stranger_delays_nobody_and_is_rejected(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "HELLO_SECONDS", 1.0)
@@ -55,7 +55,7 @@ def test_a_stranger_delays_nobody_and_is_turned_away(
         first = join("127.0.0.1", listener.port, A)
         again = visit(kind, listener.port, A, random.Random(1))
         if stranger.fileno() >= 0:  # with one deadline, however slowly it speaks
-            assert is_turned_away(stranger, 2.5)
+            assert is_rejected(stranger, 2.5)
         assert time.monotonic() - start < 2.5
         start = time.monotonic()
         second = join("127.0.0.1", listener.port, B)
@@ -64,29 +64,31 @@ def test_a_stranger_delays_nobody_and_is_turned_away(
             time.sleep(0.01)
         for connection in (stranger, again, first, second):
             connection.close()
-    assert listener.turned_away == 2
+    assert listener.rejected == 2
     said = capsys.readouterr().out
-    assert said.count("127.0.0.1 was turned away") + said.count("has gone was turned away") == 1
-    assert "2 connections were turned away in all" in said
+    assert said.count("127.0.0.1 was rejected") + said.count("unknown address was rejected") == 1
+    assert "2 connections were rejected in all" in said
 
 
 def test_a_token_lets_one_peer_in() -> None:
     with welcoming([A, B]) as (listener, _), join("127.0.0.1", listener.port, A) as real:
         time.sleep(0.1)
         with join("127.0.0.1", listener.port, A) as replayed:
-            assert is_turned_away(replayed, 5)
+            assert is_rejected(replayed, 5)
         with join("127.0.0.1", listener.port, B):
             pass
         real.sendall(b"x")
-    assert listener.turned_away == 1
+    assert listener.rejected == 1
 
 
 def test_a_flood_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """Silent connections by the hundred: of more than may wait the oldest go, and two lines are printed."""
     monkeypatch.setattr(module, "MAX_WAITING", 70)
     waited = []
-    plain = module._Hall.overdue
-    monkeypatch.setattr(module._Hall, "overdue", lambda hall: waited.append(len(hall.waiting)) or plain(hall))
+    plain = module._PendingConnections.reject_overdue
+    monkeypatch.setattr(
+        module._PendingConnections, "reject_overdue", lambda p: waited.append(len(p.waiting)) or plain(p)
+    )
     with ExitStack() as stack, welcoming([A]) as (listener, peers):
         for _ in range(300):
             stack.enter_context(visit("silent", listener.port, A, random.Random(0)))
@@ -96,10 +98,10 @@ def test_a_flood_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch, capsys: pytes
                 assert time.monotonic() - start < 2
                 time.sleep(0.01)
     assert max(waited) <= 70
-    assert listener.turned_away == 300
+    assert listener.rejected == 300
     said = capsys.readouterr().out
     assert said.count("warning") == 2
-    assert "300 connections were turned away in all" in said
+    assert "300 connections were rejected in all" in said
 
 
 def test_a_process_that_may_open_no_more_files_lets_the_peer_in(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +118,7 @@ def test_a_process_that_may_open_no_more_files_lets_the_peer_in(monkeypatch: pyt
         with join("127.0.0.1", listener.port, A):
             pass
     assert not refusals
-    assert listener.turned_away == 1
+    assert listener.rejected == 1
     assert len(peers) == 1
 
 
@@ -145,9 +147,9 @@ def test_who_does_not_come_is_missed_in_time_and_the_others_are_released() -> No
     with join("127.0.0.1", listener.port, A) as link:
         start = time.monotonic()
         with pytest.raises(TimeoutError, match=r"1 of 2 did not connect in 0\.5 s"):
-            listener.welcome([A, B], within=0.5)
+            listener.accept_peers([A, B], within=0.5)
         assert time.monotonic() - start < 2
-        assert is_turned_away(link, 2)
+        assert is_rejected(link, 2)
     listener.close()
 
 
@@ -157,7 +159,7 @@ def test_waiting_ends_with_what_the_check_raises() -> None:
 
     listener = Listener("127.0.0.1", "the tests")
     with pytest.raises(InterruptedError):
-        listener.welcome([A], 20, check)
+        listener.accept_peers([A], 20, check)
     listener.close()
 
 

@@ -15,14 +15,12 @@ from tests.conftest import save_llama
 
 SCRIPT = """
 import os, sys, torch, lightning as L
-import rlhf_pl.distributed.strategies
-from rlhf_pl import LoRA, RebelModule
+from safetensors.torch import save_file
+from rlhf_pl import FSDP2Strategy, LoRA, RebelModule
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 
-strategy, folder, out, lora = sys.argv[1:]
+strategy, out = sys.argv[1:]
 rank = int(os.environ["RANK"])
-if rank:  # its folder has a config and a tokenizer, and no weights
-    folder += "-without-weights"
 
 
 class Module(RebelModule):
@@ -34,41 +32,51 @@ class Module(RebelModule):
         self.export_to = {name: tensor.clone() for name, tensor in self.weights().stream()}
 
 
-trainer = L.Trainer(accelerator="cpu", devices=2, strategy=strategy, max_steps=2, logger=False,
-                    enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
-module = Module(folder, lora=LoRA(rank=2) if lora == "lora" else None, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
-trainer.fit(module, torch.utils.data.DataLoader(range(8)))
-trained = {name: tensor.clone() for name, tensor in module.weights().stream()}
-from safetensors.torch import save_file
-save_file({n: t.contiguous().clone() for n, t in module.export_to.items()}, f"{out}/start-{rank}.safetensors")
-save_file({n: t.contiguous().clone() for n, t in trained.items()}, f"{out}/end-{rank}.safetensors")
+for kind in ("tied", "untied"):
+    folder = f"{out}/{kind}" + ("-without-weights" if rank else "")  # with a config and a tokenizer, and no weights
+    for lora in (None, LoRA(rank=2)):
+        made = FSDP2Strategy() if strategy == "fsdp2" else strategy
+        trainer = L.Trainer(accelerator="cpu", devices=2, strategy=made, max_steps=2, logger=False,
+                            enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
+        module = Module(folder, lora=lora, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
+        trainer.fit(module, torch.utils.data.DataLoader(range(8)))
+        trained = {name: tensor.clone() for name, tensor in module.weights().stream()}
+        for when, tensors in (("start", module.export_to), ("end", trained)):
+            name = f"{out}/{kind}-{'lora' if lora else 'full'}-{when}-{rank}.safetensors"
+            save_file({n: t.contiguous().clone() for n, t in tensors.items()}, name)
 """
 
 
-@pytest.mark.slow(1)
-@pytest.mark.parametrize("lora", ["full", "lora"])
+@pytest.mark.slow(minutes=0.5)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_the_first_rank_alone_reads_weights(tmp_path: Path, strategy: str, lora: str, tied: bool) -> None:
-    folder = save_llama(tmp_path / "llama", tie_word_embeddings=tied)
-    bare = save_llama(tmp_path / "llama-without-weights", tie_word_embeddings=tied)
-    (bare / "model.safetensors").unlink()
+def test_the_first_rank_alone_reads_weights(tmp_path: Path, strategy: str) -> None:
+    """Of models with tied embeddings and without, trained whole and by adapters, one after the other."""
+    for kind in ("tied", "untied"):
+        save_llama(tmp_path / kind, tie_word_embeddings=kind == "tied")
+        bare = save_llama(tmp_path / f"{kind}-without-weights", tie_word_embeddings=kind == "tied")
+        (bare / "model.safetensors").unlink()
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "x"}
     shared |= {"LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "0", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", SCRIPT, strategy, str(folder), str(tmp_path), lora]
     processes = [
-        subprocess.Popen(command, env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        subprocess.Popen(
+            [sys.executable, "-c", SCRIPT, strategy, str(tmp_path)],
+            env=os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
         for rank in range(2)
     ]
     assert [p.wait(timeout=200) for p in processes] == [0, 0]
-    start, end = (
-        [load_file(tmp_path / f"{when}-{rank}.safetensors") for rank in range(2)] for when in ("start", "end")
-    )
-    for name, tensor in load_lm(ModelSource(str(folder))).state_dict().items():
-        assert start[0][name].equal(tensor)
-    for both in (start, end):
-        assert all(both[0][name].equal(both[1][name]) for name in both[0])
-    assert any(not end[0][name].equal(start[0][name]) for name in end[0])
+    for kind in ("tied", "untied"):
+        given = load_lm(ModelSource(str(tmp_path / kind))).state_dict()
+        for trained in ("full", "lora"):
+            start, end = (
+                [load_file(tmp_path / f"{kind}-{trained}-{when}-{rank}.safetensors") for rank in range(2)]
+                for when in ("start", "end")
+            )
+            for name, tensor in given.items():
+                assert start[0][name].equal(tensor)
+            for both in (start, end):
+                assert all(both[0][name].equal(both[1][name]) for name in both[0])
+            assert any(not end[0][name].equal(start[0][name]) for name in end[0])

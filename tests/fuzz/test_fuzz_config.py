@@ -115,10 +115,10 @@ FUZZ = settings(
 )
 
 
-@pytest.mark.slow(minutes=1.1)
+@pytest.mark.slow(minutes=0.7)
 @pytest.mark.timeout(900)
 def test_any_value_of_any_option(base: dict[str, str]) -> None:
-    @settings(FUZZ, max_examples=200)
+    @settings(FUZZ, max_examples=120)
     @given(st.dictionaries(st.sampled_from(OPTIONS), VALUES, min_size=1, max_size=2))
     def check(changes: dict[str, str]) -> None:
         accepted_or_refused(["fit", *(f"--{name}={value}" for name, value in (base | changes).items())])

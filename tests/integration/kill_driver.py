@@ -11,7 +11,7 @@ With `"ranks": 4` a run has four processes, set up as torchrun does; its `argume
 
 A kill names an event, its count and when: `{"event": "write responses", "count": 2, "delay": 0.0}` sends SIGKILL to
 the process itself `delay` seconds after the second such event began (from another thread if the delay is not 0), or
-the signal under `signal`.
+the signal under `signal`. With `"since": ["after optimizer step", 6]` events count from that one on.
 """
 
 import functools
@@ -38,6 +38,9 @@ class Tracer:
 
     def __init__(self, kill: dict[str, Any] | None, trace: str | None) -> None:
         self.kill, self.counts = kill, Counter[str]()
+        since = (kill or {}).get("since")
+        self.since: tuple[str, int] | None = tuple(since) if since else None
+        self.before = Counter[str]()  # events that don't count
         self.file = open(trace, "w") if trace else None  # noqa: SIM115 - open as long as the process lives
 
     def event(self, name: str) -> None:
@@ -45,7 +48,12 @@ class Tracer:
         if self.file:
             self.file.write(json.dumps([time.monotonic(), name, self.counts[name]]) + "\n")
             self.file.flush()
-        if self.kill and (name, self.counts[name]) == (self.kill["event"], self.kill["count"]):
+        if self.since is not None:
+            if self.since == (name, self.counts[name]):
+                self.since, self.before = None, self.counts - Counter([name])
+            else:
+                return
+        if self.kill and (name, self.counts[name] - self.before[name]) == (self.kill["event"], self.kill["count"]):
             die_so = functools.partial(die, self.kill.get("signal", signal.SIGKILL))
             if self.kill["delay"] == 0:
                 die_so()
@@ -70,10 +78,11 @@ def instrument(tracer: Tracer) -> None:
     """Report at every boundary and inside every phase of a run."""
     import torch
 
-    from rlhf_pl.callbacks import HFExport, RoundCheckpoint, RoundRefresh, SampleTable, hf_export, round_checkpoint
+    from rlhf_pl.callbacks import HFExport, RoundCheckpoint, SampleTable, hf_export, round_checkpoint
     from rlhf_pl.modules import RebelModule
     from rlhf_pl.rewards import FunctionReward
     from rlhf_pl.rollout import TransformersSampler, VLLMSampler
+    from rlhf_pl.rounds.preparation import RoundPreparation
     from rlhf_pl.store.round_store import Round
     from rlhf_pl.utils import disk
 
@@ -90,7 +99,7 @@ def instrument(tracer: Tracer) -> None:
     tracer.around(RoundCheckpoint, "_save", lambda *args: f"{kinds[args[2].split('-')[0]]} checkpoint")
     tracer.around(RoundCheckpoint, "_remove_old", lambda *_: "removal of checkpoints")
     tracer.around(round_checkpoint, "link_last", lambda *_: "link to a checkpoint")
-    tracer.around(RoundRefresh, "_evaluate", lambda *_: "evaluation")
+    tracer.around(RoundPreparation, "evaluate", lambda *_: "evaluation")
     tracer.around(SampleTable, "on_train_epoch_end", lambda *_: "samples")
     tracer.around(HFExport, "_write", lambda *_: "export")
     tracer.around(hf_export.shutil, "rmtree", lambda *_: "removal of a folder")

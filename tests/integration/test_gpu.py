@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_pl import LoRA, RebelModule
+from rlhf_pl import FSDP2Strategy, LoRA, RebelModule
 from rlhf_pl.callbacks import RoundCheckpoint
 from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.gpu_head import gpu_logps
@@ -141,9 +141,8 @@ def test_a_step_does_not_wait_for_the_device(wide: Path) -> None:
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
 @pytest.mark.parametrize("strategy", ["auto", "fsdp", "fsdp2"])
 def test_rounds_under_every_strategy(tmp_path: Path, wide: Path, prompts: str, precision: str, strategy: str) -> None:
-    import rlhf_pl.distributed.strategies  # noqa: F401 - knows fsdp2
-
-    trainer, module = on_gpu(tmp_path, wide, prompts, precision=precision, strategy=strategy)
+    given = FSDP2Strategy() if strategy == "fsdp2" else strategy
+    trainer, module = on_gpu(tmp_path, wide, prompts, precision=precision, strategy=given)
     assert trainer.global_step > 0
     assert all(p.isfinite().all() for _, p in module.weights().stream())
 

@@ -129,10 +129,37 @@ AFTER = ("rename", "reward call", "weight sync", "optimizer step", "checkpoint w
 
 
 def boundaries(counts: Counter[str]) -> list[dict[str, Any]]:
-    """An occurrence of every kind of event; where little lies between, only of its beginning."""
+    """An occurrence of every kind of event; where little lies between, only of its beginning.
+
+    Files of held-out prompts and of rounds are written by the same code, so that they take turns.
+    """
     rng = random.Random(1)
     points = [{"event": name, "count": rng.randint(1, count), "delay": 0.0} for name, count in counts.items()]
-    return [p for p in points if not p["event"].startswith("after ") or p["event"].removeprefix("after ") in AFTER]
+    twins = [name for name in counts if name.endswith("heldout") and name.replace("heldout", "rounds") in counts]
+    left_out = {name if i // 2 % 2 else name.replace("heldout", "rounds") for i, name in enumerate(twins)}
+    left_out = {name for name in left_out if name.startswith("before ")}
+    kept = [p for p in points if not p["event"].startswith("after ") or p["event"].removeprefix("after ") in AFTER]
+    return [p for p in kept if p["event"] not in left_out]
+
+
+def in_turn(points: list[dict[str, Any]], trace: list[tuple[float, str, int]], length: int) -> list[list[dict]]:
+    """Kills for one run directory each, in the order of the run: the second hits the process that goes on.
+
+    That process has at least the events that the reference has after the kill before, so counted from its start all
+    kills hit, if perhaps a little earlier.
+    """
+    position = {(name, count): i for i, (_, name, count) in enumerate(trace)}
+    ordered = sorted(points, key=lambda p: position[p["event"], p["count"]])
+    chains = []
+    every = -(-len(ordered) // length)
+    for first in range(every):
+        chain, killed_at = [], -1
+        for point in ordered[first::every]:
+            before = sum(name == point["event"] for _, name, _ in trace[: killed_at + 1])
+            chain.append(point | {"count": point["count"] - before})
+            killed_at = position[point["event"], point["count"]]
+        chains.append(chain)
+    return chains
 
 
 def rounds_end(trace: list[tuple[float, str, int]]) -> list[dict[str, Any]]:
@@ -157,25 +184,27 @@ def moments(trace: list[tuple[float, str, int]], number: int, seed: int) -> list
     return points
 
 
-def run_matrix(folder: Path, plan: dict[str, Any], points: list[dict[str, Any]], reference: Path) -> int:
-    """Kill a run at every point, start it again, compare. Returns how many kills hit."""
-    runs = []
-    for i, point in enumerate(points):
-        name = str(folder / f"run{i}")
-        runs += [{"dir": name, "kill": point, "trace": f"{name}.1"}, {"dir": name, "kill": None, "trace": f"{name}.2"}]
-    statuses = drive(folder, plan, runs)
+def run_matrix(folder: Path, plan: dict[str, Any], chains: list[list[dict[str, Any]]], reference: Path) -> int:
+    """Kill a run at every point of a chain, start it again each time, compare. Returns how many kills hit."""
+    runs = [
+        {"dir": f"{folder}/run{i}", "kill": kill, "trace": f"{folder}/run{i}.{start}"}
+        for i, chain in enumerate(chains)
+        for start, kill in enumerate([*chain, None])
+    ]
+    statuses = iter(drive(folder, plan, runs))
     expected = result(reference)
     rewards = Counter(n for _, n, _ in read_trace(folder / "reference.trace"))["after reward call"] - TRIAL_CALLS
     hits = 0
-    for i, point in enumerate(points):
-        killed, resumed = statuses[2 * i : 2 * i + 2]
+    for i, chain in enumerate(chains):
+        *killed, resumed = [next(statuses) for _ in [*chain, None]]
         log = (folder / f"run{i}.log").read_text()[-3000:]
-        assert killed in (-9, 0), (point, log)
-        assert resumed == 0, (point, log)
-        hits += killed == -9
-        assert_same_result(folder / f"run{i}", expected, str(point))
-        calls = [Counter(n for _, n, _ in read_trace(folder / f"run{i}.{k}"))["after reward call"] for k in (1, 2)]
-        assert sum(max(0, c - TRIAL_CALLS) for c in calls) <= rewards + 1, (point, "scored twice")
+        assert set(killed) <= {-9, 0}, (chain, killed, log)
+        assert resumed == 0, (chain, log)
+        hits += killed.count(-9)
+        assert_same_result(folder / f"run{i}", expected, str(chain))
+        traces = [read_trace(folder / f"run{i}.{start}") for start in range(len(chain) + 1)]
+        calls = [Counter(n for _, n, _ in trace)["after reward call"] for trace in traces]
+        assert sum(max(0, c - TRIAL_CALLS) for c in calls) <= rewards + len(chain), (chain, "scored twice")
     return hits
 
 
@@ -210,31 +239,40 @@ def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None
         assert_same_result(tmp_path / f"run{i}", expected, str(stop))
 
 
-@pytest.mark.slow(minutes=1.4)
+@pytest.mark.slow(minutes=1.3)
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", range(3))
+@pytest.mark.parametrize("part", range(2))
 def test_killed_anywhere_and_started_again(tmp_path: Path, part: int) -> None:
-    plan = make_plan(tmp_path, TRANSFORMERS)
+    """At an event of every kind and at random moments; every run directory three times, as it goes on."""
+    plan = make_plan(tmp_path, TRANSFORMERS, prompts=8)
     trace = run_reference(tmp_path, plan)
     counts = Counter(name for _, name, _ in trace)
-    points = (boundaries(counts) + moments(trace, 6, seed=2))[part::3]
-    hits = run_matrix(tmp_path, plan, points, tmp_path / "reference")
-    assert hits >= 11
+    points = (boundaries(counts) + moments(trace, 6, seed=2))[part::2]
+    hits = run_matrix(tmp_path, plan, in_turn(points, trace, 3), tmp_path / "reference")
+    assert hits >= 2 * len(points) // 3  # after a random moment a run may be over
 
 
-@pytest.mark.slow(minutes=1)
+@pytest.mark.slow(minutes=0.8)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(2))
 def test_killed_at_a_rounds_end_and_started_again(tmp_path: Path, part: int) -> None:
     """With callbacks that follow metrics, a user's own, samples and an export of every round.
 
-    At half of the points; `python -m tests.soak.kills --rounds_end` tries them all.
+    At half of the points, by turns at the first round's end and, of the run that goes on, at the second's;
+    `python -m tests.soak.kills --rounds_end` tries them all.
     """
-    plan = make_plan(tmp_path, TRANSFORMERS)
+    plan = make_plan(tmp_path, TRANSFORMERS, prompts=8)
     plan["arguments"] += AT_ENDS
-    points = rounds_end(run_reference(tmp_path, plan))
+    trace = run_reference(tmp_path, plan)
+    points = rounds_end(trace)
     assert {"before evaluation", "before draw", "before reward call", "after samples"} <= {p["event"] for p in points}
-    assert run_matrix(tmp_path, plan, points[part::4], tmp_path / "reference") == len(points[part::4])
+    marks = [name for _, name, _ in trace if name in ("after optimizer step", "before samples")]
+    updates = marks.index("before samples")
+    assert marks == [*["after optimizer step"] * updates, "before samples"] * 2  # as many in both rounds
+    last_update = ("after optimizer step", updates)
+    kills = [point | {"count": 1, "since": last_update} for point in points[part::4]]
+    chains = [kills[i : i + 2] for i in range(0, len(kills), 2)]
+    assert run_matrix(tmp_path, plan, chains, tmp_path / "reference") == len(kills)
     ends = [json.loads(line) for line in (tmp_path / "reference" / "ends.jsonl").read_text().splitlines()]
     assert [(end["round"], end["seen"]) for end in ends] == [(0, 1), (1, 2)]
 
@@ -250,14 +288,14 @@ def test_killed_with_loader_workers_alive_and_started_again_at_once(tmp_path: Pa
     assert_same_result(tmp_path / "run", result(tmp_path / "reference"), "workers")
 
 
-@pytest.mark.slow(minutes=2.5)
+@pytest.mark.slow(minutes=1.8)
 @pytest.mark.vllm
 @pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM")
 @pytest.mark.timeout(900)
 def test_killed_and_started_again_with_vllm(tmp_path: Path) -> None:
     """Fewer points, because the engine takes seconds to start; they lie where the engine is at work or just was."""
     plan = make_plan(tmp_path, ["--rollout.sampler", "VLLMSampler", "--rollout.sampler.kv_cache_gib", "0.1"])
-    run_reference(tmp_path, plan)
+    trace = run_reference(tmp_path, plan)
     points = [
         {"event": "after weight sync", "count": 1, "delay": 0.0},
         {"event": "answers to a prompt", "count": 15, "delay": 0.0},
@@ -265,4 +303,4 @@ def test_killed_and_started_again_with_vllm(tmp_path: Path) -> None:
         {"event": "before optimizer step", "count": 2, "delay": 0.0},
         {"event": "answers to a prompt", "count": 32, "delay": 0.0},
     ]
-    assert run_matrix(tmp_path, plan, points, tmp_path / "reference") == len(points)
+    assert run_matrix(tmp_path, plan, in_turn(points, trace, 3), tmp_path / "reference") == len(points)

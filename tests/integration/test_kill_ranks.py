@@ -12,12 +12,7 @@ pytestmark = [pytest.mark.slow(minutes=1.5), pytest.mark.xdist_group("ranks")]
 
 @pytest.mark.parametrize(
     ("launcher", "phase", "rank"),  # every value of each; `tests/soak/kill_ranks.py` tries all combinations
-    [
-        ("lightning", "generation", 0),
-        ("lightning", "training", 1),
-        ("torchrun", "generation", 1),
-        ("torchrun", "training", 0),
-    ],
+    [("lightning", "generation", 0), ("torchrun", "training", 1)],
 )
 def test_the_other_rank_ends_and_names_the_dead_one(launcher: str, phase: str, rank: int, tmp_path: Path) -> None:
     outcome = kill_one(tmp_path, launcher, phase, rank, "on", WITHIN)
@@ -28,6 +23,6 @@ def test_the_other_rank_ends_and_names_the_dead_one(launcher: str, phase: str, r
 
 def test_without_the_watch_a_rank_lives_on_when_rank_0_was_killed(tmp_path: Path) -> None:
     """Why there is a watch: should this fail one day, ask whether it is still needed."""
-    outcome = kill_one(tmp_path, "lightning", "generation", 0, "off", WITHIN)
+    outcome = kill_one(tmp_path, "lightning", "generation", 0, "off", WITHIN / 2)
     assert outcome.seconds is None, outcome.log
     assert not outcome.named, outcome.log

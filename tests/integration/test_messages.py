@@ -164,7 +164,7 @@ def test_template_variables_in_every_data_module(
     assert tokenizer("THINKING").decode(pair.prompt_tokens) == plain("THINKING", [ASK], enable_thinking=False)
     assert tokenizer("THINKING").decode(pair.tokens[0]) == "22 degrees.<|end|>"
     for module, make in wrong:
-        with pytest.raises(InputError, match=r"`data.chat_template_kwargs` gives 'enable_thought'"):
+        with pytest.raises(InputError, match=r"`data.chat_template_kwargs` sets 'enable_thought'"):
             set_up(module, make(file, chat_template_kwargs={"enable_thought": False}), tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_a_finished_run_started_again_does_nothing(fit: Fit, draws: Draws, capsy
         (
             {"model__loss__eta": 3.0},
             set(),
-            "eta=1.0) -> rlhf_pl.algorithms.losses.RebelLoss(eta=3.0). Round 2 is trained on again",
+            "eta=1.0) -> rlhf_pl.RebelLoss(eta=3.0). Round 2 is trained on again",
         ),
         ({"model__optimizer__lr": 2e-3}, set(), "lr: 0.001 -> 0.002. Round 2 is trained on again"),
         ({"rollout__selector": "RandomPair"}, {"pairs", "logps"}, "Round 2 is paired again"),
@@ -211,6 +211,32 @@ def test_damaged_files_are_named_and_repaired_one_by_one(
     assert draws.prompts == drawn + 2  # the prompts of one shard
     assert main(["rounds", "run", "--verify"]) == 0
     assert "repair: false" in Path("run/config.yaml").read_text()
+
+
+def test_a_shard_that_is_changed_inside_is_refused_where_it_is_read(
+    fit: Fit, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """One of a round that was trained on is not read again: the run goes on, and `--verify` finds it."""
+
+    def flip(stage: str) -> Path:
+        shard = sorted(Path("run", stage).glob("*.parquet"))[-1]
+        content = bytearray(shard.read_bytes())
+        content[len(content) // 2] ^= 1
+        shard.write_bytes(content)
+        return shard
+
+    assert fit("run", trainer__max_epochs=1) == 0
+    before = files("run")
+    flip("rounds/0000/responses")
+    assert fit("run", trainer__max_epochs=2) == 0
+    capsys.readouterr()
+    assert main(["rounds", "run", "--verify"]) == 1
+    read_again = flip("heldout/0000/rewards")  # to tell what was gained
+    assert fit("run", trainer__max_epochs=3) == 1
+    assert f"{read_again} is damaged" in capsys.readouterr().err
+    assert fit("run", "--repair", trainer__max_epochs=3) == 0
+    assert files("run") | before == files("run")
+    assert main(["rounds", "run", "--verify"]) == 0
 
 
 def test_a_foreign_shard_is_refused_moved_aside_and_the_real_one_made_again(

@@ -8,11 +8,10 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.plugins import MixedPrecision
-from safetensors.torch import load_file
 
-from rlhf_pl.callbacks import HFExport, RoundCheckpoint
+from rlhf_pl.callbacks import RoundCheckpoint
 from rlhf_pl.optim import AdamW, WarmupCosine
 from rlhf_pl.store.round_store import RoundStore
 from tests.integration import test_fit
@@ -89,38 +88,6 @@ def test_max_steps_counts_over_a_resume_at_a_rounds_end(tmp_path: Path, llama: P
     third, _ = fit(tmp_path, llama, prompts, [RoundCheckpoint()], ckpt_path=ckpt, max_steps=steps + 1)
     assert third.global_step == steps + 1
     assert third.max_steps == steps + 1  # the Trainer has its option back
-
-
-def test_the_average_is_exported_again_and_again(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """e <- 0.5 e + 0.5 w after every update, begun with the first update's weights."""
-    seen: list[torch.Tensor] = []
-
-    class Note(L.Callback):
-        def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
-            if trainer.global_step > len(seen):
-                seen.append(next(t for n, t in module.weights().stream() if n.endswith("0.mlp.up_proj.weight")).clone())
-
-    def run(**more: Any) -> dict[str, torch.Tensor]:
-        callbacks = [Note(), EMAWeightAveraging(decay=0.5), RoundCheckpoint(), HFExport(dtype="float32")]
-        fit(tmp_path, llama, prompts, callbacks, **more)
-        return load_file(tmp_path / "model" / "model.safetensors")
-
-    first = run()
-    average = seen[0]
-    for later in seen[1:]:
-        average = 0.5 * average + 0.5 * later
-    assert torch.allclose(first["model.layers.0.mlp.up_proj.weight"], average, atol=1e-6)
-    assert not torch.allclose(average, seen[-1], atol=1e-6)
-    assert_same(first, run(ckpt_path=str(tmp_path / "checkpoints" / "last.ckpt")))
-
-
-def test_resume_points_hold_the_state_of_a_checkpoint_callback(tmp_path: Path, llama: Path, prompts: str) -> None:
-    best = ModelCheckpoint(tmp_path / "best", monitor="rollout/reward_mean", mode="max", save_top_k=2)
-    fit(tmp_path, llama, prompts, [RoundCheckpoint(), best])
-    saved = torch.load(tmp_path / "checkpoints" / "after-round-0002.ckpt", weights_only=True)["callbacks"]
-    state = next(state for key, state in saved.items() if "ModelCheckpoint" in key)
-    assert len(state["best_k_models"]) == 2
-    assert state["best_model_path"] == best.best_model_path
 
 
 @pytest.mark.parametrize("monitor", ["train/round_kl", "val/loss", "val/reward_mean", "rollout/reward_mean"])

@@ -26,7 +26,7 @@ from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.errors import InputError
 from tests.integration.test_fit import PROMPTS
 from tests.soak.servers import Member
-from tests.strangers import KINDS, is_turned_away, visit
+from tests.strangers import KINDS, is_rejected, visit
 
 pytestmark = [
     pytest.mark.xdist_group("samplers"),  # they share what takes long to start
@@ -184,7 +184,7 @@ def test_a_server_outlives_strangers_at_both_ends(servers: list[str], source: Mo
         told = httpx.post(servers[0] + "/update_weights", json={"update_info": update}, timeout=60)
         assert told.status_code >= 400
         assert time.monotonic() - start < 10
-        assert is_turned_away(connection, 5)
+        assert is_rejected(connection, 5)
 
     plain = TCPPush.init_info
     connections = []

@@ -1,4 +1,4 @@
-"""Policies of other architectures: log-probs in train mode are those of plain transformers, each row alone."""
+"""Policies of many architectures: log-probs in train mode equal those of plain transformers on single rows."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ LONGROPE = {
     [
         ("llama", {}, "shared prompts"),
         ("qwen3", {}, "shared prompts"),
-        ("mistral", {}, "shared prompts"),  # a window
+        ("mistral", {}, "shared prompts"),  # sliding window
         ("gemma2", {}, "shared prompts"),  # soft-capping
         ("gemma3_text", {}, "shared prompts"),  # two kinds of layers
         ("phi3", {"rope_parameters": LONGROPE, "original_max_position_embeddings": 4096}, "shared prompts"),
@@ -34,6 +34,6 @@ LONGROPE = {
         ("bert", {}, "refused"),  # layers between backbone and head
     ],
 )
-def test_log_probs_are_those_of_plain_transformers(model_type: str, changes: dict[str, Any], expected: str) -> None:
+def test_log_probs_equal_plain_transformers(model_type: str, changes: dict[str, Any], expected: str) -> None:
     outcome = try_architecture(model_type, **changes)
     assert outcome.kind == expected, outcome

@@ -1,4 +1,4 @@
-"""What rows hold reaches the template as plain transformers gives it, or is refused."""
+"""Rows are rendered as by plain transformers, or are refused."""
 
 import json
 from copy import deepcopy
@@ -42,12 +42,12 @@ def prompt_text(name: str, messages: list[Any], tools: Any = None, **variables: 
     return TOKENIZER.decode(encode_prompt(tokenizer(name), messages, tools, variables))
 
 
-def learned(name: str, messages: list[Any], every: bool = True, **options: Any) -> list[str]:
-    """The runs of learned tokens."""
+def trained_texts(name: str, messages: list[Any], every: bool = True, **options: Any) -> list[str]:
+    """Texts of the consecutive tokens to train on."""
     ids, mask = encode_conversation(tokenizer(name), messages, [1, 2], every, **options)
     runs: list[list[int]] = [[]]
-    for token, learn in zip(ids, mask, strict=True):
-        if learn:
+    for token, is_trained in zip(ids, mask, strict=True):
+        if is_trained:
             runs[-1].append(token)
         elif runs[-1]:
             runs.append([])
@@ -55,7 +55,7 @@ def learned(name: str, messages: list[Any], every: bool = True, **options: Any) 
 
 
 @pytest.mark.parametrize("name", ["QWEN", "LLAMA"])
-def test_tools_calls_and_results_are_written_as_transformers_writes_them(name: str) -> None:
+def test_tools_calls_and_results_are_written_as_by_transformers(name: str) -> None:
     messages = [ASK, call({"city": "Paris"}), RESULT]
     text = prompt_text(name, messages, TOOLS)
     assert text == plain(name, messages, tools=TOOLS)
@@ -64,42 +64,42 @@ def test_tools_calls_and_results_are_written_as_transformers_writes_them(name: s
     assert "22" in text
 
 
-def test_null_contents_stay_null_where_the_template_asks_for_them() -> None:
+def test_null_contents_stay_null_if_the_template_needs_them() -> None:
     messages = [ASK, call('{"city": "Paris"}'), RESULT]
     assert prompt_text("DEEPSEEK", messages) == plain("DEEPSEEK", messages)
     assert "<calls>weather\n" in prompt_text("DEEPSEEK", messages)
 
 
-def test_arguments_as_json_text_are_not_put_into_json_once_more() -> None:
-    """As OpenAI writes them."""
+def test_arguments_as_json_text_are_not_encoded_twice() -> None:
+    """OpenAI's format has arguments as JSON text."""
     as_text, as_object = [ASK, call('{"city": "Köln"}'), RESULT], [ASK, call({"city": "Köln"}), RESULT]
     assert "\\" in plain("QWEN", as_text, tools=TOOLS)
     assert prompt_text("QWEN", as_text, TOOLS) == plain("QWEN", as_object, tools=TOOLS)
     assert "Köln" in prompt_text("QWEN", as_text, TOOLS)
 
 
-def test_content_parts_go_to_templates_that_take_them_and_become_text_for_others() -> None:
+def test_content_parts_become_text_only_for_templates_without_parts() -> None:
     parts = [{"role": "user", "content": [{"type": "text", "text": "One"}, {"type": "text", "text": "Two"}]}]
     assert prompt_text("PARTS", parts) == plain("PARTS", parts) == "<|user|>OneTwo<|end|><|assistant|>"
     for name in ("PLAIN", "PRINTING", "QWEN", "GEMMA"):
         assert prompt_text(name, parts) == plain(name, [{"role": "user", "content": "One\nTwo"}])
 
 
-def test_texts_go_as_parts_to_templates_that_take_nothing_else() -> None:
-    """Where text would vanish without a word."""
-    talk = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, ASK]
+def test_texts_become_parts_for_templates_that_only_write_parts() -> None:
+    """Such templates silently omit text."""
+    conversation = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}, ASK]
     expected = "<|system|>Be kind.<|end|><|user|>Weather in Paris?<|end|><|assistant|>"
-    assert "Weather" not in plain("PARTS_ALONE", talk)
-    assert prompt_text("PARTS_ALONE", talk) == expected
+    assert "Weather" not in plain("PARTS_ALONE", conversation)
+    assert prompt_text("PARTS_ALONE", conversation) == expected
     assert prompt_text("PARTS_ALONE", [{"role": "system", "content": "Be kind."}, ASK]) == expected
 
 
-def test_empty_contents_and_objects_become_what_a_template_of_calls_takes() -> None:
-    """DeepSeek's tells calls by a null content, and puts arguments into text."""
+def test_empty_contents_and_objects_are_converted_for_templates_of_calls() -> None:
+    """DeepSeek's template recognises calls by a null content, and concatenates arguments as text."""
     expected = plain("DEEPSEEK", [ASK, call('{"city": "Köln"}'), RESULT])
-    for said in (None, ""):
+    for content in (None, ""):
         for arguments in ('{"city": "Köln"}', {"city": "Köln"}):
-            assert prompt_text("DEEPSEEK", [ASK, call(arguments, said), RESULT]) == expected
+            assert prompt_text("DEEPSEEK", [ASK, call(arguments, content), RESULT]) == expected
 
 
 @pytest.mark.parametrize(
@@ -119,61 +119,63 @@ def test_empty_contents_and_objects_become_what_a_template_of_calls_takes() -> N
         ("GEMMA", [ASK, ASK], None, "must alternate"),
     ],
 )
-def test_what_the_template_cannot_write_is_refused(name: str, messages: Any, tools: Any, message: str) -> None:
+def test_messages_that_the_template_cannot_write_are_refused(
+    name: str, messages: Any, tools: Any, message: str
+) -> None:
     with pytest.raises(InputError, match=message):
         encode_prompt(tokenizer(name), messages, tools)
 
 
-def test_results_that_are_objects_go_to_templates_that_take_them() -> None:
+def test_results_that_are_objects_are_passed_to_templates_that_support_them() -> None:
     messages = [ASK, call({}), RESULT | {"content": {"temp": 22}}]
     assert prompt_text("LLAMA", messages, TOOLS) == plain("LLAMA", messages, tools=TOOLS)
 
 
-def test_template_variables_reach_it_and_wrong_ones_are_refused() -> None:
+def test_template_variables_are_passed_and_wrong_ones_are_refused() -> None:
     assert prompt_text("THINKING", [ASK], enable_thinking=False) == plain("THINKING", [ASK], enable_thinking=False)
     assert prompt_text("THINKING", [ASK], enable_thinking=False).endswith("<think>\n\n</think>\n\n")
     check_template_kwargs(tokenizer("THINKING"), {"enable_thinking": False}, "data.chat_template_kwargs")
     wrong = [(name, "never reads") for name in ("enable_thinkin", "think", "role", "m")]
-    for name, message in (*wrong, ("tools", "is set by the trainer")):
-        with pytest.raises(InputError, match=f"`data.chat_template_kwargs` gives '{name}', which .*{message}"):
+    for name, message in (*wrong, ("tools", "the trainer sets")):
+        with pytest.raises(InputError, match=f"`data.chat_template_kwargs` sets '{name}', which .*{message}"):
             check_template_kwargs(tokenizer("THINKING"), {name: 1}, "data.chat_template_kwargs")
 
 
-def test_calls_are_learned_with_their_eos_and_weights_count() -> None:
+def test_calls_are_trained_on_with_their_eos_and_weights_are_respected() -> None:
     messages = [ASK, call({"city": "Paris"}), RESULT, {"role": "assistant", "content": "22 degrees."}]
-    said = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|end|>'
-    # the generation prompt of this template ends with a line end, which stands before the call
-    assert learned("QWEN", messages, tools=TOOLS) == [said.lstrip("\n"), "22 degrees.<|end|>"]
+    response = '\n<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call><|end|>'
+    # the generation prompt of this template includes the newline before the call
+    assert trained_texts("QWEN", messages, tools=TOOLS) == [response.lstrip("\n"), "22 degrees.<|end|>"]
     messages[1]["weight"] = 0
-    assert learned("QWEN", messages, tools=TOOLS) == ["22 degrees.<|end|>"]
+    assert trained_texts("QWEN", messages, tools=TOOLS) == ["22 degrees.<|end|>"]
     messages[3]["weight"] = 0
-    assert learned("QWEN", messages, tools=TOOLS) == []
-    assert learned("QWEN", [*messages[:3], messages[3] | {"weight": 1.0}], tools=TOOLS) == ["22 degrees.<|end|>"]
+    assert trained_texts("QWEN", messages, tools=TOOLS) == []
+    assert trained_texts("QWEN", [*messages[:3], messages[3] | {"weight": 1.0}], tools=TOOLS) == ["22 degrees.<|end|>"]
 
 
-def test_a_response_to_nothing_is_not_learned() -> None:
-    said = {"role": "assistant", "content": "Hello."}
-    with pytest.raises(InputError, match="message 0 is a response to nothing; give it `weight: 0`"):
-        learned("QWEN", [said, ASK, said])
-    assert learned("QWEN", [said | {"weight": 0}, ASK, said]) == ["Hello.<|end|>"]
+def test_a_response_without_a_prompt_is_refused() -> None:
+    response = {"role": "assistant", "content": "Hello."}
+    with pytest.raises(InputError, match="message 0 is a response without a prompt; give it `weight: 0`"):
+        trained_texts("QWEN", [response, ASK, response])
+    assert trained_texts("QWEN", [response | {"weight": 0}, ASK, response]) == ["Hello.<|end|>"]
 
 
-def test_thoughts_are_learned_as_the_template_writes_them() -> None:
-    said = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
-    assert learned("THINKING", [ASK, said]) == ["<think>\nTwo and two.\n</think>\n\nFour.<|end|>"]
-    talk = [ASK, said, ASK, said]
-    with pytest.raises(InputError, match=r"message 1 otherwise when more follows; .*loss_on: last"):
-        learned("THINKING", talk)
-    assert learned("THINKING", talk, every=False) == ["<think>\nTwo and two.\n</think>\n\nFour.<|end|>"]
-    talk[1] = said | {"weight": 0}
-    assert learned("THINKING", talk) == ["<think>\nTwo and two.\n</think>\n\nFour.<|end|>"]
+def test_thoughts_are_trained_on_as_the_template_writes_them() -> None:
+    response = {"role": "assistant", "content": "Four.", "reasoning_content": "Two and two."}
+    assert trained_texts("THINKING", [ASK, response]) == ["<think>\nTwo and two.\n</think>\n\nFour.<|end|>"]
+    conversation = [ASK, response, ASK, response]
+    with pytest.raises(InputError, match=r"message 1 differently when more messages follow; .*loss_on: last"):
+        trained_texts("THINKING", conversation)
+    assert trained_texts("THINKING", conversation, every=False) == ["<think>\nTwo and two.\n</think>\n\nFour.<|end|>"]
+    conversation[1] = response | {"weight": 0}
+    assert trained_texts("THINKING", conversation) == ["<think>\nTwo and two.\n</think>\n\nFour.<|end|>"]
     closed = {"chat_template_kwargs": {"enable_thinking": False}}
-    assert learned("THINKING", [ASK, {"role": "assistant", "content": "Four."}], **closed) == ["Four.<|end|>"]
+    assert trained_texts("THINKING", [ASK, {"role": "assistant", "content": "Four."}], **closed) == ["Four.<|end|>"]
 
 
-def test_a_thought_that_the_prompt_opens_and_the_conversation_lacks_is_refused() -> None:
-    with pytest.raises(InputError, match="begins message 1 otherwise"):
-        learned("DEEPSEEK", [ASK, {"role": "assistant", "content": "Four."}])
+def test_a_conversation_without_the_thought_that_its_prompt_opens_is_refused() -> None:
+    with pytest.raises(InputError, match="starts message 1 differently"):
+        trained_texts("DEEPSEEK", [ASK, {"role": "assistant", "content": "Four."}])
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_characters="\x00"), min_size=1, max_size=8).filter(str.strip)
@@ -182,10 +184,10 @@ VALUE = st.none() | st.integers(-9, 9) | TEXT | st.lists(st.none() | TEXT, max_s
 
 @settings(max_examples=60, derandomize=True, deadline=None)
 @given(st.lists(st.tuples(TEXT, st.dictionaries(TEXT, VALUE, max_size=2)), min_size=1, max_size=3), st.booleans())
-def test_any_conversation_of_calls_is_written_as_transformers_writes_it(turns: Any, as_text: bool) -> None:
+def test_any_conversation_with_calls_is_written_as_by_transformers(turns: Any, as_text: bool) -> None:
     messages: list[Any] = []
-    for said, arguments in turns:
-        messages += [{"role": "user", "content": said}, call(arguments), RESULT | {"content": said}]
+    for text, arguments in turns:
+        messages += [{"role": "user", "content": text}, call(arguments), RESULT | {"content": text}]
     expected = plain("QWEN", messages, tools=TOOLS)
     given_form = deepcopy(messages)
     for message in given_form[1::3] if as_text else []:
@@ -195,8 +197,8 @@ def test_any_conversation_of_calls_is_written_as_transformers_writes_it(turns: A
     assert ids == tokenizer("QWEN")(expected, add_special_tokens=False)["input_ids"]
 
 
-def test_parts_that_are_written_as_python_are_not_taken() -> None:
-    """A template that shortens texts leaves a list of one part whole, in Python's own spelling."""
+def test_parts_that_are_printed_as_python_are_refused() -> None:
+    """A template that slices texts prints a list of one part completely, as Python."""
     tokenizer = make_tokenizer()
     tokenizer.chat_template = "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'][:2] }}<|end|>{% endfor %}"
     with pytest.raises(InputError, match=r"writes nothing of message 0 \(user\)"):

@@ -1,4 +1,4 @@
-"""Kernels for GPUs: what can be run of them on a CPU, by Triton's interpreter or by a stand-in for one call."""
+"""GPU kernels on a CPU, as far as Triton's interpreter or a replacement of one call can run them."""
 
 import os
 import subprocess
@@ -21,7 +21,7 @@ HEADS = {"heads": 4, "kv_heads": 2, "size": 8}
 
 
 def states(dtype: torch.dtype = torch.float32) -> list[Tensor]:
-    """Random queries, keys and values of `LENGTHS`."""
+    """Random queries, keys and values for `LENGTHS`."""
     torch.manual_seed(0)
     count = sum(map(sum, LENGTHS))
     shapes = [(1, HEADS[kind], count, HEADS["size"]) for kind in ("heads", "kv_heads", "kv_heads")]
@@ -29,26 +29,26 @@ def states(dtype: torch.dtype = torch.float32) -> list[Tensor]:
 
 
 def by_mask(query: Tensor, key: Tensor, value: Tensor, window: int | None, cap: float | None, sinks: Any) -> Tensor:
-    """Attention with the mask of the whole flat row, float64, shape (1, N, heads, D)."""
+    """Attention with an explicit mask over the flat row, float64, shape (1, N, heads, D)."""
     query, key, value = (t.double() for t in (query, key, value))
     key, value = (t.repeat_interleave(2, dim=1) for t in (key, value))
     scores = query @ key.transpose(2, 3) * HEADS["size"] ** -0.5
     scores = scores if cap is None else cap * torch.tanh(scores / cap)
     count = torch.arange(query.shape[2])
-    scores = scores.masked_fill(~Layout(LENGTHS).sees(window)(0, 0, count[:, None], count[None]), -torch.inf)
+    scores = scores.masked_fill(~Layout(LENGTHS).mask_function(window)(0, 0, count[:, None], count[None]), -torch.inf)
     if sinks is not None:
         scores = torch.cat([scores, sinks.double()[None, :, None, None].expand(1, -1, len(count), 1)], -1)
     return (scores.softmax(-1)[..., : len(count)] @ value).transpose(1, 2)
 
 
 def assert_same_with_gradients(found: Tensor, expected: Tensor, inputs: list[Tensor]) -> None:
-    """Two results of the same inputs, and their gradients under random factors."""
+    """Assert that two results of the same inputs are equal, and their gradients too, with random factors."""
     torch.testing.assert_close(found.double(), expected, atol=1e-5, rtol=1e-5)
     factors = torch.randn(found.shape)
     ours = torch.autograd.grad((found * factors).sum(), inputs)
     theirs = torch.autograd.grad((expected * factors).sum(), inputs)
-    for gradient, wanted in zip(ours, theirs, strict=True):
-        torch.testing.assert_close(gradient, wanted, atol=1e-4, rtol=1e-4)
+    for gradient, reference in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(gradient, reference, atol=1e-4, rtol=1e-4)
 
 
 def varlen_by_hand(
@@ -64,7 +64,7 @@ def varlen_by_hand(
     window_size: tuple[int, int],
     enable_gqa: bool,
 ) -> Tensor:
-    """What `torch.nn.attention.varlen.varlen_attn`, which is for GPUs, is documented to give."""
+    """The documented result of `torch.nn.attention.varlen.varlen_attn`, which only runs on GPUs."""
     assert window_size[1] == 0
     assert enable_gqa
     found = []
@@ -84,7 +84,7 @@ def varlen_by_hand(
 
 @pytest.mark.parametrize("window", [None, 1, 4])
 @pytest.mark.parametrize("special", [{}, {"softcap": 1.5}, {"s_aux": torch.linspace(-1, 2, 4)}])
-def test_attention_of_trees_is_that_of_the_whole_mask(window: int | None, special: dict[str, Any]) -> None:
+def test_attention_of_prefix_groups_equals_the_explicit_mask(window: int | None, special: dict[str, Any]) -> None:
     inputs = states()
     found, _ = _attention(None, *inputs, None, fast=False, layout=Layout(LENGTHS), sliding_window=window, **special)
     expected = by_mask(*inputs, window, special.get("softcap"), special.get("s_aux"))
@@ -92,8 +92,10 @@ def test_attention_of_trees_is_that_of_the_whole_mask(window: int | None, specia
 
 
 @pytest.mark.parametrize("window", [None, 1, 4])
-def test_one_call_for_all_sequences_gives_the_same(window: int | None, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Gather, offsets, window and the gradient of keys that several answers share; `varlen_attn` itself by hand."""
+def test_one_call_for_all_sequences_equals_the_explicit_mask(
+    window: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Checks gather, offsets, window and the gradient of shared keys; `varlen_attn` itself is replaced."""
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_by_hand)
     monkeypatch.setattr(prefix_attention, "_varlen_arguments", lambda: {"enable_gqa": True})
     inputs = states()
@@ -102,7 +104,7 @@ def test_one_call_for_all_sequences_gives_the_same(window: int | None, monkeypat
     assert_same_with_gradients(found, expected, inputs)
 
 
-def test_autocast_gives_float32_queries_beside_bfloat16_values() -> None:
+def test_autocast_with_float32_queries_and_bfloat16_values() -> None:
     query, key, value = states()
     with torch.autocast("cpu", torch.bfloat16):
         found, _ = _attention(None, query, key, value.bfloat16(), None, fast=True, layout=Layout(LENGTHS))
@@ -116,19 +118,19 @@ import rlhf_pl.models.gpu_head as gpu_head
 from tests.models.test_kernels import check_head
 check_head(gpu_head.gpu_logps)
 cpu = torch.device("cpu")
-assert all(gpu_head.available(cpu, dtype) for dtype in (torch.float32, torch.bfloat16))
+assert all(gpu_head.has_gpu_kernels(cpu, dtype) for dtype in (torch.float32, torch.bfloat16))
 plain = gpu_head.gpu_logps
 gpu_head.gpu_logps = lambda *inputs: plain(*inputs) * 1.001
-gpu_head._what_fails.cache_clear()
-assert not gpu_head.available(cpu, torch.float32)
+gpu_head._find_failure.cache_clear()
+assert not gpu_head.has_gpu_kernels(cpu, torch.float32)
 print("equal")
 """
 
 
 def check_head(logps: Any, device: str = "cpu") -> None:
-    """Log-probs and gradients of heads of every kind against float64, with more tokens than a chunk.
+    """Compare log-probs and gradients of all kinds of heads to float64, with more tokens than a chunk.
 
-    In bfloat16 the error may be that of rounding operands and results alone, which plain bfloat16 logits exceed.
+    In bfloat16, the tolerance only allows rounding of operands and results; plain bfloat16 logits exceed it.
     """
     torch.manual_seed(0)
     for dtype, tolerance in ((torch.float32, 1e-5), (torch.bfloat16, 1e-2)):
@@ -148,19 +150,19 @@ def check_head(logps: Any, device: str = "cpu") -> None:
             factors = torch.randn(21, device=device)
             ours = torch.autograd.grad((found * factors).sum(), inputs)
             theirs = torch.autograd.grad((expected * factors).sum(), exact)
-            for gradient, wanted in zip(ours, theirs, strict=True):
+            for gradient, reference in zip(ours, theirs, strict=True):
                 assert gradient.dtype == dtype
-                assert (gradient.double() - wanted).norm() <= tolerance * wanted.norm()
+                assert (gradient.double() - reference).norm() <= tolerance * reference.norm()
 
 
-def test_the_heads_blocks_on_a_cpu_give_what_float64_gives(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_blockwise_head_on_a_cpu_equals_float64(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("rlhf_pl.models.logprobs.VOCABULARY_BLOCK", 700)
     check_head(linear_logps)
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="no triton")
-def test_the_heads_gpu_kernels_give_what_float64_gives() -> None:
-    """And kernels that did not would not be taken."""
+def test_the_heads_gpu_kernels_equal_float64() -> None:
+    """Kernels with wrong results are not used."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
     done = subprocess.run([sys.executable, "-c", HEAD], capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -168,7 +170,7 @@ def test_the_heads_gpu_kernels_give_what_float64_gives() -> None:
 
 
 def test_products_of_half_precision_are_not_rounded() -> None:
-    """Plain bfloat16 logits are off by more."""
+    """Plain bfloat16 logits have larger errors."""
     torch.manual_seed(0)
     a, b = torch.randn(40, 64).bfloat16(), torch.randn(64, 300).bfloat16()
     exact = a.double() @ b.double()
@@ -182,10 +184,10 @@ def test_products_of_half_precision_are_not_rounded() -> None:
 
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("special", [{"softcap": 1.5}, {"s_aux": torch.linspace(-1, 2, 4)}])
-def test_flex_attention_is_told_the_same(
+def test_flex_attention_equals_the_explicit_mask(
     window: int | None, special: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Masks, soft-capping and sinks, through FlexAttention as it runs on a CPU: not compiled, and forward alone."""
+    """Masks, soft-capping and sinks by FlexAttention on a CPU: not compiled, and only the forward pass."""
     from torch.nn.attention.flex_attention import flex_attention
 
     def plain(*inputs: Tensor, kernel_options: dict[str, Any], **options: Any) -> Any:
@@ -199,7 +201,7 @@ def test_flex_attention_is_told_the_same(
 
 
 def test_small_copies_have_the_same_weights() -> None:
-    """gpt-oss starts from random sinks and biases; in float32 nothing but these could tell the copies apart."""
+    """gpt-oss initialises sinks and biases at random; in float32 only these could differ between the copies."""
     from transformers import GptOssConfig
 
     from rlhf_pl.models.compute import Compute

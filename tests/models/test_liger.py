@@ -1,4 +1,4 @@
-"""liger-kernel in a model: what is bound to it, and what is left alone. Its numbers are for GPUs (`test_gpu.py`)."""
+"""liger-kernel in a model: what is changed, and what is not. `test_gpu.py` checks its results."""
 
 from importlib.util import find_spec
 from typing import Any
@@ -9,7 +9,7 @@ import transformers
 from transformers.models.llama import modeling_llama
 
 from rlhf_pl.models.compute import Compute
-from rlhf_pl.models.liger import _bind, _what_fails
+from rlhf_pl.models.liger import _bind, _find_failure
 from rlhf_pl.models.policy import load_lm
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
@@ -18,7 +18,7 @@ needs_liger = pytest.mark.skipif(find_spec("liger_kernel") is None, reason="no l
 
 
 @needs_liger
-def test_it_is_bound_to_one_model_and_the_process_stays_as_it_was(source: ModelSource) -> None:
+def test_liger_is_bound_to_one_model_without_changing_the_process(source: ModelSource) -> None:
     before = dict(vars(modeling_llama))
     forwards = {name: vars(v).get("forward") for name, v in before.items() if isinstance(v, type)}
     cross_entropy = torch.nn.functional.cross_entropy
@@ -37,8 +37,8 @@ def test_it_is_bound_to_one_model_and_the_process_stays_as_it_was(source: ModelS
 
 
 @needs_liger
-def test_every_architecture_that_it_knows_can_be_bound_or_says_why() -> None:
-    """A model whose kernels fail, here for want of a GPU, is told apart before anything is bound to the real one."""
+def test_every_known_architecture_can_be_bound_or_has_a_reason() -> None:
+    """Kernels that fail, here without a GPU, are detected before the real model is changed."""
     from liger_kernel.transformers.monkey_patch import MODEL_TYPE_TO_APPLY_LIGER_FN
 
     assert {"llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3_text", "phi3"} <= set(MODEL_TYPE_TO_APPLY_LIGER_FN)
@@ -46,13 +46,13 @@ def test_every_architecture_that_it_knows_can_be_bound_or_says_why() -> None:
     for name in ("Llama", "Mistral", "Qwen2", "Qwen3", "Gemma2", "Phi3"):
         config = getattr(transformers, f"{name}Config")(**sizes, num_attention_heads=2, num_key_value_heads=1)
         lm = transformers.AutoModelForCausalLM.from_config(config)
-        assert _what_fails(lm, Compute())
+        assert _find_failure(lm, Compute())
         assert "Liger" not in repr(lm)
         _bind(lm)
         assert "Liger" in repr(lm)
 
 
-def test_it_can_be_left_out_and_not_be_required_without_a_gpu(source: ModelSource) -> None:
+def test_liger_can_be_disabled_but_not_required_without_a_gpu(source: ModelSource) -> None:
     load_lm(source, use_liger_kernel=False)
     with pytest.raises(InputError, match=r"`model\.use_liger_kernel` is true.*there is no GPU"):
         load_lm(source, use_liger_kernel=True)

@@ -10,7 +10,7 @@ from rlhf_pl.models import kernel_check, logprobs
 from rlhf_pl.models.logprobs import Head, chunked_logps, gather_logps, linear_logps
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.policy import PolicyLM, head_logits, load_lm
-from rlhf_pl.models.shared_prefix import _say_plain, is_shared, share_prompts
+from rlhf_pl.models.shared_prefix import _note_not_shared, share_prompts, takes_prefix_groups
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import make_tokenizer, save_llama
@@ -24,7 +24,7 @@ SMALL = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 128,
 }
-TREES = [
+GROUPS = [
     PrefixGroup([5, 6, 7, 8], ([9, 10, 11], [30, 31, 32, 33, 34, 35])),
     PrefixGroup([5], ([12],)),
     PrefixGroup([20, 21, 22], ([23, 24, 25, 26, 27], [28], [23, 24, 29])),
@@ -32,13 +32,13 @@ TREES = [
 
 
 def naive_logps(lm: Any, temperature: float = 1.0) -> torch.Tensor:
-    """From the full logits of each prompt with one answer alone, without padding: shape (wanted tokens,)."""
+    """Log-probs from the full logits of each prompt with one response, without padding: shape (targets,)."""
     found = []
-    for tree in TREES:
-        for answer in tree.answers:
-            ids = torch.tensor([[*tree.prompt, *answer]])
+    for group in GROUPS:
+        for response in group.responses:
+            ids = torch.tensor([[*group.prompt, *response]])
             logps = (lm(input_ids=ids).logits[0].double() / temperature).log_softmax(-1)
-            found += [logps[t - 1, ids[0, t]] for t in range(len(tree.prompt), ids.shape[1])]
+            found += [logps[t - 1, ids[0, t]] for t in range(len(group.prompt), ids.shape[1])]
     return torch.stack(found)
 
 
@@ -67,9 +67,9 @@ def model(architecture: str, **changes: Any) -> Any:
 def test_logps_and_gradient_equal_full_logits(
     architecture: str, changes: dict[str, Any], shares: bool, temperature: float
 ) -> None:
-    """As rows of prompt and answer, and with shared prompts where the architecture can."""
+    """As rows of prompt and response, and with shared prompts if the architecture supports them."""
     lm = model(architecture, **changes)
-    batch = pack(TREES)
+    batch = pack(GROUPS)
     expected = naive_logps(lm, temperature)
     weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(1))
     (expected * weights).sum().backward()
@@ -89,38 +89,38 @@ def test_logps_and_gradient_equal_full_logits(
 
 
 def test_prompts_are_computed_once() -> None:
-    """The layers see as many tokens as there are, prompts counted once."""
+    """The layers compute each token once, including those of prompts."""
     lm = model("Llama")
     assert share_prompts(lm)
     seen: list[int] = []
     lm.model.layers[0].mlp.register_forward_hook(lambda m, inputs, output: seen.append(output.shape[:-1].numel()))
-    PolicyLM(lm)(**pack(TREES).inputs())
-    assert seen == [sum(map(len, TREES))]
+    PolicyLM(lm)(**pack(GROUPS).inputs())
+    assert seen == [sum(map(len, GROUPS))]
 
 
-def test_a_model_that_ignores_positions_gets_rows_and_says_so_once(
+def test_a_model_that_ignores_positions_gets_rows_and_reports_it_once(
     source: ModelSource, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = load_lm(source)
     lm.set_attn_implementation("sdpa")
     backbone = transformers.LlamaModel.forward
-    monkeypatch.setattr(kernel_check, "_done", {})
+    monkeypatch.setattr(kernel_check, "_results", {})
     monkeypatch.setattr(
         transformers.LlamaModel,
         "forward",
         lambda self, **inputs: backbone(self, **{k: v for k, v in inputs.items() if k != "position_ids"}),
     )
-    _say_plain.cache_clear()
+    _note_not_shared.cache_clear()
     assert not share_prompts(lm)
     assert not share_prompts(lm)
     assert lm.config._attn_implementation == "sdpa"
-    assert capsys.readouterr().out.count("sdpa attention of LlamaForCausalLM can't let answers share their prompt") == 1
+    assert capsys.readouterr().out.count("sdpa attention of LlamaForCausalLM can't share a prompt between") == 1
     load_lm(source, attn_implementation="eager")
-    assert "eager attention of LlamaForCausalLM can't let" in capsys.readouterr().out
+    assert "eager attention of LlamaForCausalLM can't share" in capsys.readouterr().out
 
 
 def test_gradient_checkpointing_changes_nothing(source: ModelSource) -> None:
-    batch = pack(TREES)
+    batch = pack(GROUPS)
     found = []
     for checkpointing in (False, True):
         lm = load_lm(source).train()
@@ -131,14 +131,14 @@ def test_gradient_checkpointing_changes_nothing(source: ModelSource) -> None:
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 
 
-def test_totals_are_those_of_each_answer() -> None:
-    batch = pack(TREES)
-    lengths = [len(a) for tree in TREES for a in tree.answers]
+def test_sums_are_per_response() -> None:
+    batch = pack(GROUPS)
+    lengths = [len(response) for group in GROUPS for response in group.responses]
     values = torch.arange(sum(lengths), dtype=torch.float32)
     assert batch.sum_per_response(values).tolist() == [part.sum().item() for part in values.split(lengths)]
 
 
-def test_chunks_do_not_matter() -> None:
+def test_logps_do_not_depend_on_chunks() -> None:
     torch.manual_seed(0)
     hidden, head = torch.randn(10, 4), torch.nn.Linear(4, 50)
     targets = torch.randint(50, (10,))
@@ -149,23 +149,23 @@ def test_chunks_do_not_matter() -> None:
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize(("chunk", "block"), [(1, 7), (3, 50), (10, 16), (100, 100)])
-def test_blocks_of_the_vocabulary_do_not_matter(
+def test_logps_do_not_depend_on_blocks_of_the_vocabulary(
     bias: bool, chunk: int, block: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Against plain torch, with large logits, and a gradient that differs by token."""
+    """Compares to plain torch, with large logits and a different gradient for each token."""
     monkeypatch.setattr(logprobs, "VOCABULARY_BLOCK", block)
     torch.manual_seed(0)
     hidden, head = (10 * torch.randn(10, 4)).requires_grad_(), torch.nn.Linear(4, 50, bias=bias)
-    wanted = [hidden, *head.parameters()]
+    inputs = [hidden, *head.parameters()]
     targets, factors = torch.randint(50, (10,)), torch.randn(10)
     expected = gather_logps(head(hidden), targets, 0.5)
     found = linear_logps(hidden, targets, Head(head.weight, head.bias), 0.5, chunk)
     torch.testing.assert_close(found, expected)
-    for ours, plain in zip(*(torch.autograd.grad(t, wanted, factors) for t in (found, expected)), strict=True):
+    for ours, plain in zip(*(torch.autograd.grad(t, inputs, factors) for t in (found, expected)), strict=True):
         torch.testing.assert_close(ours, plain, atol=1e-4, rtol=1e-4)
 
 
-def test_a_frozen_head_gets_no_gradient_and_no_answers_give_none() -> None:
+def test_a_frozen_head_gets_no_gradient_and_no_targets_give_an_empty_result() -> None:
     hidden, weight = torch.randn(5, 4, requires_grad=True), torch.randn(50, 4)
     linear_logps(hidden, torch.arange(5), Head(weight)).sum().backward()
     assert hidden.grad is not None
@@ -173,7 +173,7 @@ def test_a_frozen_head_gets_no_gradient_and_no_answers_give_none() -> None:
 
 
 def test_logits_are_float32_under_autocast(llama: Path) -> None:
-    """bf16 logits would be off by far more than this."""
+    """bf16 logits would have much larger errors."""
     lm = load_lm(ModelSource(str(llama)))
     hidden = torch.randn(5, 64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -184,7 +184,7 @@ def test_logits_are_float32_under_autocast(llama: Path) -> None:
 def test_dropout_is_off(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model", attention_dropout=0.5)
     policy = PolicyLM(load_lm(ModelSource(str(folder)))).train()
-    first, second = (policy(**pack(TREES).inputs()) for _ in range(2))
+    first, second = (policy(**pack(GROUPS).inputs()) for _ in range(2))
     assert torch.equal(first, second)
 
 
@@ -198,13 +198,13 @@ def test_unknown_logit_scaling_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
         return out
 
     monkeypatch.setattr(transformers.LlamaForCausalLM, "forward", doubled)
-    monkeypatch.setattr(kernel_check, "_done", {})
+    monkeypatch.setattr(kernel_check, "_results", {})
     with pytest.raises(InputError, match="changes its logits"):
         load_lm(ModelSource(str(folder)))
 
 
 def test_every_eos_id_counts(source: ModelSource) -> None:
-    """The tokenizer and the config say 2, the generation config says 1 and 2."""
+    """The tokenizer and the config have id 2, the generation config has 1 and 2."""
     assert source.eos_token_ids == (1, 2)
 
 
@@ -239,7 +239,7 @@ def test_missing_chat_template_is_refused_and_can_be_given(tmp_path: Path) -> No
 
 
 def test_a_model_without_sdpa_works_and_shares_prompts(tmp_path: Path) -> None:
-    """gpt-oss: sinks beside its keys, and windows in every other layer."""
+    """gpt-oss has attention sinks, and sliding windows in every other layer."""
     folder = tmp_path / "model"
     lm = model(
         "GptOss", num_local_experts=2, num_experts_per_tok=1, head_dim=8, sliding_window=4, initializer_range=0.3
@@ -247,13 +247,13 @@ def test_a_model_without_sdpa_works_and_shares_prompts(tmp_path: Path) -> None:
     lm.save_pretrained(folder)
     make_tokenizer().save_pretrained(folder)
     policy = PolicyLM(load_lm(ModelSource(str(folder))))
-    assert is_shared(policy.lm)
+    assert takes_prefix_groups(policy.lm)
     lm.set_attn_implementation("eager")
-    torch.testing.assert_close(policy(**pack(TREES).inputs()).double(), naive_logps(lm), atol=1e-4, rtol=0)
+    torch.testing.assert_close(policy(**pack(GROUPS).inputs()).double(), naive_logps(lm), atol=1e-4, rtol=0)
 
 
 def test_rows_of_a_model_that_shares_prompts_keep_soft_capping() -> None:
-    """Gemma-2, with products that the cap changes, padded on either side."""
+    """Gemma-2 with logits that the cap changes, padded on either side."""
     lm = model("Gemma2", head_dim=8, sliding_window=4, attn_logit_softcapping=0.5, initializer_range=0.5)
     lm.set_attn_implementation("eager")
     ids = torch.tensor([[5, 6, 7, 8, 9, 10, 11, 12], [20, 21, 22, 23, 24, 0, 0, 0]])

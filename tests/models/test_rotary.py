@@ -1,4 +1,4 @@
-"""Rotary factors that depend on length: a row's numbers are the same whatever stands beside it."""
+"""Rotary factors that depend on length: a row's results do not depend on the other rows of a batch."""
 
 from collections.abc import Callable
 from copy import deepcopy
@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.data.packing import Example, pack_examples
-from rlhf_pl.data.preference_datamodule import PreferenceDataset
+from rlhf_pl.data.preference_batches import PreferenceDataset
 from rlhf_pl.data.preferences import Preference
 from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.policy import PolicyLM, load_lm
 from rlhf_pl.models.rendering import Renderer
-from rlhf_pl.models.rotary import describe_factors, steady_rotary
+from rlhf_pl.models.rotary import describe_factors, stabilize_rotary
 from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules import pairwise
@@ -26,6 +26,7 @@ from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama, save_reward_model
 from tests.integration.test_fit import fit
+from tests.stored_pairs import pair_rows
 
 LIMIT = 20
 LONG, SHORT = [4.0] * 16, [1.0] * 16
@@ -57,7 +58,7 @@ def rows_of(lengths: list[int]) -> list[list[int]]:
 
 
 def plain_logps(lm: Any, ids: list[int], prompt: int) -> Tensor:
-    """The independent computation: a row alone, by plain transformers."""
+    """An independent reference: a single row by plain transformers."""
     with torch.no_grad():
         logps = lm(input_ids=torch.tensor([ids]), use_cache=False).logits[0].log_softmax(-1)
     return logps[prompt - 1 : -1].gather(1, torch.tensor(ids[prompt:])[:, None])[:, 0]
@@ -71,7 +72,7 @@ def plain(folder: Path) -> Any:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])  # shared prompts, and rows
 @pytest.mark.parametrize("longest", [LIMIT, LIMIT + 1, 60])
-def test_a_policy_has_the_factors_of_the_longest_row_of_its_run(tmp_path: Path, attention: str, longest: int) -> None:
+def test_a_policy_uses_the_factors_of_the_longest_row_of_its_run(tmp_path: Path, attention: str, longest: int) -> None:
     folder = save_llama(tmp_path / "llama", **longrope())
     which = LONG if longest > LIMIT else SHORT
     same = plain(save_llama(tmp_path / "same", **longrope(which, which)))  # the same weights, one kind of factors
@@ -79,14 +80,14 @@ def test_a_policy_has_the_factors_of_the_longest_row_of_its_run(tmp_path: Path, 
     prompts, responses = rows_of([5, 9, 30]), rows_of([4, 8, 25, 3, 20, 6])
     if longest <= LIMIT:
         prompts, responses = prompts[:2], [r[:6] for r in responses]
-    trees = [PrefixGroup(p, tuple(responses[2 * i : 2 * i + 2])) for i, p in enumerate(prompts)]
-    found = policy(**pack(trees).inputs())
-    expected = [plain_logps(same, [*t.prompt, *r], len(t.prompt)) for t in trees for r in t.answers]
+    groups = [PrefixGroup(p, tuple(responses[2 * i : 2 * i + 2])) for i, p in enumerate(prompts)]
+    found = policy(**pack(groups).inputs())
+    expected = [plain_logps(same, [*g.prompt, *r], len(g.prompt)) for g in groups for r in g.responses]
     assert torch.allclose(found, torch.cat(expected), atol=1e-4)
 
 
-def test_layers_of_one_type_alone_may_have_them() -> None:
-    """Gemma-3 has rotary embeddings for each type of layers."""
+def test_factors_may_depend_on_length_in_one_type_of_layers_only() -> None:
+    """Gemma-3 has separate rotary embeddings for each type of layers."""
     from transformers import Gemma3ForCausalLM, Gemma3TextConfig
 
     sliding = {"rope_type": "default", "rope_theta": 10000.0}
@@ -101,14 +102,14 @@ def test_layers_of_one_type_alone_may_have_them() -> None:
     lm = Gemma3ForCausalLM(config).eval()
     same = Gemma3ForCausalLM(config).eval()
     same.load_state_dict(lm.state_dict())
-    steady_rotary(lm, config, 60)
+    stabilize_rotary(lm, config, 60)
     rows = rows_of([8, 40])
-    for row in rows * 2:  # plain transformers can do this once a model
+    for row in rows * 2:  # plain transformers can only do this once per model
         mine = plain_logps(lm, row, 3)
-        beside = torch.tensor([[*row, *[0] * (60 - len(row))], rows_of([60])[0]])
-        mask = torch.ones_like(beside).index_fill(1, torch.arange(len(row), 60), 0)
+        batch = torch.tensor([[*row, *[0] * (60 - len(row))], rows_of([60])[0]])
+        mask = torch.ones_like(batch).index_fill(1, torch.arange(len(row), 60), 0)
         mask[1] = 1
-        logps = deepcopy(same)(input_ids=beside, attention_mask=mask, use_cache=False).logits[0].log_softmax(-1)
+        logps = deepcopy(same)(input_ids=batch, attention_mask=mask, use_cache=False).logits[0].log_softmax(-1)
         expected = logps[2 : len(row) - 1].gather(1, torch.tensor(row[3:])[:, None])[:, 0]
         assert torch.allclose(mine, expected, atol=1e-4)
 
@@ -118,7 +119,7 @@ def test_dynamic_factors_are_those_of_the_longest_row_of_a_run(tmp_path: Path) -
     policy = PolicyLM(load_lm(ModelSource(str(folder)), longest=50))
     lm = plain(folder)
     head = 32
-    theta = 10000.0 * (8.0 * 50 / LIMIT - 7.0) ** (head / (head - 2))  # the rule's equation, at 50 positions
+    theta = 10000.0 * (8.0 * 50 / LIMIT - 7.0) ** (head / (head - 2))  # the formula of dynamic factors at 50 positions
     lm.model.rotary_emb.rope_type = "default"
     lm.model.rotary_emb.inv_freq = theta ** -(torch.arange(0, head, 2) / head)
     rows = rows_of([12, 30, 50, 8])
@@ -129,7 +130,7 @@ def test_dynamic_factors_are_those_of_the_longest_row_of_a_run(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_packed_examples_are_what_each_is_alone(tmp_path: Path, kind: str) -> None:
+def test_packed_examples_equal_each_example_alone(tmp_path: Path, kind: str) -> None:
     policy = PolicyLM(load_lm(ModelSource(str(save_llama(tmp_path, **KINDS[kind]))), longest=60))
     examples = [Example(row, [True] * len(row)) for row in rows_of([10, 40, 25])]
     together = policy(**pack_examples(examples).inputs())
@@ -160,8 +161,8 @@ def test_a_reward_model_scores_each_row_as_if_alone(tmp_path: Path, kind: str, a
     assert min(lengths) < LIMIT < max(lengths)
 
 
-def test_the_sampler_has_the_runs_factors_beyond_and_below_the_threshold(tmp_path: Path) -> None:
-    """A response that passes the threshold goes on with the keys and values it began with."""
+def test_the_sampler_uses_the_runs_factors_beyond_and_below_the_threshold(tmp_path: Path) -> None:
+    """A response that passes the threshold continues with its cached keys and values."""
     folder = save_llama(tmp_path / "phi", **longrope())
     source = ModelSource(str(folder))
     lm = load_lm(source, longest=48)
@@ -171,11 +172,11 @@ def test_the_sampler_has_the_runs_factors_beyond_and_below_the_threshold(tmp_pat
     prompts = rows_of([6, 16])
     requests = [PromptTokens(prompt, seed) for seed, prompt in enumerate(prompts)]
     responses = dict(sampler.generate(requests, SamplingConfig(num_responses=2, max_response_tokens=32)))
-    trees = [PrefixGroup(p, tuple(r.token_ids for r in responses[i])) for i, p in enumerate(prompts)]
-    assert max(len(t) for t in trees) > LIMIT
-    noted = [logp for i in range(2) for r in responses[i] for logp in r.logps]
-    found = PolicyLM(lm)(**pack(trees).inputs())
-    assert torch.allclose(found, torch.tensor(noted), atol=1e-4)
+    groups = [PrefixGroup(p, tuple(r.token_ids for r in responses[i])) for i, p in enumerate(prompts)]
+    assert max(len(group) for group in groups) > LIMIT
+    sampled = [logp for i in range(2) for r in responses[i] for logp in r.logps]
+    found = PolicyLM(lm)(**pack(groups).inputs())
+    assert torch.allclose(found, torch.tensor(sampled), atol=1e-4)
 
 
 LONG_PROMPT = "Tell me of the sea, the sky and the hills. " * 2
@@ -183,10 +184,10 @@ PROMPTS = [{"prompt": "Go" if i % 2 else f"{LONG_PROMPT}{i}", "answer": i} for i
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_run_whose_rate_is_zero_stays_at_its_policy(
+def test_a_run_with_learning_rate_zero_keeps_its_policy(
     tmp_path: Path, write_jsonl: Callable[..., str], kind: str
 ) -> None:
-    """Short and long prompts, one pair a batch: the log-ratios of every pair are those of an unchanged policy."""
+    """Short and long prompts, one pair per batch: the log-ratios of every pair are those of an unchanged policy."""
     folder = save_llama(tmp_path / "llama", **KINDS[kind])
     trainer, _ = fit(
         tmp_path / "run",
@@ -201,14 +202,14 @@ def test_a_run_whose_rate_is_zero_stays_at_its_policy(
     assert stored.manifest["settings"]["responses"]["rotary_factors"].startswith(kind)
     longest = trainer.datamodule.longest_tokens  # type: ignore[attr-defined]
     same = PolicyLM(load_lm(ModelSource(str(folder)), attn_implementation="eager", longest=longest))
-    for pair, logps in zip(stored.read("pairs").to_pylist(), stored.read("logps").to_pylist(), strict=True):
+    for pair in pair_rows(stored):
         for which in ("chosen", "rejected"):
             rows = pack([PrefixGroup(pair["prompt_tokens"], (pair[f"{which}_tokens"],))])
             expected = same(**rows.inputs(), temperature=0.9).sum().item()
-            assert logps[f"{which}_old_logp"] == pytest.approx(expected, abs=1e-3)
+            assert pair[f"{which}_old_logp"] == pytest.approx(expected, abs=1e-3)
 
 
-def test_what_an_engine_would_do_otherwise_is_refused(tmp_path: Path) -> None:
+def test_factors_that_an_engine_would_compute_differently_are_refused(tmp_path: Path) -> None:
     from transformers import LlamaConfig
 
     config, dynamic = LlamaConfig(**longrope(), max_position_embeddings=8 * LIMIT), LlamaConfig(**DYNAMIC)
@@ -226,7 +227,7 @@ def test_what_an_engine_would_do_otherwise_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_scale_that_vllm_does_not_read_is_refused() -> None:
-    """It is sqrt(1 + ln(stretch) / ln(limit)): by the config's factor of 8 1.302, by 256 / 20 positions 1.361."""
+    """The scale is sqrt(1 + ln(stretch) / ln(limit)): 1.302 for the config's factor 8, 1.361 for 256 / 20 positions."""
     from transformers import LlamaConfig
 
     with pytest.raises(InputError, match=r"vLLM multiplies .* by 1\.361, and transformers by 1\.302 "):
@@ -247,7 +248,7 @@ def served(folder: Path, length: int, **options: Any) -> VLLMServerReward:
     return reward
 
 
-def test_a_server_whose_scores_would_have_other_factors_is_refused(tmp_path: Path, reward_model: Path) -> None:
+def test_a_server_with_other_factors_is_refused(tmp_path: Path, reward_model: Path) -> None:
     samples = [Sample("a", [{"role": "user", "content": "Go"}], "Yes")]
     positions = {"max_position_embeddings": 8 * LIMIT}
     longropes = save_reward_model(tmp_path / "longrope", **longrope(), **positions)
@@ -264,7 +265,7 @@ def test_a_server_whose_scores_would_have_other_factors_is_refused(tmp_path: Pat
     served(reward_model, 4096).check(samples)
 
 
-def test_copies_in_half_precision_have_them_too(tmp_path: Path) -> None:
+def test_copies_in_half_precision_use_the_same_factors(tmp_path: Path) -> None:
     compute = Compute(dtype=torch.bfloat16)
     lm = load_lm(ModelSource(str(save_llama(tmp_path, **longrope()))), compute=compute, longest=60)
     policy = PolicyLM(lm, compute=compute)
@@ -275,14 +276,14 @@ def test_copies_in_half_precision_have_them_too(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_comparisons_train_on_what_each_row_gives_alone(tmp_path: Path, kind: str, attention: str) -> None:
-    """Pairs whose rows lie on both sides of the threshold share nothing; others share their prompt."""
+def test_comparisons_train_on_the_scores_of_each_row_alone(tmp_path: Path, kind: str, attention: str) -> None:
+    """Pairs with rows on both sides of the threshold share nothing; others share their prompt."""
     source = ModelSource(str(save_reward_model(tmp_path, **KINDS[kind])))
     render = Renderer(source.tokenizer, 400)
     question = [{"role": "user", "content": "Go"}]
     texts = [("Yes", "Red, green, blue. " * 3), ("No", "Yes"), ("What is it? " * 9, "Red, green, blue. " * 5)]
-    said = [[{"role": "assistant", "content": text} for text in both] for both in texts]
-    pairs = [Preference(question, (chosen, rejected)) for chosen, rejected in said]
+    responses = [[{"role": "assistant", "content": text} for text in both] for both in texts]
+    pairs = [Preference(question, (chosen, rejected)) for chosen, rejected in responses]
     unit = ClassifierLM(load_classifier(source, attn_implementation=attention)).train()
     dataset = PreferenceDataset(pairs, render, source.config)
     dataset.pad_id, dataset.shares_prompts = 1, unit.shares_prompts

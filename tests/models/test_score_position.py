@@ -1,4 +1,4 @@
-"""Where a score is read: at one place, found by length, in training, in process, served and in other tools."""
+"""The token at which a score is read: the same in training, in process, on servers and in other tools."""
 
 import json
 from pathlib import Path
@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 import torch
 
-from rlhf_pl.models import score_position as score_place
-from rlhf_pl.models.packed_batch import share_beginning
+from rlhf_pl.models import score_position
+from rlhf_pl.models.packed_batch import make_prefix_group
 from rlhf_pl.models.rendering import Renderer, padded, reward_renderer
-from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, new_classifier, tree_inputs
+from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, new_classifier, prefix_group_inputs
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.padding_token import own_padding
 from rlhf_pl.rewards import ClassifierReward, VLLMServerReward
@@ -23,12 +23,12 @@ EOS = 2  # <|end|>, which `CHAT_TEMPLATE` writes after every message
 
 @pytest.fixture(scope="module")
 def ambiguous(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Its padding token is its EOS."""
+    """A reward model whose padding token is its EOS."""
     return save_reward_model(tmp_path_factory.mktemp("ambiguous"), pad_token_id=EOS)
 
 
 def by_hand(folder: Path, drop: int) -> list[float]:
-    """The head on the hidden state of the last token but `drop`, one row at a time, from transformers' own parts."""
+    """The head on the hidden state of the last token after dropping `drop` tokens, row by row, by transformers."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -48,7 +48,9 @@ def scores(folder: Path, **options: Any) -> list[float]:
 
 
 @pytest.mark.parametrize("options", [{}, {"attn_implementation": "eager"}, {"tokens_per_batch": 1}])
-def test_the_last_token_counts_even_if_it_is_the_padding_token(ambiguous: Path, options: dict[str, Any]) -> None:
+def test_the_score_is_read_at_the_last_token_even_if_it_is_the_padding_token(
+    ambiguous: Path, options: dict[str, Any]
+) -> None:
     at_eos, before = by_hand(ambiguous, 0), by_hand(ambiguous, 1)
     assert min(abs(a - b) for a, b in zip(at_eos, before, strict=True)) > 1e-2
     assert scores(ambiguous, **options) == pytest.approx(at_eos, abs=1e-5)
@@ -57,7 +59,7 @@ def test_the_last_token_counts_even_if_it_is_the_padding_token(ambiguous: Path, 
     assert plain_scores(ambiguous) == pytest.approx(before, abs=1e-5), "transformers reads before its padding token"
 
 
-def test_what_the_template_writes_after_the_eos_is_told_from_it(ambiguous: Path, tmp_path: Path) -> None:
+def test_text_of_the_template_after_the_eos_is_not_the_eos(ambiguous: Path, tmp_path: Path) -> None:
     template = tmp_path / "newline.jinja"
     template.write_text(CHAT_TEMPLATE.replace("<|end|>", "<|end|>\n"))
     rows = {
@@ -73,8 +75,8 @@ def test_what_the_template_writes_after_the_eos_is_told_from_it(ambiguous: Path,
     assert rows["before_eos"].turn == rows["last"].turn
 
 
-def test_rows_score_alike_however_they_are_laid_out(ambiguous: Path) -> None:
-    """Padded on the right, on the left, and with what they begin with computed once."""
+def test_scores_do_not_depend_on_padding_or_packing(ambiguous: Path) -> None:
+    """Padded on the right, on the left, and with a shared prefix computed once."""
     model = ClassifierLM(load_classifier(ModelSource(str(ambiguous)))).eval()
     render = reward_renderer(ModelSource(str(ambiguous)), 99, "keep")
     rows = [render(s.messages, s.response) for s in SAMPLES]
@@ -84,19 +86,19 @@ def test_rows_score_alike_however_they_are_laid_out(ambiguous: Path) -> None:
         left["input_ids"][i, -len(row) :], left["attention_mask"][i, -len(row) :] = torch.tensor(row.ids), 1
     expected = by_hand(ambiguous, 0)
     with torch.no_grad():
-        for inputs in (right, left, tree_inputs([share_beginning([row.ids for row in rows])])):
+        for inputs in (right, left, prefix_group_inputs([make_prefix_group([row.ids for row in rows])])):
             assert model(**inputs).tolist() == pytest.approx(expected, abs=1e-5)
 
 
-def test_models_whose_readings_differ_are_warned_of_once(
+def test_a_warning_for_models_that_other_tools_read_elsewhere_is_printed_once(
     ambiguous: Path, reward_model: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(score_place, "_warned", set())
+    monkeypatch.setattr(score_position, "_warned", set())
     for _ in range(2):
         ClassifierReward(str(ambiguous)).check(SAMPLES)
-    said = " ".join(capsys.readouterr().out.split())
-    assert said.count("warning:") == 1
-    assert "`score_at: before_eos`" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert output.count("warning:") == 1
+    assert "`score_at: before_eos`" in output
     VLLMServerReward("http://x", str(ambiguous)).check(SAMPLES)
     assert "`rollout.reward.tokenizer`" in capsys.readouterr().out
     ClassifierReward(str(ambiguous), score_at="last").check(SAMPLES)
@@ -104,19 +106,19 @@ def test_models_whose_readings_differ_are_warned_of_once(
     assert "warning" not in capsys.readouterr().out
 
 
-def test_a_served_model_is_sent_what_ends_where_its_score_is_read(ambiguous: Path, tmp_path: Path) -> None:
-    """vLLM reads the last token it is sent; the mean in the config is unknown to it."""
+def test_rows_for_a_served_model_end_where_its_score_is_read(ambiguous: Path, tmp_path: Path) -> None:
+    """vLLM reads the last token of a request, and ignores the mean score in the config."""
     folder = with_config(ambiguous, tmp_path / "mean", bias=0.75)
     rows = {}
     for place in (None, "before_eos"):
         reward = VLLMServerReward("http://x", str(folder), score_at=place)  # type: ignore[arg-type]
         sent: list[dict[str, Any]] = []
 
-        def answer(payloads: list[dict[str, Any]], parse: Any, sent: list[dict[str, Any]] = sent) -> list[Any]:
+        def reply(payloads: list[dict[str, Any]], parse: Any, sent: list[dict[str, Any]] = sent) -> list[Any]:
             sent += payloads
             return [parse(i, {"data": [{"probs": [1.0]}]}) for i, _ in enumerate(payloads)]
 
-        reward._service.map = answer  # type: ignore[method-assign, assignment]
+        reward._service.map = reply  # type: ignore[method-assign, assignment]
         assert [r.reward for r in reward.score(SAMPLES)] == [0.25] * len(SAMPLES)  # type: ignore[union-attr]
         rows[place] = [payload["input"][0] for payload in sent]
     assert all(row[-1] == EOS for row in rows[None])
@@ -137,7 +139,7 @@ def test_the_mean_in_a_config_is_subtracted(reward_model: Path, tmp_path: Path) 
     folder = with_config(reward_model, tmp_path / "mean", bias=1.5)
     assert scores(folder) == pytest.approx(expected, abs=1e-5)
     assert ClassifierReward(str(folder)).fingerprint() != ClassifierReward(str(reward_model)).fingerprint()
-    # as the authors write it: a config that transformers does not know, beside weights
+    # as the authors publish it: a config that transformers can't read, next to the weights
     (folder / "config.json").write_text(json.dumps({"base_model": "x", "hidden_size": 64, "bias": 1.5}))
     assert scores(folder, base=str(reward_model)) == pytest.approx(expected, abs=1e-5)
     assert scores(with_config(reward_model, tmp_path / "switch", bias=True)) == scores(reward_model)
@@ -145,15 +147,15 @@ def test_the_mean_in_a_config_is_subtracted(reward_model: Path, tmp_path: Path) 
         scores(with_config(reward_model, tmp_path / "text", bias="much"))
 
 
-def test_a_config_says_where_its_score_is_read(ambiguous: Path, tmp_path: Path) -> None:
-    folder = with_config(ambiguous, tmp_path / "said", score_at="before_eos")
+def test_a_config_may_set_where_the_score_is_read(ambiguous: Path, tmp_path: Path) -> None:
+    folder = with_config(ambiguous, tmp_path / "configured", score_at="before_eos")
     assert scores(folder) == pytest.approx(by_hand(ambiguous, 1), abs=1e-5)
     assert scores(folder, score_at="last") == pytest.approx(by_hand(ambiguous, 0), abs=1e-5)
     with pytest.raises(InputError, match="has `score_at` 'first'; expected one of last, eos, before_eos"):
         scores(with_config(ambiguous, tmp_path / "wrong", score_at="first"))
 
 
-def test_places_that_are_not_there_are_refused(ambiguous: Path, tmp_path: Path) -> None:
+def test_score_positions_that_do_not_exist_are_refused(ambiguous: Path, tmp_path: Path) -> None:
     template = tmp_path / "plain.jinja"
     template.write_text("{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}\n{% endfor %}")
     with pytest.raises(InputError, match=r"`score_at` is eos, but the chat template .* writes no EOS"):
@@ -172,17 +174,17 @@ def tokenizer_with(pad: str | None = "<|end|>", unk: str | None = None, more: tu
 @pytest.mark.parametrize(
     ("tokenizer", "free_rows", "token", "new_rows"),
     [
-        (tokenizer_with(pad="</s>"), 3, "</s>", 0),  # its own
+        (tokenizer_with(pad="</s>"), 3, "</s>", 0),  # the model's own padding token
         (tokenizer_with(more=("<|reserved_0|>", "<|right_pad_id|>")), 3, "<|right_pad_id|>", 0),
         (tokenizer_with(more=("<|reserved_0|>",)), 0, "<|reserved_0|>", 0),
-        (tokenizer_with(), 3, "<|padding|>", 0),  # in a row that no token has
-        (tokenizer_with(unk="</s>"), 0, "</s>", 0),  # which no text is read as
+        (tokenizer_with(), 3, "<|padding|>", 0),  # in an embedding row without a token
+        (tokenizer_with(unk="</s>"), 0, "</s>", 0),  # the unknown token, which no text is encoded as
         (tokenizer_with(), 0, "<|padding|>", 1),
         (tokenizer_with(pad=None), 0, "<|padding|>", 1),
         (tokenizer_with(more=("<|padding|>",), pad="<s>"), 0, "<|padding|>", 0),
     ],
 )
-def test_a_padding_token_is_one_that_no_conversation_has(
+def test_the_padding_token_is_one_that_no_conversation_contains(
     tokenizer: Any, free_rows: int, token: str, new_rows: int
 ) -> None:
     from transformers import LlamaConfig
@@ -193,11 +195,11 @@ def test_a_padding_token_is_one_that_no_conversation_has(
     assert (found.tokenizer.pad_token, found.new_rows) == (token, new_rows)
     assert found.id == found.tokenizer.pad_token_id == found.tokenizer.convert_tokens_to_ids(token)
     assert found.id < config.vocab_size + new_rows
-    assert tokenizer.pad_token == before, "the one that was given is left alone"
+    assert tokenizer.pad_token == before, "the tokenizer that was passed in must not change"
 
 
-def test_training_leaves_the_mean_out(reward_model: Path, tmp_path: Path) -> None:
-    """It is not the mean of what the trained model will score, and vLLM would take it for a switch."""
+def test_training_removes_the_mean_score(reward_model: Path, tmp_path: Path) -> None:
+    """It is not the mean of the trained model's scores, and vLLM would treat `bias` as a boolean."""
     folder = with_config(reward_model, tmp_path / "mean", bias=1.5)
     model = new_classifier(ModelSource(str(folder)), seed=0)
     assert not hasattr(model.config, "bias")

@@ -1,4 +1,4 @@
-"""Thinking withheld from rewards."""
+"""Thinking removed from what rewards see."""
 
 from dataclasses import replace
 from typing import Any
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rlhf_pl.models.thinking import answer_text, answer_tokens, is_prefilled
+from rlhf_pl.models.thinking import is_prefilled, text_without_thinking, tokens_without_thinking
 from rlhf_pl.rewards import Sample
 from rlhf_pl.rewards.withhold import without_thinking
 from tests.conftest import make_tokenizer
@@ -38,24 +38,24 @@ TOKENIZER = make_tokenizer()
         ("", False, ""),
     ],
 )
-def test_what_stands_outside_of_thoughts_is_the_answer(response: str, opened: bool, expected: str | None) -> None:
-    assert answer_text(response, MARKS, opened) == expected
+def test_text_outside_thoughts_is_kept(response: str, opened: bool, expected: str | None) -> None:
+    assert text_without_thinking(response, MARKS, opened) == expected
     ids = TOKENIZER(response, add_special_tokens=False)["input_ids"]
-    kept = answer_tokens(ids, TOKENIZER.decode, MARKS, opened)
+    kept = tokens_without_thinking(ids, TOKENIZER.decode, MARKS, opened)
     assert (None if kept is None else TOKENIZER.decode(kept).lstrip()) == (expected and expected.lstrip())
 
 
-def test_tokens_that_hold_the_end_of_one_mark_and_the_beginning_of_the_next() -> None:
+def test_tokens_that_span_two_marks() -> None:
     pieces = ["Wait.", "<", "think", "></", "think", ">\n", "\n", "Four", ".<", "think", ">", "Hm", "</", "think", ">!"]
 
     def decode(ids: Any) -> str:
         return "".join(pieces[i] for i in ids)
 
-    assert answer_text(decode(range(15)), MARKS) == "Wait.\n\nFour.!"
-    assert answer_tokens(list(range(15)), decode, MARKS) == [0, 6, 7]
+    assert text_without_thinking(decode(range(15)), MARKS) == "Wait.\n\nFour.!"
+    assert tokens_without_thinking(list(range(15)), decode, MARKS) == [0, 6, 7]
 
 
-def test_a_template_opens_the_thought() -> None:
+def test_a_prompt_may_open_a_thought() -> None:
     assert is_prefilled("<|assistant|><think>\n", MARKS)
     assert not is_prefilled("<|assistant|><think>\n\n</think>\n\n", MARKS)
     assert not is_prefilled("Use <think> tags.<|assistant|>", MARKS)
@@ -70,15 +70,15 @@ def test_a_sample_without_its_thoughts() -> None:
     seen = without_thinking(sample("Hm.</think>\n\nFour."), MARKS, "<|assistant|><think>\n", TOKENIZER)
     assert (seen.response, seen.finished) == ("Four.", True)
     assert TOKENIZER.decode(seen.response_tokens).strip() == "Four."
-    cut = without_thinking(sample("Hm."), MARKS, "<|assistant|><think>\n", TOKENIZER)
-    assert (cut.response, list(cut.response_tokens), cut.finished) == ("", [], False)
+    truncated = without_thinking(sample("Hm."), MARKS, "<|assistant|><think>\n", TOKENIZER)
+    assert (truncated.response, list(truncated.response_tokens), truncated.finished) == ("", [], False)
     message = {"role": "assistant", "content": "Four.", "reasoning_content": "Hm.", "tool_calls": [{"a": 1}]}
-    told = without_thinking(sample("Four.", message=message), MARKS)
-    assert told.message == {"role": "assistant", "content": "Four.", "tool_calls": [{"a": 1}]}
+    seen = without_thinking(sample("Four.", message=message), MARKS)
+    assert seen.message == {"role": "assistant", "content": "Four.", "tool_calls": [{"a": 1}]}
 
 
 def test_marks_that_are_special_tokens() -> None:
-    """They are not in the text: what a policy thought would stand before its answer as if it had been said."""
+    """The decoded text does not contain them, so a thought would look like part of the response."""
     tokenizer = make_tokenizer()
     tokenizer.add_special_tokens({"additional_special_tokens": list(MARKS)})
     ids = tokenizer("<think>Hm.</think>\n\nFour.<|end|>", add_special_tokens=False)["input_ids"]
@@ -94,9 +94,9 @@ def test_tokens_and_text_agree(parts: list[tuple[bool, str]]) -> None:
     response = "".join(f"<think>{text}</think>" if thought else text for thought, text in parts)
     expected = "".join(text for thought, text in parts if not thought)
     ids = TOKENIZER(response, add_special_tokens=False)["input_ids"]
-    kept = answer_tokens(ids, TOKENIZER.decode, MARKS)
+    kept = tokens_without_thinking(ids, TOKENIZER.decode, MARKS)
     assert kept is not None
-    text = answer_text(response, MARKS)
+    text = text_without_thinking(response, MARKS)
     assert text is not None
     assert text.lstrip() == expected.lstrip()
     assert "".join(TOKENIZER.decode(kept).split()) == "".join(expected.split())

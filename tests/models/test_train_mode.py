@@ -1,4 +1,4 @@
-"""Training in eval mode: log-probs are those that responses were sampled with, whatever an architecture does."""
+"""Training in eval mode: log-probs equal those at sampling, whatever an architecture does in train mode."""
 
 import warnings
 from collections.abc import Callable
@@ -26,7 +26,7 @@ ROWS = pack([PrefixGroup([5, 6, 7], ([8, 9, 10], [11, 12]))])
 
 
 def save_moe(folder: Path) -> Path:
-    """A Mixtral whose router sees noise in train mode."""
+    """A Mixtral with router noise in train mode."""
     from transformers import MixtralConfig, MixtralForCausalLM
 
     tokenizer = make_tokenizer()
@@ -42,7 +42,7 @@ def save_moe(folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
-def test_no_router_noise_and_still_activations_are_recomputed(
+def test_router_noise_is_off_and_gradient_checkpointing_still_works(
     tmp_path: Path, checkpointing: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lm = load_lm(ModelSource(str(save_moe(tmp_path))))
@@ -67,10 +67,12 @@ def test_no_router_noise_and_still_activations_are_recomputed(
     assert all(p.grad is not None for p in lm.parameters())
 
 
-def test_a_run_on_a_noisy_model_stays_at_its_policy(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:
+def test_a_noisy_model_with_learning_rate_zero_keeps_its_policy(
+    tmp_path: Path, write_jsonl: Callable[..., str]
+) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", UserWarning)  # of modules in eval mode, too
-        warnings.filterwarnings("ignore", message=".*(num_workers|log_every_n_steps|checkpoint|isinstance).*")
+        warnings.simplefilter("error", UserWarning)
+        warnings.filterwarnings("ignore", message=".*(num_workers|log_every_n_steps|checkpoint|isinstance|eval mode).*")
         trainer, module = fit(
             tmp_path / "run",
             save_moe(tmp_path / "moe"),
@@ -82,11 +84,11 @@ def test_a_run_on_a_noisy_model_stays_at_its_policy(tmp_path: Path, write_jsonl:
     assert module.policy is not None
     layers = [m for m in module.policy.modules() if getattr(m, "gradient_checkpointing", False)]
     assert layers
-    assert all(m.training for m in layers)  # after evaluation, too
+    assert all(m.training for m in layers)  # also after evaluation
 
 
-def test_weights_that_eval_mode_would_rescale_stay_as_they_are(tmp_path: Path) -> None:
-    """RWKV halves the output weights of every second layer here, once it computes in eval mode."""
+def test_weights_that_eval_mode_would_rescale_do_not_change(tmp_path: Path) -> None:
+    """With this config, RWKV halves the output weights of every second layer in eval mode."""
     from transformers import AutoModelForCausalLM, RwkvConfig
 
     sizes = {"vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 4, "context_length": 128}
@@ -102,7 +104,7 @@ def test_weights_that_eval_mode_would_rescale_stay_as_they_are(tmp_path: Path) -
     assert _twin(policy.lm, source, torch.float32).config.rescale_every == 2
 
 
-def test_reward_models_do_without_it_too(tmp_path: Path) -> None:
+def test_router_noise_of_reward_models_is_off_too(tmp_path: Path) -> None:
     from transformers import AutoModelForSequenceClassification
 
     folder = save_moe(tmp_path)
@@ -114,7 +116,7 @@ def test_reward_models_do_without_it_too(tmp_path: Path) -> None:
     assert torch.equal(scores[0], scores[2])
 
 
-def test_dropout_in_front_of_adapters_is_on_in_training_alone(llama: Path) -> None:
+def test_dropout_of_adapters_is_on_only_in_training(llama: Path) -> None:
     lm = load_lm(ModelSource(str(llama)))
     add_lora(lm, LoRA(rank=2, dropout=0.5), 0, train_head=False)
     with torch.no_grad():
@@ -128,7 +130,7 @@ def test_dropout_in_front_of_adapters_is_on_in_training_alone(llama: Path) -> No
 
 
 def add_token(folder: Path, template: str) -> None:
-    """A token beyond the embeddings, as of those who add a padding token and resize nothing."""
+    """Add a token without an embedding, like users who add a padding token without resizing the model."""
     tokenizer = make_tokenizer()
     tokenizer.add_tokens(["<|new|>"], special_tokens=True)
     tokenizer.pad_token = "<|new|>"
@@ -158,7 +160,7 @@ def test_tokens_without_embeddings_are_refused_where_they_are_used(
         ClassifierReward(str(scorer)).check([Sample("a", [{"role": "user", "content": "Hi"}], "Ho")])
 
 
-def test_an_eos_without_an_embedding_ends_nothing(tmp_path: Path) -> None:
+def test_an_eos_without_an_embedding_is_ignored(tmp_path: Path) -> None:
     import json
 
     folder = save_llama(tmp_path)
@@ -168,5 +170,5 @@ def test_an_eos_without_an_embedding_ends_nothing(tmp_path: Path) -> None:
     assert ModelSource(str(folder)).eos_token_ids == (2,)
     content = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps(content | {"eos_token": None}))
-    with pytest.raises(InputError, match="no response could ever end"):
+    with pytest.raises(InputError, match="no response could ever finish"):
         _ = ModelSource(str(folder)).eos_token_ids

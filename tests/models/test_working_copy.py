@@ -1,4 +1,4 @@
-"""`bf16-mixed`: float32 weights that the optimizer holds, and bfloat16 copies that compute."""
+"""`bf16-mixed`: the optimizer updates float32 weights, and bfloat16 copies compute."""
 
 import copy
 from collections.abc import Callable
@@ -20,7 +20,7 @@ ROWS = pack([PrefixGroup([5, 6, 7, 8], ([9, 10, 11], [30, 31, 32])), PrefixGroup
 
 
 def policies(folder: Path) -> tuple[PolicyLM, PolicyLM]:
-    """Float32 weights with copies, and the same weights in bfloat16."""
+    """A policy with float32 weights and copies, and one with the same weights in bfloat16."""
     source = ModelSource(str(folder))
     return PolicyLM(load_lm(source, compute=BF16), compute=BF16), PolicyLM(load_lm(source, "bfloat16"))
 
@@ -31,7 +31,7 @@ def gradients(policy: PolicyLM, scale: float = 1.0) -> dict[str, Tensor]:
     return {name: p.grad.clone() for name, p in policy.named_parameters() if p.grad is not None}
 
 
-def test_it_computes_as_bfloat16_weights_do_and_gives_float32_gradients(llama: Path) -> None:
+def test_results_equal_bfloat16_weights_and_gradients_are_float32(llama: Path) -> None:
     mixed, half = policies(llama)
     assert torch.equal(mixed(**ROWS.inputs()), half(**ROWS.inputs()))
     ours, plain = gradients(mixed), gradients(half)
@@ -41,7 +41,7 @@ def test_it_computes_as_bfloat16_weights_do_and_gives_float32_gradients(llama: P
 
 
 def test_micro_batches_are_summed_in_float32(llama: Path) -> None:
-    """bfloat16 sums lose a gradient that is 300 times smaller than what is there."""
+    """bfloat16 sums lose a gradient that is 300 times smaller than the sum."""
     mixed, _ = policies(llama)
     large, small = gradients(mixed), gradients(mixed, 2.0**-10)
     mixed.zero_grad()
@@ -66,7 +66,7 @@ def test_copies_follow_the_weights(llama: Path, change: str) -> None:
         with torch.no_grad():
             for name, parameter in mixed.lm.named_parameters():
                 parameter.copy_(moved[name])
-    elif change == "data":  # as optimizers and averages of weights may do it, unseen by torch
+    elif change == "data":  # as optimizers and weight averages may do, invisible to torch
         for name, parameter in mixed.lm.named_parameters():
             parameter.data = moved[name].data
     else:
@@ -76,7 +76,7 @@ def test_copies_follow_the_weights(llama: Path, change: str) -> None:
         assert torch.equal(mixed(**ROWS.inputs()), half(**ROWS.inputs()))
 
 
-def test_what_is_stored_has_the_float32_weights_alone(llama: Path) -> None:
+def test_the_state_dict_has_only_the_float32_weights(llama: Path) -> None:
     mixed, _ = policies(llama)
     before = list(mixed.state_dict())
     gradients(mixed)
@@ -88,15 +88,15 @@ def test_what_is_stored_has_the_float32_weights_alone(llama: Path) -> None:
         assert not torch.equal(again(**ROWS.inputs()), mixed(**ROWS.inputs()))
 
 
-def test_own_weights_can_be_asked_for(llama: Path) -> None:
+def test_the_own_weights_can_be_used(llama: Path) -> None:
     mixed, _ = policies(llama)
     exact = PolicyLM(load_lm(ModelSource(str(llama))))(**ROWS.inputs())
-    with mixed.by_own_weights():
+    with mixed.using_own_weights():
         assert torch.equal(mixed(**ROWS.inputs()), exact)
     assert not torch.equal(mixed(**ROWS.inputs()), exact)
 
 
-def test_adapters_are_left_out_in_the_copy_too(llama: Path) -> None:
+def test_adapters_are_disabled_in_the_copy_too(llama: Path) -> None:
     lm = load_lm(ModelSource(str(llama)), compute=BF16)
     base = PolicyLM(load_lm(ModelSource(str(llama)), "bfloat16"))(**ROWS.inputs())
     add_lora(lm, LoRA(rank=4), 0, train_head=False)
@@ -124,7 +124,7 @@ class _Module(L.LightningModule):
         return self.make(self.parameters())
 
 
-def test_a_trainers_steps_move_the_float32_weights_by_less_than_bfloat16_holds(llama: Path, tmp_path: Path) -> None:
+def test_training_steps_smaller_than_bfloat16_resolution_change_the_weights(llama: Path, tmp_path: Path) -> None:
     module = _Module(str(llama), lambda p: torch.optim.AdamW(p, lr=1e-6))
     start = {name: p.detach().clone() for name, p in module.named_parameters()}
     trainer = L.Trainer(
@@ -136,8 +136,8 @@ def test_a_trainers_steps_move_the_float32_weights_by_less_than_bfloat16_holds(l
     assert all(0 < change < 4e-6 for change in moved.values())
 
 
-def test_changes_that_torch_does_not_see_are_seen_without_gradients_and_after_them(llama: Path) -> None:
-    """As averages of weights are swapped in and out around a validation."""
+def test_changes_invisible_to_torch_are_copied_before_passes_without_gradients_and_after(llama: Path) -> None:
+    """Weight averages are swapped in and out around a validation in this way."""
     mixed, half = policies(llama)
     mixed.eval()
 
@@ -155,8 +155,8 @@ def test_changes_that_torch_does_not_see_are_seen_without_gradients_and_after_th
     assert torch.equal(mixed.train()(**ROWS.inputs()), half(**ROWS.inputs()))
 
 
-def test_it_is_built_anew_of_what_has_become_of_the_model(llama: Path) -> None:
-    """Weights that are replaced, adapters and hooks that come later, weights for one call."""
+def test_the_copy_is_rebuilt_when_the_model_changes(llama: Path) -> None:
+    """Replaced weights, adapters and hooks added later, weights for one call."""
     mixed, half = policies(llama)
     mixed(**ROWS.inputs())
     for policy in (mixed, half):
@@ -176,8 +176,8 @@ def test_it_is_built_anew_of_what_has_become_of_the_model(llama: Path) -> None:
     assert all("lora" in name for name in gradients(mixed))
 
 
-def test_passes_in_inference_mode_leave_nothing_behind(llama: Path) -> None:
-    """Lightning validates in it, also before training."""
+def test_passes_in_inference_mode_do_not_affect_training(llama: Path) -> None:
+    """Lightning validates in inference mode, also before training."""
     mixed, half = policies(llama)
     with torch.inference_mode():
         mixed(**ROWS.inputs())
@@ -185,8 +185,8 @@ def test_passes_in_inference_mode_leave_nothing_behind(llama: Path) -> None:
     assert all(torch.equal(ours[name], plain[name].float()) for name in ours)
 
 
-def test_a_pass_between_forward_and_backward_changes_nothing(llama: Path) -> None:
-    """With gradient checkpointing, which computes again in the backward pass."""
+def test_a_pass_between_forward_and_backward_does_not_change_gradients(llama: Path) -> None:
+    """Gradient checkpointing recomputes activations in the backward pass."""
     mixed, half = policies(llama)
     for policy in (mixed, half):
         policy.train().lm.gradient_checkpointing_enable({"use_reentrant": False})

@@ -1,10 +1,7 @@
 """Exported folders are what `save_pretrained` of transformers writes of the same model in that dtype."""
 
-import hashlib
 import json
-import os
 import shutil
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +11,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from rlhf_pl.__main__ import main
-from rlhf_pl.callbacks import HFExport
 from rlhf_pl.distributed.gather_weights import weights_of
-from rlhf_pl.models.export_stamp import STAMP, damaged_files, exports
+from rlhf_pl.models.export_stamp import STAMP, find_damaged_files
 from rlhf_pl.models.policy import empty_lm, load_lm
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.export import export_dtype, export_folder, try_export
@@ -220,41 +215,6 @@ def test_processor_files_go_along(tmp_path: Path) -> None:
     assert (export(source, tmp_path / "exported") / "preprocessor_config.json").read_text() == '{"size": 3}'
 
 
-@pytest.mark.parametrize("folder", [".", "", "..", "/tmp/x", "checkpoints", "rounds/x", "a/../.."])
-def test_exports_have_a_place_of_their_own(folder: str) -> None:
-    with pytest.raises(InputError, match=r"`export.folder`"):
-        HFExport(folder=folder)
-
-
-def test_a_run_exports_what_save_pretrained_writes(tmp_path: Path, write_jsonl: Any) -> None:
-    """Trained in bf16-mixed from bfloat16 with lr 0: the very same tensors, files and modes; another stage keeps it."""
-    from rlhf_pl.optim import AdamW
-    from tests.integration.test_fit import PROMPTS, fit
-
-    source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
-    saved = save_in(source, tmp_path / "saved", torch.bfloat16)
-    prompts = write_jsonl(PROMPTS)
-    module = {"optimizer": lambda p: AdamW(p, lr=0.0)}
-    mask = os.umask(0o027)
-    try:
-        run = tmp_path / "run"
-        settings: dict[str, Any] = {"max_epochs": 1, "precision": "bf16-mixed"}
-        fit(run, source, prompts, [HFExport()], module, **settings)
-    finally:
-        os.umask(mask)
-    assert_same_folder(run / "model", saved)
-    assert {stat.S_IMODE(file.stat().st_mode) for file in (run / "model").iterdir()} == {0o640}
-    fit(tmp_path / "next", run / "model", prompts, [HFExport()], module, **settings)
-    assert_same_folder(tmp_path / "next" / "model", saved)
-
-    shutil.rmtree(run / "model")
-    (run / "model").mkdir()
-    (run / "model" / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="no export of this program"):
-        fit(run, source, prompts, [HFExport()], module, **settings)
-    assert (run / "model" / "thesis.txt").exists()
-
-
 @pytest.mark.parametrize("text", ['{"num_return_sequences": 3}', '{"max_new_tokens": -5}', "[1]"])
 def test_a_generation_config_that_transformers_refuses_to_read_is_named(tmp_path: Path, text: str) -> None:
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
@@ -263,76 +223,6 @@ def test_a_generation_config_that_transformers_refuses_to_read_is_named(tmp_path
         _ = ModelSource(str(source)).eos_token_ids
 
 
-def test_a_damaged_export_is_noticed_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cut files by their sizes, changed bytes by checksums; the same run writes the same folder once more."""
-    source, run = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16), tmp_path / "run"
-    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = [
-        *("fit", "--model=SFTModule", f"--model.policy={source}", "--data=SFTDataModule", "--data.max_tokens=64"),
-        *(f"--data.conversations={tmp_path / 'rows.jsonl'}", "--data.batch_size=2", "--trainer.max_epochs=1"),
-        *("--trainer.accelerator=cpu", f"--trainer.default_root_dir={run}", "--trainer.enable_progress_bar=false"),
-    ]
-    assert main(arguments) == 0
-    model = run / "model"
-    whole = {f.name: f.read_bytes() for f in model.iterdir()}
-    written = json.loads(whole[STAMP])["files"]
-    assert written.keys() == whole.keys() - {STAMP}
-    name = "model.safetensors"
-    assert written[name] == {"size": len(whole[name]), "sha256": hashlib.sha256(whole[name]).hexdigest()}
-    assert main(["rounds", str(run), "--verify"]) == 0
-
-    def cut(file: Path) -> None:
-        file.write_bytes(file.read_bytes()[:-1])
-
-    def flip(file: Path) -> None:
-        content = bytearray(file.read_bytes())
-        content[-1] ^= 1
-        file.write_bytes(content)
-
-    for file, damage in (
-        (name, cut),
-        (name, flip),
-        ("tokenizer.json", cut),
-        ("config.json", Path.unlink),
-        (STAMP, cut),
-    ):
-        damage(model / file)
-        assert [f.name for f in damaged_files(model, checksums=True)] == [file]
-        assert bool(damaged_files(model, checksums=False)) == (damage is not flip)
-        assert list(exports(run)) == [model]
-        capsys.readouterr()
-        assert main(["rounds", str(run), "--verify"]) == 1
-        assert file in capsys.readouterr().out.replace("\n", "")
-        assert main(arguments) == 0
-        assert {f.name: f.read_bytes() for f in model.iterdir()} == whole
-
-
 def test_an_export_of_an_earlier_version_has_no_list_and_is_no_damage(tmp_path: Path) -> None:
     (tmp_path / STAMP).write_text(json.dumps({"format": 2, "updates": 3, "dtype": None, "weights": "x"}))
-    assert damaged_files(tmp_path, checksums=True) == []
-
-
-def test_a_damaged_model_of_a_round_is_made_again(tmp_path: Path) -> None:
-    """That of the last round by the same command, an earlier one from its checkpoint in another run directory."""
-    source, run = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16), tmp_path / "run"
-    rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(4)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    arguments = [
-        *("fit", "--model=SFTModule", f"--model.policy={source}", "--data=SFTDataModule", "--data.max_tokens=64"),
-        *(f"--data.conversations={tmp_path / 'rows.jsonl'}", "--data.batch_size=2", "--export.every_round=true"),
-        *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--model.optimizer.lr=0.01"),
-    ]
-    common = [*arguments, "--trainer.max_epochs=2", f"--trainer.default_root_dir={run}"]
-    assert main(common) == 0
-    first, last = (run / f"model-round-{n}" / "model.safetensors" for n in (1, 2))
-    before, wanted = first.read_bytes(), last.read_bytes()
-    assert before != wanted
-    first.write_bytes(before[:-1])
-    last.write_bytes(wanted[:-1])
-    assert main(common) == 0
-    assert last.read_bytes() == wanted
-    assert main(["rounds", str(run), "--verify"]) == 1  # the first round's
-    other = ["--trainer.max_epochs=1", f"--trainer.default_root_dir={tmp_path / 'other'}"]
-    assert main([*arguments, *other, f"--ckpt_path={run}/checkpoints/after-round-0001.ckpt"]) == 0
-    assert (tmp_path / "other" / "model" / "model.safetensors").read_bytes() == before
+    assert find_damaged_files(tmp_path, checksums=True) == []

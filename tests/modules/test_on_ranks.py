@@ -84,9 +84,12 @@ def test_all_ranks_end_where_one_has_diverged(tmp_path: Path) -> None:
     row = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No.", "chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"prompt": f"Is {i}?"}) + "\n" for i in range(16)))
     (tmp_path / "strange.py").write_text(LOSS)
-    kinds = {
-        "loss": ("--model.loss strange.InfiniteOnOneRank", "the loss is not finite"),
-        "weights": ("--model.optimizer.lr 1e6 --trainer.max_steps 1", "holds numbers that are not finite, or beyond"),
+    kinds = {  # a loss is whole on its rank under any strategy; weights are looked at whole or in shards
+        "loss": ("ddp", "--model.loss strange.InfiniteOnOneRank", "the loss is not finite"),
+        "weights": (
+            *("ddp fsdp fsdp2", "--model.optimizer.lr 1e6 --trainer.max_steps 1"),
+            "holds numbers that are not finite, or beyond",
+        ),
     }
     shared = f"--model.policy {model} --data OfflineDataModule --data.pairs {tmp_path}/rows.jsonl --data.batch_size 1 "
     shared += "--trainer.accelerator cpu --trainer.max_epochs 1 --trainer.accumulate_grad_batches 2 --trainer.devices 2"
@@ -96,13 +99,13 @@ def test_all_ranks_end_where_one_has_diverged(tmp_path: Path) -> None:
             "ranks": 2,
             "arguments": [*shared.split(), *options.split(), "--trainer.strategy", strategy],
         }
-        for kind, (options, _) in kinds.items()
-        for strategy in STRATEGIES
+        for kind, (strategies, options, _) in kinds.items()
+        for strategy in strategies.split()
     ]
     for run, outcome in zip(runs, outcomes(tmp_path, {"arguments": ["fit"]}, runs), strict=True):
         log = Path(f"{run['dir']}.log").read_text()
         assert set(outcome["every"]) == {1}, log
         assert log.count("error: ") == 1, log
-        assert kinds[Path(str(run["dir"])).name.partition("-")[0]][1] in log
+        assert kinds[Path(str(run["dir"])).name.partition("-")[0]][2] in log
         assert not (Path(str(run["dir"])) / "model").exists()
         assert not list(Path(str(run["dir"])).rglob("*.ckpt"))

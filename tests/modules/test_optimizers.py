@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_pl.optim import AdamW, WarmupCosine
+from rlhf_pl.modules.optimizers import AdamW, WarmupCosine, hyperparameters, restore_hyperparameters
 from rlhf_pl.utils.errors import InputError
 
 
@@ -61,3 +61,25 @@ def test_wrong_settings_are_refused() -> None:
         schedule(warmup=1.0)
     with pytest.raises(InputError, match="min_factor"):
         schedule(min_factor=2.0)
+
+
+def test_the_configs_settings_come_back_and_a_changed_rate_scales_the_present_one() -> None:
+    """A schedule has gone from 0.1 to 0.01; the config says 0.2 now: it goes on at 0.02, from a base of 0.2."""
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    saved = torch.optim.SGD([parameter], lr=0.1, momentum=0.5)
+    schedule = torch.optim.lr_scheduler.StepLR(saved, 1)
+    saved.step()
+    schedule.step()
+    assert saved.param_groups[0]["lr"] == pytest.approx(0.01)
+    now = torch.optim.SGD([parameter], lr=0.2, momentum=0.9)
+    later = torch.optim.lr_scheduler.StepLR(now, 1)
+    settings = hyperparameters(now)
+    now.load_state_dict(saved.state_dict())
+    later.load_state_dict(schedule.state_dict())
+    restore_hyperparameters(now, later, settings)
+    group = now.param_groups[0]
+    assert (group["lr"], group["initial_lr"], group["momentum"]) == pytest.approx((0.02, 0.2, 0.9))
+    assert later.base_lrs == [0.2]
+    now.step()
+    later.step()
+    assert group["lr"] == pytest.approx(0.002)

@@ -19,6 +19,7 @@ from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama
 from tests.integration.test_fit import PROMPTS, fit
 from tests.integration.test_kill_matrix import TRANSFORMERS, make_plan, outcomes
+from tests.stored_pairs import pair_rows
 
 
 @pytest.fixture
@@ -61,12 +62,11 @@ def test_base_is_untouched_bit_for_bit(trained: tuple[Path, RebelModule], llama:
 def test_reference_logps_are_those_of_the_base(trained: tuple[Path, RebelModule], llama: Path) -> None:
     stored = RoundStore(trained[0]).round(1)
     base = load_lm(ModelSource(str(llama)))
-    pairs, logps = stored.read("pairs").to_pylist(), stored.read("logps").to_pylist()
     moved = 0.0
-    for pair, row in zip(pairs, logps, strict=True):
+    for pair in pair_rows(stored):
         expected = token_logps(base, pair["prompt_tokens"], pair["chosen_tokens"])
-        assert row["chosen_reference_logp"] == pytest.approx(expected, abs=1e-4)
-        moved = max(moved, abs(row["chosen_old_logp"] - expected))
+        assert pair["chosen_reference_logp"] == pytest.approx(expected, abs=1e-4)
+        moved = max(moved, abs(pair["chosen_old_logp"] - expected))
     assert moved > 1e-3  # the policy of round 2 is another one
 
 
@@ -188,7 +188,7 @@ def test_names_that_match_nothing_are_refused_with_those_that_are_there(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any weights load."""
-    monkeypatch.setattr("rlhf_pl.modules.pairwise.load_lm", lambda *_, **__: pytest.fail("the model was loaded"))
+    monkeypatch.setattr("rlhf_pl.modules.causal_lm.load_lm", lambda *_, **__: pytest.fail("the model was loaded"))
     with pytest.raises(InputError, match=r"`model\.lora\.target_modules` names (v_prj|none); .*down_proj.*q_proj"):
         fit(tmp_path, llama, write_jsonl(PROMPTS), module={"lora": LoRA(rank=2, target_modules=names)})
 

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from rlhf_pl import BestWorst, RandomPair, SamplingConfig, VLLMSampler
-from rlhf_pl.algorithms.reward_shaping import without_ties
-from rlhf_pl.callbacks import DegenerationGuard, HFExport, RoundCheckpoint, RoundRefresh
+from rlhf_pl.algorithms.reward_shaping import break_ties
+from rlhf_pl.callbacks import DegenerationGuard, HFExport, RoundCheckpoint
 from rlhf_pl.data.pair_batches import RoundBatches
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.distributed.ranks import Ranks
@@ -22,7 +22,8 @@ from rlhf_pl.rollout.served_engine import ServedEngine
 from rlhf_pl.rounds.stages.kl import estimate_kl
 from rlhf_pl.store.round_store import Round, RoundStore
 from rlhf_pl.utils.errors import InputError
-from tests.integration.test_fit import PROMPTS, fit, reward
+from tests.integration.test_fit import PROMPTS, fit
+from tests.stored_pairs import pair_rows
 
 SAMPLING = SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.9)
 
@@ -169,15 +170,6 @@ def test_noted_logps_say_what_they_are(tmp_path: Path, llama: Path, prompts: str
 
 
 @pytest.mark.parametrize(
-    ("sampling", "named"), [({"top_p": 0.9}, "top_p` is 0.9"), ({"top_k": 5}, "top_k` is 5"), ({"min_p": 0.1}, "min_p")]
-)
-def test_truncated_samplers_give_no_old_logps(sampling: dict[str, Any], named: str) -> None:
-    with pytest.raises(InputError, match=named):
-        RoundRefresh(reward, sampling=SamplingConfig(**sampling), old_logps="sampler")
-    RoundRefresh(reward, sampling=SamplingConfig(**sampling))
-
-
-@pytest.mark.parametrize(
     "arguments",
     [
         {"override_generation_config": {"repetition_penalty": 1.2}},
@@ -216,7 +208,7 @@ def test_logged_ratio_variance_is_over_all_responses_of_an_update(tmp_path: Path
         def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, index: int) -> None:
             with torch.no_grad():
                 logps = batch.rows.sum_per_response(module(**batch.rows.inputs(), temperature=batch.temperature))
-            updates[-1] += (logps.view(-1, 2).T - batch.old_logps).exp().flatten().tolist()
+            updates[-1] += (logps - batch.stored["old_logps"]).exp().tolist()
 
         def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
             if trainer.global_step == len(updates):
@@ -248,9 +240,8 @@ def test_ties_that_the_kl_term_breaks_are_kept(tmp_path: Path, llama: Path, prom
         dropped = second.info("pairs")["dropped"]
         assert dropped["no_reward_difference"] == 0
         assert second.info("pairs")["kept_ties"] > 0
-        pairs, logps = second.read("pairs").to_pylist(), second.read("logps").to_pylist()
-        for pair, row in zip(pairs, logps, strict=True):
-            terms = [row[f"{w}_old_logp"] - row[f"{w}_reference_logp"] for w in ("chosen", "rejected")]
+        for pair in pair_rows(second):
+            terms = [pair[f"{w}_old_logp"] - pair[f"{w}_reference_logp"] for w in ("chosen", "rejected")]
             assert pair["chosen_tokens"] != pair["rejected_tokens"]
             assert terms[0] != terms[1]
     assert fit_with(tmp_path / "plain", 0.0)[1].info("pairs")["dropped"]["no_reward_difference"] > 0
@@ -262,8 +253,8 @@ def by_length(response_tokens: Any) -> float:
 
 
 def test_broken_ties_keep_the_order_and_equal_responses_equal() -> None:
-    rewards, responses = [1.0, 0.0, 1.0, 0.0, 1.0], [[1], [2], [3], [4], [1]]
-    broken = without_ties(rewards, responses, seed=3)
+    rewards, responses = [1.0, 0.0, 1.0, 0.0, 1.0], [(1,), (2,), (3,), (4,), (1,)]
+    broken = break_ties(rewards, responses, seed=3)
     assert broken == pytest.approx(rewards, abs=1e-12)
     assert broken[0] == broken[4]
     assert len(set(broken)) == 4

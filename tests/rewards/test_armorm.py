@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from rlhf_pl.models.armorm import OBJECTIVES
 from rlhf_pl.rewards import ArmoRMReward, Sample
-from rlhf_pl.rewards.armorm import OBJECTIVES
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import make_tokenizer
 

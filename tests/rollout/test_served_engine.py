@@ -9,7 +9,7 @@ import pytest
 
 from rlhf_pl.rollout.base import Response
 from rlhf_pl.rollout.served_engine import ServedEngine, ServerError
-from rlhf_pl.rollout.vllm_server import _responses
+from rlhf_pl.rollout.vllm_client import _responses
 from rlhf_pl.utils.errors import InputError
 
 

@@ -16,9 +16,10 @@ from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards import FunctionReward
 from rlhf_pl.rollout import EngineSpec, PromptTokens, Response, SamplingConfig, TransformersSampler
 from rlhf_pl.rounds.metrics import held_out_metrics
-from rlhf_pl.rounds.stages import generate, pair_logps, prompt_seed, score, select
+from rlhf_pl.rounds.stages import generate, prompt_seed, score, select, store_logps
 from rlhf_pl.rounds.stages.logps import steps_by_length
 from rlhf_pl.store.round_store import Round, RoundStore
+from tests.stored_pairs import pair_rows
 
 SAMPLING = SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.8)
 
@@ -81,7 +82,7 @@ def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], so
     assert stored.info("rewards")["mean"] == pytest.approx(sum(rewards) / 30)
 
     select(stored, BestWorst(), run_seed=1)
-    pairs = stored.read("pairs").to_pylist()
+    pairs = pair_rows(stored)
     by_key = {(r["prompt_id"], r["response_index"]): r for r in responses.to_pylist()}
     for pair in pairs:
         group = [rewards[i] for i, r in enumerate(responses["prompt_id"].to_pylist()) if r == pair["prompt_id"]]
@@ -94,14 +95,13 @@ def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], so
         with torch.no_grad():
             return PolicyLM(lm)(**rows.inputs(), temperature=temperature)
 
-    pair_logps(stored, {"old": policy, "reference": policy}, steps_by_length(60, Ranks()), temperature=0.8)
-    logps = stored.read("logps").to_pylist()
-    for pair, row in zip(pairs, logps, strict=True):
+    store_logps(stored, {"old": policy, "reference": policy}, steps_by_length(60, Ranks()), temperature=0.8)
+    for pair in pair_rows(stored):
         for which in ("chosen", "rejected"):
             alone = pack([PrefixGroup(pair["prompt_tokens"], (pair[f"{which}_tokens"],))])
             expected = policy(alone, 0.8).sum().item()
-            assert row[f"{which}_old_logp"] == pytest.approx(expected, abs=1e-4)
-            assert row[f"{which}_reference_logp"] == row[f"{which}_old_logp"]
+            assert pair[f"{which}_old_logp"] == pytest.approx(expected, abs=1e-4)
+            assert pair[f"{which}_reference_logp"] == pair[f"{which}_old_logp"]
     assert stored.is_complete("logps")
 
 

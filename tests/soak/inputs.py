@@ -48,7 +48,7 @@ BATCHES = {
 FAILURES = ("TRACEBACK", "NO MODEL", "EXIT CODE", "HALF WRITTEN")
 
 
-def damaged_files(folder: Path, rng: random.Random) -> list[tuple[str, list[str]]]:
+def find_damaged_files(folder: Path, rng: random.Random) -> list[tuple[str, list[str]]]:
     """(kind of input, options that name it), every harm to every file of the model, the data and a config."""
     found = []
     config = folder / "config.yaml"
@@ -109,7 +109,7 @@ def main() -> int:
         plan = make_plan(folder, TRANSFORMERS)
         plan["arguments"] += ["--trainer.max_epochs", "1", "--rollout.scoring.backoff_s", "0"]
         plan["arguments"] += ["--rollout.scoring.timeout_s", "2", "--data.prompts_per_round", "4"]
-        tried = damaged_files(folder, rng) + rewards(folder)
+        tried = find_damaged_files(folder, rng) + rewards(folder)
         if arguments.trials is not None:
             tried = rng.sample(tried, min(arguments.trials, len(tried)))
         runs = [folder / f"run{number}" for number in range(len(tried))]

@@ -125,7 +125,7 @@ def watch(count: int, seed: int) -> Outcome:
     seconds = time.monotonic() - start
     strangers = came[0].go()
     for number, one in enumerate(watches[1:], 1):
-        one.at(f"place {number}")
+        one.report_phase(f"place {number}")
     end = time.monotonic() + 10
     expected = {number: f"place {number}" for number in range(1, PEERS + 1)}
     while watches[0].places != expected and time.monotonic() < end:

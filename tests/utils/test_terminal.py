@@ -17,7 +17,6 @@ from rich.table import Table
 from rich.text import Text
 
 from rlhf_pl.__main__ import main
-from rlhf_pl.callbacks.sample_table import to_html, to_markdown
 from rlhf_pl.cli import rounds as inspect_rounds
 from rlhf_pl.rewards import Failure
 from rlhf_pl.store.round_store import RoundStore
@@ -184,19 +183,6 @@ def test_rounds_shows_samples_whatever_their_prompts_are_called(
     assert "me:pw" not in out
     assert r"\x1b]0;x[/b]" in out
     assert "exception: [/i]" in out
-
-
-def test_sample_pages_run_and_load_nothing() -> None:
-    text = "<script>alert(1)</script> ![x](http://evil/i.png) [y](javascript:z) <img src=x onerror=y> a|b\nc"
-    page = to_html(["prompt"], [[text]])
-    assert "<script>" not in page
-    assert "<img" not in page
-    markdown = to_markdown(["prompt"], [[text]])
-    assert "<script" not in markdown
-    assert "<img" not in markdown
-    assert "](" not in markdown
-    assert markdown.splitlines()[2].count("|") == 2
-    assert "<br>c" in markdown
 
 
 def test_an_unknown_command_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:

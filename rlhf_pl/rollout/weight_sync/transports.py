@@ -63,7 +63,7 @@ class TCPPush:
         return {"address": self._address, "port": self._port, "token": self._token, "timeout_s": self._timeout_s}
 
     def connect(self, workers: int, check: Callable[[], None]) -> None:
-        self._connections = self._listener.welcome([self._token] * workers, self._timeout_s, check)
+        self._connections = self._listener.accept_peers([self._token] * workers, self._timeout_s, check)
         self._listener.close()
 
     def send(self, tensors: Sequence[Tensor]) -> None:

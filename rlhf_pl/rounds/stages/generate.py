@@ -6,7 +6,9 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.distributed.ranks import Ranks
@@ -116,19 +118,23 @@ def _speed(tokens: int, started: float) -> str:
 
 def _complete(stored: Round, shards: int, prompts: int, seconds: float, drawn: int, sampling: SamplingConfig) -> None:
     stored.await_shards("responses", shards)
-    table = stored.read("responses")
-    lengths = table["response_tokens"].combine_chunks().value_lengths().to_numpy()
+    of_shards: list[tuple[np.ndarray, np.ndarray]] = []
+    noted = False
+    for part in stored.read_shards("responses", ["finished", "response_tokens", "sampler_logp"]):
+        of_shards.append((pc.list_value_length(part["response_tokens"]).to_numpy(), part["finished"].to_numpy()))
+        noted = noted or part["sampler_logp"].null_count < len(part)
+    lengths, finished = (np.concatenate(found) for found in zip(*of_shards, strict=True))
     stored.complete(
         "responses",
         prompts=prompts,
-        responses=len(table),
+        responses=len(lengths),
         tokens=int(lengths.sum()),
         tokens_mean=float(lengths.mean()),
-        finished_share=float(table["finished"].to_numpy().mean()),
+        finished_share=float(finished.mean()),
         seconds=seconds,
         tokens_per_s=drawn / seconds,
         sampling=vars(sampling),
-        **({} if table["sampler_logp"].null_count == len(table) else {"sampler_logp": SAMPLER_LOGP}),
+        **({"sampler_logp": SAMPLER_LOGP} if noted else {}),
     )
 
 

@@ -42,7 +42,7 @@ def response_logps(
     """Summed log-probs of all responses, prompt by prompt, shape (responses,), float64; all ranks call it."""
     first = [0]
     for tree in trees:
-        first.append(first[-1] + len(tree.answers))
+        first.append(first[-1] + len(tree.responses))
     logps = torch.zeros(first[-1], dtype=torch.float64)
     for step in steps_by_length(tokens_per_batch, ranks)([len(tree) for tree in trees]):
         mine = step[ranks.rank]
@@ -50,17 +50,21 @@ def response_logps(
         found = rows.sum_per_response(policy(rows, temperature)).cpu().double()
         if mine:
             logps[[k for i in mine for k in range(first[i], first[i + 1])]] = found
-        report(sum(len(trees[i].answers) for part in step for i in part), "")
+        report(sum(len(trees[i].responses) for part in step for i in part), "")
     return ranks.all_reduce_sum(logps)
 
 
 def sampled_trees(stored: Round) -> list[PrefixGroup]:
-    """Every prompt of an evaluation with its responses."""
-    table = stored.read("responses").select(["prompt_id", "prompt_tokens", "response_tokens"])
-    groups: dict[str, tuple[list[int], list[list[int]]]] = {}
-    for row in table.to_pylist():
-        groups.setdefault(row["prompt_id"], (row["prompt_tokens"], []))[1].append(row["response_tokens"])
-    return [PrefixGroup(prompt, tuple(responses)) for prompt, responses in groups.values()]
+    """Every prompt of an evaluation with its responses, whose tokens stay in Arrow."""
+    table = stored.read("responses", ["prompt_id", "prompt_tokens", "response_tokens"])
+    prompts, responses = (table[name].combine_chunks() for name in ("prompt_tokens", "response_tokens"))
+    places: dict[str, list[int]] = {}
+    for place, prompt_id in enumerate(table["prompt_id"].to_pylist()):
+        places.setdefault(prompt_id, []).append(place)
+    return [
+        PrefixGroup(prompts[rows[0]].values.to_numpy(), tuple(responses[row].values.to_numpy() for row in rows))
+        for rows in places.values()
+    ]
 
 
 def note_kl(stored: Round, trees: Sequence[PrefixGroup], logps: dict[str, Tensor], started: float) -> None:
@@ -73,7 +77,7 @@ def note_kl(stored: Round, trees: Sequence[PrefixGroup], logps: dict[str, Tensor
         started: When that began, `time.monotonic()`.
     """
     numbers: dict[str, float] = {}
-    sizes = [len(tree.answers) for tree in trees]
+    sizes = [len(tree.responses) for tree in trees]
     for other in logps:
         if other != "new":
             ratios = (logps["new"] - logps[other]).split(sizes)

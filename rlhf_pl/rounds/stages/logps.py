@@ -1,26 +1,29 @@
-"""Log-probs of a round's pairs under the policies that do not train."""
+"""Log-probs of the responses that a round trains on, under the policies that do not train."""
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
+from rlhf_pl.data.stored_groups import KEY, StoredGroups, stored_groups
 from rlhf_pl.distributed.ranks import Ranks
-from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, batches_by_length, pack
+from rlhf_pl.models.packed_batch import PackedBatch, batches_by_length, pack
 from rlhf_pl.rounds.stages.generate import Report
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 
-_WHICH = ("chosen", "rejected")
 LogpsFunction = Callable[[PackedBatch, float], Tensor]
-Steps = list[list[list[int]]]  # pairs of each micro-batch, of each rank
+_SHARD_ROWS = 1 << 15  # of all, one file with every token's log-prob would be in memory twice
+Steps = list[list[list[int]]]  # groups of each micro-batch, of each rank
 
 
 def steps_by_length(tokens_per_batch: int, ranks: Ranks) -> Callable[[Sequence[int]], Steps]:
-    """Pairs of like length together, within a budget of tokens, dealt out to ranks."""
+    """Groups of like length together, within a budget of tokens, dealt out to ranks."""
 
     def divide(lengths: Sequence[int]) -> Steps:
         batches = list(batches_by_length([range(n) for n in lengths], tokens_per_batch))
@@ -30,80 +33,124 @@ def steps_by_length(tokens_per_batch: int, ranks: Ranks) -> Callable[[Sequence[i
     return divide
 
 
-def pair_logps(
+def store_logps(
     stored: Round,
-    policies: dict[str, LogpsFunction],
+    policies: Mapping[str, LogpsFunction],
     divide: Callable[[Sequence[int]], Steps],
     temperature: float,
     report: Report = lambda count, note: None,
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
+    needs: Collection[str] = (),
+    given: Mapping[str, np.ndarray] | None = None,
     check_sampler_with: LogpsFunction | None = None,
 ) -> None:
-    """Summed log-probs of every pair's two answers under each of `policies` (`old`, and perhaps `reference`).
+    """Log-probs of each response that is used, under each of `policies` (`old`, `reference`).
 
     Args:
-        stored: The round; its pairs are read, its `logps` written.
+        stored: The round; its groups are read, its `logps` written: a row per response.
         policies: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,), by name.
-        divide: Lengths of pairs -> which of them are computed together. Of a round that trains these are the training's
-            own micro-batches: the last digits depend on what is computed together, and so a policy that has not
-            changed gives the very same numbers there. A pair that comes again is passed over.
-        temperature: The temperature the answers were drawn at.
-        report: Gets (answers done, note).
-        ranks: Sharded policies need all of them at every call: one that has no pairs goes through one for nothing.
-        check_sampler_with: The policy, where `old` is to be what the sampler noted; how far the two are apart is
+        divide: Lengths of groups -> which of them are computed together. Of a round that trains these are the
+            training's own micro-batches: the last digits depend on what is computed together, and so a policy that has
+            not changed gives the very same numbers there. A response that comes again is passed over.
+        temperature: The temperature the responses were sampled at.
+        report: Gets (responses done, note).
+        ranks: Sharded policies need all of them at every call: one without a group repeats another's and discards the
+            result.
+        needs: What is stored for each token too, such as `old_token_logps`; the sums always are.
+        given: Sums that are known, shape (R,), by the name of their policy.
+        check_sampler_with: The policy, where `old` is to be what the sampler reported; how far the two are apart is
             measured on one batch.
     """
     started = time.monotonic()
-    wanted = ["prompt_id", "prompt_tokens", *(f"{w}_{what}" for w in _WHICH for what in ("tokens", "index"))]
-    table = stored.read("pairs")
-    pairs = table.select([name for name in wanted if name in table.column_names]).to_pylist()
-    columns: dict[str, Any] = {"prompt_id": pa.array([p["prompt_id"] for p in pairs], pa.string())}
-    trees = [PrefixGroup(p["prompt_tokens"], (p["chosen_tokens"], p["rejected_tokens"])) for p in pairs]
-    steps = divide(list(map(len, trees))) if pairs else []
+    groups = stored_groups(stored)
+    steps = _Steps(groups, divide(groups.lengths()) if len(groups) else [], temperature, ranks)
+    columns: dict[str, Any] = {KEY[0]: groups.prompt_ids, KEY[1]: groups.indices}
     for name, policy in policies.items():
-        logps = torch.zeros(len(pairs), 2, dtype=torch.float64)
-        left = set(range(len(pairs)))
-        for step in steps:
-            fresh = [[i for i in part if i in left] for part in step]
-            if not any(fresh):
-                continue
-            left.difference_update(*fresh)
-            batch, mine = step[ranks.rank] or [0], fresh[ranks.rank]
-            rows = pack([trees[i] for i in batch])
-            found = rows.sum_per_response(policy(rows, temperature)).cpu().double().view(-1, 2)
-            if mine:
-                logps[mine] = found[[batch.index(i) for i in mine]]
-            report(2 * sum(map(len, fresh)), "")
-        chosen, rejected = ranks.all_reduce_sum(logps).T.numpy()
-        columns |= {f"chosen_{name}_logp": chosen, f"rejected_{name}_logp": rejected}
-
+        per_token = f"{name}_token_logps"
+        columns |= steps.logps(policy, f"{name}_logp", per_token if per_token in needs else None, report)
+    columns |= {f"{name}_logp": values for name, values in (given or {}).items()}
     difference = {}
     if check_sampler_with is not None:
-        noted = _noted_by_sampler(stored, pairs)
-        columns |= {f"{which}_old_logp": noted[:, i].numpy() for i, which in enumerate(_WHICH)}
-        batch = next((step[0] for step in steps if step[0]), [])
-        if batch:
-            rows = pack([trees[i] for i in batch])
-            own = rows.sum_per_response(check_sampler_with(rows, temperature)).cpu().double().view(-1, 2)
-            apart = (own - noted[batch]).abs().sum().item()
-            difference = {"sampler_difference": apart / len(rows.targets)}
+        columns["old_logp"] = _reported_by_sampler(stored, groups)
+        if (apart := steps.apart(check_sampler_with, columns["old_logp"])) is not None:
+            difference = {"sampler_difference": apart}
 
     def write() -> None:
-        stored.write_shard("logps", 0, pa.table(columns))
-        names = [*(["sampler"] if difference else []), *policies]
+        table = pa.table(columns)
+        for number, start in enumerate(range(0, max(1, len(table)), _SHARD_ROWS)):
+            stored.write_shard("logps", number, table.slice(start, _SHARD_ROWS))
+        names = [*(["given"] if given else []), *(["sampler"] if difference else []), *policies]
         stored.complete("logps", seconds=time.monotonic() - started, policies=names, **difference)
 
     ranks.run_on_rank_zero(write)
 
 
-def _noted_by_sampler(stored: Round, pairs: list[dict[str, Any]]) -> Tensor:
-    """What the sampler noted while it drew the pairs' answers, shape (pairs, 2), float64."""
-    drawn = stored.read("responses").select(["prompt_id", "response_index", "sampler_logp"]).to_pydict()
-    if None in drawn["sampler_logp"]:
+class _Steps:
+    """The forward passes over a round's groups, divided among ranks."""
+
+    def __init__(self, groups: StoredGroups, steps: Steps, temperature: float, ranks: Ranks) -> None:
+        self.groups, self.steps, self.temperature, self.ranks = groups, steps, temperature, ranks
+
+    def logps(self, policy: LogpsFunction, name: str, per_token: str | None, report: Report) -> dict[str, Any]:
+        """The columns `name` and, where wanted, `per_token`; all ranks call it."""
+        lengths = self.groups.response_lengths()
+        starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        logps = torch.zeros(len(lengths), dtype=torch.float64)
+        tokens = torch.zeros(int(starts[-1]) if per_token else 0)
+        done = np.zeros(len(lengths), bool)
+        for step in self.steps:
+            fresh = [self._fresh(part, done) for part in step]  # of every rank, so that each response is one rank's
+            count = sum(int(part.sum()) for part in fresh)
+            if count == 0:
+                continue
+            batch, mine = step[self.ranks.rank] or [0], fresh[self.ranks.rank]
+            rows = pack([self.groups.tree(i) for i in batch])
+            found = policy(rows, self.temperature)
+            sums = rows.sum_per_response(found).cpu().double()
+            if len(mine):
+                places = self._members(batch)
+                logps[places[mine]] = sums[mine]
+                parts = found.cpu().float().split(rows.counts.tolist()) if per_token else ()
+                for place, part, is_mine in zip(places, parts, mine, strict=False):
+                    if is_mine:
+                        tokens[starts[place] : starts[place + 1]] = part
+            report(count, "")
+        columns: dict[str, Any] = {name: self.ranks.all_reduce_sum(logps).numpy()}
+        if per_token:
+            values = pa.array(self.ranks.all_reduce_sum(tokens).numpy())
+            columns[per_token] = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), values)
+        return columns
+
+    def _members(self, batch: Sequence[int]) -> np.ndarray:
+        return np.concatenate([self.groups.rows(i) for i in batch])
+
+    def _fresh(self, part: list[int], done: np.ndarray) -> np.ndarray:
+        """Which responses of a micro-batch have not come before; they count as done from here on."""
+        places = self._members(part) if part else np.zeros(0, np.int64)
+        first = np.zeros(len(places), bool)
+        first[np.unique(places, return_index=True)[1]] = True
+        fresh = first & ~done[places]
+        done[places] = True
+        return fresh
+
+    def apart(self, policy: LogpsFunction, reported: np.ndarray) -> float | None:
+        """Mean absolute difference of a first batch's log-probs to those reported, nats a token."""
+        batch = next((step[0] for step in self.steps if step[0]), [])
+        if not batch:
+            return None
+        rows = pack([self.groups.tree(i) for i in batch])
+        own = rows.sum_per_response(policy(rows, self.temperature)).cpu().double().numpy()
+        return float(np.abs(own - reported[self._members(batch)]).sum() / len(rows.targets))
+
+
+def _reported_by_sampler(stored: Round, groups: StoredGroups) -> np.ndarray:
+    """What the sampler reported of the used responses, shape (R,), float64, nats."""
+    sampled = stored.read("responses", [*KEY, "sampler_logp"])
+    if sampled["sampler_logp"].null_count:
         raise InputError(
             f"`rollout.old_logps` is sampler, but the answers of {stored.path} were drawn without noting log-probs. "
             "Set it to policy for this round, or move the round's folder away to draw its answers again."
         )
-    found = dict(zip(zip(drawn["prompt_id"], drawn["response_index"], strict=True), drawn["sampler_logp"], strict=True))
-    rows = [[found[pair["prompt_id"], pair[f"{which}_index"]] for which in _WHICH] for pair in pairs]
-    return torch.tensor(rows, dtype=torch.float64).view(-1, 2)
+    wanted = pa.table({KEY[0]: groups.prompt_ids, KEY[1]: groups.indices, "place": np.arange(len(groups.indices))})
+    found = wanted.join(sampled, list(KEY)).sort_by("place")
+    return pc.cast(found["sampler_logp"], pa.float64()).to_numpy()

@@ -21,6 +21,7 @@ from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import redact
 
+_WANTED = ("prompt_id", "response_index", "response", "finished", "prompt_tokens", "response_tokens")
 _TAIL = 32  # tokens of a prompt's end, in which a template opens the thinking
 
 
@@ -51,17 +52,10 @@ class ShardScorer:
         go_on: Callable[[], bool] = lambda: True,
     ) -> None:
         """Score and write a shard. `report` gets (answers done, note); `go_on` is asked before every call."""
-        table = self.stored.read_shard("responses", number)
+        table = self.stored.read_shard("responses", number, _WANTED)
         made_of = [self.stored.shards("responses", number)[number].name, redact(self.reward.fingerprint())]
         made_of += [json.dumps(self.config.withheld)] if self.config.withheld else []
         journal = Journal(self.stored.path / "rewards" / f"_{number:05d}.journal", made_of)
-        samples = _samples(table, self._by_id)
-        if self.config.strip_thinking:
-            prompts = [self.tokenizer.decode(ids[-_TAIL:]) for ids in table["prompt_tokens"].to_pylist()]
-            samples = [
-                without_thinking(sample, self.config.thinking_marks, prompt, self.tokenizer)
-                for sample, prompt in zip(samples, prompts, strict=True)
-            ]
         outcomes = [_outcome(entry) for entry in journal.read()]
         report(len(outcomes), "")
 
@@ -69,15 +63,40 @@ class ShardScorer:
             journal.add([_entry(outcome) for outcome in found])
             report(len(found), "")
 
-        while len(outcomes) < len(samples):
+        for end in _ends_of_calls(table["prompt_id"], self.config.prompts_per_call):
+            if end <= len(outcomes):
+                continue
             if not go_on():
                 return
-            batch = _next_call(samples, len(outcomes), self.config.prompts_per_call)
+            batch = self._samples(table.slice(len(outcomes), end - len(outcomes)))
             try:
                 outcomes += guarded_scores(self.reward, batch, self.config, keep)
             except InputError as error:
                 raise InputError(f"{error} Answers scored so far are kept.") from error
         self.stored.write_shard("rewards", number, _reward_table(table, outcomes, self.config))
+
+    def _samples(self, rows: pa.Table) -> list[Sample]:
+        """The answers of one call; no others' tokens become Python's."""
+        samples = [
+            Sample(
+                row["prompt_id"],
+                self._by_id[row["prompt_id"]].messages,
+                row["response"],
+                row["response_tokens"],
+                row["finished"],
+                self._by_id[row["prompt_id"]].columns,
+                tools=self._by_id[row["prompt_id"]].tools,
+                chat_template_kwargs=self._by_id[row["prompt_id"]].chat_template_kwargs,
+            )
+            for row in rows.drop_columns(["response_index", "prompt_tokens"]).to_pylist()
+        ]
+        if not self.config.strip_thinking:
+            return samples
+        prompts = [self.tokenizer.decode(ids.values[-_TAIL:].to_pylist()) for ids in rows["prompt_tokens"]]
+        return [
+            without_thinking(sample, self.config.thinking_marks, prompt, self.tokenizer)
+            for sample, prompt in zip(samples, prompts, strict=True)
+        ]
 
 
 def score(
@@ -100,16 +119,22 @@ def score(
     answers = ranks.broadcast(set(stored.shards("responses")))
     stored.await_shards("responses", len(answers))
     todo = [n for n in answers if n not in done] + [n for n in answers if n in done]
-    mine = sorted(todo[ranks.rank :: ranks.size])
-    for number in mine:
+    of_others = stored.info("responses")["responses"]
+
+    def tell(count: int, note: str) -> None:
+        nonlocal of_others
+        of_others -= count
+        report(count, note)
+
+    for number in sorted(todo[ranks.rank :: ranks.size]):
         if number in done and _settle_failures(stored, number, config):
-            report(len(stored.read_shard("rewards", number)), "")
+            tell(len(stored.read_shard("rewards", number, ["prompt_id"])), "")
         else:
-            scorer(number, report)
+            scorer(number, tell)
     ranks.barrier()
     seconds = time.monotonic() - started
-    if len(mine) < len(answers):
-        report(sum(len(stored.read_shard("responses", n)) for n in answers if n not in mine), "")
+    if of_others:
+        report(of_others, "")
     ranks.run_on_rank_zero(lambda: _complete(stored, len(answers), reward, config, seconds))
 
 
@@ -138,28 +163,10 @@ def _settle_failures(stored: Round, number: int, config: ScoringConfig) -> bool:
     return True
 
 
-def _samples(table: pa.Table, by_id: dict[str, Prompt]) -> list[Sample]:
-    rows = table.select(["prompt_id", "response", "response_tokens", "finished"]).to_pylist()
-    return [
-        Sample(
-            row["prompt_id"],
-            by_id[row["prompt_id"]].messages,
-            row["response"],
-            row["response_tokens"],
-            row["finished"],
-            by_id[row["prompt_id"]].columns,
-            tools=by_id[row["prompt_id"]].tools,
-            chat_template_kwargs=by_id[row["prompt_id"]].chat_template_kwargs,
-        )
-        for row in rows
-    ]
-
-
-def _next_call(samples: list[Sample], start: int, prompts: int) -> list[Sample]:
-    """The answers from `start` on to so many prompts that call boundaries are the same after a resume."""
-    ids = list(dict.fromkeys(s.prompt_id for s in samples))
-    last = set(ids[: (ids.index(samples[start].prompt_id) // prompts + 1) * prompts])
-    return [s for s in samples[start:] if s.prompt_id in last]
+def _ends_of_calls(prompt_ids: pa.ChunkedArray, prompts: int) -> list[int]:
+    """Where the calls for so many prompts end among the rows: the same after a resume."""
+    runs = pc.run_end_encode(prompt_ids.combine_chunks()).run_ends.to_pylist()  # a prompt's responses are side by side
+    return [*runs[prompts - 1 : -1 : prompts], *runs[-1:]]
 
 
 def _reward_table(table: pa.Table, outcomes: list[Outcome], config: ScoringConfig) -> pa.Table:
@@ -198,7 +205,7 @@ def reward_statistics(stored: Round) -> dict[str, Any]:
         InputError: No answer has a reward.
     """
     table = stored.read("rewards")
-    failures = Counter(text.split(":")[0] for text in table["failure"].to_pylist() if text)
+    failures = Counter(text.split(":")[0] for text in table["failure"].drop_null().to_pylist() if text)
     scored = table.filter(table["reward"].is_valid())
     if len(scored) == 0:
         first = next((text for text in table["failure"].to_pylist() if text), "")
@@ -226,7 +233,7 @@ def _mean(column: pa.ChunkedArray) -> float:
 
 def prompt_means(stored: Round) -> dict[str, float]:
     """Each prompt's mean reward, of the prompts that have one."""
-    table = stored.read("rewards")
+    table = stored.read("rewards", ["prompt_id", "reward"])
     grouped = (
         table.filter(table["reward"].is_valid())
         .group_by("prompt_id", use_threads=False)

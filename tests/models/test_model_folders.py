@@ -1,4 +1,4 @@
-"""Model folders of older and other programs, which are whole and must load."""
+"""Valid model folders of other programs and earlier versions must load; invalid ones are refused."""
 
 import json
 from collections.abc import Callable
@@ -16,8 +16,8 @@ from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama, save_reward_model
 
 
-def said(**changes: Any) -> Callable[[Path], None]:
-    """Changes its config."""
+def with_config(**changes: Any) -> Callable[[Path], None]:
+    """A change of the config."""
 
     def change(folder: Path) -> None:
         file = folder / "config.json"
@@ -27,7 +27,7 @@ def said(**changes: Any) -> Callable[[Path], None]:
 
 
 def as_bin(zipped: bool = True, only: Callable[[dict[str, Any]], Any] = lambda state: state) -> Callable[[Path], None]:
-    """Weights as `pytorch_model.bin`, in today's form or that of torch before 1.6."""
+    """A conversion of the weights to `pytorch_model.bin`, in the current format or that of torch before 1.6."""
 
     def change(folder: Path) -> None:
         state = load_file(folder / "model.safetensors")
@@ -46,44 +46,44 @@ def with_unused_index(folder: Path) -> None:
     (folder / "pytorch_model.bin.index.json").write_text("version https://git-lfs.github.com/spec/v1")
 
 
-WHOLE: dict[str, Callable[[Path], None]] = {
+VALID: dict[str, Callable[[Path], None]] = {
     "bin": as_bin(),
-    "bin of old": as_bin(zipped=False),
-    "notes beside tensors": as_bin(only=lambda state: state | {"epoch": 3}),
+    "legacy bin": as_bin(zipped=False),
+    "other values beside tensors": as_bin(only=lambda state: state | {"epoch": 3}),
     "tied head stored too": with_head_twice,
-    "an index of other weights": with_unused_index,
-    "steps of a training": said(training_steps=100_000, warmup_steps=2000),
-    "no pad token": said(pad_token_id=-1),
+    "unused index": with_unused_index,
+    "training steps": with_config(training_steps=100_000, warmup_steps=2000),
+    "no pad token": with_config(pad_token_id=-1),
 }
 
 
-@pytest.mark.parametrize("kind", WHOLE)
-def test_a_whole_folder_gives_the_model_that_it_holds(tmp_path: Path, source: ModelSource, kind: str) -> None:
+@pytest.mark.parametrize("kind", VALID)
+def test_a_valid_folder_loads_the_same_model(tmp_path: Path, source: ModelSource, kind: str) -> None:
     folder = save_llama(tmp_path / "model")
-    WHOLE[kind](folder)
+    VALID[kind](folder)
     check_lm(ModelSource(str(folder)))
     ids = torch.tensor([[1, 5, 9, 33]])
     with torch.no_grad():
         assert torch.equal(load_lm(ModelSource(str(folder)))(ids).logits, load_lm(source)(ids).logits)
 
 
-@pytest.mark.parametrize("kind", ["bin of old", "notes beside tensors", "an index of other weights"])
-def test_reward_models_of_such_folders_are_taken(tmp_path: Path, kind: str) -> None:
+@pytest.mark.parametrize("kind", ["legacy bin", "other values beside tensors", "unused index"])
+def test_reward_models_in_such_folders_are_accepted(tmp_path: Path, kind: str) -> None:
     reward, backbone = save_reward_model(tmp_path / "reward"), save_llama(tmp_path / "backbone")
-    WHOLE[kind](reward)
-    WHOLE[kind](backbone)
+    VALID[kind](reward)
+    VALID[kind](backbone)
     check_classifier(ModelSource(str(reward)))
     check_new_classifier(ModelSource(str(backbone)))
 
 
-def test_a_context_without_limit_is_none(tmp_path: Path) -> None:
+def test_minus_one_positions_mean_no_limit(tmp_path: Path) -> None:
     folder = save_llama(tmp_path / "model")
-    said(max_position_embeddings=-1)(folder)  # as XLNet says
+    with_config(max_position_embeddings=-1)(folder)  # as in XLNet's config
     assert ModelSource(str(folder)).max_context_tokens == 2**31
 
 
 @pytest.mark.parametrize("content", [[1, 2], None, torch.ones(2)])
-def test_weights_that_are_no_tensors_by_name_are_refused(tmp_path: Path, content: Any) -> None:
+def test_weights_that_are_not_tensors_by_name_are_refused(tmp_path: Path, content: Any) -> None:
     folder = save_llama(tmp_path / "model")
     as_bin(only=lambda state: content)(folder)
     with pytest.raises(InputError, match=r"pytorch_model\.bin holds a"):
@@ -93,21 +93,21 @@ def test_weights_that_are_no_tensors_by_name_are_refused(tmp_path: Path, content
 @pytest.mark.parametrize("settings", [{}, {"quant_method": "nothing"}, {"load_in_8bit": "x"}, "x"])
 def test_a_broken_quantization_is_refused_before_weights_are_read(tmp_path: Path, settings: Any) -> None:
     folder = save_llama(tmp_path / "model")
-    said(quantization_config=settings)(folder)
+    with_config(quantization_config=settings)(folder)
     with pytest.raises(InputError, match=r"config\.json"):
         check_lm(ModelSource(str(folder)))
 
 
 @pytest.mark.parametrize("changes", [{"return_dict": False}, {"sub_configs": 5}])
-def test_a_config_that_a_model_stumbles_over_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
+def test_a_config_that_breaks_the_model_is_named(tmp_path: Path, changes: dict[str, Any]) -> None:
     folder = save_llama(tmp_path / "model")
-    said(**changes)(folder)
+    with_config(**changes)(folder)
     with pytest.raises(InputError, match=r"config\.json"):
         load_lm(ModelSource(str(folder)))
 
 
 @pytest.mark.parametrize("template", [5, []])
-def test_a_chat_template_that_is_no_text_is_refused(tmp_path: Path, template: Any) -> None:
+def test_a_chat_template_that_is_not_text_is_refused(tmp_path: Path, template: Any) -> None:
     folder = save_llama(tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
     file = folder / "tokenizer_config.json"

@@ -1,0 +1,105 @@
+"""What a loss sees of a batch: prompt groups, their numbers, and sums and means over them."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rlhf_pl.utils.errors import InputError
+
+Element = Literal["pair", "group", "response", "token"]
+SUMMED = ("old_logps", "reference_logps")  # of each response
+PER_TOKEN = ("old_token_logps", "reference_token_logps")
+NEEDS = ("rewards", *SUMMED, *PER_TOKEN)
+
+
+@dataclass(frozen=True)
+class PromptGroups:
+    """G prompts with the R responses that are trained on, group by group, and their M tokens, response by response.
+
+    In a batch of pairs a group is a pair: the chosen response, then the rejected one.
+
+    Args:
+        token_logps: log pi_theta of every response token, shape (M,), float32, nats, with gradient.
+        logps: Their sums over each response, shape (R,), float32, nats, with gradient.
+        rewards: Shaped, and with the KL penalty of `model.kl_coef`, shape (R,), float32, reward units.
+        lengths: Tokens of each response, shape (R,), int64.
+        finished: Whether each response ended with an EOS, shape (R,), bool; the others are truncated.
+        sizes: Responses of each group, shape (G,), int64.
+        stored: Log-probs of the policies that do not train, by their names in `NEEDS`: those that the loss needs.
+    """
+
+    token_logps: Tensor
+    logps: Tensor
+    rewards: Tensor
+    lengths: Tensor
+    finished: Tensor
+    sizes: Tensor
+    stored: Mapping[str, Tensor]
+
+    @property
+    def old_logps(self) -> Tensor:
+        """Log pi_old, of the policy that sampled the round, summed over each response, shape (R,), nats."""
+        return self._stored("old_logps")
+
+    @property
+    def reference_logps(self) -> Tensor:
+        """The same under the fixed reference, shape (R,), nats."""
+        return self._stored("reference_logps")
+
+    @property
+    def old_token_logps(self) -> Tensor:
+        """Log pi_old of every token, shape (M,), nats."""
+        return self._stored("old_token_logps")
+
+    @property
+    def reference_token_logps(self) -> Tensor:
+        """The same under the fixed reference, shape (M,), nats."""
+        return self._stored("reference_token_logps")
+
+    def _stored(self, name: str) -> Tensor:
+        if name not in self.stored:
+            raise InputError(f"`model.loss` takes `{name}`, which its `needs` does not name. Add it there.")
+        return self.stored[name]
+
+    def pairs(self, values: Tensor) -> Tensor:
+        """What is there for each response, of the chosen and the rejected ones: (R,) to (2, pairs)."""
+        return values.view(-1, 2).T
+
+    def sum_per_response(self, values: Tensor) -> Tensor:
+        """Sums over the tokens of each response: (M,) to (R,)."""
+        return segment_sums(values, self.lengths)
+
+    def sum_per_group(self, values: Tensor) -> Tensor:
+        """Sums over the responses of each group: (R,) to (G,)."""
+        return segment_sums(values, self.sizes)
+
+    def group_means(self, values: Tensor) -> Tensor:
+        """For each response the mean over its group: (R,) to (R,)."""
+        return torch.repeat_interleave(self.sum_per_group(values) / self.sizes, self.sizes)
+
+    def per_token(self, values: Tensor) -> Tensor:
+        """For each token what is there for its response: (R,) to (M,)."""
+        return torch.repeat_interleave(values, self.lengths)
+
+
+def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
+    """Sums over consecutive segments.
+
+    Args:
+        values: Shape (N,).
+        lengths: Of the segments, on the device of `values`, shape (segments,), int64; they add up to N.
+
+    Returns:
+        Shape (segments,).
+    """
+    return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0)
+
+
+def penalised(rewards: Tensor, kl_coef: float, stored: Mapping[str, Tensor]) -> Tensor:
+    """Rewards less `kl_coef` times log pi_old - log pi_ref, shape (R,); reward units."""
+    if kl_coef == 0:
+        return rewards
+    return rewards - kl_coef * (stored["old_logps"] - stored["reference_logps"])

@@ -1,0 +1,66 @@
+"""What the command line changes in jsonargparse and Lightning. Nothing else imports this: a notebook stays as it is."""
+
+from collections.abc import Callable
+from typing import Any
+
+import lightning as L
+import yaml  # type: ignore[import-untyped]
+from jsonargparse import _typehints, set_loader
+from lightning.pytorch.strategies import StrategyRegistry
+
+from rlhf_pl.checkpointing.safe_loading import guard_loads, load_checked
+from rlhf_pl.cli.config_text import load_yaml
+from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
+from rlhf_pl.utils.secrets import redacted
+
+_discard = _typehints.discard_init_args_on_class_path_change
+
+
+def install() -> None:
+    """Read config files strictly, drop the defaults of a class that another one replaces, and know `fsdp2`.
+
+    Changes jsonargparse and Lightning in this process; a second call changes nothing more.
+    """
+    set_loader("yaml", load_yaml, (yaml.YAMLError,))
+    _typehints.discard_init_args_on_class_path_change = _drop_defaults
+    if "fsdp2" not in StrategyRegistry:
+        StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: fully_shard over all devices")
+
+
+def _drop_defaults(parser_or_action: Any, before: Any, now: Any) -> None:
+    """When another class is chosen, drop the defaults of the one before: its learning rate is not the new one's.
+
+    jsonargparse keeps all options that both classes have; those that a user has set are still kept.
+    """
+    if before and before.get("init_args") and before["class_path"] != now["class_path"]:
+        defaults = _typehints.ActionTypeHint.get_class_parser(before["class_path"], {}).get_defaults()
+        for name in list(vars(before["init_args"])):
+            if name in defaults and before["init_args"][name] == defaults[name]:
+                del before["init_args"][name]
+    _discard(parser_or_action, before, now)
+
+
+def check_loads(trainer: L.Trainer) -> None:
+    """Have a Trainer's strategy look at every checkpoint that it is about to load, for users' own modules too.
+
+    Lightning's FSDPStrategy and ModelParallelStrategy load without a CheckpointIO, so no plugin could do it for them.
+    """
+    strategy: Any = trainer.strategy
+    if isinstance(strategy, CPUFSDPStrategy | FSDP2Strategy):
+        guard_loads(trainer)
+    else:
+        load = strategy.load_checkpoint
+        strategy.load_checkpoint = lambda path, weights_only=None: load_checked(load, path)
+
+
+def hide_secrets_from_loggers(trainer: L.Trainer) -> None:
+    """Have a Trainer's loggers get hyper-parameters without keys, tokens and passwords, loggers of any class."""
+    for logger in trainer.loggers:
+        logger.log_hyperparams = _without_secrets(logger.log_hyperparams)  # type: ignore[method-assign]
+
+
+def _without_secrets(log: Callable[..., None]) -> Callable[..., None]:
+    def log_hyperparams(params: Any = None, *args: Any, **kwargs: Any) -> None:
+        log(redacted(params), *args, **kwargs)
+
+    return log_hyperparams

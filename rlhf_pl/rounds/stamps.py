@@ -1,0 +1,185 @@
+"""The stamp of a round: the settings it is made with, written to its manifest, and compared when the run goes on."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import lightning as L
+
+from rlhf_pl.data.policy_module import PolicyModule
+from rlhf_pl.data.prompts import Prompt
+from rlhf_pl.data.round_datamodule import RoundDataModule
+from rlhf_pl.distributed.ranks import ranks_of
+from rlhf_pl.models.rotary import describe_factors
+from rlhf_pl.rollout import Sampler
+from rlhf_pl.rounds.engine import prompts_per_shard
+from rlhf_pl.rounds.settings import RoundOptions, downstream_settings, takes_noted_logps
+from rlhf_pl.store.provenance import OF_POLICY, StageSettings, differences, reconcile_round, refuse_upstream_change
+from rlhf_pl.store.round_store import ORDER, Round
+from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.fingerprints import rows_fingerprint
+
+
+class RoundStamps:
+    """Stamps rounds with the present settings, and refuses those that were made with others.
+
+    Args:
+        trainer: Of the run.
+        module: Holds the policy.
+        data: Holds the prompts and the store.
+        sampler: Of the run.
+        options: How rounds are made.
+        weights: Fingerprints the policy that trains, as it is now; called by all ranks together.
+        accept_changes: Go on although upstream settings have changed.
+    """
+
+    def __init__(
+        self,
+        trainer: L.Trainer,
+        module: PolicyModule,
+        data: RoundDataModule,
+        sampler: Sampler,
+        options: RoundOptions,
+        weights: Callable[[], str],
+        accept_changes: bool,
+    ) -> None:
+        self.trainer, self.module, self.data, self.sampler = trainer, module, data, sampler
+        self.options, self.accept_changes = options, accept_changes
+        self._weights, self.ranks = weights, ranks_of(trainer)
+        self._fingerprints = {
+            held_out: (
+                rows_fingerprint((p.prompt_id, list(p.token_ids)) for p in prompts),
+                rows_fingerprint(dict(p.columns) for p in prompts),
+                _unrendered(prompts),
+            )
+            for held_out, prompts in ((False, data.train_prompts), (True, data.val_prompts))
+        }
+
+    def settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
+        """What the stages of a round would be made from; the policy is looked at only if wanted."""
+        prompts, columns, messages = self._fingerprints[stored.is_held_out]
+        sampling = self.options.sampling_of(stored)
+        settings: StageSettings = {
+            "responses": {
+                "policy": self.module.source.path,
+                "policy_step": self.trainer.global_step if of_present_policy else None,
+                "weights": self._weights() if of_present_policy else None,
+                "seed": self.data.seed,
+                "prompts": prompts,
+                "sampler": f"{type(self.sampler).__name__}({getattr(self.sampler, 'dtype', '')})",
+                "sampling": vars(sampling),
+            },
+            **downstream_settings(self.module, self.options, self.trainer, self.data),
+        }
+        settings["rewards"] |= {"columns": columns, **messages}
+        if (factors := describe_factors(self.module.source.config, self.data.longest_tokens)) is not None:
+            settings["responses"]["rotary_factors"] = factors
+        if not takes_noted_logps(self.options, sampling):
+            settings["logps"].pop("old", None)
+        if stored.is_held_out:
+            settings["pairs"]["limit"] = self.data.max_val_pairs
+            del settings["training"]
+        else:
+            settings["responses"]["prompts_per_round"] = self.data.prompts_per_round
+        return settings
+
+    def refuse_changes(self) -> None:
+        """Before anything loads: the newest round and evaluation must be of the present upstream settings.
+
+        Raises:
+            ChangedSettingsError: They are not, and that is not accepted.
+        """
+        store = self.data.store
+
+        def refuse() -> None:
+            for stored in [*list(store.rounds().values())[-1:], *list(store.evaluations().values())[-1:]]:
+                refuse_upstream_change(stored, Round.as_stored(self.settings(stored, of_present_policy=False)))
+
+        if not self.accept_changes:
+            self.ranks.run_on_rank_zero(refuse)
+
+    def refuse_change_since(self, index: int) -> None:
+        """A new round must be of the settings of the one before.
+
+        Raises:
+            ChangedSettingsError: It is not, and that is not accepted.
+        """
+        stored = self.data.store.round(index)
+        settings = self.settings(stored)
+
+        def refuse() -> None:
+            if not stored.manifest.get("settings") and index > 0 and not self.accept_changes:
+                refuse_upstream_change(self.data.store.round(index - 1), Round.as_stored(settings))
+
+        self.ranks.run_on_rank_zero(refuse)
+
+    def check_inside(self, index: int) -> None:
+        """The stored round of a training that goes on in its middle.
+
+        Raises:
+            InputError: It is not whole, or was made with other settings.
+        """
+        stored = self.data.store.round(index)
+        if not stored.is_complete("logps"):
+            raise InputError(f"The run was stopped while training on {stored.path}, whose files are gone.")
+        if self.accept_changes:
+            return
+        now = Round.as_stored(self.settings(stored))
+        self.ranks.run_on_rank_zero(lambda: _refuse_inside(stored, now))
+
+    def reconcile(self, stored: Round, keeps_ties: bool, made_by: dict[str, Any] | None = None) -> None:
+        """Stamp a new round, or keep of a stored one what is still valid.
+
+        Args:
+            stored: The round.
+            keeps_ties: Whether its pairs are to hold responses of equal reward.
+            made_by: The `responses` settings that name its policy; None for the present one.
+        """
+        settings = self.settings(stored)
+        if made_by is not None:
+            settings["responses"] |= {k: made_by[k] for k in OF_POLICY}
+        fresh = self._counts(len(self.data.prompts_of(stored)))
+
+        def change() -> None:
+            reconcile_round(stored, settings, self.accept_changes, fresh)
+            scored = stored.manifest["stages"].get("rewards", {})
+            changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
+            if scored.get("failures") and changed and not stored.is_complete("training"):
+                stored.reopen("rewards")
+            paired = stored.manifest["stages"].get("pairs", {})
+            if paired and ("kept_ties" in paired) != keeps_ties and not stored.is_complete("training"):
+                stored.clear("pairs")
+
+        self.ranks.run_on_rank_zero(change)
+
+    def _counts(self, in_round: int) -> dict[str, Any]:
+        """What a new manifest notes of the prompts."""
+        return {
+            "prompts_per_shard": prompts_per_shard(self.trainer, self.sampler, self.options, in_round),
+            "prompts": {
+                "training": len(self.data.train_prompts),
+                "held_out": len(self.data.val_prompts),
+                "too_long": self.data.prompts_too_long,
+                "duplicates": self.data.duplicate_prompts,
+                "in_round": in_round,
+            },
+        }
+
+
+def _unrendered(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """A hash of messages with further keys, which rewards see and the policy's tokens may not show."""
+    if all(set(m) <= {"role", "content"} for p in prompts for m in p.messages):
+        return {}
+    return {"messages": rows_fingerprint(p.messages for p in prompts)}
+
+
+def _refuse_inside(stored: Round, now: StageSettings) -> None:
+    refuse_upstream_change(stored, now)
+    before = stored.manifest.get("settings", now)
+    changed = [line for stage in ORDER[1:] for line in differences(before[stage], now[stage])]
+    if changed:
+        raise InputError(
+            f"The training on {stored.path} was begun with other settings:\n"
+            + "\n".join(f"  {line}" for line in changed)
+            + "\nResume from the checkpoint before that round, or give --accept_changes to go on with the new ones "
+            "in its middle."
+        )

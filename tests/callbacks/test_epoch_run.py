@@ -1,0 +1,162 @@
+"""Runs over fixed data: what is printed of an epoch, the lock, the resume points, and the Trainer given back."""
+
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import EarlyStopping
+
+from rlhf_pl import SFTDataModule, SFTModule
+from rlhf_pl.callbacks import EpochRun, RoundCheckpoint
+from rlhf_pl.optim import AdamW
+from rlhf_pl.utils.errors import InputError
+from tests.conftest import make_tokenizer
+
+ROWS = [{"prompt": f"Say {i}", "response": f"I say {i}, of course."} for i in range(10)]
+
+
+@pytest.fixture
+def train(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> Callable[..., L.Trainer]:
+    """Fits 10 conversations, two at a time; four of them are held out unless it is said otherwise."""
+
+    def fit(*callbacks: L.Callback, held_out: int = 4, ckpt_path: str | None = None, **options: Any) -> L.Trainer:
+        L.seed_everything(2, verbose=False)
+        trainer = L.Trainer(
+            accelerator="cpu", default_root_dir=tmp_path / "run", logger=False, enable_progress_bar=False,
+            enable_model_summary=False, callbacks=[EpochRun(), *callbacks], num_sanity_val_steps=0,
+            **{"max_epochs": 2, "enable_checkpointing": bool(ckpt_path)} | options,
+        )  # fmt: skip
+        module = SFTModule(str(llama), optimizer=lambda p: AdamW(p, lr=3e-3))
+        data = SFTDataModule(write_jsonl(ROWS), max_tokens=64, batch_size=2, packing=False, val_conversations=held_out)
+        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        return trainer
+
+    return fit
+
+
+class Perplexity(L.Callback):
+    """Of the held-out conversations at every epoch's end, by transformers' own loss over their responses."""
+
+    def __init__(self) -> None:
+        self.found: list[float] = []
+
+    def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
+        total = count = 0.0
+        for example in trainer.datamodule.val_set.examples:  # type: ignore[attr-defined]
+            ids = torch.tensor([list(example.ids)])
+            labels = torch.where(torch.tensor([list(example.mask)]), ids, -100)
+            with torch.no_grad():
+                total += module.policy.lm(input_ids=ids, labels=labels).loss.item() * sum(example.mask)
+            count += sum(example.mask)
+        self.found.append(math.exp(total / count))
+
+
+def test_a_line_an_epoch_says_how_well_held_out_rows_are_predicted(
+    train: Callable[..., L.Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    independent = Perplexity()
+    train(independent)
+    lines = capsys.readouterr().out.splitlines()
+    tokenizer, run = make_tokenizer(), tmp_path / "run"
+    lengths = {row["response"]: len(tokenizer(row["response"] + "<|end|>")["input_ids"]) - 1 for row in ROWS}
+    begin, *epochs, end = lines
+    assert len(set(lengths.values())) == 1
+    learned = 6 * next(iter(lengths.values()))
+    assert begin == f"Conversations: 6 for training ({learned} answer tokens), 4 held out. Run directory: {run}"
+    assert end == f"Done. The model is in {run}/model; see the curves with tensorboard --logdir {run}"
+    assert epochs == [
+        f"epoch {number}: held-out perplexity {found:.3f} (loss {math.log(found):.3f} nats a token, 4 conversations)"
+        for number, found in enumerate(independent.found, 1)
+    ]
+    assert independent.found[1] < independent.found[0]
+
+
+def test_an_epoch_without_validation_tells_its_own_loss(
+    train: Callable[..., L.Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not the held-out metrics of the epoch before, which the Trainer still has."""
+    losses: list[str] = []
+
+    class Loss(L.Callback):
+        def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            losses.append(f"loss {float(trainer.callback_metrics['train/loss']):.3f}")
+
+    train(Loss(), max_epochs=3, check_val_every_n_epoch=2)
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
+    assert [lines[0], lines[2]] == [f"epoch 1: {losses[0]}", f"epoch 3: {losses[2]}"]
+    assert lines[1].startswith("epoch 2: held-out perplexity")
+
+
+def test_the_run_directory_is_one_processs_while_it_trains(train: Callable[..., L.Trainer], tmp_path: Path) -> None:
+    """And nobody's afterwards, however it ended."""
+    lock = tmp_path / "run" / ".lock"
+    owners: list[int] = []
+
+    class Look(L.Callback):
+        def __init__(self, fails: bool) -> None:
+            self.fails = fails
+
+        def on_train_batch_end(self, *_: Any) -> None:
+            owners.append(json.loads(lock.read_text())["pid"])
+            if self.fails:
+                raise ZeroDivisionError
+
+    train(Look(fails=False), max_epochs=1)
+    assert not lock.exists()
+    with pytest.raises(ZeroDivisionError):
+        train(Look(fails=True), max_epochs=1)
+    assert not lock.exists()
+    assert owners == [os.getpid()] * 4
+
+
+def test_a_stop_inside_an_epoch_is_a_resume_point_that_says_where_it_is(
+    train: Callable[..., L.Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Three updates an epoch: the fourth is the second epoch's first. What goes on ends as what never stopped."""
+    options: dict[str, Any] = {"enable_checkpointing": True}
+    stopped = train(RoundCheckpoint(0), max_steps=4, **options)
+    printed = capsys.readouterr().out
+    assert "epoch 1: " in printed
+    assert "epoch 2: " not in printed
+    where = "Stopped inside epoch 2 at update 4, after 1 of its 3 micro-batches."
+    assert f"{where} `trainer.max_steps` is reached: raise it to go on." in printed
+    assert stopped.max_steps == 4  # the Trainer has its option back
+    saved = tmp_path / "run" / "checkpoints" / "update-00000004.ckpt"
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve() == saved
+    resumed = train(RoundCheckpoint(0), ckpt_path=str(saved), **options)
+    assert "epoch 2: held-out" in capsys.readouterr().out
+    whole = train(RoundCheckpoint(0), **options)
+    assert resumed.global_step == whole.global_step == 6
+    expected = whole.lightning_module.state_dict()
+    assert all(torch.equal(t, expected[name]) for name, t in resumed.lightning_module.state_dict().items())
+
+
+def test_a_metric_that_needs_held_out_rows_is_refused_without_them(
+    train: Callable[..., L.Trainer], tmp_path: Path
+) -> None:
+    with pytest.raises(InputError, match=r"val/loss.*set `data\.val_conversations`") as error:
+        train(EarlyStopping("val/loss"), held_out=0)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+    train(EarlyStopping("val/loss"), max_epochs=1)
+
+
+def test_a_run_that_ends_before_its_last_epoch_says_why_and_how_it_goes_on(
+    train: Callable[..., L.Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    early = EarlyStopping("val/loss", patience=1, min_delta=1e9)
+    train(early, max_epochs=5)
+    printed = capsys.readouterr().out
+    assert (
+        "Stopped after epoch 2 of 5, at update 6. A callback or a limit of the Trainer ended the run. The next"
+        in printed
+    )
+    train(max_epochs=5, max_steps=4)
+    printed = capsys.readouterr().out
+    assert "at update 4, after 1 of its 3 micro-batches. No resume point was written." in printed

@@ -1,0 +1,143 @@
+"""What a run prints says what its store holds."""
+
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from rlhf_pl.callbacks import RunReport
+from tests.callbacks.conftest import SmallRun
+from tests.conftest import make_tokenizer
+from tests.integration.test_fit import PROMPTS
+
+Again = Callable[..., Any]
+
+
+def by_prompt(rows: list[dict[str, Any]]) -> list[list[float]]:
+    """Rewards of each prompt's responses."""
+    found: dict[str, list[float]] = {}
+    for row in rows:
+        found.setdefault(row["prompt_id"], []).append(row["reward"])
+    return list(found.values())
+
+
+def mean_reward(rows: list[dict[str, Any]]) -> float:
+    return statistics.mean(row["reward"] for row in rows)
+
+
+def kl_of(run: SmallRun, version: int) -> dict[str, float]:
+    return run.store.held_out(version).info("kl")
+
+
+@pytest.mark.parametrize("index", [0, 1])
+def test_a_rounds_line_holds_its_numbers(run: SmallRun, index: int) -> None:
+    rows, after = run.rows("rounds", index), mean_reward(run.rows("heldout", index + 1))
+    groups, kl = by_prompt(rows), kl_of(run, index + 1)
+    (line,) = [text for text in run.printed.splitlines() if text.startswith(f"round {index + 1}: ")]
+    parts = line.removeprefix(f"round {index + 1}: ").split(" | ")
+    best, worst = (statistics.mean(map(choose, groups)) for choose in (max, min))
+    tokens = statistics.mean(len(row["response_tokens"]) for row in rows)
+    finished = statistics.mean(row["finished"] for row in rows)
+    training = run.store.round(index).info("training")
+    assert parts[:4] == [
+        f"reward {mean_reward(rows):.3f} (best {best:.3f}, worst {worst:.3f} of 4)",
+        f"held-out reward now {after:.3f}, KL(new||old) {kl['new_old']:.2f} ± {kl['new_old_se']:.2f} (k1)",
+        f"{tokens:.0f} tokens, {finished:.0%} finished",
+        f"KL(old||new) {training['kl']:.2f} (k1), loss {training['loss']:.3f}",
+    ]
+    assert parts[4].startswith("seconds: generate ")
+
+
+def test_the_table_at_the_end_has_a_line_a_round(run: SmallRun) -> None:
+    lines = run.printed.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith("round  reward"))
+    assert lines[start].split() == [
+        *("round", "reward", "best", "worst", "tokens", "ended", "pairs", "old||new", "loss", "time"),
+        *("before", "after", "new||old"),
+    ]
+    for index in range(2):
+        rows, training = run.rows("rounds", index), run.store.round(index).info("training")
+        groups = by_prompt(rows)
+        before, after = (mean_reward(run.rows("heldout", version)) for version in (index, index + 1))
+        cells = lines[start + 2 + index].split()
+        assert cells[-4:-2] == ["s", f"{before:.3f}"]
+        assert cells[:9] + cells[-2:] == [
+            str(index + 1),
+            f"{mean_reward(rows):.3f}",
+            *(f"{statistics.mean(map(choose, groups)):.3f}" for choose in (max, min)),
+            f"{statistics.mean(len(row['response_tokens']) for row in rows):.0f}",
+            f"{statistics.mean(row['finished'] for row in rows):.0%}",
+            str(sum(max(rewards) > min(rewards) for rewards in groups)),
+            f"{training['kl']:.2f}",
+            f"{training['loss']:.3f}",
+            f"{after:.3f}",
+            f"{kl_of(run, index + 1)['new_old']:.2f}",
+        ]
+
+
+def test_the_gain_comes_with_its_error_over_prompts(run: SmallRun) -> None:
+    before, after = ([statistics.mean(g) for g in by_prompt(run.rows("heldout", v))] for v in (0, 2))
+    gains = [b - a for a, b in zip(before, after, strict=True)]
+    gain, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
+    wins = statistics.mean(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gains)
+    expected = f"Held-out reward {statistics.mean(before):.3f} before, {statistics.mean(after):.3f} after: {gain:+.3f} "
+    expected += f"± {error:.3f}" + (f", {gain / error:.1f} standard errors" if error else "")
+    assert f"{expected}. The new policy wins on {wins:.0%} of the prompts." in run.printed.splitlines()
+
+
+def test_responses_before_and_after_stand_side_by_side(run: SmallRun) -> None:
+    """Of two prompts from all over the held-out ones: the first and the third of four."""
+    before, after = ([r for r in run.rows("heldout", v) if r["response_index"] == 0] for v in (0, 2))
+    for position, (one, other) in enumerate(zip(before, after, strict=True)):
+        question = json.loads(one["prompt"])[-1]["content"]
+        shown = f"─ {question} ─" in run.printed
+        assert shown == (position in (0, 2))
+        if shown:
+            panel = run.printed.split(f"─ {question} ─")[1].split("╰")[0]
+            assert f"before: reward {one['reward']:.3f} " in panel
+            assert f"after: reward {other['reward']:.3f} " in panel
+
+
+def test_it_begins_and_ends_with_where_things_are(run: SmallRun) -> None:
+    lines = run.printed.splitlines()
+    assert f"Prompts: 10 for training, 10 a round; 4 held out. Run directory: {run.folder}" in lines
+    assert lines[lines.index("Next:") :] == [
+        "Next:",
+        f"  see the curves:  tensorboard --logdir {run.folder}",
+        f"  read answers:    {run.folder}/samples.html, and {run.folder}/rounds/*/ (Parquet)",
+        f"  use the model:   {run.folder}/model, with transformers or `vllm serve {run.folder}/model`",
+        f"  change the run:  {run.folder}/config.yaml holds every setting; `rlhf-pl fit --help` explains them",
+    ]
+
+
+def test_prompts_left_out_and_repeated_are_counted(
+    again: Again, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    repeated = [*PROMPTS, PROMPTS[3] | {"prompt_id": "p3 again"}, {"prompt_id": "long", "prompt": "why? " * 70}]
+    tokenizer = make_tokenizer()
+    lengths = [len(tokenizer(row["prompt"])["input_ids"]) for row in repeated]
+    assert sorted(lengths)[-2] < 50 < lengths[-1]
+    options: dict[str, Any] = {"prompts": write_jsonl(repeated), "data": {"val_prompts": 0}}
+    again(RunReport(), held_out=False, **options)
+    printed = " ".join(capsys.readouterr().out.split())
+    assert "Prompts: 15 for training, 15 a round; 0 held out; 1 left out, longer than 64 tokens. Run" in printed
+    assert "warning: 1 prompts ask the same as another; they are kept." in printed
+
+
+def test_without_held_out_prompts_there_is_no_before_and_after(
+    again: Again, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again(RunReport(), held_out=False)
+    printed = capsys.readouterr().out
+    assert "round 1: reward" in printed
+    assert not any(word in printed.lower() for word in ("held-out", "before", "new||old"))
+
+
+def test_nothing_is_said_of_a_round_that_was_left_inside(again: Again, capsys: pytest.CaptureFixture[str]) -> None:
+    again(RunReport(), max_steps=1)
+    printed = capsys.readouterr().out
+    assert printed.startswith("Prompts: 10 for training")
+    assert not any(text in printed for text in ("round 1:", "Rounds", "Next:"))
+    assert "Stopped inside round 1 at update 1" in printed

@@ -1,0 +1,144 @@
+"""A run that an earlier version stopped goes on with this one: nothing finished is made again, and it ends the same."""
+
+import json
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from rlhf_pl.__main__ import main
+from rlhf_pl.rewards import RegexMatch, Sample
+from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils.public_names import public_path
+from tests.checkpointing.checkpoint_json import read_json
+from tests.checkpointing.stored_run import STORED, lay_out_inputs, lay_out_run
+
+# updates that were made when the run was stopped
+MADE = {"scoring": 0, "between": 4, "inside": 6, "lora": 2, "offline": 3, "reward_model": 3, "sft": 3}
+
+
+class StoredRun:
+    """One of the stored runs, laid out in the working directory."""
+
+    def __init__(self, kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.kind, self.folder = kind, folder
+        self.ends: dict[str, Any] = json.loads((STORED / kind / "ends.json").read_text())
+        self.updates = 0
+        lay_out_inputs(kind, folder)
+        self.run = lay_out_run(kind, folder)
+        monkeypatch.chdir(folder)
+        monkeypatch.syspath_prepend(str(folder))
+        monkeypatch.delitem(sys.modules, "user_parts", raising=False)  # of another run's folder
+
+    def count_update(self, *_: Any) -> None:
+        """To be called at every step of an optimizer."""
+        self.updates += 1
+
+    def shards(self) -> dict[str, tuple[int, bytes]]:
+        """Content and time of every shard, by its path in the run directory."""
+        files = sorted(self.run.rglob("*.parquet"))
+        return {str(f.relative_to(self.run)): (f.stat().st_mtime_ns, f.read_bytes()) for f in files}
+
+    def go_on(self) -> None:
+        """The command that the run was started with."""
+        assert main(["fit", "--config", "run.yaml"]) == 0
+
+
+@pytest.fixture
+def stored(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[StoredRun]:
+    found = StoredRun(request.param, tmp_path, monkeypatch)
+    hook = register_optimizer_step_post_hook(found.count_update)
+    yield found
+    hook.remove()
+
+
+def places(paths: Any) -> list[str]:
+    """Round, stage and number of shards, without the checksums in their names."""
+    return sorted(str(path).removeprefix("run/").rpartition("-")[0] for path in paths)
+
+
+@pytest.mark.parametrize("stored", MADE, indirect=True)
+def test_a_run_goes_on_where_an_earlier_version_stopped(stored: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:
+    """What does not depend on rounding is the same exactly; weights are the same but for other CPUs' rounding."""
+    before, rounds = stored.shards(), RoundStore(stored.run).everything()
+    stages = {kept.name: kept.manifest["stages"] for kept in rounds}
+    stored.go_on()
+    said = capsys.readouterr().out
+    assert "again" not in said
+    assert "anew" not in said
+    assert before.items() <= stored.shards().items()
+    assert places(stored.shards()) == places(stored.ends["files"])
+    for kept in rounds:
+        assert stages[kept.name].items() <= kept.manifest["stages"].items()
+    assert stored.updates == stored.ends["updates"] - MADE[stored.kind]
+    weights = [load_file(file) for file in sorted((stored.run / "model").rglob("*.safetensors"))]
+    found = {name: tensor.flatten() for part in weights for name, tensor in part.items()}
+    assert found.keys() == stored.ends["weights"].keys()
+    for name, tensor in found.items():
+        torch.testing.assert_close(tensor, torch.tensor(stored.ends["weights"][name]), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("stored", ["scoring"], indirect=True)
+def test_scores_that_an_earlier_version_paid_for_are_not_asked_for_again(
+    stored: StoredRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 12 responses 2 were scored, as the journal says."""
+    plain, scored = RegexMatch.one, []
+
+    def one(reward: RegexMatch, sample: Sample) -> float:
+        scored.append(sample.response)
+        return plain(reward, sample)
+
+    monkeypatch.setattr(RegexMatch, "one", one)
+    stored.go_on()
+    kept = RoundStore(stored.run).round(0)
+    responses = kept.read("responses")["response"].to_pylist()
+    assert [response in scored for response in responses] == [False] * 2 + [True] * 10
+    assert kept.read("rewards")["reward"].to_pylist()[:2] == [0.4, 1.0]  # as in the journal
+
+
+@pytest.mark.parametrize("stored", ["between"], indirect=True)
+def test_manifests_of_a_run_that_went_on_name_public_classes(stored: StoredRun) -> None:
+    manifest = stored.run / "rounds" / "0000" / "manifest.json"
+    before = json.loads(manifest.read_text())["settings"]["training"]["loss"]  # has a file in it
+    assert before.endswith(".RebelLoss(eta=2.0)")
+    assert before.count(".") == 3
+    stored.go_on()
+    for index in range(3):
+        settings = RoundStore(stored.run).round(index).manifest["settings"]
+        assert settings["training"]["loss"] == "rlhf_pl.RebelLoss(eta=2.0)"
+        assert settings["pairs"]["selector"] == "rlhf_pl.BestWorst(min_margin=0.0)"
+        assert "0.5 * rlhf_pl.rewards.RegexMatch(column=None" in settings["rewards"]["reward"]
+    classes = re.findall(r"class_path: (rlhf_pl\S+)", (stored.run / "config.yaml").read_text())
+    assert "rlhf_pl.RebelModule" in classes
+    assert classes == [public_path(path) for path in classes]
+
+
+@pytest.mark.parametrize("stored", ["inside"], indirect=True)
+def test_the_config_that_an_earlier_version_wrote_starts_the_same_run(stored: StoredRun) -> None:
+    config = (STORED / "inside" / "run" / "config.yaml").read_text()
+    (stored.folder / "written.yaml").write_text(config)
+    before = stored.shards()
+    assert main(["fit", "--config", "written.yaml"]) == 0
+    assert before.items() <= stored.shards().items()
+    assert stored.updates == stored.ends["updates"] - MADE["inside"]
+
+
+def test_checkpoints_come_back_from_their_text_as_they_were() -> None:
+    content = read_json(STORED / "inside" / "run" / "checkpoints" / "update-00000006.ckpt.json")
+    assert content["global_step"] == 6
+    assert content["loops"]["fit_loop"]["epoch_progress"]["current"] == {
+        "ready": 2,
+        "started": 2,
+        "processed": 1,
+        "completed": 1,
+    }
+    moments = content["optimizer_states"][0]["state"]
+    assert {state["exp_avg"].dtype for state in moments.values()} == {torch.float32}
+    assert [float(state["step"]) for state in moments.values()] == [6.0] * len(moments)

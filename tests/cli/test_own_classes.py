@@ -1,0 +1,70 @@
+"""The classes that the command line makes in place of Lightning's, by what a config says."""
+
+from typing import Any
+
+import pytest
+import torch
+from jsonargparse import Namespace
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
+
+from rlhf_pl import CPUFSDPStrategy, FSDP2Strategy
+from rlhf_pl.cli.own_classes import with_own_classes
+from rlhf_pl.cli.run_loggers import RunCSVLogger, RunLogger
+
+
+class MyFSDP(FSDPStrategy): ...
+
+
+class MyLogger(CSVLogger): ...
+
+
+def named(kind: type, **arguments: Any) -> Namespace:
+    return Namespace(class_path=f"{kind.__module__}.{kind.__qualname__}", init_args=Namespace(**arguments))
+
+
+def own(strategy: Any = "auto", logger: Any = None, gpu: bool = False) -> Any:
+    config = Namespace(
+        subcommand="fit", fit=Namespace(trainer=Namespace(strategy=strategy, logger=logger, accelerator="auto"))
+    )
+    before = str(config)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: gpu)
+        found = with_own_classes(config)
+    assert str(config) == before  # what is written to config.yaml is the user's
+    return found.fit.trainer
+
+
+@pytest.mark.parametrize("name", ["fsdp", "fsdp_cpu_offload"])
+def test_fsdp_runs_on_cpus(name: str) -> None:
+    assert own(name).strategy == named(CPUFSDPStrategy)
+    assert own(name, gpu=True).strategy == name
+    given = named(FSDPStrategy, sharding_strategy="SHARD_GRAD_OP")
+    assert own(given).strategy == named(CPUFSDPStrategy, sharding_strategy="SHARD_GRAD_OP")
+    assert own(given, gpu=True).strategy == given
+
+
+@pytest.mark.parametrize("gpu", [True, False])
+def test_a_model_parallel_strategy_without_sizes_is_fsdp2(gpu: bool) -> None:
+    sizes = {"data_parallel_size": "auto", "tensor_parallel_size": "auto"}
+    assert own(named(ModelParallelStrategy, **sizes, timeout=9), gpu=gpu).strategy == named(
+        FSDP2Strategy, **sizes, timeout=9
+    )
+    given = named(ModelParallelStrategy, data_parallel_size=2, tensor_parallel_size=1)
+    assert own(given, gpu=gpu).strategy == given
+
+
+@pytest.mark.parametrize("given", ["auto", "ddp", "fsdp2", named(DDPStrategy), named(MyFSDP)])
+def test_other_strategies_stay(given: Any) -> None:
+    assert own(given).strategy == given
+
+
+def test_loggers_go_on_with_what_is_there() -> None:
+    csv, board = named(CSVLogger, save_dir="logs"), named(TensorBoardLogger, save_dir="logs")
+    assert own(logger=csv).logger == named(RunCSVLogger, save_dir="logs")
+    assert own(logger=[board, csv]).logger == [
+        named(RunLogger, save_dir="logs"),
+        named(RunCSVLogger, save_dir="logs"),
+    ]
+    for given in (None, True, False, named(MyLogger, save_dir="logs")):
+        assert own(logger=given).logger == given
