@@ -1,4 +1,4 @@
-# Everything a newcomer needs: `make quickstart` and `make test`. Neither needs a GPU or an account.
+# To begin: `make quickstart` and `make test`. Neither needs a GPU or an account.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
@@ -7,14 +7,14 @@ MODEL := models/SmolLM2-135M-Instruct
 
 help:
 	@echo "make quickstart  set up, and improve a small chat model in three rounds"
-	@echo "make tutorial    set up, and tune, reward-model and improve that model: SFT, reward model, REBEL"
-	@echo "                 (PREFERENCES=file.jsonl trains the reward model on comparisons of yours)"
+	@echo "make tutorial    set up, and run all three stages on that model: SFT, reward model, REBEL"
+	@echo "                 (PREFERENCES=file.jsonl trains the reward model on your own comparisons)"
 	@echo "make test        set up, and run linting, type checks and the tests"
 	@echo "make test-slow   the tests that take minutes"
-	@echo "make test-gpu    the tests that need a GPU; sets nothing up"
-	@echo "make bench       the benchmarks, beside TRL (benchmarks/README.md)"
+	@echo "make test-gpu    the tests that need a GPU, without the set-up"
+	@echo "make bench       the benchmarks, compared with TRL (benchmarks/README.md)"
 	@echo "make setup       only the virtual environment in .venv"
-	@echo "make lock        resolve requirements/cpu.txt and gpu.txt anew"
+	@echo "make lock        resolve requirements/cpu.txt and gpu.txt again"
 
 setup: .venv/ready
 
@@ -44,7 +44,7 @@ lint: setup
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-logo
 
-# a test per core at a time, each on one thread: the models are tiny
+# one test per core, each on one thread: the models are tiny
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n auto --maxprocesses 8 --dist loadgroup --no-loadscope-reorder
 
 test: lint
@@ -53,12 +53,12 @@ test: lint
 test-slow: setup model
 	$(PYTEST) -m slow
 
-# no set-up of its own: it may run where there is no network
+# without the set-up, so that it runs without a network
 test-gpu:
 	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); \
 		$$python -m pytest -rs -m gpu tests/integration/test_gpu.py
 
-# under half an hour, so three of them are brief
+# three of them in a short version: together under half an hour
 BENCHMARKS := scoring generation growth vocabulary_memory "whole_round --prompts 24" "training_step --pairs 4" \
 	"reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo"
 

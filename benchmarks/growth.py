@@ -1,8 +1,8 @@
-"""Time and memory of a round as the work grows: a tiny model, 100, 1,000 and 10,000 prompts.
+"""Time and memory of a round as its size grows: a tiny model, 100, 1,000 and 10,000 prompts.
 
 python -m benchmarks.growth
 
-With made-up responses, which cost no sampling, every stage of a large round:
+With made-up responses, which need no sampling, every stage of a large round:
 
 python -m benchmarks.growth --made_up --prompts 60000 --responses 5 --tokens 400
 """
@@ -13,36 +13,36 @@ import time
 from pathlib import Path
 
 from benchmarks import made_up
-from benchmarks.common import in_a_process, machine, make_parser, peak_memory, table
+from benchmarks.common import describe_machine, format_table, make_parser, peak_memory, run_in_process
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--prompts", type=int, action="append")
-    parser.add_argument("--made_up", action="store_true", help="make the responses up, and measure stage by stage")
-    parser.add_argument("--responses", type=int, default=5, help="with --made_up: responses of each prompt")
-    parser.add_argument("--tokens", type=int, default=400, help="with --made_up: tokens of a response, in the mean")
+    parser.add_argument("--made_up", action="store_true", help="use random responses, and measure each stage")
+    parser.add_argument("--responses", type=int, default=5, help="with --made_up: responses per prompt")
+    parser.add_argument("--tokens", type=int, default=400, help="with --made_up: mean tokens per response")
     parser.add_argument("--parquet", action="store_true", help="with --made_up: prompts from a Parquet file")
     args = parser.parse_args()
-    print(f"{machine()}\n")
+    print(f"{describe_machine()}\n")
     if args.made_up:
         for count in args.prompts or [60_000]:
             print(f"{count:,} prompts x {args.responses} responses x {args.tokens} tokens\n")
             suffix = ".parquet" if args.parquet else ".jsonl"
-            found = made_up.measure(count, args.responses, args.tokens, in_a_process, suffix)
-            lines = [[stage, f"{seconds:.1f}", f"{gib:.2f}"] for stage, seconds, gib in found]
-            print(table(["stage", "seconds", "peak GiB above the start"], lines), flush=True)
+            results = made_up.measure(count, args.responses, args.tokens, run_in_process, suffix)
+            lines = [[stage, f"{seconds:.1f}", f"{gib:.2f}"] for stage, seconds, gib in results]
+            print(format_table(["stage", "seconds", "peak GiB above the start"], lines), flush=True)
         return
     counts = args.prompts or [100, 1000, 10_000]
     rows = []
     for count in counts:
-        found = in_a_process(measure, count)
-        phases = [found[name] for name in ("generate", "score", "logps", "train")]
-        rest = found["seconds"] - sum(phases)
-        cells = [f"{s:.1f}" for s in (found["seconds"], *phases, rest)]
-        rows.append([f"{count:,}", *cells, f"{1000 * found['seconds'] / count:.1f}", f"{found['gib']:.2f}"])
-    header = ["prompts", "round, s", "generate", "score", "log-probs", "train", "rest", "ms a prompt", "peak GiB"]
-    print(table(header, rows))
+        result = run_in_process(measure, count)
+        phases = [result[name] for name in ("generate", "score", "logps", "train")]
+        rest = result["seconds"] - sum(phases)
+        cells = [f"{s:.1f}" for s in (result["seconds"], *phases, rest)]
+        rows.append([f"{count:,}", *cells, f"{1000 * result['seconds'] / count:.1f}", f"{result['gib']:.2f}"])
+    header = ["prompts", "round, s", "generate", "score", "log-probs", "train", "rest", "ms per prompt", "peak GiB"]
+    print(format_table(header, rows))
 
 
 def measure(count: int) -> dict[str, float]:
@@ -87,7 +87,7 @@ def measure(count: int) -> dict[str, float]:
 
 
 def variety(response: str) -> float:
-    """Something to differ by."""
+    """A reward that differs between responses."""
     return len(set(response)) / 10
 
 

@@ -1,4 +1,4 @@
-"""A round whose responses are made up: seconds and host memory of every stage but sampling, at any size."""
+"""A round with random responses: seconds and host memory of every stage except sampling, for any size."""
 
 import json
 import os
@@ -15,10 +15,10 @@ import numpy as np
 from benchmarks.common import resident_bytes
 from rlhf_pl import RebelModule, RoundDataModule, SamplingConfig
 from rlhf_pl.callbacks import DegenerationGuard, RoundCheckpoint, RoundRefresh
-from rlhf_pl.cli.rounds import overview, sample_panels
+from rlhf_pl.cli.rounds import make_overview, make_sample_panels
 from rlhf_pl.rollout.base import PromptTokens, Response
 from rlhf_pl.rollout.transformers import TransformersSampler
-from rlhf_pl.rounds.metrics import first_answers, prompt_ids
+from rlhf_pl.rounds.metrics import first_responses, prompt_ids
 from rlhf_pl.store.round_store import Round, RoundStore
 
 WORDS = ("sea", "sky", "hills", "river", "beyond", "dogs", "legs", "eight", "two", "tell", "about", "what", "plus")
@@ -32,27 +32,27 @@ Rows = list[tuple[str, float, float]]
 
 
 class Clock:
-    """Seconds and peak host memory (GiB above the start) of what lies between two marks."""
+    """Records seconds and peak host memory (GiB above the start) between marks."""
 
     def __init__(self) -> None:
         self.rows: Rows = []
         self._base = resident_bytes()
-        self._begin()
+        self._restart()
 
-    def _begin(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-        self._since = time.monotonic()
+    def _restart(self) -> None:
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+        self._started = time.monotonic()
 
     def mark(self, name: str) -> None:
-        """What came since the last mark was `name`."""
+        """Record the work since the last mark as `name`."""
         lines = Path("/proc/self/status").read_text().splitlines()
         peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
-        self.rows.append((name, time.monotonic() - self._since, (peak - self._base) / 2**30))
-        self._begin()
+        self.rows.append((name, time.monotonic() - self._started, (peak - self._base) / 2**30))
+        self._restart()
 
 
 class MadeUpSampler(TransformersSampler):
-    """Responses of random tokens, of half to one and a half times `tokens`; honest where log-probs are asked for."""
+    """Returns responses of random tokens, 0.5 to 1.5 times `tokens` long; samples only if log-probs are requested."""
 
     def __init__(self, tokens: int, vocabulary: int) -> None:
         super().__init__()
@@ -65,13 +65,13 @@ class MadeUpSampler(TransformersSampler):
             yield from super().generate(prompts, sampling)
             return
         for index, prompt in enumerate(prompts):
-            numbers = np.random.default_rng(prompt.seed)
-            sizes = numbers.integers(self.tokens // 2, self.tokens * 3 // 2, sampling.num_responses, endpoint=True)
-            yield index, [Response(numbers.integers(6, self.vocabulary, n).tolist(), [], True) for n in sizes]
+            rng = np.random.default_rng(prompt.seed)
+            lengths = rng.integers(self.tokens // 2, self.tokens * 3 // 2, sampling.num_responses, endpoint=True)
+            yield index, [Response(rng.integers(6, self.vocabulary, n).tolist(), [], True) for n in lengths]
 
 
-class Data(RoundDataModule):
-    """Marks where prompts are read, and where they are tokenised."""
+class TimedDataModule(RoundDataModule):
+    """Marks the end of reading and of tokenising the prompts."""
 
     clock: Clock
 
@@ -81,13 +81,13 @@ class Data(RoundDataModule):
         self.clock.mark("tokenise prompts")
 
     def _load(self, source: str, option: str) -> Any:
-        found = super()._load(source, option)
+        prompts = super()._load(source, option)
         self.clock.mark("read prompts")
-        return found
+        return prompts
 
 
 class Marks(L.Callback):
-    """Marks a hook by a name; stands before or behind the callback that is measured."""
+    """Marks hooks by names; placed before or after the measured callback."""
 
     def __init__(self, clock: Clock, **names: str) -> None:
         self.clock, self.names = clock, names
@@ -107,18 +107,18 @@ class Marks(L.Callback):
 
 
 def measure(prompts: int, responses: int, tokens: int, run: Callable[..., Any], suffix: str) -> Rows:
-    """Rows of a run that is stopped after its first update, and of the same command again.
+    """Rows of a run that is stopped after its first update, and of its continuation with the same command.
 
     Args:
-        prompts: Of the round.
-        responses: Of each prompt.
-        tokens: Of a response, in the mean.
-        run: (measure, arguments) -> what it gives in a process of its own.
-        suffix: `.jsonl` or `.parquet`.
+        prompts: Number of prompts.
+        responses: Responses per prompt.
+        tokens: Mean tokens per response.
+        run: (function, arguments) -> the function's result in a separate process.
+        suffix: Format of the prompts' file: `.jsonl` or `.parquet`.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # token ids of an earlier measurement don't count
+        os.environ["HF_DATASETS_CACHE"] = str(folder / "cache")  # no cached token ids of an earlier measurement
         run(_write_inputs, folder, prompts, tokens, suffix)
         arguments = (folder, responses, tokens, suffix)
         first = run(_fit, *arguments, 1)
@@ -131,9 +131,9 @@ def _write_inputs(folder: Path, prompts: int, tokens: int, suffix: str) -> None:
 
     sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1}
     save_llama(folder / "model", max_position_embeddings=2 * tokens + 512, **sizes)
-    draw = random.Random(0)
+    rng = random.Random(0)
     rows = [
-        {"prompt_id": str(i), "prompt": f"What is {i}? " + " ".join(draw.choices(WORDS, k=40)), "key": str(i)}
+        {"prompt_id": str(i), "prompt": f"What is {i}? " + " ".join(rng.choices(WORDS, k=40)), "key": str(i)}
         for i in range(prompts)
     ]
     file = folder / f"prompts{suffix}"
@@ -150,12 +150,12 @@ def _fit(folder: Path, responses: int, tokens: int, suffix: str, max_steps: int)
     clock = Clock()
     complete = Round.complete
 
-    def completed(stored: Round, stage: str, **info: Any) -> None:
+    def complete_and_mark(stored: Round, stage: str, **info: Any) -> None:
         complete(stored, stage, **info)
         if stage in STAGES:
             clock.mark(STAGES[stage])
 
-    Round.complete = completed  # type: ignore[method-assign]
+    Round.complete = complete_and_mark  # type: ignore[method-assign]
     L.seed_everything(0, verbose=False)
     module = RebelModule(str(folder / "model"))
     refresh = RoundRefresh(
@@ -179,7 +179,7 @@ def _fit(folder: Path, responses: int, tokens: int, suffix: str, max_steps: int)
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    data = Data(str(folder / f"prompts{suffix}"), batch_size=32, max_prompt_tokens=512)
+    data = TimedDataModule(str(folder / f"prompts{suffix}"), batch_size=32, max_prompt_tokens=512)
     data.clock = clock
     last = folder / "run" / "checkpoints" / "last.ckpt"
     trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=False)
@@ -190,9 +190,9 @@ def _fit(folder: Path, responses: int, tokens: int, suffix: str, max_steps: int)
 def _show(folder: Path) -> Rows:
     clock = Clock()
     stored = Round(folder / "run" / "rounds" / "0000")
-    first_answers(stored, prompt_ids(stored)[::20_000])
+    first_responses(stored, prompt_ids(stored)[::20_000])
     clock.mark("report: first responses")
-    overview(RoundStore(folder / "run"))
-    sample_panels(stored, 3)
+    make_overview(RoundStore(folder / "run"))
+    make_sample_panels(stored, 3)
     clock.mark("rlhf-pl rounds, with 3 samples")
     return clock.rows

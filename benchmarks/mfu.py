@@ -1,4 +1,4 @@
-"""What a GPU could do, and the least that a training step must do: the share of the one by the other is the MFU."""
+"""Model FLOPs utilization (MFU): the minimum FLOPs of a training step, relative to a GPU's measured matmul peak."""
 
 import time
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from typing import Any
 from benchmarks.common import Pair
 
 
-def matmul_peak(size: int = 8192) -> float:
-    """FLOP/s of a product of two large bfloat16 matrices on the current GPU, measured now."""
+def measure_matmul_peak(size: int = 8192) -> float:
+    """Measure the FLOP/s of a product of two large bfloat16 matrices on the current GPU."""
     import torch
 
     a, b = (torch.randn(size, size, device="cuda", dtype=torch.bfloat16) for _ in range(2))
@@ -22,21 +22,21 @@ def matmul_peak(size: int = 8192) -> float:
     return 20 * 2 * size**3 / (time.monotonic() - started)
 
 
-def least_flops(pairs: Sequence[Pair], config: Any) -> float:
-    """Of forward and backward passes: each prompt once, the output head at response tokens alone, and attention."""
+def minimum_flops(pairs: Sequence[Pair], config: Any) -> float:
+    """FLOPs of forward and backward passes: each prompt once, the output head only at response tokens, attention."""
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
     layer = config.hidden_size * (2 * heads + 2 * kv_heads) * size + 3 * config.hidden_size * config.intermediate_size
     total = 0.0
     for pair in pairs:
-        prompt, answers = len(pair.prompt), (len(pair.chosen), len(pair.rejected))
-        seen = sum((prompt + n) ** 2 / 2 for n in answers) - prompt**2 / 2
-        total += 6 * (prompt + sum(answers)) * layer * config.num_hidden_layers
-        total += 6 * sum(answers) * config.vocab_size * config.hidden_size
-        total += 12 * config.num_hidden_layers * heads * size * seen
+        prompt, responses = len(pair.prompt), (len(pair.chosen), len(pair.rejected))
+        attended = sum((prompt + n) ** 2 / 2 for n in responses) - prompt**2 / 2
+        total += 6 * (prompt + sum(responses)) * layer * config.num_hidden_layers
+        total += 6 * sum(responses) * config.vocab_size * config.hidden_size
+        total += 12 * config.num_hidden_layers * heads * size * attended
     return total
 
 
-def tokens_of(pairs: Sequence[Pair]) -> int:
-    """Tokens, prompts once."""
+def count_tokens(pairs: Sequence[Pair]) -> int:
+    """Tokens of all pairs, each prompt counted once."""
     return sum(len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)

@@ -1,7 +1,7 @@
-"""Held-out reward against wall-clock: ours, and TRL's OnlineDPO and GRPO, from the same model on the same task.
+"""Held-out reward over wall-clock time: ours, and TRL's OnlineDPO and GRPO, from the same model on the same task.
 
-The task is the quickstart's. Every run trains for `--seconds` (loading the model aside, starting the engine included)
-in float32; snapshots on the way answer the held-out prompts afterwards, with the same sampler and seeds.
+The task is the quickstart's. Every run trains for `--seconds` (including the engine's start, but not model loading) in
+float32. Afterwards, snapshots of the policy respond to the held-out prompts, with the same sampler and seeds.
 
     python -m benchmarks.reward_over_time --plot reward_over_time.png
 """
@@ -13,12 +13,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import MODEL, in_a_process, machine, make_parser, table
+from benchmarks.common import MODEL, describe_machine, format_table, make_parser, run_in_process
 from examples.short_answer import score
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 VARIANTS = {"rlhf-pl": "rlhf-pl", "online-dpo": "TRL OnlineDPO", "grpo": "TRL GRPO"}
-LEARNING_RATES = {"rlhf-pl": 2e-4, "online-dpo": 6e-5, "grpo": 1e-4}  # the best of those tried: see the README
+LEARNING_RATES = {"rlhf-pl": 2e-4, "online-dpo": 6e-5, "grpo": 1e-4}  # the best of the tested rates, see the README
 HELD_OUT = 48
 Curve = list[tuple[float, float]]  # seconds of training, held-out reward
 
@@ -26,26 +26,26 @@ Curve = list[tuple[float, float]]  # seconds of training, held-out reward
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--model", default=str(MODEL))
-    parser.add_argument("--variant", choices=VARIANTS, action="append", help="all if none is given")
+    parser.add_argument("--variant", choices=VARIANTS, action="append", help="default: all")
     parser.add_argument("--seconds", type=float, default=120)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--max_tokens", type=int, default=48)
     parser.add_argument("--plot", help="a .png file")
-    parser.add_argument("--seed", type=int, default=0, help="of the first run; others have those that follow")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the first run; the next runs use the next seeds")
     parser.add_argument("--lr", type=float, help="default: each variant's own")
-    parser.add_argument("--eta", type=float, default=10.0, help="of rlhf-pl, nats per reward unit")
+    parser.add_argument("--eta", type=float, default=10.0, help="eta of rlhf-pl, nats per reward unit")
     args = parser.parse_args()
-    print(machine())
+    print(describe_machine())
     print(f"{args.seconds:g} s of training, {args.seeds} seeds, {HELD_OUT} held-out prompts\n")
     curves: dict[str, list[Curve]] = {name: [] for name in args.variant or VARIANTS}
     for seed in range(args.seed, args.seed + args.seeds):
         for name, runs in curves.items():
-            runs.append(in_a_process(measure, args, name, seed))
+            runs.append(run_in_process(measure, args, name, seed))
     rows = []
     for name, runs in curves.items():
         points = "; ".join(" ".join(f"{t:.0f}s:{r:.3f}" for t, r in run) for run in runs)
         rows.append([VARIANTS[name], f"{sum(run[-1][1] for run in runs) / len(runs):.3f}", points])
-    print(table(["", "mean reward at the end", "each seed's curve"], rows))
+    print(format_table(["", "mean reward at the end", "each seed's curve"], rows))
     if args.plot:
         plot(curves, args.plot)
 
@@ -67,37 +67,38 @@ def plot(curves: dict[str, list[Curve]], file: str) -> None:
     figure.savefig(file, dpi=110)
 
 
-def questions() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
-    """For training, and held out."""
+def read_prompts() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
+    """The rows for training, and the held-out rows."""
     rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
     return rows[HELD_OUT:], rows[:HELD_OUT]
 
 
 def measure(args: argparse.Namespace, variant: str, seed: int) -> Curve:
-    return evaluate(args, (ours if variant == "rlhf-pl" else with_trl)(args, variant, seed))
+    train = train_with_lightning if variant == "rlhf-pl" else train_with_trl
+    return evaluate(args, train(args, variant, seed))
 
 
 class Snapshots:
-    """Copies of the policy, with the seconds of training before them."""
+    """Copies of the policy, with the seconds of training before each."""
 
     def __init__(self) -> None:
         self.started = time.monotonic()
         self.taken: list[tuple[float, dict[str, Any]]] = []
 
-    def take_now_and_then(self, model: Any, until: float) -> bool:
-        """Five or so of them; whether the time is over."""
+    def take_if_due(self, model: Any, limit: float) -> bool:
+        """Take a snapshot every fifth of the time limit; returns whether the time is over."""
         seconds = time.monotonic() - self.started
-        if seconds > min(until, self.taken[-1][0] + until / 5):
+        if seconds > min(limit, self.taken[-1][0] + limit / 5):
             self.take(model)
-        return seconds > until
+        return seconds > limit
 
     def take(self, model: Any) -> None:
         seconds = time.monotonic() - self.started
         self.taken.append((seconds, {n: t.detach().bfloat16().clone() for n, t in model.state_dict().items()}))
-        self.started += time.monotonic() - self.started - seconds  # the copy does not count
+        self.started += time.monotonic() - self.started - seconds  # excludes the time of the copy
 
 
-def ours(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[float, dict[str, Any]]]:
+def train_with_lightning(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[float, dict[str, Any]]]:
     import lightning as L
     from torch.optim.lr_scheduler import ConstantLR
 
@@ -106,19 +107,19 @@ def ours(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[float,
     from rlhf_pl.callbacks import RoundRefresh
     from rlhf_pl.optim import AdamW
 
-    clock: list[Snapshots] = []
+    snapshots: list[Snapshots] = []
 
     class Clock(L.Callback):
         def on_fit_start(self, trainer: L.Trainer, module: Any) -> None:
-            clock.append(Snapshots())
-            clock[0].take(module.policy.lm)
+            snapshots.append(Snapshots())
+            snapshots[0].take(module.policy.lm)
 
         def on_train_epoch_end(self, trainer: L.Trainer, module: Any) -> None:
-            trainer.should_stop = clock[0].take_now_and_then(module.policy.lm, args.seconds)
+            trainer.should_stop = snapshots[0].take_if_due(module.policy.lm, args.seconds)
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions()[0]))
+        (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in read_prompts()[0]))
         L.seed_everything(seed, verbose=False)
         trainer = L.Trainer(
             accelerator="cpu",
@@ -146,33 +147,33 @@ def ours(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[float,
         )
         data = RoundDataModule(str(folder / "prompts.jsonl"), prompts_per_round=4, batch_size=4, seed=seed)
         trainer.fit(module, datamodule=data)
-    return clock[0].taken
+    return snapshots[0].taken
 
 
-def with_trl(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[float, dict[str, Any]]]:
+def train_with_trl(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[float, dict[str, Any]]]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-    clock: list[Snapshots] = []
+    snapshots: list[Snapshots] = []
 
     class Clock(TrainerCallback):
         def on_train_begin(self, *arguments: Any, **kwargs: Any) -> None:
-            clock.append(Snapshots())
-            clock[0].take(kwargs["model"])
+            snapshots.append(Snapshots())
+            snapshots[0].take(kwargs["model"])
 
-        def on_step_end(self, settings: Any, state: Any, control: Any, **kwargs: Any) -> None:
-            control.should_training_stop = clock[0].take_now_and_then(kwargs["model"], args.seconds)
+        def on_step_end(self, arguments: Any, state: Any, control: Any, **kwargs: Any) -> None:
+            control.should_training_stop = snapshots[0].take_if_due(kwargs["model"], args.seconds)
 
     def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
         pairs = zip(prompts, completions, strict=True)
         texts = [(p[-1]["content"], c if isinstance(c, str) else c[-1]["content"]) for p, c in pairs]
-        most = args.max_tokens
-        return [score(prompt, text, len(tokenizer(text)["input_ids"]) < most) for prompt, text in texts]
+        limit = args.max_tokens
+        return [score(prompt, text, len(tokenizer(text)["input_ids"]) < limit) for prompt, text in texts]
 
     tokenizer = AutoTokenizer.from_pretrained(args.model)
-    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in questions()[0]]
-    shared: dict[str, Any] = {
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in read_prompts()[0]]
+    settings: dict[str, Any] = {
         "max_steps": 10_000,
         "temperature": 0.8,
         "learning_rate": args.lr or LEARNING_RATES[variant],
@@ -197,42 +198,42 @@ def with_trl(args: argparse.Namespace, variant: str, seed: int) -> list[tuple[fl
         if variant == "grpo":
             from trl import GRPOConfig, GRPOTrainer
 
-            settings = GRPOConfig(
+            grpo = GRPOConfig(
                 folder,
                 per_device_train_batch_size=16,
                 num_generations=4,
                 max_completion_length=args.max_tokens,
-                **shared,
+                **settings,
             )
-            trainer = GRPOTrainer(model, args=settings, **common)
+            trainer = GRPOTrainer(model, args=grpo, **common)
         else:
             from trl.experimental.online_dpo import OnlineDPOConfig, OnlineDPOTrainer
 
-            dpo = OnlineDPOConfig(folder, per_device_train_batch_size=8, max_new_tokens=args.max_tokens, **shared)
+            dpo = OnlineDPOConfig(folder, per_device_train_batch_size=8, max_new_tokens=args.max_tokens, **settings)
             trainer = OnlineDPOTrainer(model, args=dpo, **common)
         trainer.train()
-    return clock[0].taken
+    return snapshots[0].taken
 
 
-def evaluate(args: argparse.Namespace, taken: list[tuple[float, dict[str, Any]]]) -> Curve:
-    """Mean reward on the held-out prompts of every snapshot."""
+def evaluate(args: argparse.Namespace, snapshots: list[tuple[float, dict[str, Any]]]) -> Curve:
+    """Mean reward of every snapshot on the held-out prompts."""
     from rlhf_pl.models.chat import encode_prompt
     from rlhf_pl.models.source import ModelSource
     from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, VLLMSampler
 
     source = ModelSource(args.model)
-    held_out = questions()[1]
+    held_out = read_prompts()[1]
     prompts = [encode_prompt(source.tokenizer, [{"role": "user", "content": row["prompt"]}]) for row in held_out]
     sampler = VLLMSampler(dtype="float32")
     sampler.start(EngineSpec(source, max(map(len, prompts)) + args.max_tokens, len(prompts)))
     sampling = SamplingConfig(num_responses=1, temperature=0.5, max_response_tokens=args.max_tokens)
     curve: Curve = []
-    for seconds, weights in taken:
+    for seconds, weights in snapshots:
         sampler.load_weights(weights.items())
         total = 0.0
-        for index, answers in sampler.generate([PromptTokens(ids, i) for i, ids in enumerate(prompts)], sampling):
-            text = source.tokenizer.decode(answers[0].token_ids, skip_special_tokens=True)
-            total += score(held_out[index]["prompt"], text, answers[0].finished)
+        for index, (response,) in sampler.generate([PromptTokens(ids, i) for i, ids in enumerate(prompts)], sampling):
+            text = source.tokenizer.decode(response.token_ids, skip_special_tokens=True)
+            total += score(held_out[index]["prompt"], text, response.finished)
         curve.append((seconds, total / len(prompts)))
     sampler.close()
     return curve

@@ -1,4 +1,4 @@
-"""Answers per second of a reward model: our batches of like length with shared prompts, and one answer at a time.
+"""Responses per second of a reward model: in our batches of similar length with shared prompts, and one at a time.
 
 python -m benchmarks.scoring
 python -m benchmarks.scoring --device cuda --model random-1b --prompts 64
@@ -9,7 +9,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.common import MODEL, machine, make_parser, model_folder, table
+from benchmarks.common import MODEL, describe_machine, format_table, make_parser, model_folder
 
 WORDS = "sea sky hill river stone light morning window paper garden quiet winter letter engine forest"
 
@@ -17,7 +17,7 @@ WORDS = "sea sky hill river stone light morning window paper garden quiet winter
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", default=str(MODEL), help="what a reward model with a random head is made of")
+    parser.add_argument("--model", default=str(MODEL), help="base of the reward model, which gets a random head")
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--num_responses", type=int, default=4)
     parser.add_argument("--prompt_words", type=int, default=60)
@@ -37,11 +37,11 @@ def measure(args: argparse.Namespace) -> None:
     from rlhf_pl.models.source import ModelSource
     from rlhf_pl.rewards import ClassifierReward, Sample
 
-    print(machine())
-    draw, words = random.Random(args.seed), WORDS.split()
+    print(describe_machine())
+    rng, words = random.Random(args.seed), WORDS.split()
 
     def text(mean: int) -> str:
-        return " ".join(draw.choice(words) for _ in range(draw.randint(mean // 2, mean * 3 // 2)))
+        return " ".join(rng.choice(words) for _ in range(rng.randint(mean // 2, mean * 3 // 2)))
 
     samples = []
     for number in range(args.prompts):
@@ -59,16 +59,17 @@ def measure(args: argparse.Namespace) -> None:
         reward.score(samples[:1])
         started = time.monotonic()
         alone = [reward.score([sample])[0].reward for sample in samples]
-        middle = time.monotonic()
+        alone_end = time.monotonic()
         together = [result.reward for result in reward.score(samples)]
-        ended = time.monotonic()
+        together_end = time.monotonic()
     error = max(abs(a - b) for a, b in zip(alone, together, strict=True))
     assert error < (1e-3 if args.device == "cpu" else 0.1), f"scores differ by {error}"
-    one, all_ = (len(samples) / seconds for seconds in (middle - started, ended - middle))
-    rows = [["one at a time", f"{one:.2f}"], ["rlhf-pl", f"{all_:.2f}"]]
-    print(f"{args.prompts} prompts x {args.num_responses} answers; scores equal to {error:.0e}\n")
-    print(table(["", "answers/s"], rows))
-    print(f"\n{all_ / one:.2f}x")
+    seconds = alone_end - started, together_end - alone_end
+    speed_alone, speed_together = (len(samples) / s for s in seconds)
+    rows = [["one at a time", f"{speed_alone:.2f}"], ["rlhf-pl", f"{speed_together:.2f}"]]
+    print(f"{args.prompts} prompts x {args.num_responses} responses; largest difference of scores {error:.0e}\n")
+    print(format_table(["", "responses/s"], rows))
+    print(f"\n{speed_together / speed_alone:.2f}x")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Peak memory of a training step against vocabulary and response length: full logits, and ours.
+"""Peak memory of a training step by size of the vocabulary and length of the responses: full logits, and ours.
 
-A small random Llama, so that little but logits counts; a process of its own for every number.
+With a small random Llama, so that logits dominate; every number is measured in a separate process.
 
     python -m benchmarks.vocabulary_memory
 """
 
-from benchmarks.common import in_a_process, machine, make_parser, peak_memory, table
+from benchmarks.common import describe_machine, format_table, make_parser, peak_memory, run_in_process
 
 VOCABULARIES = (49_152, 128_256, 256_000)
 RESPONSES = (64, 256)
@@ -15,21 +15,21 @@ def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--vocabulary", type=int, action="append")
-    parser.add_argument("--response", type=int, action="append", help="tokens of an answer")
+    parser.add_argument("--response", type=int, action="append", help="tokens per response")
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--chunk", type=int, default=128, help="model.logprob_chunk_tokens")
     args = parser.parse_args()
-    print(machine())
+    print(describe_machine())
     print(f"GiB above the loaded model with its gradients; {args.pairs} pairs, chunks of {args.chunk} tokens\n")
     rows = []
     for response in args.response or RESPONSES:
         for vocabulary in args.vocabulary or VOCABULARIES:
             full, ours = (
-                in_a_process(measure, how, vocabulary, response, args.pairs, args.chunk, args.device)
+                run_in_process(measure, how, vocabulary, response, args.pairs, args.chunk, args.device)
                 for how in ("full", "ours")
             )
             rows.append([response, f"{vocabulary:,}", f"{full:.2f}", f"{ours:.2f}", f"{ours / full:.2f}"])
-    print(table(["response tokens", "vocabulary", "full logits", "rlhf-pl", "share"], rows))
+    print(format_table(["response tokens", "vocabulary", "full logits", "rlhf-pl", "share"], rows))
 
 
 def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int, device: str) -> float:
@@ -46,9 +46,9 @@ def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int, de
     lm = LlamaForCausalLM(LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=True, **sizes)).train().to(device)
     for parameter in lm.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    answers = torch.randint(vocabulary, (pairs, 2, response)).tolist()
-    rows = pack([PrefixGroup(list(range(100)), (chosen, rejected)) for chosen, rejected in answers]).to(device)
-    before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0  # the CPU's peak is above the start
+    responses = torch.randint(vocabulary, (pairs, 2, response)).tolist()
+    rows = pack([PrefixGroup(list(range(100)), (chosen, rejected)) for chosen, rejected in responses]).to(device)
+    before = torch.cuda.memory_allocated() / 2**30 if device == "cuda" else 0.0  # on CPUs the peak excludes the start
     with peak_memory(device) as peak:
         if how == "ours":
             assert share_prompts(lm)

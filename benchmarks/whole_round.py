@@ -1,13 +1,13 @@
-"""A whole round, once everything is running: ours, and TRL's OnlineDPOTrainer on the same prompts.
+"""A whole round after the first: ours, and TRL's OnlineDPOTrainer on the same prompts.
 
-Both draw two answers to every prompt, score them with the same function, and train on the pairs with as many a
-update, in float32. The last round is timed: of three with vLLM, as memory still grows in the second, else of two. TRL
-samples with transformers: its vLLM modes need a GPU.
+Both sample two responses per prompt, score them with the same function, and train on the pairs with equally large
+updates, in float32. The last round is timed: the third with vLLM, as memory still grows in the second, otherwise the
+second. TRL samples with transformers, as its vLLM modes need a GPU.
 
     python -m benchmarks.whole_round
     python -m benchmarks.whole_round --device cuda --model random-1b --prompts 256 --pairs 32 --max_tokens 256
 
-On a GPU ours is timed alone, with vLLM in bfloat16 and training in bf16-mixed.
+On a GPU only ours is timed, with vLLM in bfloat16 and training in bf16-mixed.
 """
 
 import argparse
@@ -18,20 +18,28 @@ import time
 from pathlib import Path
 from typing import Any
 
-from benchmarks.common import MODEL, in_a_process, machine, make_parser, model_folder, peak_memory, table
+from benchmarks.common import (
+    MODEL,
+    describe_machine,
+    format_table,
+    make_parser,
+    model_folder,
+    peak_memory,
+    run_in_process,
+)
 
 PROMPTS = Path(__file__).parents[1] / "data" / "prompts.jsonl"
 MICRO_BATCH = 4
-PHASES = {"draw": "responses", "score": "rewards", "log-probs": "logps", "train": "training"}
+PHASES = {"sample": "responses", "score": "rewards", "log-probs": "logps", "train": "training"}
 VARIANTS = {"rlhf-pl": "rlhf-pl, vLLM", "rlhf-pl-transformers": "rlhf-pl, transformers", "trl": "TRL OnlineDPO"}
 
 
 def main() -> None:
     parser = make_parser(__doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--model", default=str(MODEL), help="a folder, or random-1b: 1.24 B, made on the spot")
-    parser.add_argument("--prompts", type=int, default=32, help="a round")
-    parser.add_argument("--pairs", type=int, default=8, help="an update")
+    parser.add_argument("--model", default=str(MODEL), help="a folder, or random-1b for a random Llama")
+    parser.add_argument("--prompts", type=int, default=32, help="prompts per round")
+    parser.add_argument("--pairs", type=int, default=8, help="pairs per update")
     parser.add_argument("--max_tokens", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -39,33 +47,36 @@ def main() -> None:
         parser.error(f"--pairs must be a multiple of {MICRO_BATCH}, the micro-batch, and --prompts one of --pairs")
     variants = ["rlhf-pl"] if args.device == "cuda" else list(VARIANTS)
     with model_folder(args.model, args.device) as args.model:
-        found = {name: in_a_process(with_trl if name == "trl" else with_lightning, args, name) for name in variants}
-    print(machine())
-    print(f"{args.prompts} prompts x 2 answers of up to {args.max_tokens} tokens, {args.pairs} pairs an update\n")
+        results = {
+            name: run_in_process(train_with_trl if name == "trl" else train_with_lightning, args, name)
+            for name in variants
+        }
+    print(describe_machine())
+    print(f"{args.prompts} prompts x 2 responses of up to {args.max_tokens} tokens, {args.pairs} pairs per update\n")
     rows = []
-    for name, result in found.items():
+    for name, result in results.items():
         seconds = result["seconds"]
         parts = [f"{result[phase]:.1f}" if phase in result else "" for phase in PHASES]
         rest = f"{1 - sum(result[phase] for phase in PHASES) / seconds:.1%}" if "train" in result else ""
         rows.append([VARIANTS[name], f"{seconds:.1f}", result["tokens"], f"{result['gib']:.2f}", *parts, rest])
-    print(table(["", "round, s", "answer tokens", "peak GiB", *PHASES, "none of these"], rows))
-    if "sync" in found["rlhf-pl"]:
-        print(f"\nweights to the engine, with the check that it holds them: {found['rlhf-pl']['sync']:.2f} s")
-    for name in ("rlhf-pl", "rlhf-pl-transformers") if "trl" in found else ():
-        print(f"\n{VARIANTS[name]}: {found['trl']['seconds'] / found[name]['seconds']:.2f}x TRL")
+    print(format_table(["", "round, s", "response tokens", "peak GiB", *PHASES, "none of these"], rows))
+    if "sync" in results["rlhf-pl"]:
+        print(f"\nweight sync with its check: {results['rlhf-pl']['sync']:.2f} s")
+    for name in ("rlhf-pl", "rlhf-pl-transformers") if "trl" in results else ():
+        print(f"\n{VARIANTS[name]}: {results['trl']['seconds'] / results[name]['seconds']:.2f}x TRL")
 
 
 def variety(response: str) -> float:
-    """Something to differ by."""
+    """A reward that differs between responses."""
     return len(set(response.split())) / 10
 
 
-def questions(count: int) -> list[dict[str, str]]:
+def read_prompts(count: int) -> list[dict[str, str]]:
     rows = [json.loads(line) for line in PROMPTS.read_text().splitlines()]
     return [{"prompt_id": str(i), "prompt": row["prompt"]} for i, row in enumerate(rows[:count])]
 
 
-def with_lightning(args: argparse.Namespace, variant: str) -> dict[str, float]:
+def train_with_lightning(args: argparse.Namespace, variant: str) -> dict[str, float]:
     import lightning as L
     from lightning.pytorch.loggers import CSVLogger
 
@@ -85,7 +96,7 @@ def with_lightning(args: argparse.Namespace, variant: str) -> dict[str, float]:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         prompts = folder / "prompts.jsonl"
-        prompts.write_text("".join(json.dumps(row) + "\n" for row in questions(args.prompts)))
+        prompts.write_text("".join(json.dumps(row) + "\n" for row in read_prompts(args.prompts)))
         L.seed_everything(args.seed, verbose=False)
         refresh = RoundRefresh(
             reward="benchmarks.whole_round.variety",
@@ -123,7 +134,7 @@ def with_lightning(args: argparse.Namespace, variant: str) -> dict[str, float]:
     }
 
 
-def with_trl(args: argparse.Namespace, variant: str) -> dict[str, float]:
+def train_with_trl(args: argparse.Namespace, variant: str) -> dict[str, float]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
@@ -144,7 +155,7 @@ def with_trl(args: argparse.Namespace, variant: str) -> dict[str, float]:
             tokens[0] += sum(len(tokenizer(text)["input_ids"]) + 1 for text in texts)
         return [variety(text) for text in texts]
 
-    rows = [{"prompt": [{"role": "user", "content": q["prompt"]}]} for q in questions(args.prompts)]
+    rows = [{"prompt": [{"role": "user", "content": row["prompt"]}]} for row in read_prompts(args.prompts)]
     with tempfile.TemporaryDirectory() as folder, peak_memory() as peak:
         settings = OnlineDPOConfig(
             folder,

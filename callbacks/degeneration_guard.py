@@ -1,15 +1,15 @@
-"""Watches for the ways in which online RLHF goes wrong quietly."""
+"""Detects silent failures of online RLHF: collapse of the policy or the reward."""
 
 import math
 from typing import Any
 
 import lightning as L
 
-from rlhf_pl.checkpointing.progress import inside_round, rounds_done, stopped_inside
+from rlhf_pl.checkpointing.progress import has_stopped_inside, is_inside_round, rounds_done
 from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.distributed.ranks import ranks_of
-from rlhf_pl.modules.logging import keep, publish
-from rlhf_pl.rounds.degeneration import answer_statistics
+from rlhf_pl.modules.logging import expose_metrics, publish_metrics
+from rlhf_pl.rounds.degeneration import response_statistics
 from rlhf_pl.rounds.metrics import policy_kl
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.console import warn
@@ -19,26 +19,28 @@ SIGNS = ("kl", "distinct", "identical", "length", "pairs", "reward_std")
 
 
 class DegenerationError(InputError):
-    """The policy has degenerated, and the run was asked to stop then."""
+    """The policy has degenerated, and `guards.stop_on` stops the run."""
 
 
 class DegenerationGuard(L.Callback):
-    """Warns once per round of signs that the policy or the reward has collapsed, and stops the run where asked to.
+    """Warns once per round of signs that the policy or the reward has collapsed; on the signs in `stop_on` it stops.
 
-    The warnings are printed, kept in the round's manifest, and counted in `guard/warnings`.
+    Warnings are printed, kept in the round's manifest, and counted in `guard/warnings`.
 
     Args:
-        max_kl: `kl`: the KL between the policy and the one that generated the round, in nats per answer, above this:
-            KL(old || new) over all pairs of the round, or KL(new || old) over the held-out responses of the new policy;
-            `.inf` for no limit.
-        min_distinct: `distinct`: of the runs of three tokens inside an answer, the share that is not a repetition
-            (mean over the answers) below this: the policy loops.
-        max_identical: `identical`: the share of answers that equal another answer to their prompt, above this.
-        max_length_ratio: `length`: the mean answer is so many times longer or shorter than in the first round; `.inf`
-            for no limit.
-        min_pair_share: `pairs`: the share of prompts that give a usable pair, below this.
-        min_reward_std: `reward_std`: the standard deviation of all rewards of a round, below this, in reward units.
-        stop_on: Signs that stop the run instead, before it trains on such answers; `all` for any of them.
+        max_kl: Sign `kl`: the KL between the policy and pi_old is above this, in nats per response. It is KL(old ||
+            new) over all pairs of the round, or KL(new || old) over the new policy's held-out responses; `.inf` for no
+            limit.
+        min_distinct: Sign `distinct`: the share of distinct trigrams of tokens in a response (mean over responses) is
+            below this, because the policy repeats itself.
+        max_identical: Sign `identical`: the share of responses that equal another response to their prompt is above
+            this.
+        max_length_ratio: Sign `length`: the mean response is longer or shorter than in the first round by more than
+            this factor; `.inf` for no limit.
+        min_pair_share: Sign `pairs`: the share of prompts with a usable pair is below this.
+        min_reward_std: Sign `reward_std`: the standard deviation of all rewards of a round is below this, in reward
+            units.
+        stop_on: Signs that stop the run, before it trains on such responses; `all` for any of them.
     """
 
     def __init__(
@@ -74,65 +76,67 @@ class DegenerationGuard(L.Callback):
         self.stop_on = set(SIGNS) if "all" in (stop_on or ()) else set(stop_on or ())
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What an earlier process logged of a round that goes on, for callbacks that monitor it."""
+        """Let callbacks monitor the metrics that an earlier process has logged of a resumed round."""
         data = getattr(trainer, "datamodule", None)
-        if not isinstance(data, RoundDataModule) or not inside_round(trainer):
+        if not isinstance(data, RoundDataModule) or not is_inside_round(trainer):
             return
         stored = data.store.round(rounds_done(trainer))
-        seen = ranks_of(trainer).run_on_rank_zero(lambda: _statistics(stored))
+        statistics = ranks_of(trainer).run_on_rank_zero(lambda: _statistics(stored))
         warnings = float(len(stored.manifest.get("warnings", {})))
-        keep(trainer, {**{f"rollout/{name}": value for name, value in seen.items()}, "guard/warnings": warnings})
+        metrics = {f"rollout/{name}": value for name, value in statistics.items()}
+        expose_metrics(trainer, {**metrics, "guard/warnings": warnings})
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The round's answers, before they are trained on."""
+        """Check the round's responses before the policy trains on them."""
         data = getattr(trainer, "datamodule", None)
         if isinstance(data, RoundDataModule):
             index = rounds_done(trainer)
             stored, first = data.store.round(index), data.store.round(0)
             if stored.is_complete("rewards"):
-                self._judge(trainer, stored, self._signs_of_answers(trainer, stored, first), trainer.global_step)
+                self._report(trainer, stored, self._response_signs(trainer, stored, first), trainer.global_step)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """How far the round's training went."""
+        """Check how far the round's training has moved the policy."""
         data = getattr(trainer, "datamodule", None)
-        if isinstance(data, RoundDataModule) and not stopped_inside(trainer):
+        if isinstance(data, RoundDataModule) and not has_stopped_inside(trainer):
             stored = data.store.round(rounds_done(trainer) - 1)
-            found = {
+            kls = {
                 "KL(old || new)": stored.manifest["stages"].get("training", {}).get("kl"),
                 "KL(new || old) on held-out prompts": policy_kl(data.store.held_out(rounds_done(trainer))).get(
                     "new_old"
                 ),
             }
-            high = [f"{name} {kl:.1f}" for name, kl in found.items() if kl is not None and not kl <= self.max_kl]
+            high = [f"{name} {kl:.1f}" for name, kl in kls.items() if kl is not None and not kl <= self.max_kl]
             if high:
                 sign = (
-                    f"{', '.join(high)} nats per answer (k1), above {self.max_kl:g}; lower the learning rate or "
+                    f"{', '.join(high)} nats per response (k1), above {self.max_kl:g}; lower the learning rate or "
                     "`model.loss.eta`"
                 )
-                self._judge(trainer, stored, {"kl": sign}, max(0, trainer.global_step - 1))
+                self._report(trainer, stored, {"kl": sign}, max(0, trainer.global_step - 1))
 
-    def _signs_of_answers(self, trainer: L.Trainer, stored: Round, first: Round) -> dict[str, str]:
-        seen = ranks_of(trainer).run_on_rank_zero(lambda: _statistics(stored))
-        publish(trainer, {f"rollout/{name}": value for name, value in seen.items()}, trainer.global_step)
-        length, at_first = (r.info("responses")["tokens_mean"] for r in (stored, first))
-        ratio = max(length, at_first) / max(1e-9, min(length, at_first))
+    def _response_signs(self, trainer: L.Trainer, stored: Round, first: Round) -> dict[str, str]:
+        """Descriptions of the signs of collapse in a round's responses, by sign."""
+        statistics = ranks_of(trainer).run_on_rank_zero(lambda: _statistics(stored))
+        publish_metrics(trainer, {f"rollout/{name}": value for name, value in statistics.items()}, trainer.global_step)
+        length, first_length = (r.info("responses")["tokens_mean"] for r in (stored, first))
+        ratio = max(length, first_length) / max(1e-9, min(length, first_length))
         pairs, std = stored.info("pairs"), stored.info("rewards")["std"]
         share = pairs["pairs"] / max(1, pairs["prompts"])
         reasons = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in pairs["dropped"].items() if count)
         signs: dict[str, tuple[bool, str]] = {
             "distinct": (
-                seen["distinct_3"] < self.min_distinct,
-                f"the answers repeat themselves: {seen['distinct_3']:.0%} of their runs of three tokens are distinct, "
-                f"below {self.min_distinct:.0%}",
+                statistics["distinct_3"] < self.min_distinct,
+                f"the responses repeat themselves: {statistics['distinct_3']:.0%} of their trigrams of tokens are "
+                f"distinct, below {self.min_distinct:.0%}",
             ),
             "identical": (
-                seen["identical_share"] > self.max_identical,
-                f"{seen['identical_share']:.0%} of the answers equal another one to their prompt, above "
+                statistics["identical_share"] > self.max_identical,
+                f"{statistics['identical_share']:.0%} of the responses equal another one to their prompt, above "
                 f"{self.max_identical:.0%}",
             ),
             "length": (
                 ratio > self.max_length_ratio,
-                f"the mean answer has {length:.0f} tokens, against {at_first:.0f} in round 1",
+                f"the mean response has {length:.0f} tokens, compared with {first_length:.0f} in round 1",
             ),
             "pairs": (
                 share < self.min_pair_share or pairs["pairs"] == 0,
@@ -144,22 +148,23 @@ class DegenerationGuard(L.Callback):
                 f"the rewards hardly differ: standard deviation {std:.2g}, below {self.min_reward_std:g}",
             ),
         }
-        return {name: text for name, (bad, text) in signs.items() if bad}
+        return {name: text for name, (is_bad, text) in signs.items() if is_bad}
 
-    def _judge(self, trainer: L.Trainer, stored: Round, signs: dict[str, str], step: int) -> None:
+    def _report(self, trainer: L.Trainer, stored: Round, signs: dict[str, str], step: int) -> None:
+        """Print, store and log the signs; raise if one of them stops the run."""
         known: dict[str, Any] = ranks_of(trainer).broadcast(stored.manifest.get("warnings", {}))
         if signs and {**known, **signs} != known:
             ranks_of(trainer).run_on_rank_zero(lambda: stored.update(warnings=known | signs))
         number = int(stored.path.name) + 1
         for text in signs.values():
             warn(f"round {number}: {text}.")
-        publish(trainer, {"guard/warnings": float(len(signs))}, step)
+        publish_metrics(trainer, {"guard/warnings": float(len(signs))}, step)
         if fatal := [text for name, text in signs.items() if name in self.stop_on]:
             raise DegenerationError(
                 f"Stopped in round {number} (`guards.stop_on`): {'; '.join(fatal)}. The last policy is in "
-                f"{trainer.default_root_dir}/checkpoints. To go on, change what led here, or the guard's limits."
+                f"{trainer.default_root_dir}/checkpoints. To continue, change the cause or the guard's limits."
             )
 
 
 def _statistics(stored: Round) -> dict[str, float]:
-    return answer_statistics(stored.read_shards("responses", ["prompt_id", "response_tokens"]))
+    return response_statistics(stored.read_shards("responses", ["prompt_id", "response_tokens"]))

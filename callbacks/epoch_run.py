@@ -1,18 +1,18 @@
-"""What `RoundRefresh` is to runs in rounds, for runs over fixed data: lock, resume points, report."""
+"""Lock, resume points and report of runs over fixed data, the counterpart of `RoundRefresh` for runs in rounds."""
 
 from typing import Any
 
 import lightning as L
 
 from rlhf_pl.callbacks.round_checkpoint import save_resume_point
-from rlhf_pl.checkpointing.progress import at_rounds_end, leaves_inside, rounds_done, stopped_inside
+from rlhf_pl.checkpointing.progress import has_stopped_inside, is_at_round_end, is_stopping_inside, rounds_done
 from rlhf_pl.data.run_limits import (
     report_stop,
-    return_limits,
-    return_monitors,
-    set_monitors_aside,
+    restore_limits,
+    restore_monitors,
     stop_at_max_steps,
-    take_limits,
+    suspend_monitors,
+    take_over_limits,
 )
 from rlhf_pl.distributed.ranks import forget_ranks, ranks_of, report_failure
 from rlhf_pl.modules.monitors import check_monitors
@@ -20,11 +20,11 @@ from rlhf_pl.modules.trainer_options import check_trainer
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.lock import RunLock
 
-_LACKING = "It comes from held-out rows: set `data.val_conversations`, `data.val_preferences` or `data.val_pairs`."
+_MISSING_HINT = "It comes from held-out rows: set `data.val_conversations`, `data.val_preferences` or `data.val_pairs`."
 
 
 class EpochRun(L.Callback):
-    """Keeps the run directory to one process, saves a resume point after every epoch, and prints how it went.
+    """Locks the run directory, saves a resume point where a run stops, and prints a line an epoch.
 
     It works with modules that have `describe_epoch` and DataModules that have `describe` and `val_set`.
     """
@@ -34,15 +34,15 @@ class EpochRun(L.Callback):
         self._validated = False  # in this epoch
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        ranks_of(trainer)  # from here on the ranks hear of each other's end
+        ranks_of(trainer)  # from here on a rank learns when another one ends
         check_trainer(trainer, in_rounds=False)
         held_out = _data(trainer).val_set
         validates = held_out is not None and len(held_out) > 0 and trainer.limit_val_batches != 0
-        check_monitors(trainer, pl_module, validates, (), "" if validates else _LACKING)
-        take_limits(trainer)
+        check_monitors(trainer, pl_module, validates, (), "" if validates else _MISSING_HINT)
+        take_over_limits(trainer)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on the run directory is written to, by this process alone."""
+        """Lock the run directory: from here on only this process writes to it."""
         self._lock = RunLock(trainer.default_root_dir)
         ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
         if trainer.is_global_zero:
@@ -50,18 +50,18 @@ class EpochRun(L.Callback):
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if not at_rounds_end(trainer):
-            stop_at_max_steps(trainer)  # which a resumed run may have reached
+        if not is_at_round_end(trainer):
+            stop_at_max_steps(trainer)  # a resumed run may have reached them
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = False
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if leaves_inside(trainer):
-            set_monitors_aside(trainer)
+        if is_stopping_inside(trainer):
+            suspend_monitors(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        return_monitors(trainer)
+        restore_monitors(trainer)
         self._validated = not trainer.sanity_checking
 
     def on_train_batch_end(
@@ -70,17 +70,17 @@ class EpochRun(L.Callback):
         stop_at_max_steps(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After the epoch's validation, or where the run has stopped inside the epoch."""
+        """Print the epoch's line after its validation, or save a resume point where the run stops inside it."""
         stop_at_max_steps(trainer)
-        if stopped_inside(trainer):
+        if has_stopped_inside(trainer):
             save_resume_point(trainer)
-            set_monitors_aside(trainer)
+            suspend_monitors(trainer)
         elif trainer.is_global_zero:
             console.print(f"epoch {rounds_done(trainer)}: {self._line(trainer, pl_module)}", soft_wrap=True)
 
     def _line(self, trainer: L.Trainer, module: Any) -> str:
         metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-        if "val/loss" in metrics and self._validated:  # other epochs' are kept where this one has none
+        if "val/loss" in metrics and self._validated:  # the Trainer keeps those of earlier epochs
             return module.describe_epoch(metrics, len(_data(trainer).val_set))
         return f"loss {metrics['train/loss']:.3f}" if "train/loss" in metrics else "no updates"
 
@@ -93,13 +93,13 @@ class EpochRun(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()
-        return_limits(trainer)
+        restore_limits(trainer)
         forget_ranks(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         report_failure(trainer, exception)
         self._end()
-        return_limits(trainer)
+        restore_limits(trainer)
 
     def _end(self) -> None:
         if self._lock is not None:

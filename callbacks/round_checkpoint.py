@@ -17,11 +17,11 @@ from rlhf_pl.checkpointing.checkpoints import (
     remove_checkpoint,
     save_sharded,
 )
-from rlhf_pl.checkpointing.progress import at_rounds_end, batches_done, rounds_done, stopped_inside
-from rlhf_pl.checkpointing.stop_request import stop_request_of
+from rlhf_pl.checkpointing.progress import batches_done, has_stopped_inside, is_at_round_end, rounds_done
+from rlhf_pl.checkpointing.stop_request import get_stop_request
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import writes_sharded
-from rlhf_pl.modules.epoch_end import RoundEnd, note_metrics
+from rlhf_pl.modules.epoch_end import RoundEnd, store_epoch_metrics
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import redacted
@@ -30,18 +30,18 @@ from rlhf_pl.utils.secrets import redacted
 class RoundCheckpoint(Checkpoint):
     """Keeps the run's resume points in `checkpoints/`, written atomically; `last.ckpt` points to the newest.
 
-    A round is saved after its last update, and again when its validation, its evaluation and what other callbacks do at
-    its end are done, which a run that goes on from the first does again.
+    A round is saved after its last update, and again after its validation, its evaluation and the other callbacks at
+    its end. A run resumed from the first of the two does all of these again.
 
-    On SIGTERM (preemption, the end of a SLURM job) and on Ctrl-C the command line has the update in progress finished
-    and saved (`StopOnSignal`). In a Trainer without that callback Lightning ends the run on SIGTERM, after a
-    micro-batch, which is saved first. To keep the best by a metric as well, add Lightning's ModelCheckpoint to
-    `trainer.callbacks`.
+    On SIGTERM (preemption, the end of a SLURM job) and on Ctrl-C, runs of the command line finish and save the update
+    in progress (`StopOnSignal`). In a Trainer without that callback, Lightning ends the run on SIGTERM after a
+    micro-batch, which is saved first. To keep the best checkpoint by a metric as well, add Lightning's ModelCheckpoint
+    to `trainer.callbacks`.
 
     Args:
-        every_n_updates: A checkpoint after every so many updates, which replaces the one before; 0 for none.
-        keep_rounds: Newest checkpoints from after a round that stay; -1 for all. With at least 2 the last round can
-            be trained again from its start.
+        every_n_updates: Updates between checkpoints, each of which replaces the previous one; 0 for none.
+        keep_rounds: Number of the newest end-of-round checkpoints to keep; -1 for all. With at least 2 the last round
+            can be trained again from its start.
     """
 
     def __init__(self, every_n_updates: int = 100, keep_rounds: int = 2) -> None:
@@ -51,13 +51,13 @@ class RoundCheckpoint(Checkpoint):
             raise InputError(f"`checkpoint.keep_rounds` must be -1 (all), or 1 or more, got {keep_rounds}.")
         self.every_n_updates = every_n_updates
         self.keep_rounds = keep_rounds
-        self._saved_at = 0  # updates that the newest checkpoint has
-        self._saved_batches: int | None = None  # micro-batches before it, where this process has written it
+        self._saved_at = 0  # updates of the newest checkpoint
+        self._saved_batches: int | None = None  # micro-batches of the newest checkpoint that this process has written
         self._end = RoundEnd()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
-        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # what is saved holds the others' states
+        trainer.callbacks = [*others, self]  # type: ignore[attr-defined]  # last, so that it saves the others' states
         if stage == "fit" and type(trainer.strategy.checkpoint_io) is TorchCheckpointIO:
             trainer.strategy.checkpoint_io = AtomicCheckpointIO()
 
@@ -73,18 +73,18 @@ class RoundCheckpoint(Checkpoint):
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        last = at_rounds_end(trainer)
+        last = is_at_round_end(trainer)
         if (batch_idx + 1) % trainer.accumulate_grad_batches and not last:
             if trainer.received_sigterm and trainer.world_size == 1:  # Lightning ends the run after this micro-batch
                 self.save_inside(trainer)
             return
-        stepped = trainer.global_step > self._saved_at  # a gradient scaler leaves steps out
-        due = self.every_n_updates > 0 and stepped and trainer.global_step % self.every_n_updates == 0
-        if due or last or trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
+        has_stepped = trainer.global_step > self._saved_at  # a gradient scaler skips steps
+        is_due = self.every_n_updates > 0 and has_stepped and trainer.global_step % self.every_n_updates == 0
+        if is_due or last or trainer.strategy.reduce_boolean_decision(trainer.received_sigterm, all=False):
             self._save_update(trainer)
 
     def save_update(self, trainer: L.Trainer) -> None:
-        """After an update: save it, if that is not done."""
+        """Save the last update, unless it is saved already."""
         if self._saved_batches != trainer.fit_loop.total_batch_idx:
             self._save_update(trainer)
 
@@ -92,20 +92,20 @@ class RoundCheckpoint(Checkpoint):
         self._save(trainer, f"update-{trainer.global_step:08d}.ckpt")
 
     def save_inside(self, trainer: L.Trainer) -> None:
-        """Where the run has stopped inside a round: as it is after the last update."""
+        """Save the state after the last update, where the run stops inside a round."""
         if batches_done(trainer) >= trainer.accumulate_grad_batches:
             self._save_update(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After all other callbacks: only now is the round done, and its last update's checkpoint is not needed."""
+        """Save the round, after all other callbacks: its last update's checkpoint is no longer needed."""
         self._end.finish(trainer)
-        if not stopped_inside(trainer):
+        if not has_stopped_inside(trainer):
             self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
-        """Note the run and the metrics of the round's end, and leave secrets out of modules' hyper-parameters."""
-        checkpoint[RUN] = RoundStore(trainer.default_root_dir).noted_run
-        note_metrics(trainer, checkpoint)
+        """Add the run's id and the epoch's metrics, and remove secrets from the modules' hyperparameters."""
+        checkpoint[RUN] = RoundStore(trainer.default_root_dir).recorded_run
+        store_epoch_metrics(trainer, checkpoint)
         for name in ("hyper_parameters", "datamodule_hyper_parameters"):
             if name in checkpoint:
                 checkpoint[name] = redacted(checkpoint[name])
@@ -116,8 +116,8 @@ class RoundCheckpoint(Checkpoint):
     def _save(self, trainer: L.Trainer, name: str) -> None:
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
-        request = stop_request_of(trainer)
-        with request.postponed():  # a signal
+        request = get_stop_request(trainer)
+        with request.postpone():  # a signal
             _flush_loggers(trainer)
             file = Path(trainer.default_root_dir) / FOLDER / name
             ranks = ranks_of(trainer)
@@ -142,21 +142,21 @@ class RoundCheckpoint(Checkpoint):
                 remove_checkpoint(file)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a process that was killed before it could remove it has left."""
+        """Remove old checkpoints that a killed process has left."""
         last = Path(trainer.default_root_dir) / FOLDER / "last.ckpt"
         if trainer.is_global_zero and last.exists():
             self._remove_old(last.resolve())
 
 
 def save_update(trainer: L.Trainer) -> None:
-    """Have the run's RoundCheckpoint, if there is one, save the update that was just made."""
+    """Save the last update with the run's RoundCheckpoint, if there is one."""
     for callback in _checkpoints(trainer):
         callback.save_update(trainer)
 
 
 def save_resume_point(trainer: L.Trainer) -> None:
-    """Have the run's RoundCheckpoint, if there is one, save where a round or epoch was left."""
-    stop_request_of(trainer).at_once = True  # no update is in progress any more
+    """Save the position inside a round or epoch with the run's RoundCheckpoint, if there is one."""
+    get_stop_request(trainer).can_stop = True  # no update is in progress any more
     for callback in _checkpoints(trainer):
         callback.save_inside(trainer)
 
@@ -167,7 +167,7 @@ def _checkpoints(trainer: L.Trainer) -> Iterator[RoundCheckpoint]:
 
 
 def _flush_loggers(trainer: L.Trainer) -> None:
-    """What is logged up to here must not be lost: a resumed run won't log it again."""
+    """Flush the loggers: a resumed run does not log again what was logged before its checkpoint."""
     for logger in trainer.loggers:
         flush: Callable[[], None] | None = getattr(getattr(logger, "experiment", None), "flush", None)
         if callable(flush):

@@ -1,4 +1,4 @@
-"""The bars for loading, training and validation, in the style of the other phases."""
+"""Progress bars of loading, training and validation, in the style of the other phases."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from rlhf_pl.utils.console import make_progress
 
 
 class RoundProgress(ProgressBar):
-    """Bars for loading the model, for each round of training and for validation on pairs. Replaces Lightning's own."""
+    """Progress bars of loading, of each round's training and of validation on pairs; replaces Lightning's own."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +43,7 @@ class RoundProgress(ProgressBar):
         super().setup(trainer, pl_module, stage)
         if not trainer.is_global_zero:
             self.disable()
-        self._open("loading the model", 1, "")  # which is what Lightning does next
+        self._open("loading the model", 1, "")  # Lightning does it next
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._advance(1, "")

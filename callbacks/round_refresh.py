@@ -11,22 +11,22 @@ from rlhf_pl.algorithms.reward_shaping import RewardShaping
 from rlhf_pl.callbacks.round_checkpoint import save_resume_point
 from rlhf_pl.callbacks.stop_on_signal import listen_for_signals
 from rlhf_pl.checkpointing.checkpoints import Progress
-from rlhf_pl.checkpointing.progress import at_rounds_end, leaves_inside, rounds_done, stopped_inside
+from rlhf_pl.checkpointing.progress import has_stopped_inside, is_at_round_end, is_stopping_inside, rounds_done
 from rlhf_pl.data.options import check_policy_module
 from rlhf_pl.data.policy_module import is_policy_module
 from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.data.run_limits import (
-    limits_of,
+    get_limits,
     report_stop,
-    return_limits,
-    return_monitors,
-    set_monitors_aside,
+    restore_limits,
+    restore_monitors,
     stop_at_max_steps,
     stop_inside_round,
-    take_limits,
+    suspend_monitors,
+    take_over_limits,
 )
 from rlhf_pl.distributed.ranks import DEFAULT_TIMEOUT, forget_ranks, ranks_of, report_failure
-from rlhf_pl.modules.logging import publish
+from rlhf_pl.modules.logging import publish_metrics
 from rlhf_pl.modules.trainer_options import check_trainer
 from rlhf_pl.rewards import Reward, ScoringConfig, as_reward
 from rlhf_pl.rewards.combine import isolate_functions
@@ -35,51 +35,50 @@ from rlhf_pl.rollout.weight_sync.sync import SamplerSync
 from rlhf_pl.rounds.maker import RoundMaker
 from rlhf_pl.rounds.metrics import training_metrics
 from rlhf_pl.rounds.preparation import RoundPreparation
-from rlhf_pl.rounds.settings import RoundOptions, check_noted_logps, check_old_logps, held_out_sampling, pair_selector
+from rlhf_pl.rounds.settings import RoundOptions, check_old_logps, check_sampler_logps, held_out_sampling, pair_selector
 from rlhf_pl.rounds.start_checks import check_reward, check_round_monitors, check_sampling
 from rlhf_pl.rounds.tolerance import check_first_update
 from rlhf_pl.store.check import find_problems
-from rlhf_pl.utils.errors import InputError, at_least, finite
+from rlhf_pl.utils.errors import InputError, check_at_least, check_finite
 from rlhf_pl.utils.lock import RunLock
 
 
 class RoundRefresh(L.Callback):
     """Prepares a round when Lightning requests its dataloader, and evaluates the policy on the held-out prompts.
 
-    A round: the policy's weights go to the sampler and are checked there; the sampler answers the round's prompts;
-    the reward scores the answers; the selector makes pairs; the policy's own log-probs of the pairs are stored.
-    What is already on disk is not made again. It is the `RoundSource` of the RoundDataModule.
+    A round: the policy's weights are synced to the sampler and checked there; the sampler samples responses to the
+    round's prompts; the reward scores them; the selector selects pairs; the policy's own log-probs of the pairs are
+    stored. Stages that are already on disk are kept. This callback is the `RoundSource` of the RoundDataModule.
 
     Args:
         reward: A `Reward`, or a Python function, in a config by its import path: `package.module.function` or
-            `file.py:function`.
-            With null nothing is prepared: the run directory's store must hold the rounds.
-        sampler: Draws the answers.
-        sampling: How answers are drawn for training.
+            `file.py:function`. With null no rounds are made: the run directory's store must have them.
+        sampler: Samples the responses.
+        sampling: How responses are sampled for training.
         scoring: How the reward is called: time limit, retries, what to do about failures.
-        shaping: Penalties on scores, and their normalisation, before pairs are made.
-        selector: Makes pairs of the scored answers; null for `BestWorst`. Refused where the loss is not one on pairs.
-        val_num_responses: Answers per held-out prompt; 2 or more also give held-out pairs for `val/loss`.
-        val_temperature: Temperature on held-out prompts; null for that of training, 0 for the likeliest answer.
-        prompts_per_shard: Prompts per file of the round store, answered together: what a crash can lose. null for 64 on
-            CPUs and 1,024 on GPUs.
-        stream_shards: Let the engine take prompts of the next file while the last answers of one are drawn. In half
-            precision a run that was killed then may draw other answers than one that was not.
-        logps_batch_tokens: Tokens per batch when log-probs of held-out pairs are computed, prompts counted once. Pairs
-            that train come in the training's own micro-batches.
-        old_logps: Whose log-probs of the pairs count as those of the policy that generated them: the `policy`'s own,
-            from a forward pass; or the `sampler`'s, noted while it drew, which costs nothing and is as exact as the
-            sampler's dtype. Samplers note them at temperature 1 over the whole vocabulary, so that must be how they
-            draw: temperature 1, without top_p, top_k, min_p or anything else that reshapes the distribution. The
-            difference is measured on one batch and logged. Held-out pairs drawn at another `val_temperature` get the
-            policy's own.
-        timeout_minutes: In a run of several processes, minutes that one waits for the others before the run is ended
-            with a message that names who is late, and where.
+        shaping: Penalties on scores, and their normalisation, before pairs are selected.
+        selector: Selects pairs of scored responses; null for `BestWorst`. Refused where the loss is not pairwise.
+        val_num_responses: Responses per held-out prompt; 2 or more also give held-out pairs for `val/loss`.
+        val_temperature: Temperature on held-out prompts; null for that of training, 0 for greedy decoding.
+        prompts_per_shard: Prompts per file of the round store, sampled together: the most that a crash can lose. null
+            for 64 on CPUs and 1,024 on GPUs.
+        stream_shards: Let the engine start prompts of the next file while the last responses of one are sampled. In
+            half precision a run that was killed may then sample other responses than an uninterrupted run.
+        logps_batch_tokens: Tokens per batch when log-probs of held-out pairs are computed, prompts counted once.
+            Training pairs come in the training's own micro-batches.
+        old_logps: Whose log-probs of the pairs count as those of pi_old: the `policy`'s own, from a forward pass; or
+            the `sampler`'s, reported while it sampled, which cost nothing and are as exact as the sampler's dtype.
+            Samplers report them at temperature 1 over the whole vocabulary, so they must sample in this way:
+            temperature 1, without top_p, top_k, min_p or anything else that reshapes the distribution. The difference
+            is measured on one batch and logged. Held-out pairs sampled at another `val_temperature` get the policy's
+            own.
+        timeout_minutes: In a run with several processes, minutes that a process waits for the others before the run
+            ends with a message that names the late process and its phase.
     """
 
-    repair = False  # set by `--repair`: make damaged files of the store again
-    progress: Progress | None = None  # of the checkpoint to go on from
-    accept_changes = False  # set by `--accept_changes`: go on in a run directory made with other settings
+    repair = False  # set by `--repair`: regenerate damaged files of the store
+    progress: Progress | None = None  # of the checkpoint to resume from
+    accept_changes = False  # set by `--accept_changes`: continue in a run directory made with other settings
 
     def __init__(
         self,
@@ -97,19 +96,19 @@ class RoundRefresh(L.Callback):
         old_logps: Literal["policy", "sampler"] = "policy",
         timeout_minutes: float = DEFAULT_TIMEOUT,
     ) -> None:
-        at_least(
+        check_at_least(
             "rollout",
             val_num_responses=(val_num_responses, 1),
             prompts_per_shard=(prompts_per_shard, 1),
             logps_batch_tokens=(logps_batch_tokens, 1),
         )
-        finite("rollout", timeout_minutes=timeout_minutes)
+        check_finite("rollout", timeout_minutes=timeout_minutes)
         if timeout_minutes <= 0:
             raise InputError(f"`rollout.timeout_minutes` must be above 0, got {timeout_minutes}.")
         if sampling.num_responses < 2:
             raise InputError(f"`rollout.sampling.num_responses` must be 2 or more, got {sampling.num_responses}.")
         if old_logps == "sampler":
-            check_noted_logps(sampling)
+            check_sampler_logps(sampling)
         self.options: RoundOptions | None = None
         if reward is not None:
             self.options = RoundOptions(
@@ -126,7 +125,7 @@ class RoundRefresh(L.Callback):
             )
             if scoring.isolate:
                 isolate_functions(self.options.reward)
-        self._link = SamplerSync(sampler)
+        self._sync = SamplerSync(sampler)
         self._timeout = timeout_minutes
         self._trainer: L.Trainer | None = None  # while its rounds are prepared
         self._rounds: RoundPreparation | None = None
@@ -135,7 +134,7 @@ class RoundRefresh(L.Callback):
         self._training_since = time.monotonic()
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Check everything that needs no weights, and offer the DataModule to prepare its rounds."""
+        """Check everything that needs no weights, and register as the DataModule's source of rounds."""
         if stage != "fit":
             return
         data, options = _datamodule(trainer), self.options
@@ -143,10 +142,10 @@ class RoundRefresh(L.Callback):
         check_round_monitors(trainer, pl_module, data, options)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = 0
-        take_limits(trainer)
+        take_over_limits(trainer)
         if options is None:
             problems = find_problems(data.store, held_out=False, checksums=False)
-            problems.refuse("Put the files right: what was prepared elsewhere can't be made here.")
+            problems.refuse("Restore the files: rounds that were prepared elsewhere can't be made here.")
             return
         check_policy_module(pl_module, data)
         assert is_policy_module(pl_module)
@@ -154,7 +153,7 @@ class RoundRefresh(L.Callback):
         check_old_logps(pl_module, options)
         ranks = ranks_of(trainer, self._timeout)
         data.max_response_tokens = options.sampling.max_response_tokens
-        check_sampling(trainer, pl_module, data, self._link.sampler, options)
+        check_sampling(trainer, pl_module, data, self._sync.sampler, options)
         if not self.repair:
             ranks.run_on_rank_zero(lambda: self._refuse_damage(data))
         check_reward(trainer, data, options)
@@ -162,9 +161,9 @@ class RoundRefresh(L.Callback):
             trainer,
             pl_module,
             data,
-            self._link,
+            self._sync,
             options,
-            lambda metrics: publish(trainer, metrics, trainer.global_step),
+            lambda metrics: publish_metrics(trainer, metrics, trainer.global_step),
             self.accept_changes,
         )
         if not self.repair:
@@ -173,89 +172,89 @@ class RoundRefresh(L.Callback):
         data.prepare_with(self)
 
     def _refuse_damage(self, data: RoundDataModule) -> None:
-        """Nothing may be missing or strange before anything loads; content is compared with checksums as it is read."""
-        begun = None if self.progress is None else self.progress.rounds_done + self.progress.inside_round
-        find_problems(data.store, begun, bool(data.val_prompts), checksums=False).refuse()
+        """Refuse missing, damaged or foreign files before any weights load; checksums are compared on reading."""
+        started = None if self.progress is None else self.progress.rounds_done + self.progress.is_inside_round
+        find_problems(data.store, started, bool(data.val_prompts), checksums=False).refuse()
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From here on the run directory is written to, by this process alone."""
+        """Lock the run directory: from here on only this process writes to it."""
         self._lock = RunLock(trainer.default_root_dir)
         ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
 
     def prepare_round(self, index: int) -> None:
-        """Make round `index`, or what is missing of it; the DataModule calls it when its loader is requested."""
+        """Make the missing stages of round `index`; the DataModule calls it when its dataloader is requested."""
         self._preparation().prepare(index)
-        self._rest()
+        self._release_gpu()
 
     def finish_run(self, rounds: int) -> None:
         """Evaluate the policy of a finished run that was started again."""
         self._preparation().finish(rounds)
 
     def _preparation(self) -> RoundPreparation:
-        """From the first call on, signals are this run's."""
+        """The preparation of rounds; from the first call on, signals are handled by this run."""
         assert self._rounds is not None
         assert self._trainer is not None
         listen_for_signals(self._trainer)
         return self._rounds
 
-    def _rest(self) -> None:
-        """The policy trains now: sampler and reward leave the device to it."""
-        self._link.release_gpu()
+    def _release_gpu(self) -> None:
+        """Release the GPU memory of sampler and reward, because the policy trains now."""
+        self._sync.release_gpu()
         if self.options is not None:
             self.options.reward.release_gpu()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._at_end = at_rounds_end(trainer)
+        self._at_end = is_at_round_end(trainer)
         if not self._at_end:
-            stop_at_max_steps(trainer)  # which a resumed run may have reached
+            stop_at_max_steps(trainer)  # a resumed run may have reached them
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training_since = time.monotonic()
-        limits_of(trainer).trained = 0
+        get_limits(trainer).trained = 0
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """After a round's first update: before it the policy must have been the one whose log-probs are stored."""
+        """After a round's first update, check that the stored log-probs were the policy's own before it."""
         assert is_policy_module(pl_module)
         first, pl_module.first_logratio = pl_module.first_logratio, None
         if first is not None and self.options is not None and not self.accept_changes:
-            check_first_update(trainer, pl_module, self.options, self._link.sampler, first)
+            check_first_update(trainer, pl_module, self.options, self._sync.sampler, first)
         stop_inside_round(trainer, batch_idx)
         stop_at_max_steps(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if leaves_inside(trainer):
-            set_monitors_aside(trainer)
+        if is_stopping_inside(trainer):
+            suspend_monitors(trainer)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        return_monitors(trainer)
+        restore_monitors(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """After a round's training, which RoundCheckpoint has saved: note it, and evaluate the new policy."""
+        """Record a round's training, which RoundCheckpoint has saved, and evaluate the new policy."""
         assert is_policy_module(pl_module)
-        if stopped_inside(trainer):
+        if has_stopped_inside(trainer):
             save_resume_point(trainer)
-            set_monitors_aside(trainer)
-            self._rest()
+            suspend_monitors(trainer)
+            self._release_gpu()
             return
         data, version = _datamodule(trainer), rounds_done(trainer)
         stored = data.store.round(version - 1)
         seconds = time.monotonic() - self._training_since
-        summary, noted = pl_module.round_summary(), self._at_end
+        summary, was_resumed = pl_module.round_summary(), self._at_end
         self._at_end = False
 
-        def note() -> None:
-            if not (noted and stored.is_complete("training")):  # by a process that came no further
+        def record_training() -> None:
+            if not (was_resumed and stored.is_complete("training")):  # else the process that trained has recorded it
                 stored.complete("training", seconds=seconds, **summary)
 
-        ranks_of(trainer).run_on_rank_zero(note)
+        ranks_of(trainer).run_on_rank_zero(record_training)
         for optimizer in trainer.optimizers:
-            optimizer.zero_grad(set_to_none=True)  # an engine that wakes on the same device needs the room
-        publish(trainer, training_metrics(stored, data.passes), max(0, trainer.global_step - 1))
+            optimizer.zero_grad(set_to_none=True)  # an engine on the same device needs the memory
+        publish_metrics(trainer, training_metrics(stored, data.passes), max(0, trainer.global_step - 1))
         if self._rounds is not None:
             self._rounds.evaluate(version)
-        self._rest()
+        self._release_gpu()
         stop_at_max_steps(trainer)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -263,16 +262,16 @@ class RoundRefresh(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self._end()
-        return_limits(trainer)
+        restore_limits(trainer)
         forget_ranks(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         report_failure(trainer, exception)
         self._end()
-        return_limits(trainer)
+        restore_limits(trainer)
 
     def _end(self) -> None:
-        self._link.close()
+        self._sync.close()
         if self.options is not None:
             self.options.reward.close()
         self._rounds = self._trainer = None

@@ -1,4 +1,4 @@
-"""What a run tells at the terminal: a line a round; at the end a table, answers before and after, what to do next."""
+"""A run's report at the terminal: a line a round; at the end a table, responses before and after, and next steps."""
 
 from typing import Any
 
@@ -6,12 +6,13 @@ import lightning as L
 from rich import box
 from rich.console import Group
 from rich.panel import Panel
+from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
-from rlhf_pl.checkpointing.progress import rounds_done, stopped_inside
+from rlhf_pl.checkpointing.progress import has_stopped_inside, rounds_done
 from rlhf_pl.data.round_datamodule import RoundDataModule
-from rlhf_pl.rounds.metrics import KL_NOTE, first_answers, held_out_metrics, policy_kl, prompt_ids
+from rlhf_pl.rounds.metrics import KL_NOTE, first_responses, held_out_metrics, policy_kl, prompt_ids
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.console import console, warn
 
@@ -20,7 +21,7 @@ class RunReport(L.Callback):
     """Prints the course of a run. Reads the round store and writes nothing.
 
     Args:
-        num_samples: Held-out prompts to show with their answers before and after.
+        num_samples: Held-out prompts to show with their responses before and after.
     """
 
     def __init__(self, num_samples: int = 3) -> None:
@@ -42,7 +43,7 @@ class RunReport(L.Callback):
             warn(f"{data.duplicate_prompts} prompts ask the same as another; they are kept.")
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if trainer.is_global_zero and not stopped_inside(trainer):
+        if trainer.is_global_zero and not has_stopped_inside(trainer):
             done = rounds_done(trainer)
             console.print(round_line(RoundStore(trainer.default_root_dir), done - 1), soft_wrap=True)
 
@@ -55,57 +56,63 @@ class RunReport(L.Callback):
             return
         console.print()
         table = rounds_table(store, rounds)
-        # what is cut off can't be read, in a file least of all
-        needed = console.measure(table, options=console.options.update_width(200)).maximum
-        console.print(table, width=max(console.width, needed), crop=False)
+        print_uncropped(table)
         if store.held_out(rounds).is_complete("rewards"):
             console.print(before_after(store, rounds, self.num_samples))
             console.print(gain_line(store, rounds), soft_wrap=True)
         console.print(next_steps(str(trainer.default_root_dir)), soft_wrap=True)
 
 
+def print_uncropped(table: Table) -> None:
+    """Print a table at its full width: cropped cells could not be read, least of all in a file."""
+    options = console.options.update_width(200)
+    needed = max(console.width, console.measure(table, options=options).maximum)
+    for line in console.render_lines(table, options.update_width(needed), pad=False):
+        console.print(Segments([*line, Segment.line()]), crop=False, soft_wrap=True)
+
+
 def round_line(store: RoundStore, index: int) -> str:
     """One line about a finished round."""
     stages = store.round(index).manifest["stages"]
-    answers, rewards, training = stages["responses"], stages["rewards"], stages["training"]
+    responses, rewards, training = stages["responses"], stages["rewards"], stages["training"]
     parts = [
         f"round {index + 1}: reward {rewards['mean']:.3f} (best {rewards['best']:.3f}, worst {rewards['worst']:.3f} of "
-        f"{answers['sampling']['num_responses']})",
-        f"{answers['tokens_mean']:.0f} tokens, {answers['finished_share']:.0%} finished",
+        f"{responses['sampling']['num_responses']})",
+        f"{responses['tokens_mean']:.0f} tokens, {responses['finished_share']:.0%} finished",
         f"KL(old||new) {_number(training['kl'], 2)} (k1), loss {_number(training['loss'], 3)}",
-        f"seconds: generate {answers['seconds']:.0f}, score {rewards['seconds']:.0f}, "
+        f"seconds: generate {responses['seconds']:.0f}, score {rewards['seconds']:.0f}, "
         f"log-probs {stages['logps']['seconds']:.0f}, train {training['seconds']:.0f}",
     ]
     if store.held_out(index + 1).is_complete("rewards"):
         after = store.held_out(index + 1)
         kl = policy_kl(after)
-        distance = f", KL(new||old) {kl['new_old']:.2f} ± {kl['new_old_se']:.2f} (k1)" if "new_old" in kl else ""
-        parts.insert(1, f"held-out reward now {after.info('rewards')['mean']:.3f}{distance}")
+        kl_text = f", KL(new||old) {kl['new_old']:.2f} ± {kl['new_old_se']:.2f} (k1)" if "new_old" in kl else ""
+        parts.insert(1, f"held-out reward now {after.info('rewards')['mean']:.3f}{kl_text}")
     return " | ".join(parts)
 
 
 def rounds_table(store: RoundStore, rounds: int) -> Table:
-    """A line a round."""
+    """Table with a line for each round."""
     held_out = store.held_out(0).is_complete("rewards")
     title = "Rounds" + (" (before, after: mean reward on the held-out prompts)" if held_out else "")
-    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
-    table = Table(title=title, title_justify="left", caption=KL_NOTE, caption_justify="left", **look)
-    headers = ["round", "reward", "best", "worst", "tokens", "ended", "pairs", "KL\nold||new", "loss", "time"]
+    style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
+    table = Table(title=title, title_justify="left", caption=KL_NOTE, caption_justify="left", **style)
+    headers = ["round", "reward", "best", "worst", "tokens", "finished", "pairs", "KL\nold||new", "loss", "time"]
     for header in headers + (["before", "after", "KL\nnew||old"] if held_out else []):
         table.add_column(header, justify="right", no_wrap=True)
     for index in range(rounds):
         stages = store.round(index).manifest["stages"]
-        if not stages.get("rewards", {}).get("complete"):  # lost, and not needed to go on
+        if not stages.get("rewards", {}).get("complete"):  # the round is lost, and not needed any more
             continue
-        answers, rewards, training = stages["responses"], stages["rewards"], stages.get("training", {})
+        responses, rewards, training = stages["responses"], stages["rewards"], stages.get("training", {})
         seconds = sum(stage.get("seconds", 0.0) for stage in stages.values())
         cells = [
             str(index + 1),
             f"{rewards['mean']:.3f}",
             f"{rewards['best']:.3f}",
             f"{rewards['worst']:.3f}",
-            f"{answers['tokens_mean']:.0f}",
-            f"{answers['finished_share']:.0%}",
+            f"{responses['tokens_mean']:.0f}",
+            f"{responses['finished_share']:.0%}",
             str(stages.get("pairs", {}).get("pairs", "-")),
             _number(training.get("kl"), 2),
             _number(training.get("loss"), 3),
@@ -119,7 +126,7 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
 
 
 def _number(value: float | None, digits: int) -> str:
-    """A dash for a round without updates."""
+    """A number as text; a dash for None, of a round without updates."""
     return "-" if value is None else f"{value:.{digits}f}"
 
 
@@ -129,7 +136,7 @@ def _held_out_mean(store: RoundStore, version: int) -> str:
 
 
 def gain_line(store: RoundStore, version: int) -> str:
-    """The held-out reward before and after, with its uncertainty."""
+    """The held-out reward before and after, and the gain with its standard error."""
     metrics = held_out_metrics(store, version)
     before, after = (store.held_out(v).info("rewards")["mean"] for v in (0, version))
     gain, error = metrics["val/reward_gain"], metrics["val/reward_gain_se"]
@@ -141,10 +148,10 @@ def gain_line(store: RoundStore, version: int) -> str:
 
 
 def before_after(store: RoundStore, version: int, count: int) -> Group:
-    """Prompts with the starting and the present policy's first answers side by side."""
+    """Prompts with the first responses of the starting and the current policy, side by side."""
     known = prompt_ids(store.held_out(0))
-    shown = known[:: max(1, len(known) // max(1, count))][:count]  # from all over the data
-    before, after = (first_answers(store.held_out(v), shown) for v in (0, version))
+    shown = known[:: max(1, len(known) // max(1, count))][:count]  # spread over the data
+    before, after = (first_responses(store.held_out(v), shown) for v in (0, version))
     panels = []
     for prompt_id in shown:
         old, new = before[prompt_id], after[prompt_id]
@@ -158,11 +165,11 @@ def before_after(store: RoundStore, version: int, count: int) -> Group:
 
 
 def next_steps(run_dir: str) -> str:
-    """What a user may want to do with a finished run."""
+    """Commands that a user may want after a finished run."""
     return (
         "\nNext:\n"
         f"  see the curves:  tensorboard --logdir {run_dir}\n"
-        f"  read answers:    {run_dir}/samples.html, and {run_dir}/rounds/*/ (Parquet)\n"
+        f"  read responses:  {run_dir}/samples.html, and {run_dir}/rounds/*/ (Parquet)\n"
         f"  use the model:   {run_dir}/model, with transformers or `vllm serve {run_dir}/model`\n"
         f"  change the run:  {run_dir}/config.yaml holds every setting; `rlhf-pl fit --help` explains them"
     )

@@ -1,4 +1,4 @@
-"""Shows answers to the same held-out prompts round after round, in the logger and as a page."""
+"""Shows responses to the same held-out prompts round after round, in the loggers and as a page."""
 
 import html
 import os
@@ -6,8 +6,8 @@ from pathlib import Path
 
 import lightning as L
 
-from rlhf_pl.checkpointing.progress import rounds_done, stopped_inside
-from rlhf_pl.rounds.metrics import first_answers, prompt_ids
+from rlhf_pl.checkpointing.progress import has_stopped_inside, rounds_done
+from rlhf_pl.rounds.metrics import first_responses, prompt_ids
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import redact
@@ -20,7 +20,7 @@ _STYLE = (
 
 
 class SampleTable(L.Callback):
-    """Logs a table of held-out prompts with an answer from every round, and writes it as `samples.html`.
+    """Logs a table of held-out prompts with a response from every round, and writes it as `samples.html`.
 
     Args:
         num_prompts: Prompts in the table; 0 for no table.
@@ -32,14 +32,14 @@ class SampleTable(L.Callback):
         self.num_prompts = num_prompts
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if stopped_inside(trainer):
+        if has_stopped_inside(trainer):
             return
         store = RoundStore(trainer.default_root_dir)
         version = rounds_done(trainer)
         if self.num_prompts == 0 or not trainer.is_global_zero or not store.held_out(version).is_complete("rewards"):
             return
         header, rows = sample_rows(store, version, self.num_prompts)
-        step = max(0, trainer.global_step - 1)  # of the last update: a run that goes on after it hides what is later
+        step = max(0, trainer.global_step - 1)  # of the last update: a resumed run hides later steps
         for logger in trainer.loggers:
             add_text = getattr(getattr(logger, "experiment", None), "add_text", None)
             if add_text is not None:
@@ -53,22 +53,22 @@ class SampleTable(L.Callback):
 
 
 def sample_rows(store: RoundStore, version: int, count: int) -> tuple[list[str], list[list[str]]]:
-    """A header, and for each prompt its text and the first answer of every version up to `version`."""
+    """A header, and for each prompt its text and the first response of every version up to `version`."""
     versions = {"before" if v == 0 else f"after round {v}": store.held_out(v) for v in range(version + 1)}
     scored = {name: stored for name, stored in versions.items() if stored.is_complete("rewards")}
     shown = list(dict.fromkeys(prompt_id for stored in scored.values() for prompt_id in prompt_ids(stored)))[:count]
     prompts: dict[str, str] = {}
     cells: dict[str, list[str]] = {}
     for stored in scored.values():
-        for prompt_id, answer in first_answers(stored, shown).items():
-            prompts[prompt_id] = answer["question"]
-            text = f"{answer['response'].strip()}\n[reward {answer['reward']:.3f}]"
+        for prompt_id, row in first_responses(stored, shown).items():
+            prompts[prompt_id] = row["question"]
+            text = f"{row['response'].strip()}\n[reward {row['reward']:.3f}]"
             cells.setdefault(prompt_id, []).append(text)
     return ["prompt", *scored], [[prompts[prompt_id], *cells[prompt_id]] for prompt_id in shown]
 
 
 def to_markdown(header: list[str], rows: list[list[str]]) -> str:
-    """A Markdown table; line breaks become `<br>`. HTML, links and images in a text are shown as they are written."""
+    """A Markdown table; line breaks become `<br>`. HTML, links and images in a text are shown as plain text."""
     lines = [list(map(_as_markdown, header)), ["---"] * len(header), *(list(map(_as_markdown, row)) for row in rows)]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
@@ -79,7 +79,7 @@ def _as_markdown(text: str) -> str:
 
 
 def to_html(header: list[str], rows: list[list[str]]) -> str:
-    """A page that needs nothing else."""
+    """A self-contained HTML page."""
     head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(redact(cell))}</td>" for cell in row) + "</tr>" for row in rows)
     return (

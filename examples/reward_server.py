@@ -5,7 +5,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 
 def score(sample: dict) -> float:
-    """Your reward goes here; it sees `prompt_id`, `messages`, `response`, `finished` and `columns`."""
+    """Replace this with your reward; a sample has `prompt_id`, `messages`, `response`, `finished` and `columns`."""
     return 1.0 / (1 + len(sample["response"].split()))
 
 

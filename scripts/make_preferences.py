@@ -1,6 +1,6 @@
-"""Makes data/preferences.jsonl, the tutorial's comparisons: a model's answers, judged by examples/short_answer.py.
+"""Makes data/preferences.jsonl, the tutorial's comparisons: a model's responses, judged by examples/short_answer.py.
 
-Each prompt of data/sft.jsonl is answered several times; answers whose scores differ clearly make pairs.
+Several responses are sampled for each prompt of data/sft.jsonl; responses with clearly different scores make pairs.
 Usage: VLLM_ENABLE_V1_MULTIPROCESSING=0 python scripts/make_preferences.py MODEL > data/preferences.jsonl
 """
 
@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from examples.short_answer import score
 
-ANSWERS, PAIRS, CLEAR = 8, 2, 0.15  # answers and pairs a prompt, least difference in score
+RESPONSES, PAIRS, MIN_MARGIN = 8, 2, 0.15  # responses and pairs per prompt, minimum difference of scores
 
 
 def main() -> None:
@@ -22,19 +22,21 @@ def main() -> None:
 
     rows = [json.loads(line) for line in Path("data/sft.jsonl").read_text().splitlines()]
     chats = [[{"role": "user", "content": row["prompt"]}] for row in rows]
-    answers: list[list[tuple[float, str]]] = [[] for _ in rows]
+    responses: list[list[tuple[float, str]]] = [[] for _ in rows]
     llm = LLM(sys.argv[1], dtype="bfloat16", max_model_len=256, enforce_eager=True, kv_cache_memory_bytes=2**30)
-    sampling = SamplingParams(n=ANSWERS, temperature=0.8, max_tokens=80)
-    for row, found, output in zip(rows, answers, llm.chat(chats, sampling), strict=True):
-        for answer in output.outputs:
-            text = answer.text.strip()
+    sampling = SamplingParams(n=RESPONSES, temperature=0.8, max_tokens=80)
+    for row, scored, output in zip(rows, responses, llm.chat(chats, sampling), strict=True):
+        for completion in output.outputs:
+            text = completion.text.strip()
             if text:
-                found.append((score(row["prompt"], text, answer.finish_reason == "stop"), text))
-    for row, found in zip(rows, answers, strict=True):
-        pairs = [(a, b) for a, b in itertools.permutations(found, 2) if a[0] - b[0] > CLEAR]
+                scored.append((score(row["prompt"], text, completion.finish_reason == "stop"), text))
+    for row, scored in zip(rows, responses, strict=True):
+        pairs = [(a, b) for a, b in itertools.permutations(scored, 2) if a[0] - b[0] > MIN_MARGIN]
         random.Random(row["prompt_id"]).shuffle(pairs)
-        for better, worse in pairs[:PAIRS]:
-            print(json.dumps({"prompt": row["prompt"], "chosen": better[1], "rejected": worse[1]}, ensure_ascii=False))
+        for chosen, rejected in pairs[:PAIRS]:
+            print(
+                json.dumps({"prompt": row["prompt"], "chosen": chosen[1], "rejected": rejected[1]}, ensure_ascii=False)
+            )
 
 
 if __name__ == "__main__":

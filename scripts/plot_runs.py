@@ -8,14 +8,14 @@ from pathlib import Path
 
 PANELS = [
     ("val/reward_mean", "reward on held-out prompts"),
-    ("rollout/response_tokens", "tokens per answer (of 64)"),
-    ("rollout/finished_share", "share of finished answers"),
-    ("train/kl", "KL from the round's policy (nats)"),
+    ("rollout/response_tokens", "tokens per response (of 64)"),
+    ("rollout/finished_share", "fraction of finished responses"),
+    ("train/kl", "KL from pi_old (nats)"),
 ]
 
 
-def scalars(run: Path, tag: str) -> tuple[list[int], list[float]]:
-    """Steps and values of a tag; of several event files the newest wins."""
+def read_scalars(run: Path, tag: str) -> tuple[list[int], list[float]]:
+    """Steps and values of a tag; newer event files overwrite older ones."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     values: dict[int, float] = {}
@@ -38,7 +38,7 @@ def main() -> None:
     figure, axes = plt.subplots(1, len(PANELS), figsize=(14, 3.2), constrained_layout=True)
     for run in map(Path, sys.argv[2:]):
         for axis, (tag, title) in zip(axes, PANELS, strict=True):
-            steps, values = scalars(run, tag)
+            steps, values = read_scalars(run, tag)
             axis.plot(steps, values, marker="o" if len(steps) < 12 else None, markersize=4, label=run.name)
             axis.set(title=title, xlabel="updates")
             axis.title.set_fontsize(10)

@@ -1,17 +1,17 @@
-"""Chat templates as models bring them, with the EOS of `make_tokenizer`."""
+"""Chat templates of published models, with the EOS of `make_tokenizer`."""
 
 PLAIN = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-# prints whatever content is, and nothing else
+# prints the content, whatever its type
 PRINTING = (
     "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 
-# Qwen2.5 and Hermes: tools in the system turn, calls and results in tags
+# Qwen2.5 and Hermes: tools in the system message, calls and results in tags
 QWEN = """{%- if tools %}
     {{- '<|im_start|>system\\n' }}
     {%- if messages[0]['role'] == 'system' %}{{- messages[0]['content'] }}
@@ -42,7 +42,7 @@ QWEN = """{%- if tools %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"""
 
-# Llama-3.1: refuses several calls in a message, asks for the key itself, and tells the day
+# Llama-3.1: refuses several calls in a message, tests whether the key exists, and prints the date
 LLAMA = """{%- set date = strftime_now('%d %b %Y') %}
 {{- '<s>' }}
 {%- if messages[0]['role'] == 'system' %}
@@ -70,7 +70,7 @@ LLAMA = """{%- set date = strftime_now('%d %b %Y') %}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n\\n' }}{%- endif %}"""
 
-# Qwen3: thoughts of earlier turns are left out, and `enable_thinking: false` closes them before they begin
+# Qwen3: leaves out the thinking of earlier turns, and adds empty thinking for `enable_thinking: false`
 THINKING = """{%- set ns = namespace(last=0) %}
 {%- for m in messages %}{%- if m.role == 'user' %}{%- set ns.last = loop.index0 %}{%- endif %}{%- endfor %}
 {%- for m in messages %}
@@ -92,7 +92,7 @@ THINKING = """{%- set ns = namespace(last=0) %}
     {%- if enable_thinking is defined and enable_thinking is false %}{{- '<think>\\n\\n</think>\\n\\n' }}{%- endif %}
 {%- endif %}"""
 
-# DeepSeek: null contents mark tool calls; the thought is opened for the model, and dropped from conversations
+# DeepSeek: null contents mark tool calls; opens the thinking in the prompt, and drops it from conversations
 DEEPSEEK = """{{- '<s>' }}{%- for m in messages %}
     {%- if m['role'] == 'user' %}{{- '<|user|>' + m['content'] }}{%- endif %}
     {%- if m['role'] == 'assistant' and m['content'] is none %}
@@ -108,7 +108,7 @@ DEEPSEEK = """{{- '<s>' }}{%- for m in messages %}
     {%- if m['role'] == 'tool' %}{{- '<outputs>' + m['content'] + '</outputs>' }}{%- endif %}
 {%- endfor %}{%- if add_generation_prompt %}{{- '<|assistant|><think>\\n' }}{%- endif %}"""
 
-# Gemma: no system, turns must alternate
+# Gemma: no system message; roles must alternate
 GEMMA = """{{- '<s>' }}
 {%- if messages[0]['role'] == 'system' %}{{- raise_exception('System role not supported') }}{%- endif %}
 {%- for message in messages %}
@@ -119,7 +119,7 @@ GEMMA = """{{- '<s>' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|assistant|>\\n' }}{%- endif %}"""
 
-# models that also see: contents are lists of parts, or text
+# vision models: contents are lists of parts, or text
 PARTS = """{%- for message in messages %}
     {{- '<|' + message['role'] + '|>' }}
     {%- if message['content'] is string %}{{- message['content'] }}
@@ -133,7 +133,7 @@ PARTS = """{%- for message in messages %}
 {%- if add_generation_prompt %}{{- '<|assistant|>' }}{%- endif %}"""
 
 
-# models that only take parts
+# models that accept lists of parts only
 PARTS_ALONE = """{%- for message in messages %}
     {{- '<|' + message['role'] + '|>' }}
     {%- for part in message['content'] %}{%- if part.type == 'text' %}{{- part.text }}{%- endif %}{%- endfor %}

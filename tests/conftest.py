@@ -1,4 +1,4 @@
-"""Small real models, made on the spot: nothing is downloaded."""
+"""Small random models, created by the tests: nothing is downloaded."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -45,19 +45,19 @@ def make_tokenizer() -> Any:
 
 
 def _sizes(tokenizer: Any) -> dict[str, int]:
-    """Of a small Llama."""
+    """Sizes of a small Llama."""
     return {
         "vocab_size": len(tokenizer),
         "hidden_size": 64,
         "intermediate_size": 64,
         "num_hidden_layers": 2,
-        "num_attention_heads": 2,  # heads of 32: vLLM has no smaller ones on the CPU
+        "num_attention_heads": 2,  # heads of 32, the smallest that vLLM supports on the CPU
         "num_key_value_heads": 1,
     }
 
 
 def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random Llama of 100,000 parameters with `make_tokenizer`'s tokenizer; ids 1 and 2 end an answer."""
+    """Save a random Llama of 100,000 parameters with the tokenizer of `make_tokenizer`; ids 1 and 2 are EOS."""
     from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM
 
     tokenizer = make_tokenizer()
@@ -82,13 +82,13 @@ def save_llama(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What takes longest starts first, or one worker ends alone with it."""
+    """Start the longest tests first, so that the workers finish at the same time."""
 
-    def minutes(item: pytest.Item) -> float:
+    def expected_minutes(item: pytest.Item) -> float:
         marker = item.get_closest_marker("slow")
         return marker.kwargs.get("minutes", 0) if marker else 0
 
-    items.sort(key=minutes, reverse=True)
+    items.sort(key=expected_minutes, reverse=True)
 
 
 @pytest.fixture(scope="session")
@@ -103,7 +103,7 @@ def source(llama: Path) -> ModelSource:
 
 @pytest.fixture(scope="session")
 def servers(llama: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """URLs of two `vllm serve` that take weights; they take long to start, so the tests with them share a group."""
+    """URLs of two `vllm serve` that accept weights; their start is slow, so their tests share an xdist group."""
     from tests.vllm_serving import sampling_server
 
     folder = tmp_path_factory.mktemp("servers")
@@ -124,7 +124,7 @@ def write_jsonl(tmp_path: Path) -> Callable[..., str]:
 
 
 def save_reward_model(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """A random Llama classifier with one output, and `make_tokenizer`'s tokenizer."""
+    """Save a random Llama classifier with one output, and the tokenizer of `make_tokenizer`."""
     from transformers import LlamaConfig, LlamaForSequenceClassification
 
     tokenizer = make_tokenizer()

@@ -1,12 +1,12 @@
-"""Rows of a stored round's pairs, with what lies in its other stages."""
+"""The pairs of a stored round, joined with its other stages."""
 
 from typing import Any
 
 from rlhf_pl.store.round_store import Round
 
 
-def pair_rows(stored: Round) -> list[dict[str, Any]]:
-    """Each pair with the tokens and, once they are stored, the log-probs of its two responses: `chosen_tokens` ..."""
+def read_pairs(stored: Round) -> list[dict[str, Any]]:
+    """Read the pairs with the tokens and, if stored, the log-probs of their two responses (`chosen_tokens`, ...)."""
     by_key: dict[tuple[str, int], dict[str, Any]] = {}
     for stage in ("responses", "logps") if stored.is_complete("logps") else ("responses",):
         for row in stored.read(stage).to_pylist():

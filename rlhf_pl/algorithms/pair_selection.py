@@ -1,21 +1,21 @@
-"""Pair selectors: which two answers of one prompt become (chosen, rejected)."""
+"""Pair selectors: which two responses to a prompt become (chosen, rejected)."""
 
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 
-from rlhf_pl.utils.errors import at_least
+from rlhf_pl.utils.errors import check_at_least
 
 Pair = tuple[int, int]
 
 
 class PairSelector(ABC):
-    """Picks pairs among the answers to one prompt. Subclass it and name your class in `rollout.selector.class_path`.
+    """Selects pairs of responses to a prompt. Subclass it and name your class in `rollout.selector.class_path`.
 
-    The chosen answer must have a strictly higher reward than the rejected one; `RoundRefresh` drops prompts for
-    which no pair is returned and counts them. Penalties and normalisation are in the rewards. Where `model.kl_coef`
-    will break ties, it shows the rewards with ties broken by lot, by the least that can be told, so that none is
-    dropped for a tie; but in round 1 of a run whose policy starts as the reference, where the KL term is 0.
+    The chosen response must have a strictly higher reward than the rejected one. `RoundRefresh` drops prompts without
+    a pair and counts them. The rewards include penalties and normalisation. Where `model.kl_coef` will break ties, the
+    selector sees rewards whose ties are broken at random, by the smallest representable difference, so that no prompt
+    is dropped for a tie. This does not apply to round 1 of a run that starts at the reference, where the KL term is 0.
     """
 
     @abstractmethod
@@ -25,10 +25,10 @@ class PairSelector(ABC):
         """Pairs of one prompt.
 
         Args:
-            rewards: One per answer.
-            lengths: Response tokens of each answer.
-            finished: Whether each answer ended with an EOS.
-            seed: This prompt's seed, for selectors that draw.
+            rewards: Reward of each response.
+            lengths: Tokens of each response.
+            finished: Whether each response ended with an EOS.
+            seed: This prompt's seed, for selectors that choose at random.
 
         Returns:
             (chosen index, rejected index) for each pair; empty to drop the prompt.
@@ -36,14 +36,14 @@ class PairSelector(ABC):
 
 
 class BestWorst(PairSelector):
-    """The best against the worst answer; of equals the first.
+    """The best against the worst response; among equal ones the first.
 
     Args:
-        min_margin: Drop prompts whose best and worst reward differ by no more than this, in reward units.
+        min_margin: Prompts whose best and worst reward differ by at most this much are dropped, in reward units.
     """
 
     def __init__(self, min_margin: float = 0.0) -> None:
-        at_least("rollout.selector", min_margin=(min_margin, 0))
+        check_at_least("rollout.selector", min_margin=(min_margin, 0))
         self.min_margin = min_margin
 
     def __call__(
@@ -54,9 +54,9 @@ class BestWorst(PairSelector):
 
 
 class RandomPair(PairSelector):
-    """Two answers drawn at random, the better one chosen; a tie is drawn again until none is left.
+    """Two responses at random, the better one chosen; uniform over all pairs of different rewards.
 
-    Unlike best against worst, the pair is a fair sample of the policy, as in the REBEL paper's online runs.
+    Unlike best against worst, the pair is an unbiased sample of the policy, as in the REBEL paper's online runs.
     """
 
     def __call__(

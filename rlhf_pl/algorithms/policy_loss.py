@@ -1,4 +1,4 @@
-"""What every loss of a policy is: what it needs, over what its mean is taken, and what is logged of it."""
+"""Base classes of policy losses: what a loss needs, what its mean is taken over, and what is logged."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
@@ -14,15 +14,15 @@ from rlhf_pl.utils.errors import InputError
 class PolicyLoss(ABC):
     """A loss on prompt groups. Subclass it and name your class in `model.loss.class_path`.
 
-    An update's gradient is that of the mean over all elements of the update, whatever the micro-batches and ranks that
-    they were divided into. Log-probs that `needs` does not name are not computed.
+    An update's gradient is that of the mean over all elements of the update, however these are divided into
+    micro-batches and among ranks. Log-probs that `needs` does not name are not computed.
 
     Attributes:
-        needs: What the loss reads, of `rewards`, `old_logps`, `reference_logps` (summed over each response),
+        needs: What the loss reads, from `rewards`, `old_logps`, `reference_logps` (summed over each response),
             `old_token_logps` and `reference_token_logps`.
-        per: What an element of the loss stands for. With `pair`, the selector's pairs are trained on; else all scored
-            responses of a prompt, in one micro-batch.
-        metric_names: Names of what `metrics` returns.
+        per: The element that the loss returns a value for. With `pair`, the policy trains on the selector's pairs;
+            otherwise on all scored responses to a prompt, in one micro-batch.
+        metric_names: Names of the metrics that `metrics` returns.
     """
 
     needs: ClassVar[Collection[str]] = frozenset({"rewards", "old_logps"})
@@ -31,20 +31,21 @@ class PolicyLoss(ABC):
 
     @abstractmethod
     def losses(self, groups: PromptGroups) -> Tensor:
-        """The loss of every pair, group, response or token, as `per` says; shape (pairs,), (G,), (R,) or (M,)."""
+        """Loss of every pair, group, response or token, as `per` says; shape (pairs,), (G,), (R,) or (M,)."""
 
     def metrics(self, groups: PromptGroups) -> dict[str, Tensor]:
-        """What is logged beside the loss, as means over all elements of an update: tensors of any shape by name."""
+        """Further metrics, logged as means over all elements of an update: tensors of any shape, by name."""
         return {}
 
     def counts(self, lengths: Tensor, finished: Tensor) -> Tensor:
-        """How many elements each response has in the mean over an update, shape (R,); for `response` and `token`.
+        """Number of elements that each response has in the mean over an update, shape (R,); for `response` and `token`.
 
-        Override it where some do not count, such as those of truncated responses, and leave them out of `losses`.
+        Override it where some elements do not count, for example those of truncated responses, and leave these out of
+        `losses`.
 
         Args:
             lengths: Tokens of each response, shape (R,), int64.
-            finished: Whether it ended with an EOS, shape (R,), bool.
+            finished: Whether each response ended with an EOS, shape (R,), bool.
         """
         return lengths if self.per == "token" else torch.ones_like(lengths)
 
@@ -52,15 +53,15 @@ class PolicyLoss(ABC):
 class PairwiseLoss(PolicyLoss):
     """A loss on (chosen, rejected) pairs. Subclass it and name your class in `model.loss.class_path`.
 
-    The log-ratios are those to the policy that sampled the round; where `needs` names `reference_logps` and not
-    `old_logps`, those to the fixed reference.
+    The log-ratios are relative to pi_old, the policy that sampled the round. Where `needs` names `reference_logps` and
+    not `old_logps`, they are relative to the fixed reference.
     """
 
     per: ClassVar[Element] = "pair"
 
     @abstractmethod
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
-        """Loss per pair, shape (B,), not reduced; arguments as in `rebel_loss`."""
+        """Loss per pair, shape (B,), not reduced; the arguments are those of `rebel_loss`."""
 
     def losses(self, groups: PromptGroups) -> Tensor:
         base = groups.old_logps if "old_logps" in self.needs else groups.reference_logps
@@ -69,33 +70,33 @@ class PairwiseLoss(PolicyLoss):
 
 
 def reward_margins(groups: PromptGroups) -> Tensor:
-    """Of each pair the chosen minus the rejected reward, shape (pairs,)."""
+    """Chosen minus rejected reward of each pair, shape (pairs,)."""
     chosen, rejected = groups.pairs(groups.rewards)
     return chosen - rejected
 
 
 def check_needs(loss: PolicyLoss, kl_coef: float) -> frozenset[str]:
-    """What a loss needs, with that of the KL penalty in the reward; per-token log-probs come with their sums.
+    """What a loss and the KL penalty in the reward need together; per-token log-probs come with their sums.
 
     Raises:
-        InputError: It needs what there is not, or takes no rewards that a KL penalty could be in.
+        InputError: The loss needs something unknown, or it reads no rewards that a KL penalty could change.
     """
     name, needs = type(loss).__name__, frozenset(loss.needs)
     if unknown := sorted(needs - set(NEEDS)):
-        raise InputError(f"`model.loss`: {name} needs {', '.join(unknown)}. There are: {', '.join(NEEDS)}.")
+        raise InputError(f"`model.loss`: {name} needs {', '.join(unknown)}. Available: {', '.join(NEEDS)}.")
     needs |= {summed for summed, per_token in zip(SUMMED, PER_TOKEN, strict=True) if per_token in needs}
     if kl_coef == 0:
         return needs
     if "rewards" not in needs:
         raise InputError(
-            f"`model.kl_coef` is {kl_coef}, but `model.loss` {name} takes no rewards, which the KL penalty is in, so "
-            "it would have no effect. Set it to 0."
+            f"`model.kl_coef` is {kl_coef}, but `model.loss` {name} reads no rewards, and the KL penalty is part of "
+            "them. It would have no effect: set it to 0."
         )
     return needs | set(SUMMED)
 
 
 def logged_names(loss: PolicyLoss, needs: Collection[str]) -> tuple[str, ...]:
-    """Names of what is logged of a loss with every update: that of `logged`, with means and variances of ratios."""
+    """Names of the metrics logged with every update: those of `logged`, with means and variances of ratios."""
     pairs, old = loss.per == "pair", "old_logps" in needs
     names: tuple[str, ...] = ("loss",)
     if old:
@@ -107,27 +108,28 @@ def logged_names(loss: PolicyLoss, needs: Collection[str]) -> tuple[str, ...]:
 
 @torch.no_grad()
 def logged(loss: PolicyLoss, groups: PromptGroups) -> dict[str, Tensor]:
-    """What is logged beside the loss, as far as log-probs of other policies are there: tensors by name.
+    """Metrics logged beside the loss, as far as the log-probs of other policies are available: tensors by name.
 
-    `ratio` and `ratio_square` are those of pi_theta / pi_old - 1: about 0, so that variances as small as rounding's are
-    not lost in it.
+    `ratio` and `ratio_square` are of pi_theta / pi_old - 1, which is near 0, so that float32 keeps variances as small
+    as rounding errors.
     """
     stored, pairs = groups.stored, loss.per == "pair"
     parts: dict[str, Tensor] = {}
     if "old_logps" in stored:
         logratios = groups.logps - groups.old_logps
-        parts = _of_pairs(groups, logratios) if pairs else _of_responses(logratios)
+        parts = _pair_metrics(groups, logratios) if pairs else _response_metrics(logratios)
     if pairs and stored:
-        parts |= _margins(groups, groups.logps - stored["old_logps" if "old_logps" in stored else "reference_logps"])
+        base = stored["old_logps" if "old_logps" in stored else "reference_logps"]
+        parts |= _margin_metrics(groups, groups.logps - base)
     return {**parts, **loss.metrics(groups)}
 
 
-def _of_responses(logratios: Tensor) -> dict[str, Tensor]:
+def _response_metrics(logratios: Tensor) -> dict[str, Tensor]:
     ratios = logratios.expm1()
     return {"kl": -logratios, "ratio": ratios, "ratio_square": ratios.square()}
 
 
-def _of_pairs(groups: PromptGroups, logratios: Tensor) -> dict[str, Tensor]:
+def _pair_metrics(groups: PromptGroups, logratios: Tensor) -> dict[str, Tensor]:
     both, ratios = groups.pairs(logratios), groups.pairs(logratios.expm1())
     return {
         "kl": -both.mean(0),
@@ -138,7 +140,7 @@ def _of_pairs(groups: PromptGroups, logratios: Tensor) -> dict[str, Tensor]:
     }
 
 
-def _margins(groups: PromptGroups, logratios: Tensor) -> dict[str, Tensor]:
+def _margin_metrics(groups: PromptGroups, logratios: Tensor) -> dict[str, Tensor]:
     chosen, rejected = groups.pairs(logratios)
     rewards = reward_margins(groups)
     return {

@@ -1,4 +1,4 @@
-"""What a loss sees of a batch: prompt groups, their numbers, and sums and means over them."""
+"""A batch as losses see it: prompt groups with their numbers, and sums and means over them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,18 +17,19 @@ NEEDS = ("rewards", *SUMMED, *PER_TOKEN)
 
 @dataclass(frozen=True)
 class PromptGroups:
-    """G prompts with the R responses that are trained on, group by group, and their M tokens, response by response.
+    """G prompts with the R responses to train on, group by group, and their M tokens, response by response.
 
     In a batch of pairs a group is a pair: the chosen response, then the rejected one.
 
     Args:
         token_logps: log pi_theta of every response token, shape (M,), float32, nats, with gradient.
-        logps: Their sums over each response, shape (R,), float32, nats, with gradient.
-        rewards: Shaped, and with the KL penalty of `model.kl_coef`, shape (R,), float32, reward units.
+        logps: Sums of `token_logps` over each response, shape (R,), float32, nats, with gradient.
+        rewards: Shaped rewards, with the KL penalty of `model.kl_coef`, shape (R,), float32, reward units.
         lengths: Tokens of each response, shape (R,), int64.
         finished: Whether each response ended with an EOS, shape (R,), bool; the others are truncated.
         sizes: Responses of each group, shape (G,), int64.
-        stored: Log-probs of the policies that do not train, by their names in `NEEDS`: those that the loss needs.
+        stored: Log-probs under the policies that do not train, by their names in `NEEDS`, as far as the loss needs
+            them.
     """
 
     token_logps: Tensor
@@ -41,7 +42,7 @@ class PromptGroups:
 
     @property
     def old_logps(self) -> Tensor:
-        """Log pi_old, of the policy that sampled the round, summed over each response, shape (R,), nats."""
+        """Log pi_old (of the policy that sampled the round), summed over each response, shape (R,), nats."""
         return self._stored("old_logps")
 
     @property
@@ -61,11 +62,11 @@ class PromptGroups:
 
     def _stored(self, name: str) -> Tensor:
         if name not in self.stored:
-            raise InputError(f"`model.loss` takes `{name}`, which its `needs` does not name. Add it there.")
+            raise InputError(f"`model.loss` reads `{name}`, which its `needs` does not name. Add it there.")
         return self.stored[name]
 
     def pairs(self, values: Tensor) -> Tensor:
-        """What is there for each response, of the chosen and the rejected ones: (R,) to (2, pairs)."""
+        """Values of the chosen and of the rejected responses: (R,) to (2, pairs)."""
         return values.view(-1, 2).T
 
     def sum_per_response(self, values: Tensor) -> Tensor:
@@ -77,11 +78,11 @@ class PromptGroups:
         return segment_sums(values, self.sizes)
 
     def group_means(self, values: Tensor) -> Tensor:
-        """For each response the mean over its group: (R,) to (R,)."""
+        """Mean over each response's group: (R,) to (R,)."""
         return torch.repeat_interleave(self.sum_per_group(values) / self.sizes, self.sizes)
 
     def per_token(self, values: Tensor) -> Tensor:
-        """For each token what is there for its response: (R,) to (M,)."""
+        """Value of each token's response: (R,) to (M,)."""
         return torch.repeat_interleave(values, self.lengths)
 
 
@@ -90,7 +91,7 @@ def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
 
     Args:
         values: Shape (N,).
-        lengths: Of the segments, on the device of `values`, shape (segments,), int64; they add up to N.
+        lengths: Length of each segment, on the device of `values`, shape (segments,), int64; they add up to N.
 
     Returns:
         Shape (segments,).
@@ -98,8 +99,8 @@ def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0)
 
 
-def penalised(rewards: Tensor, kl_coef: float, stored: Mapping[str, Tensor]) -> Tensor:
-    """Rewards less `kl_coef` times log pi_old - log pi_ref, shape (R,); reward units."""
+def apply_kl_penalty(rewards: Tensor, kl_coef: float, stored: Mapping[str, Tensor]) -> Tensor:
+    """Rewards minus `kl_coef` times log pi_old - log pi_ref, shape (R,), reward units."""
     if kl_coef == 0:
         return rewards
     return rewards - kl_coef * (stored["old_logps"] - stored["reference_logps"])

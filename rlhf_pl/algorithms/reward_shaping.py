@@ -7,7 +7,7 @@ from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from rlhf_pl.utils.errors import at_least, finite
+from rlhf_pl.utils.errors import check_at_least, check_finite
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,8 @@ class RewardShaping:
 
     def __post_init__(self) -> None:
         names = ("missing_eos_penalty", "length_penalty", "length_free_tokens")
-        at_least("rollout.shaping", **{name: (getattr(self, name), 0) for name in names})
-        finite("rollout.shaping", missing_eos_reward=self.missing_eos_reward)
+        check_at_least("rollout.shaping", **{name: (getattr(self, name), 0) for name in names})
+        check_finite("rollout.shaping", missing_eos_reward=self.missing_eos_reward)
 
     @property
     def penalties(self) -> list[str]:

@@ -1,1 +1,1 @@
-"""Resume points: when they are written, and how a run ends beside one."""
+"""Checkpoints: writing, reading and checking them, and where a run resumes."""

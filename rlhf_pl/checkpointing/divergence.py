@@ -1,4 +1,4 @@
-"""Weights that are not finite: refused before they are saved, exported or sampled from."""
+"""Refuses weights that are not finite before they are saved, exported or sampled from."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -9,84 +9,85 @@ import lightning as L
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from rlhf_pl.checkpointing.checkpoints import is_sharded_checkpoint, is_whole, progress_of_files, read_weights
+from rlhf_pl.checkpointing.checkpoints import find_resume_files, is_sharded_checkpoint, is_whole, read_weights
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.lora import unwrapped_name
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.finite import first_not_finite, not_finite
+from rlhf_pl.utils.finite import find_first_nonfinite, find_nonfinite
 
-# float16's largest number. Weights of language models are below 1,000; those that a learning rate has thrown beyond
-# this may still give finite numbers, such as the same logits for every token.
+# Largest number of float16. Weights of language models are below 1,000; larger weights, from a too high learning rate,
+# may still give finite outputs, such as the same logits for every token.
 LARGEST_WEIGHT = 65504.0
-# of a module the tensors that were beyond it, and the buffers that were not finite, when it was looked at first
-_born_so: "WeakKeyDictionary[L.LightningModule, set[str]]" = WeakKeyDictionary()
+# by module: tensors that were beyond it, and buffers that were not finite, at the first check
+_initial_exceptions: "WeakKeyDictionary[L.LightningModule, set[str]]" = WeakKeyDictionary()
 
 
 class DivergedError(InputError):
-    """Training has diverged: a loss, a gradient norm or weights are not finite."""
+    """Training has diverged: a loss, a gradient norm or a weight is not finite."""
 
 
-def diverged(trainer: L.Trainer, what: str, update: int | None = None) -> DivergedError:
-    """The error that ends such a run.
+def make_diverged_error(trainer: L.Trainer, what: str, update: int | None = None) -> DivergedError:
+    """The error that ends a diverged run.
 
     Args:
-        trainer: Of the run.
-        what: A clause that says what is not finite.
-        update: At which update that was so; None for the last one.
+        trainer: The run's Trainer.
+        what: A clause that names what is not finite.
+        update: The optimizer update where it was detected; None for the last one.
     """
     update = trainer.global_step if update is None else update
     epochs: Any = trainer.fit_loop.epoch_progress.current
     has_eta = hasattr(getattr(trainer.lightning_module, "loss", None), "eta")
-    lower = "`model.optimizer.lr`, or `model.loss.eta`" if has_eta else "`model.optimizer.lr`"
+    options = "`model.optimizer.lr`, or `model.loss.eta`" if has_eta else "`model.optimizer.lr`"
     rewards = f", look at the rewards (`rlhf-pl rounds {trainer.default_root_dir}`)" if has_eta else ""
     return DivergedError(
-        f"Training has diverged: at update {update}, round (epoch) {max(1, epochs.started)}, {what}. Nothing of that "
-        f"is saved or exported. {_way_back(trainer)}. Before that lower {lower}{rewards}, clip "
-        "gradients (--trainer.gradient_clip_val 1), or take a wider dtype (--model.dtype float32, --trainer.precision "
+        f"Training has diverged: at update {update}, round (epoch) {max(1, epochs.started)}, {what}. These "
+        f"weights are not saved or exported. {_describe_recovery(trainer)}. First lower {options}{rewards}, clip "
+        "gradients (--trainer.gradient_clip_val 1), or use a wider dtype (--model.dtype float32, --trainer.precision "
         "bf16-mixed)."
     )
 
 
-def _way_back(trainer: L.Trainer) -> str:
-    progress = progress_of_files(trainer.default_root_dir)
+def _describe_recovery(trainer: L.Trainer) -> str:
+    progress = find_resume_files(trainer.default_root_dir)
     files = list(progress)
-    good = next((file for file in reversed(files) if _is_good(trainer, file, progress[file].global_step)), None)
+    intact = next((f for f in reversed(files) if _has_finite_weights(trainer, f, progress[f].global_step)), None)
     if not files:
-        return "No checkpoint was written before; the same command trains anew"
-    if good is None:
+        return "No checkpoint was written; run the same command again to train from the beginning"
+    if intact is None:
         return (
-            f"No checkpoint in {files[-1].parent} holds finite weights; remove them, and the same command trains anew"
+            f"No checkpoint in {files[-1].parent} holds finite weights; remove them and run the same command again to "
+            "train from the beginning"
         )
-    if good == files[-1]:
-        return f"The last good checkpoint is intact, and the same command goes on from there or before: {good}"
-    return f"Newer checkpoints hold such weights; the last good one is intact: go on from it with --ckpt_path {good}"
+    if intact == files[-1]:
+        return f"The last good checkpoint is intact; run the same command again to resume from it or earlier: {intact}"
+    return f"Newer checkpoints hold such weights; the last good one is intact: resume with --ckpt_path {intact}"
 
 
-def _is_good(trainer: L.Trainer, file: Path, step: int) -> bool:
-    """Whether a checkpoint holds finite weights; one in parts is taken to, unless the run has just begun from it."""
+def _has_finite_weights(trainer: L.Trainer, file: Path, step: int) -> bool:
+    """Whether a checkpoint holds finite weights; a sharded one is assumed to, unless the run has just loaded it."""
     if is_sharded_checkpoint(file):
-        restored = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == file.resolve()
-        return not (restored and step == trainer.global_step)
-    return is_whole(file) and not first_not_finite(read_weights(file, "", {}).items())
+        is_loaded = trainer.ckpt_path is not None and Path(trainer.ckpt_path).resolve() == file.resolve()
+        return not (is_loaded and step == trainer.global_step)
+    return is_whole(file) and not find_first_nonfinite(read_weights(file, "", {}).items())
 
 
 def refuse_diverged_weights(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """Look at all of a module's weights that train, and its buffers, before they are saved, exported or sampled from.
+    """Check a module's trainable weights and its buffers, before they are saved, exported or sampled from.
 
-    Every rank looks at its own part. All of them must call it together, and all raise if one finds something.
+    Every rank checks its own part. All ranks must call it together, and all raise if one finds a problem.
 
     Raises:
-        DivergedError: Names the tensor that holds a NaN or an infinity, or a weight beyond `LARGEST_WEIGHT`. Weights
-            that were beyond it at the first look may stay so, and buffers that held infinities or NaN.
+        DivergedError: A tensor, named in the message, holds a NaN or an infinity, or a weight beyond `LARGEST_WEIGHT`.
+            Weights that were beyond it at the first check may stay so, and buffers that held infinities or NaN.
     """
-    born_so = _born_so.get(module)
-    if born_so is None:  # before it trains: what a model comes with has not diverged
-        born_so = {*not_finite(_weights(module), LARGEST_WEIGHT), *not_finite(_buffers(module))}
-        _born_so[module] = born_so
+    exceptions = _initial_exceptions.get(module)
+    if exceptions is None:  # before training: the model's initial values have not diverged
+        exceptions = {*find_nonfinite(_weights(module), LARGEST_WEIGHT), *find_nonfinite(_buffers(module))}
+        _initial_exceptions[module] = exceptions
     name = (
-        first_not_finite((n, t) for n, t in _weights(module) if n in born_so)
-        or first_not_finite(((n, t) for n, t in _weights(module) if n not in born_so), LARGEST_WEIGHT)
-        or first_not_finite((n, t) for n, t in _buffers(module) if n not in born_so)
+        find_first_nonfinite((n, t) for n, t in _weights(module) if n in exceptions)
+        or find_first_nonfinite(((n, t) for n, t in _weights(module) if n not in exceptions), LARGEST_WEIGHT)
+        or find_first_nonfinite((n, t) for n, t in _buffers(module) if n not in exceptions)
     )
     refuse_on_any_rank(
         trainer, f"`{name}` holds numbers that are not finite, or beyond {LARGEST_WEIGHT:g}" if name else ""
@@ -94,28 +95,33 @@ def refuse_diverged_weights(trainer: L.Trainer, module: L.LightningModule) -> No
 
 
 def refuse_diverged_moments(trainer: L.Trainer, module: L.LightningModule) -> None:
-    """The same for what optimizers keep of each weight: an infinite moment holds its weight fast from then on."""
-    name = first_not_finite(_moments(trainer, module))
+    """Check the optimizers' moments in the same way: an infinite moment stops all later updates of its weight."""
+    name = find_first_nonfinite(_moments(trainer, module))
     refuse_on_any_rank(trainer, f"the optimizer's `{name}` holds numbers that are not finite" if name else "")
 
 
 def refuse_on_any_rank(trainer: L.Trainer, found: str) -> None:
-    """Raise DivergedError on all ranks if one of them has found something: a clause that says what is not finite."""
+    """Raise DivergedError on all ranks if one of them has found a problem.
+
+    Args:
+        trainer: The run's Trainer.
+        found: A clause that names what is not finite on this rank; empty if everything is.
+    """
     if what := next(filter(None, ranks_of(trainer).all_gather(found)), ""):
-        raise diverged(trainer, what)
+        raise make_diverged_error(trainer, what)
 
 
 def _weights(module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in module.named_parameters():
         if tensor.requires_grad:
-            yield unwrapped_name(name), _own(tensor.detach())
+            yield unwrapped_name(name), _local_part(tensor.detach())
 
 
 def _buffers(module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in module.named_buffers():
         if tensor.is_floating_point() and not tensor.is_meta:
-            # masks hold -inf, and what keeps the best of something inf
-            yield unwrapped_name(name), _own(tensor).clamp(min=-1, max=None if tensor.dim() else 1)
+            # masks hold -inf, and trackers of a best value start at inf
+            yield unwrapped_name(name), _local_part(tensor).clamp(min=-1, max=None if tensor.dim() else 1)
 
 
 def _moments(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
@@ -124,9 +130,9 @@ def _moments(trainer: L.Trainer, module: L.LightningModule) -> Iterator[tuple[st
         for parameter, state in optimizer.state.items():
             for kind, tensor in state.items():
                 if isinstance(tensor, Tensor) and tensor.dim():
-                    yield f"{kind} of {names.get(id(parameter), 'a weight')}", _own(tensor)
+                    yield f"{kind} of {names.get(id(parameter), 'a weight')}", _local_part(tensor)
 
 
-def _own(tensor: Any) -> Tensor:
-    """This rank's part."""
+def _local_part(tensor: Any) -> Tensor:
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

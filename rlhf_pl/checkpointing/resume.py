@@ -1,4 +1,4 @@
-"""Where a run goes on: its newest checkpoint, or the one before the last round if that is to be trained again."""
+"""Where a run resumes: from its newest checkpoint, or from the one before the last round if that is trained again."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -9,27 +9,27 @@ from rlhf_pl.checkpointing.checkpoints import (
     FOLDER,
     Progress,
     checkpoint_files,
+    find_resume_files,
     is_whole,
     link_last,
-    progress_of_files,
     read_progress,
     supersede,
 )
-from rlhf_pl.store.provenance import REDONE, StageSettings, differences, first_change
+from rlhf_pl.store.provenance import REDONE, StageSettings, find_first_change, list_differences
 from rlhf_pl.store.round_store import ORDER, DamagedStoreError, Round, RoundStore
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError
 
-_OF_DATA = ("columns", "messages")  # hashes of rows, which are not read yet
+_DATA_HASHES = ("columns", "messages")  # not compared: the rows are not read yet
 
 
 @dataclass(frozen=True)
 class ResumePoint:
-    """Where to go on.
+    """Where a run resumes.
 
     Args:
-        checkpoint: None for a start from the beginning.
-        commit: Puts aside what is to be trained again; to be called once nothing can be refused any more.
+        checkpoint: The checkpoint; None to start from the beginning.
+        commit: Moves checkpoints of the training to be repeated aside. Called after the run's checks.
     """
 
     checkpoint: Path | None
@@ -39,55 +39,55 @@ class ResumePoint:
 def find_resume_point(
     run_dir: str, downstream: StageSettings | None, max_epochs: int | None, accept_changes: bool
 ) -> ResumePoint:
-    """The checkpoint to go on from.
+    """Find the checkpoint to resume from.
 
-    If the reward, the selector or the training settings have changed, the round at hand goes back to its start: the
-    one in training, or the last one of a finished run. What was trained with the old settings is put aside.
+    If the reward, the selector or the training settings have changed, the current round is trained again from its
+    start: the round in training, or the last one of a finished run. Its checkpoints are moved aside.
 
     Args:
         run_dir: The run directory.
-        downstream: The present settings by stage; None if nothing is prepared in this run.
-        max_epochs: Rounds wanted.
-        accept_changes: Keep what is trained, and let new settings count from here on.
+        downstream: The current settings by stage; None if the run has no rounds.
+        max_epochs: Number of rounds of the run.
+        accept_changes: Whether to keep the current round's training and apply new settings from here on.
 
     Raises:
-        InputError: The checkpoint before that round is gone, or there are checkpoints of another run.
+        InputError: The checkpoint before that round is missing, or there are checkpoints of another run.
     """
-    files = progress_of_files(run_dir)
+    files = find_resume_files(run_dir)
     broken = set(checkpoint_files(run_dir)) - set(files)
     while files and not is_whole(newest := list(files)[-1]):
         broken.add(newest)
         del files[newest]
     for file in sorted(broken):
-        console.print(f"{file} is damaged; going on without it.", soft_wrap=True)
+        console.print(f"{file} is damaged; it is skipped.", soft_wrap=True)
     if not files:
         return ResumePoint(None)
-    _refuse_others(files, RoundStore(run_dir).run)
+    _refuse_other_runs(files, RoundStore(run_dir).run)
     newest, progress = list(files.items())[-1]
-    unchanged = ResumePoint(newest, partial(link_last, newest))  # a process that was killed may have linked none
+    unchanged = ResumePoint(newest, partial(link_last, newest))  # a killed process may not have made the link
     if downstream is None or accept_changes:
         return unchanged
-    index = _round_at_hand(progress, max_epochs)
+    index = _get_current_round(progress, max_epochs)
     stored = RoundStore(run_dir).round(index) if index is not None else None
     try:
         settings = None if stored is None else stored.manifest.get("settings")
-    except DamagedStoreError:  # which is reported, or repaired, before the round is used
+    except DamagedStoreError:  # reported or repaired before the round is used
         settings = None
     if stored is None or settings is None:
         return unchanged
     before, now = settings, Round.as_stored(downstream)
-    before = {stage: {k: v for k, v in before[stage].items() if k not in _OF_DATA} for stage in before}
-    changed = first_change(before, now, ORDER[1:])
+    before = {stage: {k: v for k, v in before[stage].items() if k not in _DATA_HASHES} for stage in before}
+    changed = find_first_change(before, now, ORDER[1:])
     if changed is None:
         return unchanged
-    starts = (f for f, p in files.items() if p.rounds_done == index and not p.inside_round)
+    starts = (f for f, p in files.items() if p.rounds_done == index and not p.is_inside_round)
     start = next(filter(is_whole, reversed(list(starts))), None)
-    lines = "; ".join(differences(before[changed], now[changed]))
+    lines = "; ".join(list_differences(before[changed], now[changed]))
     if start is None and index != 0:
         raise InputError(
             f"Changed since {stored.path} was trained on: {lines}. To train on it again, the checkpoint before it is "
-            f"needed, and it is gone from {Path(run_dir) / FOLDER} (see `checkpoint.keep_rounds`). Give this run a "
-            "directory of its own (--trainer.default_root_dir DIR), or give --accept_changes to keep what is trained."
+            f"needed, which is no longer in {Path(run_dir) / FOLDER} (see `checkpoint.keep_rounds`). Give this run a "
+            "directory of its own (--trainer.default_root_dir DIR), or keep the trained policy with --accept_changes."
         )
     later = [f for f, p in files.items() if start is None or p > files[start]]
 
@@ -108,15 +108,15 @@ def find_resume_point(
 
 
 def chosen_resume_point(run_dir: str, checkpoint: Path) -> ResumePoint:
-    """The checkpoint a user has named. Later ones of the same run would be newer than what follows: they go aside.
+    """The resume point at a checkpoint that the user has chosen. `commit` moves later checkpoints of the run aside.
 
     Raises:
-        InputError: It can't be read.
+        InputError: The checkpoint can't be read.
     """
     progress = read_progress(checkpoint)
     if progress is None:
-        raise InputError(f"`ckpt_path`: {str(checkpoint)!r} is no readable checkpoint of this program.")
-    later = [f for f, p in progress_of_files(run_dir).items() if p > progress and f.resolve() != checkpoint.resolve()]
+        raise InputError(f"`ckpt_path`: {str(checkpoint)!r} is not a readable checkpoint of this program.")
+    later = [f for f, p in find_resume_files(run_dir).items() if p > progress and f.resolve() != checkpoint.resolve()]
 
     def commit() -> None:
         if kept := supersede(later):
@@ -125,7 +125,7 @@ def chosen_resume_point(run_dir: str, checkpoint: Path) -> ResumePoint:
     return ResumePoint(checkpoint, commit)
 
 
-def _refuse_others(files: dict[Path, Progress], run: str | None) -> None:
+def _refuse_other_runs(files: dict[Path, Progress], run: str | None) -> None:
     """Refuse checkpoints of another run, which a merged or restored directory may hold."""
     others = [file for file, progress in files.items() if None not in (run, progress.run) and progress.run != run]
     if others:
@@ -135,9 +135,9 @@ def _refuse_others(files: dict[Path, Progress], run: str | None) -> None:
         )
 
 
-def _round_at_hand(progress: Progress, max_epochs: int | None) -> int | None:
-    """The round that has to go back to its start if its settings have changed; None if none was begun."""
-    if progress.inside_round:
+def _get_current_round(progress: Progress, max_epochs: int | None) -> int | None:
+    """Index of the round that is trained again if its settings have changed; None if no round has begun."""
+    if progress.is_inside_round:
         return progress.rounds_done
-    finished = max_epochs is not None and 0 <= max_epochs <= progress.rounds_done
-    return progress.rounds_done - 1 if finished and progress.rounds_done > 0 else None
+    is_finished = max_epochs is not None and 0 <= max_epochs <= progress.rounds_done
+    return progress.rounds_done - 1 if is_finished and progress.rounds_done > 0 else None

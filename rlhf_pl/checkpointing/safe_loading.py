@@ -1,7 +1,7 @@
-"""Checkpoints are looked at before torch or Lightning loads them, so that no pickle in one can run code.
+"""Checks checkpoints before torch or Lightning loads them, so that no pickle in one can run code.
 
-torch unpickles a sharded checkpoint's `.metadata` and its byte entries without restriction, and Lightning's FSDP
-strategy does so with a whole file.
+torch unpickles a sharded checkpoint's `.metadata` and its byte entries without restriction. Lightning's FSDP strategy
+does the same with a whole file.
 """
 
 import io
@@ -14,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.fabric.plugins import CheckpointIO
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.checkpoint import CheckpointException, metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
@@ -21,7 +22,7 @@ from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
 from rlhf_pl.utils.errors import InputError
 
 METADATA = ".metadata"
-META = "meta.pt"  # in a sharded checkpoint, all but weights and optimizer
+META = "meta.pt"  # file of a sharded checkpoint with everything except weights and optimizer
 _CLASSES = (
     *(getattr(metadata, name) for name in metadata.__all__),
     metadata._MEM_FORMAT_ENCODING,
@@ -31,14 +32,14 @@ _CLASSES = (
     *(PosixPath, WindowsPath, PurePosixPath, PureWindowsPath),
 )
 _ALLOWED: dict[tuple[str, str], Any] = {(kind.__module__, kind.__qualname__): kind for kind in _CLASSES}
-_ALLOWED |= {("pathlib", kind.__name__): kind for kind in _CLASSES[-4:]}  # as Python before 3.13 calls them
+_ALLOWED |= {("pathlib", kind.__name__): kind for kind in _CLASSES[-4:]}  # their names before Python 3.13
 _ALLOWED |= {("torch.serialization", "_get_layout"): torch.serialization._get_layout}
 _ALLOWED |= {("torch", str(value).removeprefix("torch.")): value for value in vars(torch).values()
              if isinstance(value, torch.dtype)}  # fmt: skip
 
 
 class UnsafeError(InputError):
-    """A checkpoint asks for more than plain values and tensors."""
+    """A checkpoint holds more than plain values and tensors."""
 
 
 class DamagedError(InputError):
@@ -46,7 +47,7 @@ class DamagedError(InputError):
 
 
 class _Unpickler(pickle.Unpickler):
-    """Makes what torch writes into `.metadata`, and nothing else."""
+    """Creates only objects that torch writes to `.metadata`."""
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in _ALLOWED:
@@ -55,62 +56,62 @@ class _Unpickler(pickle.Unpickler):
 
 
 def read_metadata(folder: Path) -> metadata.Metadata:
-    """What a sharded checkpoint holds, by its `.metadata`.
+    """Read the `.metadata` of a sharded checkpoint.
 
     Raises:
         UnsafeError: The file would run code.
-        DamagedError: It is missing, or not what torch writes.
+        DamagedError: The file is missing, or torch did not write it.
     """
-    found = [_unpickled(file) for file in (folder / METADATA, *sorted(folder.glob(f"__*{METADATA}")))]
-    return found[0]  # the others, of each rank, are what torch takes where ranks do not talk to each other
+    found = [_unpickle(file) for file in (folder / METADATA, *sorted(folder.glob(f"__*{METADATA}")))]
+    return found[0]  # torch reads the others, one per rank, if the ranks do not communicate
 
 
-def _unpickled(file: Path) -> metadata.Metadata:
+def _unpickle(file: Path) -> metadata.Metadata:
     try:
         content = _Unpickler(io.BytesIO(file.read_bytes())).load()
     except UnsafeError as error:
-        raise unsafe(file, f"{error} is none of torch's classes for it") from error
-    except Exception as error:  # unpickling garbage raises everything
-        raise DamagedError(f"{file} can't be read: {_line(error)}. Go on from another checkpoint.") from error
+        raise make_unsafe_error(file, f"{error} is not one of torch's classes for it") from error
+    except Exception as error:  # unpickling garbage raises exceptions of any class
+        raise DamagedError(f"{file} can't be read: {_first_line(error)}. Resume from another checkpoint.") from error
     if not isinstance(content, metadata.Metadata) or not isinstance(content.storage_data, dict):
-        raise DamagedError(f"{file} is not what torch writes beside a sharded checkpoint. Go on from another one.")
+        raise DamagedError(f"{file} is not the metadata of a sharded checkpoint. Resume from another one.")
     return content
 
 
 def check_folder(folder: Path) -> metadata.Metadata:
-    """Refuse a sharded checkpoint with anything that loading it would run; returns its metadata.
+    """Refuse a sharded checkpoint that would run code. Returns its metadata.
 
     Raises:
-        UnsafeError: Names the file that would run code.
-        DamagedError: Names the file that can't be read.
+        UnsafeError: A file, named in the message, would run code.
+        DamagedError: A file, named in the message, can't be read.
     """
     found = read_metadata(folder)
     for index, place in found.storage_data.items():
         name = str(place.relative_path)
         if Path(name).name != name or place.transform_descriptors:
-            raise unsafe(folder / METADATA, f"{index.fqn} is said to lie in {name!r}, or to be transformed")
+            raise make_unsafe_error(folder / METADATA, f"it places {index.fqn} in {name!r}, or transforms it")
         if not isinstance(found.state_dict_metadata.get(index.fqn), metadata.TensorStorageMetadata):
-            _check_bytes(folder / name, place)  # tensors torch reads with `weights_only`
+            _check_bytes(folder / name, place)  # torch reads tensors with `weights_only`
     return found
 
 
 def _check_bytes(file: Path, place: Any) -> None:
-    """Read an entry of a part as plain values, which torch would unpickle without restriction."""
+    """Read an entry as plain values, as torch would unpickle it without restriction."""
     try:
         with file.open("rb") as opened:
             opened.seek(place.offset)
             torch.load(io.BytesIO(opened.read(place.length)), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise unsafe(file, error) from error
-    except Exception as error:  # and zip errors of many kinds
-        raise DamagedError(f"{file} can't be read: {_line(error)}. Go on from another checkpoint.") from error
+        raise make_unsafe_error(file, error) from error
+    except Exception as error:  # zip errors of many kinds, too
+        raise DamagedError(f"{file} can't be read: {_first_line(error)}. Resume from another checkpoint.") from error
 
 
 def check_checkpoint(path: Path) -> None:
-    """Refuse a checkpoint of either form that holds more than plain values and tensors.
+    """Refuse a checkpoint file or folder that holds more than plain values and tensors.
 
     Raises:
-        InputError: Names the file, and what it holds.
+        InputError: The message names the file and what it holds.
     """
     if path.is_dir():
         check_folder(path)
@@ -118,83 +119,92 @@ def check_checkpoint(path: Path) -> None:
     try:
         torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
-        raise unsafe(path, error) from error
+        raise make_unsafe_error(path, error) from error
     except Exception as error:  # zip errors of many kinds
-        raise DamagedError(f"{path} is no readable checkpoint: {_line(error)}.") from error
+        raise DamagedError(f"{path} is not a readable checkpoint: {_first_line(error)}.") from error
 
 
 def load_checked(load: Callable[..., Any], path: Any, **options: Any) -> Any:
-    """Load a checkpoint by a function of Lightning's, after a look at it.
+    """Check a checkpoint, then load it with a function of Lightning's.
 
     Args:
         load: Takes the path, `options` and `weights_only`.
-        path: A file or a folder; what is not there is left to `load`.
-        **options: Of `load`.
+        path: A file or a folder. If it does not exist, `load` reports that.
+        **options: Options of `load`.
 
     Raises:
-        InputError: It holds more than plain values and tensors, or can't be read.
+        InputError: The checkpoint holds more than plain values and tensors, or can't be read.
     """
     if Path(path).exists():
         check_checkpoint(Path(path))
     try:
         return load(path, **options, weights_only=True)
     except (CheckpointException, pickle.UnpicklingError) as error:
-        raise DamagedError(f"{path} can't be read: {_line(error)}. Go on from another one.") from error
+        raise DamagedError(f"{path} can't be read: {_first_line(error)}. Resume from another one.") from error
 
 
 class CheckedCheckpointIO(CheckpointIO):
-    """A Trainer's own `CheckpointIO` that looks at every checkpoint before it loads it.
+    """Wraps a Trainer's `CheckpointIO` and checks every checkpoint before it is loaded.
 
     Args:
-        plain: Reads and writes them.
+        wrapped: Reads and writes the checkpoints.
     """
 
-    def __init__(self, plain: CheckpointIO) -> None:
-        self.plain = plain
+    def __init__(self, wrapped: CheckpointIO) -> None:
+        self.wrapped = wrapped
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any | None = None) -> None:
-        self.plain.save_checkpoint(checkpoint, path, storage_options)
+        self.wrapped.save_checkpoint(checkpoint, path, storage_options)
 
     def load_checkpoint(self, path: Any, map_location: Any | None = None, weights_only: bool | None = None) -> Any:
         options = {} if map_location is None else {"map_location": map_location}
-        return load_checked(self.plain.load_checkpoint, path, **options)
+        return load_checked(self.wrapped.load_checkpoint, path, **options)
 
     def remove_checkpoint(self, path: Any) -> None:
-        self.plain.remove_checkpoint(path)
+        self.wrapped.remove_checkpoint(path)
 
     def teardown(self) -> None:
-        self.plain.teardown()
+        self.wrapped.teardown()
 
 
 def guard_loads(trainer: L.Trainer) -> None:
-    """Have a Trainer look at every checkpoint that it is about to load, whoever asks for it, until `release_loads`.
+    """Have a Trainer check every checkpoint before it loads it, until `unguard_loads`.
 
-    Lightning's own FSDPStrategy and ModelParallelStrategy load without a CheckpointIO; ours can be told.
+    Lightning's own FSDPStrategy and ModelParallelStrategy load without a CheckpointIO: the checkpoint to go on from is
+    checked at once.
+
+    Raises:
+        InputError: That checkpoint holds more than plain values and tensors, or can't be read.
     """
     strategy = trainer.strategy
     if isinstance(strategy, CPUFSDPStrategy | FSDP2Strategy):
-        strategy.load_by = load_checked
+        strategy.load_with = load_checked
+    elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        if trainer.ckpt_path is not None and Path(trainer.ckpt_path).exists():
+            check_checkpoint(Path(trainer.ckpt_path))
     elif not isinstance(strategy.checkpoint_io, CheckedCheckpointIO):
         strategy.checkpoint_io = CheckedCheckpointIO(strategy.checkpoint_io)
 
 
-def release_loads(trainer: L.Trainer) -> None:
-    """Have a Trainer load checkpoints as it did before `guard_loads`."""
+def unguard_loads(trainer: L.Trainer) -> None:
+    """Undo `guard_loads`."""
     strategy = trainer.strategy
     if isinstance(strategy, CPUFSDPStrategy | FSDP2Strategy):
-        strategy.load_by = None
+        strategy.load_with = None
+    elif isinstance(strategy, FSDPStrategy | ModelParallelStrategy):
+        return
     elif isinstance(strategy.checkpoint_io, CheckedCheckpointIO):
-        strategy.checkpoint_io = strategy.checkpoint_io.plain
+        strategy.checkpoint_io = strategy.checkpoint_io.wrapped
 
 
-def unsafe(file: Path, reason: BaseException | str) -> UnsafeError:
-    """The error for a file that would run code, or that holds objects which torch does not load safely."""
+def make_unsafe_error(file: Path, reason: BaseException | str) -> UnsafeError:
+    """The error for a file that would run code, or holds objects that torch can't load safely."""
     return UnsafeError(
         f"{file} holds objects that can't be loaded safely: a callback's `state_dict` must hold plain values and "
-        f"tensors only. {reason if isinstance(reason, str) else _line(reason)}"
+        f"tensors only. {reason if isinstance(reason, str) else _first_line(reason)}"
     )
 
 
-def _line(error: BaseException) -> str:
+def _first_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return lines[0].rstrip(".") if lines else type(error).__name__

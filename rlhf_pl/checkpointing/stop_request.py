@@ -1,4 +1,4 @@
-"""A request to end a run, which waits until what is under way is saved."""
+"""A request to stop a run, which waits until the current step is saved."""
 
 import signal
 from collections.abc import Iterator
@@ -13,11 +13,11 @@ from rlhf_pl.checkpointing.checkpoints import FOLDER
 
 
 class RunStopped(BaseException):
-    """The process was told to stop, and everything worth keeping is on disk. Not an Exception: nobody may swallow it.
+    """A signal has stopped the run, and its state is on disk. Not an Exception, so that `except Exception` passes it.
 
     Args:
-        signum: The signal.
-        message: What was saved, and how to go on.
+        signum: Number of the signal.
+        message: What was saved, and how to resume.
     """
 
     def __init__(self, signum: int, message: str) -> None:
@@ -26,48 +26,54 @@ class RunStopped(BaseException):
 
 
 class StopRequest:
-    """Whether a run was told to stop, and whether it can stop where it is.
+    """Whether a run was asked to stop, and whether it can stop now.
 
     Args:
         run_dir: The run directory, for the message.
+
+    Attributes:
+        signum: Number of the signal; None without a request.
+        can_stop: Whether no step is running that has to be finished first.
+        saved_at: The update of the newest resume point.
+        has_trained: Whether the run has made an update.
     """
 
     def __init__(self, run_dir: str | Path) -> None:
         self.run_dir = Path(run_dir)
         self.signum: int | None = None
-        self.at_once = True  # nothing is under way that has to be finished first
-        self.saved_at = 0  # the update of the newest resume point
+        self.can_stop = True
+        self.saved_at = 0
         self.has_trained = False
 
     def receive(self, signum: int) -> None:
-        """Stop, now or as soon as what is under way is done; a second Ctrl-C does not wait.
+        """Stop the run, now or after the current step. A second Ctrl-C does not wait.
 
         Raises:
-            RunStopped: Nothing has to be waited for.
+            RunStopped: The run stops now.
         """
-        again = self.signum == signum == signal.SIGINT
+        is_repeated = self.signum == signum == signal.SIGINT
         self.signum = signum
-        if self.at_once or again:
-            self.carry_out()
+        if self.can_stop or is_repeated:
+            self.stop()
 
     @contextmanager
-    def postponed(self) -> Iterator[None]:
-        """A part of the run that a request waits for.
+    def postpone(self) -> Iterator[None]:
+        """Make a request wait for the end of this block.
 
         Raises:
-            RunStopped: A request came in the meantime, and nothing else has to be waited for.
+            RunStopped: A request has come in the block, and no outer block makes it wait.
         """
-        before, self.at_once = self.at_once, False
+        before, self.can_stop = self.can_stop, False
         yield
-        self.at_once = before
+        self.can_stop = before
         if before and self.signum is not None:
-            self.carry_out()
+            self.stop()
 
-    def carry_out(self) -> NoReturn:
+    def stop(self) -> NoReturn:
         """End the run.
 
         Raises:
-            RunStopped: Says what is saved.
+            RunStopped: Always. The message says what is saved.
         """
         assert self.signum is not None
         name = signal.Signals(self.signum).name
@@ -75,20 +81,20 @@ class StopRequest:
         if last.exists():
             saved = f"The training up to update {self.saved_at} is in {last.resolve()}"
         elif self.has_trained:
-            saved = f"No resume point was written; what was generated is in {self.run_dir}"
+            saved = f"No resume point was written; the sampled responses are in {self.run_dir}"
         else:
-            saved = f"Nothing was trained yet; what was generated is in {self.run_dir}"
-        raise RunStopped(self.signum, f"Stopped by {name}. {saved}. The same command goes on from there.")
+            saved = f"Nothing was trained yet; the sampled responses are in {self.run_dir}"
+        raise RunStopped(self.signum, f"Stopped by {name}. {saved}. Run the same command again to resume.")
 
 
-_OF_TRAINERS: WeakKeyDictionary[L.Trainer, StopRequest] = WeakKeyDictionary()
+_REQUESTS: WeakKeyDictionary[L.Trainer, StopRequest] = WeakKeyDictionary()
 
 
-def stop_request_of(trainer: L.Trainer) -> StopRequest:
-    """The request to end a Trainer's run; one that nobody has made waits for nothing."""
-    return _OF_TRAINERS.setdefault(trainer, StopRequest(trainer.default_root_dir))
+def get_stop_request(trainer: L.Trainer) -> StopRequest:
+    """The StopRequest of a Trainer's run."""
+    return _REQUESTS.setdefault(trainer, StopRequest(trainer.default_root_dir))
 
 
-def forget_stop_request(trainer: L.Trainer) -> None:
-    """A run is over: the next one of this Trainer begins without a request."""
-    _OF_TRAINERS.pop(trainer, None)
+def clear_stop_request(trainer: L.Trainer) -> None:
+    """Remove the request at the end of a run: the Trainer's next run starts without one."""
+    _REQUESTS.pop(trainer, None)

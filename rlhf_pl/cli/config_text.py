@@ -1,4 +1,4 @@
-"""YAML that users write: refused with file and line where it can't mean what it says."""
+"""Strict reading of YAML that users write. Errors name the file and the line."""
 
 from pathlib import Path
 from typing import Any
@@ -10,23 +10,23 @@ from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.public_names import with_public_paths
 
 MAX_DEPTH = 100  # of nested values
-MAX_ALIASED = 10_000  # values that aliases stand for
+MAX_ALIASED = 10_000  # values that aliases expand to
 _MERGE = "tag:yaml.org,2002:merge"
 
 
 def load_yaml(text: str, path: str = "") -> Any:
-    """What a config file or an option's value holds, as jsonargparse reads it; our classes by their public names.
+    """Parse a config file or an option's value as jsonargparse does, with the public names of this package's classes.
 
-    A key that comes twice in one mapping, an alias inside of what it stands for, aliases that stand for more than
-    10,000 values, and values nested more than 100 deep are errors.
+    Duplicate keys in one mapping, recursive aliases, aliases that expand to more than 10,000 values, and values nested
+    more than 100 deep are errors.
 
     Args:
         text: YAML or JSON.
-        path: The file's name, where jsonargparse gives it.
+        path: Name of the file, if jsonargparse passes it.
 
     Raises:
-        InputError: The text is a file's and can't be read; names file and line.
-        YAMLError: It is an option's, which may be plain text.
+        InputError: The text of a file is invalid. The message names file and line.
+        YAMLError: The value of an option is not valid YAML; it may be plain text.
     """
     try:
         _check_events(text)
@@ -43,19 +43,19 @@ def load_yaml(text: str, path: str = "") -> Any:
 
 
 def _check_events(text: str) -> None:
-    """Find aliases that lead into themselves or stand for too much, without building anything."""
+    """Refuse recursive aliases, and aliases and nesting beyond the limits, without building values."""
     sizes: dict[str, int] = {}
-    opened: list[tuple[str | None, int]] = []  # anchor, and values before it
+    opened: list[tuple[str | None, int]] = []  # anchor, and number of values before it
     count = aliased = 0
     for event in yaml.parse(text, Loader=_loaders_dumpers.get_yaml_default_loader()):
         anchor = getattr(event, "anchor", None)
         if isinstance(event, yaml.AliasEvent):
             if any(anchor == name for name, _ in opened):
-                raise _problem(event, f"the alias `*{anchor}` stands inside of what it means")
+                raise _problem(event, f"the alias `*{anchor}` is inside of the value that it refers to")
             aliased += sizes.get(anchor or "", 0)
             count += sizes.get(anchor or "", 0)
             if aliased > MAX_ALIASED:
-                raise _problem(event, f"aliases stand for more than {MAX_ALIASED:,} values")
+                raise _problem(event, f"aliases expand to more than {MAX_ALIASED:,} values")
         elif isinstance(event, yaml.CollectionStartEvent):
             opened.append((anchor, count))
             count += 1
@@ -72,20 +72,20 @@ def _check_events(text: str) -> None:
 
 
 def _check_keys(root: yaml.Node | None) -> None:
-    """Find a key that comes twice in one mapping; keys that `<<` merges may be overridden."""
-    left, seen = [root], set()
-    while left:
-        node = left.pop()
+    """Refuse duplicate keys in one mapping. Keys that `<<` merges may be overridden."""
+    pending, seen = [root], set()
+    while pending:
+        node = pending.pop()
         if node is None or id(node) in seen:
             continue
         seen.add(id(node))
         if isinstance(node, yaml.SequenceNode):
-            left += node.value
+            pending += node.value
         if not isinstance(node, yaml.MappingNode):
             continue
         lines: dict[tuple[str, Any], int] = {}
         for key, value in node.value:
-            left += [key, value]
+            pending += [key, value]
             if isinstance(key, yaml.ScalarNode) and key.tag != _MERGE:
                 if (line := lines.get((key.tag, key.value))) is not None:
                     raise _problem(key, f"`{key.value}` is given twice, first in line {line}; merge the two")
@@ -97,13 +97,13 @@ def _problem(place: yaml.Event | yaml.Node, text: str) -> yaml.YAMLError:
 
 
 def _describe(error: yaml.YAMLError) -> str:
-    """`, line 3: what is wrong`."""
+    """Describe a YAML error as `, line 3: problem.`."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
     return f"{f', line {mark.line + 1}' if mark else ''}: {problem or str(error).splitlines()[0]}."
 
 
 def _file_of(text: str) -> Path | None:
-    """The config file that jsonargparse reads, if it holds this text and not an option's value within."""
+    """The config file that jsonargparse reads, if `text` is its whole content; None for the value of an option."""
     opened = _util.config_load_stack.get()
     if not opened or not (file := Path(opened[-1][0])).is_file():
         return None

@@ -35,9 +35,9 @@ from rlhf_pl.checkpointing.resume import ResumePoint, chosen_resume_point, find_
 from rlhf_pl.cli import lightning_workarounds as workarounds
 from rlhf_pl.cli.option_numbers import refuse_not_finite
 from rlhf_pl.cli.own_classes import on_gpu
-from rlhf_pl.cli.parser import DEFAULT_CLASSES, Parser, take_secrets
+from rlhf_pl.cli.parser import DEFAULT_CLASSES, Parser, register_config_secrets
 from rlhf_pl.cli.run_files import RunConfig
-from rlhf_pl.cli.run_loggers import RunLogger, adopt_loggers
+from rlhf_pl.cli.run_loggers import RunLogger, resume_loggers
 from rlhf_pl.cli.user_errors import as_user_error
 from rlhf_pl.data import OfflineDataModule, RoundDataModule
 from rlhf_pl.data.options import check_policy_module
@@ -55,7 +55,7 @@ from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.lock import RunLock
 from rlhf_pl.utils.memory import keep_freed_memory
 from rlhf_pl.utils.public_names import with_public_path
-from rlhf_pl.utils.terminal import log_to, print_error, shows_tracebacks
+from rlhf_pl.utils.terminal import print_error, set_log_folder, shows_tracebacks
 
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
@@ -69,7 +69,7 @@ TRAINER_DEFAULTS = {
 
 
 class RlhfCLI(LightningCLI):
-    """LightningCLI with the groups `rollout`, `samples` and `export` for the callbacks that every run has."""
+    """LightningCLI with the groups `rollout`, `samples`, `checkpoint`, `guards` and `export` for a run's callbacks."""
 
     def __init__(self, args: list[str] | None = None) -> None:
         super().__init__(
@@ -97,21 +97,21 @@ class RlhfCLI(LightningCLI):
         parser.add_lightning_class_args(DegenerationGuard, "guards")
         parser.add_lightning_class_args(HFExport, "export")
         parser.add_argument(
-            "--repair", action="store_true", help="Make damaged or missing files of the round store again."
+            "--repair", action="store_true", help="Recreate damaged or missing files of the round store."
         )
         parser.add_argument(
             "--accept_changes",
             action="store_true",
-            help="Go on in a run directory that was made with other settings; they count from here on.",
+            help="Continue in a run directory that was created with other settings; the new ones apply from here on.",
         )
         parser.set_defaults({key: {"class_path": f"rlhf_pl.{kind.__name__}"} for key, kind in DEFAULT_CLASSES.items()})
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
-        """Add what a run needs and the config does not name: logger, checkpoints, progress bar, report."""
+        """Add what a run needs beyond its config: logger, checkpoints, progress bar, report."""
         config = {**self._get(self.config_init, "trainer", default={}), **kwargs}
         refuse_options(config, in_rounds=isinstance(self.datamodule, RoundDataModule))
         run_dir = config["default_root_dir"]
-        log_to(run_dir)
+        set_log_folder(run_dir)
         callbacks: list[Callback] = _listed(config["callbacks"])
         if config["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
             callbacks.append(RoundProgress())
@@ -126,45 +126,45 @@ class RlhfCLI(LightningCLI):
                 "faster here.",
                 soft_wrap=True,
             )
-        own = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
+        defaults = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
         if config["enable_checkpointing"] is False:
-            own = [callback for callback in own if not isinstance(callback, RoundCheckpoint)]
-        self.rounds: RoundRefresh = next(callback for callback in own if isinstance(callback, RoundRefresh))
+            defaults = [callback for callback in defaults if not isinstance(callback, RoundCheckpoint)]
+        self.rounds: RoundRefresh = next(callback for callback in defaults if isinstance(callback, RoundRefresh))
         self.rounds.repair = self._get(self.config_init, "repair")
         self.rounds.accept_changes = self._get(self.config_init, "accept_changes")
         report: list[Callback] = [RunReport()]
         if not is_policy_module(self.model) or isinstance(self.datamodule, OfflineDataModule):
-            own, report = self._of_fixed_data(own), []
+            defaults, report = self._fixed_data_callbacks(defaults), []
         stop = [] if _has(callbacks, StopOnSignal) else [StopOnSignal()]
-        # ours come first: what they log is there when EarlyStopping and the like look for it
+        # the default callbacks run first: EarlyStopping and others read the metrics that they log
         return self._instantiate_trainer(
-            config | kwargs | {"callbacks": [DivergenceCheck(), *own, *callbacks, *stop]}, report
+            config | kwargs | {"callbacks": [DivergenceCheck(), *defaults, *callbacks, *stop]}, report
         )
 
-    def _of_fixed_data(self, own: list[Callback]) -> list[Callback]:
-        """The callbacks of a run that samples nothing: reward models, SFT, offline pairs, users' own modules."""
+    def _fixed_data_callbacks(self, defaults: list[Callback]) -> list[Callback]:
+        """Callbacks of a run that does not sample: reward models, SFT, offline pairs, users' own modules."""
         if self.rounds.options is not None:
             if isinstance(self.datamodule, RoundDataModule):
                 check_policy_module(self.model, self.datamodule)
             raise InputError(
                 f"`rollout.reward` is given, but {type(self.model).__name__} with {type(self.datamodule).__name__} "
-                "trains on fixed data: nothing is scored. Leave it out, or train a RebelModule on a RoundDataModule."
+                "trains on fixed data and scores nothing. Remove it, or train a RebelModule on a RoundDataModule."
             )
         offline = [OfflineLogps()] if isinstance(self.datamodule, OfflineDataModule) else []
         for callback in offline:
             callback.repair = self.rounds.repair
         kinds = (RoundCheckpoint, HFExport) if isinstance(self.model, Exportable) else (RoundCheckpoint,)
-        kept: list[Callback] = [callback for callback in own if isinstance(callback, kinds)]
+        kept: list[Callback] = [callback for callback in defaults if isinstance(callback, kinds)]
         return [EpochRun(), *offline, *kept] if hasattr(self.model, "describe_epoch") else kept
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with as_user_error("The command line can't be read"):
             super().parse_arguments(parser, args)
-        take_secrets(self.config)
+        register_config_secrets(self.config)
         refuse_not_finite(self.config[self.config["subcommand"]])
 
     def _dump_config(self) -> None:
-        """Lightning's makes modules' hyper-parameters from what the parser shows, which has no secrets."""
+        """Dump the config with its secrets: Lightning takes the modules' hyper-parameters from the dump."""
         Parser.shows_secrets = True
         try:
             super()._dump_config()
@@ -172,14 +172,14 @@ class RlhfCLI(LightningCLI):
             Parser.shows_secrets = False
 
     def _parse_ckpt_path(self) -> None:
-        """The config counts; Lightning would let hyper-parameters in the checkpoint override it."""
+        """Do nothing: Lightning would let hyper-parameters in the checkpoint override the config."""
 
     def instantiate_classes(self) -> None:
         with as_user_error("This config can't be built"):
             super().instantiate_classes()
 
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
-        """Go on from the run directory's newest checkpoint, if it has one."""
+        """Resume from the run directory's newest checkpoint, if it has one."""
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         run_dir = self.trainer.default_root_dir
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -204,10 +204,10 @@ class RlhfCLI(LightningCLI):
                 callback.resume_point, callback.progress = point, progress
         self.rounds.progress = progress
         arguments["ckpt_path"] = None if point.checkpoint is None else str(point.checkpoint)
-        adopt_loggers(self.trainer)
+        resume_loggers(self.trainer)
         workarounds.hide_secrets_from_loggers(self.trainer)
         if point.checkpoint is not None:
-            console.print(f"Going on from {point.checkpoint}.", soft_wrap=True)
+            console.print(f"Resuming from {point.checkpoint}.", soft_wrap=True)
         return arguments
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -216,7 +216,7 @@ class RlhfCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
     def _downstream_settings(self) -> StageSettings | None:
-        """What the round at hand would be scored, paired and trained with."""
+        """Settings that the current round would be scored, paired and trained with."""
         module, data, options = self.model, self.datamodule, self.rounds.options
         if options is None or not is_policy_module(module) or not isinstance(data, RoundDataModule):
             return None
@@ -224,7 +224,7 @@ class RlhfCLI(LightningCLI):
 
 
 def _listed(given: Any) -> list[Any]:
-    """What an option holds that takes one thing, a list of them, or null."""
+    """The values of an option that takes one value, a list or null, as a list."""
     return list(given) if isinstance(given, list) else [] if given is None else [given]
 
 
@@ -233,14 +233,14 @@ def _has(parts: list[Any], kind: type) -> bool:
 
 
 def run(argv: Sequence[str]) -> int:
-    """`rlhf-pl fit ...`: 0, or 1 with one error for a wrong input."""
+    """Run `rlhf-pl fit ...`. Return the exit code; raise InputError for a wrong input."""
     if not torch.cuda.is_available():
         keep_freed_memory()
-    # Lightning's launchers start further processes with these arguments.
+    # Lightning's launchers start the other processes with these arguments
     arguments = [argv[0], *_environment_arguments(), *argv[1:]]
     sys.argv = [sys.argv[0], *(["--traceback"] if shows_tracebacks() else []), *arguments]
     try:
-        with _stopped_early():
+        with _stop_before_run():
             RlhfCLI(arguments if shows_tracebacks() else None)
     except RunStopped as stop:
         if not getattr(stop, "reported", False):
@@ -250,8 +250,8 @@ def run(argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def _stopped_early() -> Iterator[None]:
-    """Until StopOnSignal listens, SIGTERM and Ctrl-C have nothing to save: end with a message."""
+def _stop_before_run() -> Iterator[None]:
+    """End with a message on SIGTERM and Ctrl-C, until StopOnSignal handles them. There is nothing to save yet."""
 
     def stop(number: int, _frame: Any) -> None:
         raise RunStopped(number, f"Stopped by {signal.Signals(number).name} before the run began.")
@@ -267,9 +267,10 @@ def _stopped_early() -> Iterator[None]:
 
 
 def _environment_arguments() -> list[str]:
-    """`PL_FIT__MODEL__POLICY=x` as `--model.policy=x`, for the groups that are classes.
+    """Arguments from the environment, such as `--model.policy=x` from `PL_FIT__MODEL__POLICY=x`.
 
-    jsonargparse reads variables of single fields for plain groups only. As there, config files and flags win.
+    They cover the groups that are classes: jsonargparse reads variables of single fields for plain groups only. Config
+    files and flags override them.
     """
     arguments = []
     for group in ("model", "data"):

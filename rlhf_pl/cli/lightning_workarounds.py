@@ -1,4 +1,4 @@
-"""What the command line changes in jsonargparse and Lightning. Nothing else imports this: a notebook stays as it is."""
+"""Changes to jsonargparse and Lightning. Only the command line imports this module, so notebooks are not affected."""
 
 from collections.abc import Callable
 from typing import Any
@@ -17,9 +17,9 @@ _discard = _typehints.discard_init_args_on_class_path_change
 
 
 def install() -> None:
-    """Read config files strictly, drop the defaults of a class that another one replaces, and know `fsdp2`.
+    """Read config files strictly, drop the defaults of a replaced class, and register the strategy `fsdp2`.
 
-    Changes jsonargparse and Lightning in this process; a second call changes nothing more.
+    Changes jsonargparse and Lightning in this process. A second call has no effect.
     """
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
     _typehints.discard_init_args_on_class_path_change = _drop_defaults
@@ -28,9 +28,9 @@ def install() -> None:
 
 
 def _drop_defaults(parser_or_action: Any, before: Any, now: Any) -> None:
-    """When another class is chosen, drop the defaults of the one before: its learning rate is not the new one's.
+    """Drop the defaults of the previous class when another one is chosen: its learning rate does not fit the new one.
 
-    jsonargparse keeps all options that both classes have; those that a user has set are still kept.
+    jsonargparse keeps all options that both classes have. Options that the user has set are still kept.
     """
     if before and before.get("init_args") and before["class_path"] != now["class_path"]:
         defaults = _typehints.ActionTypeHint.get_class_parser(before["class_path"], {}).get_defaults()
@@ -41,9 +41,9 @@ def _drop_defaults(parser_or_action: Any, before: Any, now: Any) -> None:
 
 
 def check_loads(trainer: L.Trainer) -> None:
-    """Have a Trainer's strategy look at every checkpoint that it is about to load, for users' own modules too.
+    """Make a Trainer's strategy check every checkpoint before it loads it, for users' own modules too.
 
-    Lightning's FSDPStrategy and ModelParallelStrategy load without a CheckpointIO, so no plugin could do it for them.
+    Lightning's FSDPStrategy and ModelParallelStrategy load without a CheckpointIO, so a plugin can't check for them.
     """
     strategy: Any = trainer.strategy
     if isinstance(strategy, CPUFSDPStrategy | FSDP2Strategy):
@@ -54,7 +54,7 @@ def check_loads(trainer: L.Trainer) -> None:
 
 
 def hide_secrets_from_loggers(trainer: L.Trainer) -> None:
-    """Have a Trainer's loggers get hyper-parameters without keys, tokens and passwords, loggers of any class."""
+    """Remove keys, tokens and passwords from the hyper-parameters that a Trainer's loggers receive."""
     for logger in trainer.loggers:
         logger.log_hyperparams = _without_secrets(logger.log_hyperparams)  # type: ignore[method-assign]
 

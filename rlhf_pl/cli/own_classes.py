@@ -1,4 +1,4 @@
-"""Which of Lightning's classes that a config names our own subclasses stand in for, when they are made."""
+"""Replaces Lightning's classes in a config by this package's subclasses, before they are instantiated."""
 
 from importlib import import_module
 from typing import Any
@@ -16,16 +16,16 @@ _SIZES = ("data_parallel_size", "tensor_parallel_size")
 
 
 def on_gpu(accelerator: Any) -> bool:
-    """Whether a Trainer with this option will find GPUs."""
+    """Whether a Trainer with this `accelerator` will use GPUs."""
     return accelerator not in ("cpu",) and torch.cuda.is_available()
 
 
-def with_own_classes(config: Namespace) -> Namespace:
-    """A copy of a parsed config whose Trainer has strategies and loggers that runs need; all arguments stay.
+def replace_classes(config: Namespace) -> Namespace:
+    """A copy of a parsed config whose Trainer has the strategies and loggers that runs need, with the same arguments.
 
-    On a CPU `fsdp` and FSDPStrategy are CPUFSDPStrategy. A ModelParallelStrategy without sizes is FSDP2Strategy: alone,
-    it would be tensor parallelism over the devices of a node. A CSVLogger and a TensorBoardLogger go on with the files
-    of earlier processes. Subclasses that are a user's own stay what they are.
+    On a CPU, CPUFSDPStrategy replaces `fsdp` and FSDPStrategy. FSDP2Strategy replaces a ModelParallelStrategy without
+    sizes, which would use tensor parallelism over the devices of a node. CSVLogger and TensorBoardLogger are replaced
+    by subclasses that continue the files of earlier processes. Users' own subclasses are not replaced.
     """
     config = config.clone()
     trainer = config.get(str(config.get("subcommand")), config).get("trainer")
@@ -38,29 +38,30 @@ def with_own_classes(config: Namespace) -> Namespace:
 
 def _strategy(given: Any, gpu: bool) -> Any:
     kind = _kind(given)
-    if kind is ModelParallelStrategy and all(given.get("init_args", {}).get(n, "auto") == "auto" for n in _SIZES):
-        return _instead(given, FSDP2Strategy)
+    sizes = given.get("init_args", {}) if kind is ModelParallelStrategy else {}
+    if kind is ModelParallelStrategy and all(sizes.get(name, "auto") == "auto" for name in _SIZES):
+        return _replace_class(given, FSDP2Strategy)
     if gpu:
         return given
     if given in ("fsdp", "fsdp_cpu_offload"):
-        return _instead(Namespace(init_args=Namespace()), CPUFSDPStrategy)
-    return _instead(given, CPUFSDPStrategy) if kind is FSDPStrategy else given
+        return _replace_class(Namespace(init_args=Namespace()), CPUFSDPStrategy)
+    return _replace_class(given, CPUFSDPStrategy) if kind is FSDPStrategy else given
 
 
 def _logger(given: Any) -> Any:
     kind = _kind(given)
-    return _instead(given, _LOGGERS[kind]) if kind in _LOGGERS else given
+    return _replace_class(given, _LOGGERS[kind]) if kind in _LOGGERS else given
 
 
 def _kind(given: Any) -> Any:
-    """The class that a part of a config names; None if it names none."""
+    """The class that a part of a config names, or None."""
     if not isinstance(given, Namespace) or "class_path" not in given:
         return None
     module, _, name = given["class_path"].rpartition(".")
     return getattr(import_module(module), name)
 
 
-def _instead(given: Namespace, own: type) -> Namespace:
+def _replace_class(given: Namespace, own: type) -> Namespace:
     given = given.clone()
     given["class_path"] = f"{own.__module__}.{own.__qualname__}"
     return given

@@ -1,4 +1,4 @@
-"""The parser of `rlhf-pl fit`: help with the default classes, errors in a few lines."""
+"""The parser of `rlhf-pl fit`: help that includes the default classes, and short errors."""
 
 import inspect
 import re
@@ -7,20 +7,20 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rlhf_pl.cli.own_classes import with_own_classes
+from rlhf_pl.cli.own_classes import replace_classes
 from rlhf_pl.cli.parser_errors import FOR_ALL_COMMANDS, exit_with_error
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.secrets import HIDDEN, hidden_options, learn_options, redacted
+from rlhf_pl.utils.secrets import HIDDEN, hidden_options, redacted, register_options
 
 DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
 
 
 class Parser(LightningArgumentParser):
-    """Errors in a few lines instead of after a page of usage, and a help that includes the default classes."""
+    """LightningCLI's parser with short errors instead of a page of usage, and help on the default classes."""
 
-    shows_secrets = False  # of all parsers: they dump each other's parts
+    shows_secrets = False  # shared by all parsers: they dump each other's parts
 
     def format_help(self, formatter: Any = None) -> str:
         text = super().format_help(formatter)
@@ -34,37 +34,37 @@ class Parser(LightningArgumentParser):
         return text + FOR_ALL_COMMANDS
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
-        """What is shown or written of a config, so without its secrets."""
+        """Serialize a config for the terminal or a file, without its secrets."""
         if self.shows_secrets:
             return super().dump(namespace, *args, **kwargs)
         return super().dump(redacted(namespace), *args, **kwargs | {"skip_validation": True})
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
-        """With our classes in place of some of Lightning's; what is shown and written keeps the user's."""
-        return super().instantiate_classes(with_own_classes(cfg), **kwargs)
+        """Instantiate with this package's subclasses of some Lightning classes. A dumped config keeps the user's."""
+        return super().instantiate_classes(replace_classes(cfg), **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         exit_with_error(re.sub(r"required: (\w+)$", _full_name, str(message)), "fit", ex)
 
 
 def _full_name(required: re.Match[str]) -> str:
-    """A missing argument of a class as the option that gives it."""
+    """The full option of a missing argument, such as `required: --model.policy`."""
     name = required[1]
     key = next((k for k, kind in DEFAULT_CLASSES.items() if name in inspect.signature(kind).parameters), None)
     return f"required: --{key}.{name}" if key else required[0]
 
 
-def take_secrets(config: Any) -> None:
+def register_config_secrets(config: Any) -> None:
     """Hide the secrets of a parsed config from now on.
 
     Raises:
-        InputError: It was written by a run, which has left them out.
+        InputError: The config was written by a run, which has removed its secrets.
     """
-    learn_options(config)
+    register_options(config)
     if options := hidden_options(config):
         named = ", ".join(f"`{option.removeprefix('fit.')}`" for option in options)
         raise InputError(
-            f"{named}: holds {HIDDEN}, which stands in a run's config.yaml and in --print_config where a key, token or "
-            "password was given. Give it again, by its flag or in a second --config file behind the first; or give "
-            "the run's own command."
+            f"{named}: is {HIDDEN}, which replaces keys, tokens and passwords in a run's config.yaml and in "
+            "--print_config. Set it with its flag or in a second --config file after the first, or run the run's own "
+            "command."
         )

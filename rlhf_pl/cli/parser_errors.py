@@ -1,4 +1,4 @@
-"""What a wrong command line is told: a few lines instead of a page of usage."""
+"""Short errors for a wrong command line, instead of a page of usage."""
 
 import argparse
 import sys
@@ -8,13 +8,13 @@ from rlhf_pl.utils.terminal import print_error, print_traceback, shows_traceback
 
 MAX_ERROR_LINES = 12
 FOR_ALL_COMMANDS = """
-of every command:
-  --traceback           where in the code a wrong input was noticed, before the message
+options of every command:
+  --traceback           show where in the code a wrong input was detected, before the message
 """
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command without a config; its `prog` ends with the command's name."""
+    """The parser of a command without a config. Its `prog` ends with the command's name."""
 
     def format_help(self) -> str:
         return super().format_help() + FOR_ALL_COMMANDS
@@ -24,12 +24,12 @@ class CommandParser(argparse.ArgumentParser):
 
 
 def exit_with_error(message: str, command: str, error: BaseException | None = None) -> NoReturn:
-    """Print what matters of a parser's message, and end with the code 2.
+    """Print the relevant lines of a parser's message, and exit with code 2.
 
     Args:
-        message: The parser's.
-        command: Its name.
-        error: What the parser has caught, for `--traceback`.
+        message: The parser's message.
+        command: Name of the command.
+        error: The exception behind the message, for `--traceback`.
     """
     lines = list(dict.fromkeys(line for line in message.splitlines() if not _is_noise(line)))
     if len(lines) > MAX_ERROR_LINES:
@@ -42,7 +42,7 @@ def exit_with_error(message: str, command: str, error: BaseException | None = No
 
 
 def _is_noise(line: str) -> bool:
-    """What jsonargparse says of the alternatives that nobody meant."""
+    """Whether a line is about types that the value does not have to match."""
     text = line.strip()
     alternatives = ("Subtypes: [", "Subclass types expect", "- a class path (str)", "- a dict w")
     return text.startswith(("Given value type:", "Given value: NestedArg", *alternatives)) or "NoneType" in text

@@ -1,4 +1,4 @@
-"""Keeps the terminal for what the user asked for."""
+"""Silences the libraries' warnings and logs."""
 
 import logging
 import os
@@ -6,13 +6,13 @@ import warnings
 
 
 def quiet_libraries() -> None:
-    """Keep the terminal for what the user asked for. `RLHF_PL_VERBOSE=1` lets the libraries talk."""
+    """Hide the libraries' warnings and logs. `RLHF_PL_VERBOSE=1` keeps them."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    # policies train so on purpose
+    # policies train in eval mode on purpose
     warnings.filterwarnings("ignore", message=r"Found \d+ module\(s\) in eval mode at the start of training")
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     if os.environ["VLLM_LOGGING_LEVEL"] == "ERROR":
-        logging.getLogger("vllm").setLevel(logging.ERROR)  # for what is said before vLLM sets up its own logging
+        logging.getLogger("vllm").setLevel(logging.ERROR)  # until vLLM sets up its own logging
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
     if os.environ.get("RLHF_PL_VERBOSE") == "1":
         return

@@ -1,4 +1,4 @@
-"""`rlhf-pl rounds RUN_DIR`: what a run directory holds. Reads only, also while the run goes on."""
+"""`rlhf-pl rounds RUN_DIR`: shows the contents of a run directory. Reads only, also during the run."""
 
 import json
 from collections.abc import Sequence
@@ -21,23 +21,23 @@ from rlhf_pl.rounds.metrics import KL_NOTE
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.round_store import ORDER, STAGES, Round, RoundStore
 from rlhf_pl.utils.console import console
-from rlhf_pl.utils.disk import size
+from rlhf_pl.utils.disk import format_bytes
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.terminal import print_wrong_input
 
 
 def run(argv: Sequence[str]) -> int:
-    """The command line; returns the exit code."""
+    """Run `rlhf-pl rounds ...`. Return the exit code."""
     if not console.is_terminal:
         console.width = 120
     parser = CommandParser(
         prog="rlhf-pl rounds",
-        description="Show the rounds of a run: stages, counts, rewards, settings, times, what is missing. Reads only.",
+        description="Show the rounds of a run: stages, counts, rewards, settings, times, missing parts. Reads only.",
     )
     parser.add_argument("run_dir", help="the run directory (`trainer.default_root_dir`)")
-    parser.add_argument("--round", type=int, metavar="N", help="show one round, counted from 1, in full")
+    parser.add_argument("--round", type=int, metavar="N", help="show all details of one round, counted from 1")
     parser.add_argument(
-        "--samples", type=int, default=0, metavar="K", help="with --round: K prompts with their answers"
+        "--samples", type=int, default=0, metavar="K", help="with --round: show K prompts with their responses"
     )
     parser.add_argument(
         "--verify", action="store_true", help="compare every file, exported models too, with its checksum"
@@ -51,40 +51,49 @@ def run(argv: Sequence[str]) -> int:
 
 
 def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
-    """Print the overview, or one round; 1 if `verify` finds damage.
+    """Print the overview, or one round. Return the exit code, 1 if damage is found.
+
+    Args:
+        run_dir: The run directory.
+        number: Round to show, counted from 1; None for the overview.
+        samples: Prompts to show with their responses.
+        verify: Whether to compare all files with their checksums.
 
     Raises:
-        InputError: The directory holds no rounds, or not this one.
+        InputError: The directory does not hold this round, or any rounds.
     """
     store = RoundStore(run_dir)
     if samples and number is None:
-        raise InputError("`--samples` shows answers of one round: name it with --round N.")
+        raise InputError("`--samples` shows responses of one round: name it with --round N.")
     if samples < 0:
         raise InputError(f"`--samples` must be 0 or more, got {samples}.")
     if not run_dir.is_dir():
         raise InputError(f"There is no folder {str(run_dir)!r}.")
-    found = list(find_exports(run_dir))
-    if not store.rounds() and not store.evaluations() and not (verify and found):
-        raise InputError(f"{str(run_dir)!r} holds no rounds: it is no run directory, or its run has made none yet.")
+    exports = list(find_exports(run_dir))
+    if not store.rounds() and not store.evaluations() and not (verify and exports):
+        raise InputError(
+            f"{str(run_dir)!r} holds no rounds: it is not a run directory, or its run has not begun one yet."
+        )
     if number is None and (store.rounds() or store.evaluations()):
-        console.print(overview(store))
+        console.print(make_overview(store))
         if store.evaluations():
-            console.print(evaluations(store))
+            console.print(make_evaluations_table(store))
     elif number is not None:
         if number - 1 not in store.rounds():
-            there = ", ".join(str(index + 1) for index in store.rounds()) or "none"
-            raise InputError(f"Round {number} is not in {str(run_dir)!r}; the rounds there: {there}.")
-        console.print(details(store.round(number - 1)))
-        for panel in sample_panels(store.round(number - 1), samples):
+            numbers = ", ".join(str(index + 1) for index in store.rounds()) or "none"
+            raise InputError(f"Round {number} is not in {str(run_dir)!r}; its rounds: {numbers}.")
+        console.print(make_details(store.round(number - 1)))
+        for panel in make_sample_panels(store.round(number - 1), samples):
             console.print(panel)
-    models = [file for folder in found for file in find_damaged_files(folder, checksums=verify)]
-    for file in models:
+    damaged = [file for folder in exports for file in find_damaged_files(folder, checksums=verify)]
+    for file in damaged:
         console.print(f"damaged or missing: {file}", style="red", soft_wrap=True)
-    if models:
+    if damaged:
         console.print(
-            "The run's own command exports the final model and the last round's again. That of round N is made from "
-            "its checkpoint, as long as that is kept, by the same command with --trainer.max_epochs N, --ckpt_path "
-            f"{run_dir / FOLDER}/after-round-N.ckpt (N of 4 digits) and another --trainer.default_root_dir.",
+            "Run the run's own command to export the final model and the last round's again. To export that of round "
+            "N, run the same command with --trainer.max_epochs N, --ckpt_path "
+            f"{run_dir / FOLDER}/after-round-N.ckpt (N of 4 digits) and another --trainer.default_root_dir; its "
+            "checkpoint must still exist.",
             soft_wrap=True,
         )
     if not verify:
@@ -93,16 +102,16 @@ def show(run_dir: Path, number: int | None, samples: int, verify: bool) -> int:
     for line in problems.lines():
         console.print(line, style="red", soft_wrap=True)
     if problems:
-        console.print("Give the run's own command with --repair to make these again.")
-    if not problems and not models:
+        console.print("Run the run's own command with --repair to recreate these.")
+    if not problems and not damaged:
         console.print("Every file matches its checksum.")
-    return 1 if problems or models else 0
+    return 1 if problems or damaged else 0
 
 
-def overview(store: RoundStore) -> Group:
-    """A line a round, and what was left out of it."""
+def make_overview(store: RoundStore) -> Group:
+    """A table with a line per round, and what was left out of each."""
     table = Table(title=f"Rounds of {store.run_dir}", title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    columns = ("round", "prompts", "answers", "scored", "pairs", "reward", "std", "best", "worst", "tokens",
+    columns = ("round", "prompts", "responses", "scored", "pairs", "reward", "std", "best", "worst", "tokens",
                "KL(old||new)", "loss", "time", "state")  # fmt: skip
     for name in columns:
         table.add_column(name, justify="left" if name == "state" else "right", no_wrap=name != "state")
@@ -113,7 +122,7 @@ def overview(store: RoundStore) -> Group:
         except InputError:
             table.add_row(str(index + 1), *["-"] * (len(columns) - 2), "manifest damaged")
             continue
-        table.add_row(str(index + 1), *_cells(manifest["stages"], manifest.get("prompts", {})), state(stored))
+        table.add_row(str(index + 1), *_cells(manifest["stages"], manifest.get("prompts", {})), describe_state(stored))
         if reasons := _reasons(manifest["stages"]):
             notes.append(Text(f"round {index + 1}, left out: {reasons}"))
         notes += [Text(f"round {index + 1}, warning: {text}", style="yellow")
@@ -122,14 +131,14 @@ def overview(store: RoundStore) -> Group:
 
 
 def _cells(stages: dict[str, dict[str, Any]], prompts: dict[str, int]) -> list[str]:
-    answers, rewards, pairs, training = (stages.get(n, {}) for n in ("responses", "rewards", "pairs", "training"))
+    responses, rewards, pairs, training = (stages.get(n, {}) for n in ("responses", "rewards", "pairs", "training"))
     return [
         _text(prompts.get("in_round")),
-        _text(answers.get("responses")),
+        _text(responses.get("responses")),
         _text(rewards.get("scored")),
         _text(pairs.get("pairs")),
         *(_text(rewards.get(name), 3) for name in ("mean", "std", "best", "worst")),
-        _text(answers.get("tokens_mean"), 0),
+        _text(responses.get("tokens_mean"), 0),
         _text(training.get("kl"), 2),
         _text(training.get("loss"), 3),
         f"{sum(stage.get('seconds', 0.0) for stage in stages.values()):.0f} s",
@@ -141,7 +150,7 @@ def _text(value: Any, digits: int | None = None) -> str:
 
 
 def _reasons(stages: dict[str, dict[str, Any]]) -> str:
-    """What was filtered, by reason."""
+    """Numbers of left-out prompts and failed rewards, by reason."""
     dropped = stages.get("pairs", {}).get("dropped", {})
     failed = stages.get("rewards", {}).get("failures", {})
     parts = [f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count]
@@ -149,8 +158,8 @@ def _reasons(stages: dict[str, dict[str, Any]]) -> str:
     return ", ".join(parts)
 
 
-def state(stored: Round) -> str:
-    """What is complete, or how far the first incomplete stage is."""
+def describe_state(stored: Round) -> str:
+    """`complete`, or the progress of the first incomplete stage."""
     manifest = stored.manifest
     wanted = manifest.get("prompts", {}).get("in_round", 0)
     shards = -(-wanted // manifest.get("prompts_per_shard", 1))
@@ -159,17 +168,17 @@ def state(stored: Round) -> str:
         if manifest["stages"].get(name, {}).get("complete"):
             continue
         if stored.is_held_out and name in ("pairs", "logps"):
-            return "complete"  # made only where they are wanted
+            return "complete"  # optional stages
         if name in ("responses", "rewards"):
             return f"{name}: {len(stored.shards(name))} of {shards} shards"
         return f"{name} missing"
     return "complete"
 
 
-def evaluations(store: RoundStore) -> Table:
-    """A line for every evaluation on the held-out prompts."""
+def make_evaluations_table(store: RoundStore) -> Table:
+    """A table with a line per evaluation on the held-out prompts."""
     table = Table(title="Held-out prompts", title_justify="left")
-    columns = ("after round", "prompts", "answers", "scored", "reward", "std", "tokens", "ended", "KL(new||old)",
+    columns = ("after round", "prompts", "responses", "scored", "reward", "std", "tokens", "finished", "KL(new||old)",
                "state")  # fmt: skip
     for name in columns:
         table.add_column(name, justify="left" if name == "state" else "right")
@@ -179,25 +188,25 @@ def evaluations(store: RoundStore) -> Table:
         except InputError:
             table.add_row(str(version), *["-"] * (len(columns) - 2), "manifest damaged")
             continue
-        answers, rewards = (manifest["stages"].get(name, {}) for name in ("responses", "rewards"))
-        ended = answers.get("finished_share")
+        responses, rewards = (manifest["stages"].get(name, {}) for name in ("responses", "rewards"))
+        finished = responses.get("finished_share")
         table.add_row(
             str(version),
             _text(manifest.get("prompts", {}).get("in_round")),
-            _text(answers.get("responses")),
+            _text(responses.get("responses")),
             _text(rewards.get("scored")),
             _text(rewards.get("mean"), 3),
             _text(rewards.get("std"), 3),
-            _text(answers.get("tokens_mean"), 0),
-            "-" if ended is None else f"{ended:.0%}",
+            _text(responses.get("tokens_mean"), 0),
+            "-" if finished is None else f"{finished:.0%}",
             _text(manifest["stages"].get("kl", {}).get("new_old"), 2),
-            state(stored),
+            describe_state(stored),
         )
     return table
 
 
-def details(stored: Round) -> Group:
-    """Stages with their counts and times, settings, warnings."""
+def make_details(stored: Round) -> Group:
+    """A round's stages with their counts and times, its settings and its warnings."""
     manifest = stored.manifest
     table = Table(title=f"Round {int(stored.path.name) + 1} ({stored.path})", title_justify="left")
     for name in ("stage", "state", "shards", "size", "seconds", "counts"):
@@ -210,7 +219,7 @@ def details(stored: Round) -> Group:
             name,
             "complete" if info.get("complete") else f"{len(files)} shards so far" if files else "missing",
             str(len(files)) if files else "-",
-            size(sum(file.stat().st_size for file in files)) if files else "-",
+            format_bytes(sum(file.stat().st_size for file in files)) if files else "-",
             _text(info.get("seconds"), 1),
             "\n".join(f"{key}: {_short(value)}" for key, value in numbers.items()),
         )
@@ -237,38 +246,38 @@ def _short(value: Any) -> str:
     return str(value)
 
 
-def sample_panels(stored: Round, count: int) -> list[Panel]:
-    """The first `count` prompts with their answers, best first; rewards where they are there."""
+def make_sample_panels(stored: Round, count: int) -> list[Panel]:
+    """Panels of the first `count` prompts with their responses, best first, and the rewards stored so far."""
     rewards: dict[tuple[str, int], tuple[float | None, str | None]] = {}
     groups: dict[str, list[dict[str, Any]]] = {}
     scored = stored.shards("rewards")
     for number in stored.shards("responses") if count else ():
-        table = stored.read_shard("responses", number, _SHOWN)
+        table = stored.read_shard("responses", number, _SHOWN_COLUMNS)
         wanted = pc.unique(table["prompt_id"])[: count - len(groups)]
-        for row in _of_prompts(table, wanted):
+        for row in _select_rows(table, wanted):
             groups.setdefault(row["prompt_id"], []).append(row)
         if number in scored:
-            for row in _of_prompts(stored.read_shard("rewards", number), wanted):
+            for row in _select_rows(stored.read_shard("rewards", number), wanted):
                 rewards[row["prompt_id"], row["response_index"]] = row["reward"], row["failure"]
         if len(groups) == count:
             break
     panels = []
-    for prompt_id, answers in groups.items():
+    for prompt_id, responses in groups.items():
         table = Table(box=None, show_header=False, padding=(0, 1))
-        keyed = [(rewards.get((prompt_id, a["response_index"]), (None, None)), a) for a in answers]
-        for (reward, failure), answer in sorted(keyed, key=lambda item: -(item[0][0] or 0.0)):
-            note = "" if answer["finished"] else " (cut)"
+        keyed = [(rewards.get((prompt_id, row["response_index"]), (None, None)), row) for row in responses]
+        for (reward, failure), row in sorted(keyed, key=lambda item: -(item[0][0] or 0.0)):
+            note = "" if row["finished"] else " (truncated)"
             table.add_row(
                 "-" if reward is None else f"{reward:.3f}",
-                Text(answer["response"].strip() + note + (f"\n[{failure}]" if failure else "")),
+                Text(row["response"].strip() + note + (f"\n[{failure}]" if failure else "")),
             )
-        question = message_text(json.loads(answers[0]["prompt"])[-1])
+        question = message_text(json.loads(responses[0]["prompt"])[-1])
         panels.append(Panel(Group(Text(question, style="bold"), table), title=Text(prompt_id), title_align="left"))
     return panels
 
 
-_SHOWN = ("prompt_id", "response_index", "prompt", "response", "finished")
+_SHOWN_COLUMNS = ("prompt_id", "response_index", "prompt", "response", "finished")
 
 
-def _of_prompts(table: pa.Table, prompt_ids: pa.Array) -> list[dict[str, Any]]:
+def _select_rows(table: pa.Table, prompt_ids: pa.Array) -> list[dict[str, Any]]:
     return table.filter(pc.is_in(table["prompt_id"], prompt_ids)).to_pylist()

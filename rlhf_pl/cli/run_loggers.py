@@ -1,4 +1,4 @@
-"""The loggers of a run: one version, id or file over all its processes, and nothing written before all is checked."""
+"""The loggers of a run: all its processes use the same version, id or file, and write only after the run's checks."""
 
 import csv
 import json
@@ -19,74 +19,78 @@ FILE = "loggers.json"
 _NOT_YET = "The run has not passed its checks yet."
 
 
-class HeldLogger(Logger):
-    """Written to only once nothing can be refused any more.
+class DeferredLogger(Logger):
+    """Writes only after the run's checks have passed.
 
-    Lightning asks every logger for its `experiment` before it checks anything, which would make the directory.
+    Lightning reads every logger's `experiment` before it checks anything, which would create the directory.
+
+    Attributes:
+        is_ready: Whether the checks have passed.
+        deferred_hyperparams: Hyper-parameters of a user's own module, logged at the start.
     """
 
-    ready = False
-    later: Any = None  # hyper-parameters of a module of the user's own
+    is_ready = False
+    deferred_hyperparams: Any = None
 
     @property
     def experiment(self) -> Any:
-        if not self.ready:
+        if not self.is_ready:
             raise AttributeError(_NOT_YET)
         return super().experiment  # type: ignore[misc]
 
     def start(self, progress: Progress | None) -> None:
-        """Go on from a checkpoint: what an earlier process logged beyond it is logged again."""
-        self._go_on(progress)
-        self.ready = True
-        if self.later is not None:
-            self.log_hyperparams(self.later)
+        """Resume from a checkpoint. Later rows of an earlier process are logged again."""
+        self._resume(progress)
+        self.is_ready = True
+        if self.deferred_hyperparams is not None:
+            self.log_hyperparams(self.deferred_hyperparams)
 
-    def _go_on(self, progress: Progress | None) -> None:
+    def _resume(self, progress: Progress | None) -> None:
         raise NotImplementedError
 
     def log_hyperparams(self, params: Any = None, *args: Any, **kwargs: Any) -> None:
-        if self.ready:
+        if self.is_ready:
             super().log_hyperparams(params, *args, **kwargs)  # type: ignore[safe-super]
         else:
-            self.later = params
+            self.deferred_hyperparams = params
 
     def save(self) -> None:
-        if self.ready:
+        if self.is_ready:
             super().save()
 
     def finalize(self, status: str) -> None:
-        if self.ready:
+        if self.is_ready:
             super().finalize(status)
 
 
-class RunLogger(HeldLogger, TensorBoardLogger):
-    """TensorBoard, which hides what is logged again. The command line makes it where TensorBoardLogger is asked for."""
+class RunLogger(DeferredLogger, TensorBoardLogger):
+    """TensorBoardLogger that hides rows which are logged again. The command line replaces TensorBoardLogger by it."""
 
-    def _go_on(self, progress: Progress | None) -> None:
+    def _resume(self, progress: Progress | None) -> None:
         self._kwargs["purge_step"] = progress.global_step if progress else 0
 
 
-class RunCSVLogger(HeldLogger, CSVLogger):
-    """CSVLogger that goes on with the rows of earlier processes, which Lightning's deletes; made as `RunLogger` is."""
+class RunCSVLogger(DeferredLogger, CSVLogger):
+    """CSVLogger that keeps the rows of earlier processes, which Lightning's deletes. It replaces CSVLogger."""
 
-    def _go_on(self, progress: Progress | None) -> None:
-        """Keep the rows up to the checkpoint. Those after it go into a file beside it."""
+    def _resume(self, progress: Progress | None) -> None:
+        """Keep the rows up to the checkpoint. Move later ones to a file beside it."""
         file = Path(self.log_dir) / "metrics.csv"
         rows = _read(file)
-        again = [row for row in rows if _comes_again(row, progress)]
-        kept = [row for row in rows if not _comes_again(row, progress)]
+        repeated = [row for row in rows if _is_logged_again(row, progress)]
+        kept = [row for row in rows if not _is_logged_again(row, progress)]
         columns = sorted({name for row in rows for name in row})
-        if again:
+        if repeated:
             number = len(list(file.parent.glob("metrics-before-*.csv"))) + 1
-            _write(file.with_name(f"metrics-before-{number}.csv"), columns, again)
+            _write(file.with_name(f"metrics-before-{number}.csv"), columns, repeated)
         if kept:
             _write(file, columns, kept)
-            file.rename(held := file.with_name(".metrics.csv"))
-        self.ready = True
+            file.rename(aside := file.with_name(".metrics.csv"))
+        self.is_ready = True
         file.unlink(missing_ok=True)
-        if kept:  # Lightning's writer deletes what it finds
+        if kept:  # Lightning's writer deletes an existing file
             self.experiment.metrics_keys = columns
-            held.rename(file)
+            aside.rename(file)
 
 
 def _read(file: Path) -> list[dict[str, str]]:
@@ -103,78 +107,78 @@ def _write(file: Path, columns: list[str], rows: list[dict[str, str]]) -> None:
         writer.writerows(rows)
 
 
-def _comes_again(row: dict[str, str], progress: Progress | None) -> bool:
-    """Whether a run that goes on logs a row anew: what follows its checkpoint, and a first evaluation."""
+def _is_logged_again(row: dict[str, str], progress: Progress | None) -> bool:
+    """Whether a resumed run logs a row again: the rows after its checkpoint, and a first evaluation."""
     if progress is None or int(row["step"]) >= progress.global_step:
         return True
-    if int(row["step"]) < progress.global_step - 1 or progress.inside_round:
+    if int(row["step"]) < progress.global_step - 1 or progress.is_inside_round:
         return False
-    return bool(row.get("val/reward_mean")) or not (progress.ended or row.get("train/lr"))
+    return bool(row.get("val/reward_mean")) or not (progress.has_ended_round or row.get("train/lr"))
 
 
-def _of_wandb(logger: Any, version: str) -> None:
+def _set_wandb_id(logger: Any, version: str) -> None:
     logger._wandb_init["id"] = logger._id = version  # `resume` is "allow"
 
 
-def _attribute(name: str) -> Callable[[Any, Any], None]:
+def _set_attribute(name: str) -> Callable[[Any, Any], None]:
     return lambda logger, version: setattr(logger, name, version)
 
 
-# How a logger is told to go on with a run that is there: what its constructor makes of `version`, `id`, `run_id` or
-# `experiment_key`. First the attribute that holds a user's own choice. By name: most packages need not be installed.
-_GO_ON: dict[str, tuple[str, Callable[[Any, Any], None]]] = {
-    "TensorBoardLogger": ("_version", _attribute("_version")),
-    "CSVLogger": ("_version", _attribute("_version")),
-    "WandbLogger": ("_id", _of_wandb),
-    "MLFlowLogger": ("_run_id", _attribute("_run_id")),
-    "CometLogger": ("_experiment_key", _attribute("_experiment_key")),
-    "LitLogger": ("_version", _attribute("_version")),
+# By class name, as most packages need not be installed: the attribute with the `version`, `id`, `run_id` or
+# `experiment_key` that the user has chosen, and a function that makes the logger continue a version.
+_RESUME: dict[str, tuple[str, Callable[[Any, Any], None]]] = {
+    "TensorBoardLogger": ("_version", _set_attribute("_version")),
+    "CSVLogger": ("_version", _set_attribute("_version")),
+    "WandbLogger": ("_id", _set_wandb_id),
+    "MLFlowLogger": ("_run_id", _set_attribute("_run_id")),
+    "CometLogger": ("_experiment_key", _set_attribute("_experiment_key")),
+    "LitLogger": ("_version", _set_attribute("_version")),
 }
 
 
-def adopt_loggers(trainer: L.Trainer) -> None:
-    """Before a run's checks: have its loggers go on with the versions that the run has."""
-    stored = _stored(trainer)
+def resume_loggers(trainer: L.Trainer) -> None:
+    """Make a run's loggers continue the versions of its earlier processes. Called before the run's checks."""
+    stored = _read_versions(trainer)
     for number, logger in enumerate(trainer.loggers):
-        held, go_on = _GO_ON.get(_kind(logger), ("", None))
+        attribute, resume = _RESUME.get(_kind(logger), ("", None))
         version = stored.get(_key(number, logger))
-        if go_on is not None and version is not None and getattr(logger, held) is None:
-            go_on(logger, version)
+        if resume is not None and version is not None and getattr(logger, attribute) is None:
+            resume(logger, version)
 
 
 def start_loggers(trainer: L.Trainer, progress: Progress | None) -> None:
-    """Once nothing else can be refused any more.
+    """Let the loggers write. Called after the run's checks.
 
     Raises:
-        InputError: A logger's folder can't be made.
+        InputError: A logger's folder can't be created.
     """
     for logger in trainer.loggers:
-        if isinstance(logger, HeldLogger) and trainer.is_global_zero:
-            with _naming(logger):
+        if isinstance(logger, DeferredLogger) and trainer.is_global_zero:
+            with _translate_os_errors(logger):
                 logger.start(progress)
-        elif isinstance(logger, HeldLogger):
-            logger.ready = True
+        elif isinstance(logger, DeferredLogger):
+            logger.is_ready = True
 
 
 @contextmanager
-def _naming(logger: Logger) -> Iterator[None]:
-    """In which an error of the file system is told with the logger's name."""
+def _translate_os_errors(logger: Logger) -> Iterator[None]:
+    """Raise the file system's errors as InputErrors that name the logger."""
     try:
         yield
     except OSError as error:
-        raise InputError(f"`trainer.logger`: {_kind(logger)} can't make its files: {error}") from error
+        raise InputError(f"`trainer.logger`: {_kind(logger)} can't create its files: {error}") from error
 
 
-def note_versions(trainer: L.Trainer) -> None:
-    """Write which versions the run's loggers have, for the processes that go on with it; on rank 0.
+def save_versions(trainer: L.Trainer) -> None:
+    """Write the versions of the run's loggers to its directory, for later processes. Called on rank 0.
 
     Raises:
-        InputError: A logger's folder can't be made.
+        InputError: A logger's folder can't be created.
     """
-    versions = _stored(trainer)
+    versions = _read_versions(trainer)
     for number, logger in enumerate(trainer.loggers):
-        if _kind(logger) in _GO_ON:
-            with _naming(logger):
+        if _kind(logger) in _RESUME:
+            with _translate_os_errors(logger):
                 _ = logger.experiment  # type: ignore[attr-defined]  # which may choose the version
             versions[_key(number, logger)] = logger.version
     text = json.dumps(versions, indent=2)
@@ -185,7 +189,7 @@ def _file(trainer: L.Trainer) -> Path:
     return Path(trainer.default_root_dir) / FILE
 
 
-def _stored(trainer: L.Trainer) -> dict[str, Any]:
+def _read_versions(trainer: L.Trainer) -> dict[str, Any]:
     try:
         found = json.loads(_file(trainer).read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -194,11 +198,11 @@ def _stored(trainer: L.Trainer) -> dict[str, Any]:
 
 
 def _kind(logger: Logger) -> str:
-    """The name of Lightning's class."""
-    return next((kind.__name__ for kind in type(logger).__mro__ if kind.__name__ in _GO_ON), "")
+    """Name of the logger's Lightning class; empty for other classes."""
+    return next((kind.__name__ for kind in type(logger).__mro__ if kind.__name__ in _RESUME), "")
 
 
 def _key(number: int, logger: Logger) -> str:
-    """Of the logger's place: another folder, name or project is another log."""
+    """Key of a logger's version. Another folder, name or project is another log."""
     local = isinstance(logger, TensorBoardLogger | CSVLogger)
     return redact(f"{number}:{_kind(logger)}" + (f":{logger.save_dir}:{logger.name}" if local else ""))

@@ -1,4 +1,4 @@
-"""`rlhf-pl score`: the rewards of a file of conversations, or how well they agree with preference pairs."""
+"""`rlhf-pl score`: rewards of a file of conversations, or their agreement with preference pairs."""
 
 import json
 import sys
@@ -20,19 +20,19 @@ from rlhf_pl.models.chat import Message, Tools, message_text
 from rlhf_pl.models.chat_template import check_variables
 from rlhf_pl.rewards import Reward, RewardResult, Sample, ScoringConfig, as_reward
 from rlhf_pl.rewards.combine import isolate_functions
-from rlhf_pl.rewards.guard import guarded_scores, try_reward
-from rlhf_pl.rewards.withhold import without_thinking
+from rlhf_pl.rewards.guard import score_samples, try_reward
+from rlhf_pl.rewards.remove_thinking import remove_thinking
 from rlhf_pl.utils.console import console, phase
 from rlhf_pl.utils.disk import write_atomically
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.run_date import take_run_date
-from rlhf_pl.utils.secrets import learn_options, redacted
+from rlhf_pl.utils.run_date import set_run_date
+from rlhf_pl.utils.secrets import redacted, register_options
 
 HELP = """Score conversations with a reward.
 
-A row of the data has `messages` that end with an answer, or `prompt` and `response`. Rows with `chosen` and `rejected`
-are preference pairs: then accuracy (with its 95% interval), mean margin and calibration are reported, beside what
-length alone would get."""
+A row of the data has `messages` that end with a response, or `prompt` and `response`. Rows with `chosen` and `rejected`
+are preference pairs: then accuracy (with its 95% interval), mean margin and calibration are reported, and the accuracy
+of a choice by length."""
 
 
 class _Parser(ArgumentParser):
@@ -43,12 +43,12 @@ class _Parser(ArgumentParser):
         exit_with_error(str(message), "score", ex)
 
     def dump(self, namespace: Namespace, *args: Any, **kwargs: Any) -> str:
-        """What `--print_config` shows, without secrets."""
+        """Serialize a config for `--print_config`, without secrets."""
         return super().dump(redacted(namespace), *args, **kwargs | {"skip_validation": True})
 
 
 def make_parser() -> ArgumentParser:
-    """The options of `rlhf-pl score`."""
+    """The parser of `rlhf-pl score`."""
     parser = _Parser(prog="rlhf-pl score", description=HELP, default_env=False)
     parser.add_argument("--config", action="config", help="YAML file with these options.")
     parser.add_argument(
@@ -56,38 +56,38 @@ def make_parser() -> ArgumentParser:
     )
     parser.add_argument("--data", type=str, required=True, help=".jsonl, .json, .csv or .parquet file, or a Hub id.")
     parser.add_argument("--output", type=str | None, default=None, help="JSON Lines file for the rows with rewards.")
-    parser.add_argument("--columns", type=dict[str, str] | None, default=None, help="What the data calls our columns.")
+    parser.add_argument("--columns", type=dict[str, str] | None, default=None, help="Names of our columns in the data.")
     parser.add_argument("--split", type=str, default="train", help="Split of a Hub data set.")
-    parser.add_argument("--system_prompt", type=str | None, default=None, help="For conversations that have none.")
+    parser.add_argument("--system_prompt", type=str | None, default=None, help="Added to conversations that have none.")
     parser.add_argument(
         "--chat_template_kwargs",
         type=dict[str, Any] | None,
         default=None,
-        help="Further variables of the reward model's chat template, such as '{enable_thinking: false}'.",
+        help="Additional variables of the reward model's chat template, such as '{enable_thinking: false}'.",
     )
     parser.add_argument(
         "--parse_dialogues",
         type=bool,
         default=True,
-        help=r"Take text of the form '\n\nHuman: ... \n\nAssistant: ...' for a dialogue.",
+        help=r"Read text of the form '\n\nHuman: ... \n\nAssistant: ...' as a dialogue.",
     )
-    parser.add_argument("--limit", type=int | None, default=None, help="Score only so many rows.")
+    parser.add_argument("--limit", type=int | None, default=None, help="Maximum number of rows to score.")
     parser.add_argument(
         "--on_wrong_pairs",
         type=str,
         default="error",
         choices=["error", "drop"],
-        help="Equal or empty answers.",
+        help="What to do with pairs of equal or empty responses.",
     )
     parser.add_class_arguments(ScoringConfig, "scoring", help="How the reward is called.")
     return parser
 
 
 def run(argv: Sequence[str]) -> int:
-    """`rlhf-pl score ...`: the exit code. Raises InputError for wrong inputs."""
+    """Run `rlhf-pl score ...`. Return the exit code; raise InputError for wrong inputs."""
     try:
         return _run(argv)
-    except InputError as error:  # options that `fit` has under `rollout` are this command's own
+    except InputError as error:  # `fit` has these options under `rollout`
         raise InputError(
             str(error).replace("rollout.scoring", "scoring").replace("rollout.reward", "reward")
         ) from error
@@ -97,7 +97,7 @@ def _run(argv: Sequence[str]) -> int:
     parser = make_parser()
     with as_user_error("The command line can't be read"):
         config = parser.parse_args(list(argv))
-    learn_options(config)
+    register_options(config)
     refuse_not_finite(config)
     with as_user_error("This reward can't be built"):
         given = parser.instantiate_classes(config)
@@ -108,9 +108,9 @@ def _run(argv: Sequence[str]) -> int:
     if config.limit is not None and config.limit < 1:
         raise InputError(f"`limit` must be 1 or more, got {config.limit}.")
     if config.output is not None and not Path(config.output).resolve().parent.is_dir():
-        raise InputError(f"`output`: no folder {str(Path(config.output).parent)!r}.")
+        raise InputError(f"`output`: there is no folder {str(Path(config.output).parent)!r}.")
     _check_variables(reward, config.chat_template_kwargs)
-    take_run_date()
+    set_run_date()
     if _has_pairs(config):
         rows = _score_pairs(config, reward, scoring)
     else:
@@ -123,13 +123,13 @@ def _run(argv: Sequence[str]) -> int:
 
 
 def _check_variables(reward: Reward, given: Mapping[str, Any] | None) -> None:
-    """Refuse variables that the chat template of no reward model reads."""
+    """Refuse variables that no reward model's chat template reads."""
     if not given:
         return
     models = [part.renderer() for part in getattr(reward, "parts", [reward]) if hasattr(part, "renderer")]
     templates = {str(i): model.tokenizer.chat_template for i, model in enumerate(models) if not model.pair_encoding}
     if not templates:
-        raise InputError(f"`chat_template_kwargs`: {reward.name} has no chat template. Leave it out.")
+        raise InputError(f"`chat_template_kwargs`: {reward.name} has no chat template. Remove it.")
     check_variables(templates, given, "chat_template_kwargs")
 
 
@@ -143,14 +143,14 @@ def _has_pairs(config: Any) -> bool:
 
 
 def _score(reward: Reward, samples: list[Sample], scoring: ScoringConfig) -> list[RewardResult | None]:
-    """The results; None for answers that failed and are left out."""
+    """Score the samples. Responses whose reward failed get the substitute, or None if there is none."""
     try_reward(reward, samples[:2], scoring)
     results: list[RewardResult | None] = []
-    # a prompt's answers stand side by side
+    # both responses of a pair are in one call
     size = max(1, scoring.prompts_per_call) * 2
-    with phase("scoring", len(samples), "answers", sys.stdout.isatty()) as report:
+    with phase("scoring", len(samples), "responses", sys.stdout.isatty()) as report:
         for start in range(0, len(samples), size):
-            outcomes = guarded_scores(reward, samples[start : start + size], scoring)
+            outcomes = score_samples(reward, samples[start : start + size], scoring)
             report(len(outcomes), "")
             for outcome in outcomes:
                 if isinstance(outcome, RewardResult):
@@ -171,9 +171,9 @@ def _sample(
     scoring: ScoringConfig,
 ) -> Sample:
     kwargs = config.chat_template_kwargs or {}
-    text, said = message_text(response), response if set(response) - {"role", "content", "weight"} else None
-    sample = Sample(name, messages, text, columns=columns, message=said, tools=tools, chat_template_kwargs=kwargs)
-    return without_thinking(sample, scoring.thinking_marks) if scoring.strip_thinking else sample
+    text, message = message_text(response), response if set(response) - {"role", "content", "weight"} else None
+    sample = Sample(name, messages, text, columns=columns, message=message, tools=tools, chat_template_kwargs=kwargs)
+    return remove_thinking(sample, scoring.thinking_marks) if scoring.strip_thinking else sample
 
 
 def _score_conversations(config: Any, reward: Reward, scoring: ScoringConfig) -> list[dict[str, Any]]:
@@ -187,8 +187,8 @@ def _score_conversations(config: Any, reward: Reward, scoring: ScoringConfig) ->
     results = _score(reward, samples, scoring)
     found = [r for r in results if r is not None]
     if not found:
-        raise InputError(f"The reward failed for all {len(samples)} answers.")
-    table = Table(title=f"{reward.name} on {len(found)} answers", title_justify="left")
+        raise InputError(f"The reward failed for all {len(samples)} responses.")
+    table = Table(title=f"{reward.name} on {len(found)} responses", title_justify="left")
     for header in ("", "mean", "lowest", "highest"):
         table.add_column(header, justify="right" if header else "left")
     for name in ["reward", *found[0].components]:
@@ -222,8 +222,9 @@ def _score_pairs(config: Any, reward: Reward, scoring: ScoringConfig) -> list[di
     results = _score(reward, samples, scoring)
     rows, margins, longer, ties = [], [], [], 0
     for pair, chosen, rejected in zip(pairs, results[::2], results[1::2], strict=True):
-        said = [r if len(r) > 2 else message_text(r) for r in pair.responses]  # with what stands beside the text
-        row = {"prompt": pair.messages, "chosen": said[0], "rejected": said[1], **pair.columns}
+        # the whole message if it has more than text
+        responses = [r if len(r) > 2 else message_text(r) for r in pair.responses]
+        row = {"prompt": pair.messages, "chosen": responses[0], "rejected": responses[1], **pair.columns}
         row |= {"label": pair.label, **_as_row(chosen, "chosen_"), **_as_row(rejected, "rejected_")}
         rows.append(row)
         if chosen is None or rejected is None:
@@ -238,11 +239,11 @@ def _score_pairs(config: Any, reward: Reward, scoring: ScoringConfig) -> list[di
     metrics = pair_metrics(margins, longer)
     _print_pairs(reward.name, metrics)
     if metrics.equal:
-        console.print(f"{metrics.equal} pairs with equal scores count as half right.")
+        console.print(f"{metrics.equal} pairs with equal scores count as half correct.")
     if ties:
         console.print(f"{ties} ties are scored, but not counted.")
     if wrong := loaded.dropped["equal_or_empty"]:
-        console.print(f"{wrong} pairs of equal or empty answers are left out.")
+        console.print(f"{wrong} pairs of equal or empty responses are left out.")
     _print_counts(results)
     return rows
 
@@ -253,7 +254,7 @@ def _print_pairs(name: str, metrics: PairMetrics) -> None:
     which = "longer" if metrics.longer >= 0.5 else "shorter"
     for what, value in (
         ("accuracy", f"{metrics.accuracy:.4f} (95%: {metrics.low:.4f} to {metrics.high:.4f})"),
-        (f"accuracy of taking the {which} answer", f"{best:.4f}"),
+        (f"accuracy of choosing the {which} response", f"{best:.4f}"),
         ("margin", f"{metrics.margin:.4f}"),
         ("calibration error", f"{metrics.calibration_error:.4f}"),
         ("Bradley-Terry loss", f"{metrics.loss:.4f} nats"),
@@ -264,9 +265,9 @@ def _print_pairs(name: str, metrics: PairMetrics) -> None:
 
 def _print_counts(results: Sequence[RewardResult | None]) -> None:
     if failed := sum(r is None for r in results):
-        console.print(f"{failed} answers have no reward: it failed on them, and they are left out.")
-    if cut := sum(r is not None and r.truncated_tokens > 0 for r in results):
-        console.print(f"{cut} conversations were cut to fit the reward model.")
+        console.print(f"{failed} responses are left out: the reward failed on them.")
+    if truncated := sum(r is not None and r.truncated_tokens > 0 for r in results):
+        console.print(f"{truncated} conversations were truncated to fit the reward model.")
 
 
 def _as_row(result: RewardResult | None, prefix: str = "") -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Which exceptions are mistakes of the user, to be told in one line, and which are bugs, to be shown whole."""
+"""Separates user errors, which are reported in one line, from bugs, which are shown with a traceback."""
 
 import errno
 import os
@@ -18,98 +18,98 @@ from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
 from rlhf_pl.utils.disk import full_disk_error
 from rlhf_pl.utils.errors import InputError
 
-_MISTAKES = (InputError, StaleSamplerError, RanksError)
+_USER_ERRORS = (InputError, StaleSamplerError, RanksError)
 
-# what a file system refuses, and the way out
-_REFUSED = {
+# errors of a file system, and their remedies
+_REMEDIES = {
     errno.EROFS: "Make that file system writable, or give another directory (--trainer.default_root_dir DIR).",
-    errno.EACCES: "Give this user the right to it.",
-    errno.EPERM: "Give this user the right to it.",
-    errno.EFBIG: "Raise the limit of a file's size (`ulimit -f`), or give a file system that holds larger files.",
-    errno.EIO: "The disk or its connection fails. What was written before is whole; the same command goes on from it.",
-    errno.ESTALE: "The file server has lost it. What was written before is whole; the same command goes on from it.",
+    errno.EACCES: "Give this user the permission.",
+    errno.EPERM: "Give this user the permission.",
+    errno.EFBIG: "Raise the limit on file size (`ulimit -f`), or use a file system that allows larger files.",
+    errno.EIO: "The disk or its connection fails. Earlier files are intact; run the same command again to resume.",
+    errno.ESTALE: "The file server has lost it. Earlier files are intact; run the same command again to resume.",
 }
-_REFUSED |= {
-    errno.EISDIR: "A folder stands in the place of a file: move it away.",
-    errno.ENOTDIR: "A file or a link to nothing stands in the place of a folder: move it away.",
-    errno.EEXIST: "A file or a link to nothing stands in the place of a folder: move it away.",
-    errno.ELOOP: "Links lead in a circle: remove them.",
+_REMEDIES |= {
+    errno.EISDIR: "A folder is in the place of a file: move it away.",
+    errno.ENOTDIR: "A file or a broken link is in the place of a folder: move it away.",
+    errno.EEXIST: "A file or a broken link is in the place of a folder: move it away.",
+    errno.ELOOP: "Links form a cycle: remove them.",
 }
 _WORKER = re.compile(r"DataLoader worker \(pid")
 _LIBRARIES = ("lightning", "lightning_utilities", "torch", "torchmetrics", "jsonargparse", "yaml", "docstring_parser")
 _PACKAGE = os.path.dirname(os.path.abspath(rlhf_pl.__file__)) + os.sep
-# the command line hands on what a user has written
+# modules that pass the user's values on to libraries
 _COMMAND = ("rlhf_pl.__main__.", "rlhf_pl.cli.")
-_PARSERS = ("argparse", "jsonargparse")  # which end the process after `--help` and `--print_config`
+_PARSERS = ("argparse", "jsonargparse")  # they exit after `--help` and `--print_config`
 
 
 class LibraryError(InputError):
-    """What a library refuses in the user's words; `--traceback` shows where."""
+    """A library refuses the user's input. `--traceback` shows where."""
 
 
 def find_user_error(error: BaseException | None) -> BaseException | None:
-    """The user's mistake behind `error`, if it is one; everything else is a bug, in this code or in a user's.
+    """The user error behind `error`; None for a bug, in this package or in the user's code.
 
-    A mistake is what a check of ours says (`InputError`), what the file system refuses, or what Lightning refuses of
-    the config. Lightning raises the same exceptions where code uses it wrongly, so the calls decide: the line that
-    raised must be Lightning's own, and no call between it and the command line is of a user's code. Nor is one of ours,
-    but for MisconfigurationException: it may come from options that a run hands on to Lightning. An error that was
-    raised while another one was handled counts for itself, unless a library has wrapped the other one.
+    A user error is an `InputError`, a failure of the file system, or a config that Lightning refuses. Lightning raises
+    the same exceptions when code misuses it, so the traceback decides: Lightning itself must raise the error, with no
+    call to the user's code between it and the command line. There must be no call to this package either, except for
+    MisconfigurationException, which may be about options that a run passes to Lightning. An error raised during the
+    handling of another one is judged by itself, unless a library has wrapped the other one.
     """
     while error is not None:
-        if isinstance(error, _MISTAKES):
+        if isinstance(error, _USER_ERRORS):
             return error
-        if (found := _refused_by_system(error) or _refused_by_lightning(error)) is not None:
+        if (found := _find_system_error(error) or _find_lightning_error(error)) is not None:
             return found
-        error = _wrapped(error)
+        error = _get_wrapped_error(error)
     return None
 
 
-def _refused_by_system(error: BaseException) -> InputError | None:
+def _find_system_error(error: BaseException) -> InputError | None:
     if isinstance(error, OSError) and (full := full_disk_error(Path(error.filename or "."), error)):
         return full
-    if isinstance(error, OSError) and error.errno in _REFUSED:
-        return InputError(f"{_name(error)}: {error.strerror}. {_REFUSED[error.errno]}")
+    if isinstance(error, OSError) and error.errno in _REMEDIES:
+        return InputError(f"{_get_file(error)}: {error.strerror}. {_REMEDIES[error.errno]}")
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        return InputError(f"No file has so long a name: {str(error.filename)[:60]!r}... Correct that option.")
+        return InputError(f"This file name is too long: {str(error.filename)[:60]!r}... Correct that option.")
     if isinstance(error, RuntimeError) and _WORKER.match(str(error)):
         return InputError(
-            f"{_in_a_line(error).partition(': ')[2].rstrip(' .')}. Loader processes (`data.num_workers`) are "
-            "mostly killed where memory runs out: take fewer, or 0. The same command goes on from the "
-            "newest checkpoint."
+            f"{_summarize(error).partition(': ')[2].rstrip(' .')}. Loader processes (`data.num_workers`) are usually "
+            "killed when memory runs out: use fewer, or 0. Run the same command again to resume from the newest "
+            "checkpoint."
         )
     return None
 
 
-def _refused_by_lightning(error: BaseException) -> InputError | None:
-    calls = _calls(error)
-    if not calls or calls[-1].package != "lightning" or any(call.is_users for call in calls):
+def _find_lightning_error(error: BaseException) -> InputError | None:
+    calls = _get_calls(error)
+    if not calls or calls[-1].package != "lightning" or any(call.is_user for call in calls):
         return None
     if isinstance(error, MisconfigurationException):
         return LibraryError(str(error).strip())
-    if any(call.is_ours for call in calls):
+    if any(call.is_own for call in calls):
         return None
     if isinstance(error, RuntimeError) and calls[-1].module.startswith("lightning.pytorch.callbacks"):
-        return LibraryError(f"`trainer.callbacks`: {_in_a_line(error)}")
+        return LibraryError(f"`trainer.callbacks`: {_summarize(error)}")
     if isinstance(error, ValueError | TypeError | OverflowError):
-        return LibraryError(f"The Trainer refuses this config: {_in_a_line(error)}")
+        return LibraryError(f"The Trainer refuses this config: {_summarize(error)}")
     return None
 
 
-def _wrapped(error: BaseException) -> BaseException | None:
-    """The error that another one was raised from, or that a library was handling when it raised it."""
-    calls = _calls(error)
-    return error.__cause__ or (error.__context__ if calls and calls[-1].is_librarys else None)
+def _get_wrapped_error(error: BaseException) -> BaseException | None:
+    """The error that `error` was raised from, or that a library was handling when it raised `error`."""
+    calls = _get_calls(error)
+    return error.__cause__ or (error.__context__ if calls and calls[-1].is_library else None)
 
 
 @dataclass(frozen=True)
 class _Call:
-    """A call on the way to an error.
+    """A call in a traceback.
 
     Args:
-        module: Its name.
-        function: Its name.
-        file: That the function stands in.
+        module: Name of the called function's module.
+        function: Name of the function.
+        file: File with the function.
     """
 
     module: str
@@ -121,36 +121,36 @@ class _Call:
         return self.module.partition(".")[0]
 
     @property
-    def is_librarys(self) -> bool:
+    def is_library(self) -> bool:
         return self.package in _LIBRARIES or self.package in sys.stdlib_module_names
 
     @property
-    def is_commands(self) -> bool:
+    def is_command(self) -> bool:
         return f"{self.module}.".startswith((*_COMMAND, f"{__name__}."))
 
     @property
-    def is_ours(self) -> bool:
-        return not self.is_commands and self.file.startswith(_PACKAGE) and not self.is_librarys
+    def is_own(self) -> bool:
+        return not self.is_command and self.file.startswith(_PACKAGE) and not self.is_library
 
     @property
-    def is_users(self) -> bool:
-        """Files that are named by their path are in no package of ours, whatever their modules are called."""
-        return not (self.is_librarys or self.is_ours or self.is_commands)
+    def is_user(self) -> bool:
+        """Whether the function is the user's. Files that users name by path are, whatever their modules are called."""
+        return not (self.is_library or self.is_own or self.is_command)
 
 
-def _calls(error: BaseException) -> list[_Call]:
-    """From the one that caught an error to the one that raised it."""
+def _get_calls(error: BaseException) -> list[_Call]:
+    """The calls of an error's traceback, from the one that caught it to the one that raised it."""
     frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
     return [_Call(f.f_globals.get("__name__", ""), f.f_code.co_name, f.f_code.co_filename) for f in frames]
 
 
-def _name(error: OSError) -> str:
+def _get_file(error: OSError) -> str:
     """The file that an error is about."""
     return str(error.filename2 or error.filename or "A file")
 
 
-def early_exit(stop: SystemExit) -> str | None:
-    """Where users' code ended the process as if all were well; None for an exit with an error, or of a parser's."""
+def find_early_exit(stop: SystemExit) -> str | None:
+    """File and line where users' code exited with code 0; None for an exit with an error, or by a parser."""
     frames = [f for f, _ in traceback.walk_tb(stop.__traceback__) if f.f_globals.get("__name__") != "_sitebuiltins"]
     if stop.code or not frames or frames[-1].f_globals.get("__name__", "").partition(".")[0] in _PARSERS:
         return None
@@ -159,38 +159,41 @@ def early_exit(stop: SystemExit) -> str | None:
 
 @contextmanager
 def as_user_error(what: str) -> Iterator[None]:
-    """In which a config is read and its classes are made: what is refused of it is a mistake in the config.
+    """Raise errors about the config's values as LibraryErrors, while the config is parsed and its classes are built.
 
-    Libraries may refuse a value by any exception. A class that the config names, the user's own too, refuses one by a
-    ValueError, an OSError or an ImportError that its constructor itself raises. Anything else is a bug.
+    A library may refuse a value with any exception. A class that the config names, including the user's own, refuses a
+    value with a ValueError, an OSError or an ImportError raised by its constructor itself. Anything else is a bug.
+
+    Args:
+        what: First words of the message.
     """
     try:
         yield
     except Exception as error:
         if find_user_error(error) is not None or not _refuses_values(error):
             raise
-        raise LibraryError(f"{what}: {_in_a_line(error)}") from error
+        raise LibraryError(f"{what}: {_summarize(error)}") from error
 
 
 def _refuses_values(error: BaseException | None) -> bool:
     while error is not None:
-        calls = _calls(error)
+        calls = _get_calls(error)
         raised = calls[-1] if calls else None
-        of_library = raised is not None and raised.is_librarys and not any(c.is_users or c.is_ours for c in calls)
-        constructor = raised is not None and raised.function in ("__init__", "__post_init__", "__new__")
-        if not of_library and not (constructor and isinstance(error, ValueError | OSError | ImportError)):
+        by_library = raised is not None and raised.is_library and not any(c.is_user or c.is_own for c in calls)
+        in_constructor = raised is not None and raised.function in ("__init__", "__post_init__", "__new__")
+        if not by_library and not (in_constructor and isinstance(error, ValueError | OSError | ImportError)):
             return False
-        error = _wrapped(error)
+        error = _get_wrapped_error(error)
     return True
 
 
-def _in_a_line(error: BaseException) -> str:
+def _summarize(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
     return _class_problem(lines) or f"{type(error).__name__}: {lines[0]}"
 
 
 def _class_problem(lines: list[str]) -> str:
-    """What a class said when it could not be made, which jsonargparse lists among what it is not either."""
+    """The message of the constructor that failed, from jsonargparse's list of reasons; empty if it has none."""
     found = []
     for number, line in enumerate(lines):
         text = line.strip().removeprefix("- ")

@@ -1,7 +1,7 @@
-"""Prompts, pairs, and the DataModules that serve them."""
+"""Prompts, pairs and conversations, and the DataModules that serve them."""
 
+from rlhf_pl.data.group_batches import GroupBatch
 from rlhf_pl.data.offline_datamodule import OfflineDataModule
-from rlhf_pl.data.pair_batches import GroupBatch
 from rlhf_pl.data.preference_datamodule import PreferenceDataModule
 from rlhf_pl.data.prompts import Prompt, load_prompts
 from rlhf_pl.data.round_datamodule import RoundDataModule

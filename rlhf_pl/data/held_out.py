@@ -1,4 +1,4 @@
-"""Which rows are held out."""
+"""Splits rows into training rows and held-out rows."""
 
 import hashlib
 import math
@@ -11,44 +11,47 @@ T = TypeVar("T")
 
 
 def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
-    """What tells prompts apart for `hold_out`: roles and contents alone."""
+    """The key of a prompt for `hold_out`: the roles and contents of its messages only."""
     return repr([{"role": m["role"], "content": m.get("content")} for m in messages])
 
 
-def check_held_out(option: str, wanted: float | str) -> None:
-    """Raise InputError unless `wanted` is a share below 1, a whole number of rows, or a source of them."""
-    if isinstance(wanted, str):
+def check_held_out(option: str, held_out: float | str) -> None:
+    """Raise InputError unless `held_out` is a share below 1, a whole number of rows, or a source of them."""
+    if isinstance(held_out, str):
         return
-    if not 0 <= wanted < math.inf or (wanted >= 1 and wanted != int(wanted)):
-        raise InputError(f"`{option}` must be a share below 1 or a whole number, got {wanted}.")
+    if not 0 <= held_out < math.inf or (held_out >= 1 and held_out != int(held_out)):
+        raise InputError(f"`{option}` must be a share below 1 or a whole number, got {held_out}.")
 
 
 def hold_out(
     rows: Sequence[T],
-    wanted: float | str,
+    held_out: float | str,
     option: str,
     load: Callable[[str, str], list[T]],
     key: Callable[[T], str],
     seed: int | None = None,
     least: int = 0,
 ) -> tuple[list[T], list[T]]:
-    """(training rows, held-out rows), each in the order of `rows`; rows with the same key are on the same side.
+    """Split rows into (training rows, held-out rows), each in the order of `rows`.
+
+    Rows with the same key are on the same side. The choice depends on keys and seed, not on the order of the rows.
 
     Args:
-        rows: All rows of the source that trains.
-        wanted: A share below 1 or a number of rows: whole groups are taken until it is reached. Or a source of its own.
-        option: The option that gave `wanted`, for errors.
+        rows: All rows of the training source.
+        held_out: A share below 1 or a number of rows: groups of rows with one key are held out until it is reached.
+            Or a separate source, whose rows are all held out.
+        option: The option that sets `held_out`, for errors.
         load: (source, option) -> the rows of a source.
-        key: Of a row. Which keys are held out does not depend on the order of the rows.
-        seed: Another seed holds out other keys; None for the keys alone.
-        least: The smallest number that a share stands for, rows.
+        key: Returns the key of a row.
+        seed: Selects which keys are held out. None uses an order that depends on the keys only.
+        least: Minimum number of rows for a share above 0.
 
     Raises:
-        InputError: Nothing would be left to train on.
+        InputError: No row would be left to train on.
     """
-    if isinstance(wanted, str):
-        return list(rows), load(wanted, option)
-    count = max(least, round(wanted * len(rows))) if 0 < wanted < 1 else int(wanted)
+    if isinstance(held_out, str):
+        return list(rows), load(held_out, option)
+    count = max(least, round(held_out * len(rows))) if 0 < held_out < 1 else int(held_out)
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(key(row), []).append(i)
@@ -60,6 +63,6 @@ def hold_out(
         val.update(groups[name])
     if len(val) == len(rows):
         raise InputError(
-            f"`{option}` of {wanted} leaves none of {len(rows)} rows to train on: all {len(rows)} are held out."
+            f"`{option}` of {held_out} leaves none of {len(rows)} rows to train on: all {len(rows)} are held out."
         )
     return [row for i, row in enumerate(rows) if i not in val], [rows[i] for i in sorted(val)]

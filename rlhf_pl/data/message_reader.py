@@ -1,4 +1,4 @@
-"""Reads what rows hold in place of messages, in the same way for all stages."""
+"""Reads messages, dialogues, responses and tools from rows, in the same way for all kinds of training."""
 
 import json
 import re
@@ -17,25 +17,25 @@ _LIKE_MESSAGES = re.compile(r"\s*\[?\s*\{\s*['\"](?:role|content)['\"]\s*:")
 
 
 class MessageReader:
-    """The reader of one source.
+    """Reads the rows of one source.
 
-    Messages are a list of objects, one object, or either as JSON text. A dialogue is text that begins with `Human:` and
-    goes on in turns of `\\n\\nAssistant:` and `\\n\\nHuman:`. Other text is what a user says.
+    Messages are a list of objects, one object, or the JSON text of either. A dialogue is text that begins with `Human:`
+    and continues with turns of `\\n\\nAssistant:` and `\\n\\nHuman:`. Other text is a user message.
 
     Args:
-        parse_dialogues: Whether dialogues become messages; else they are text like any other.
+        parse_dialogues: Whether dialogues become messages; otherwise they are plain text.
     """
 
     def __init__(self, parse_dialogues: bool = True) -> None:
         self.parse_dialogues = parse_dialogues
-        self._dialogues = self._responses = self._answered = 0
-        self._counted: Row | None = None
+        self._dialogues = self._dropped_responses = self._unparsed_dialogues = 0
+        self._last_dialogue_row: Row | None = None
 
-    def messages(self, row: Row, column: str) -> list[Message] | None:
-        """The messages in a column; None if it holds text that is none.
+    def read_messages(self, row: Row, column: str) -> list[Message] | None:
+        """The messages in a column; None if it holds other text.
 
         Raises:
-            InputError: They are no messages, or wrong ones.
+            InputError: The column holds something else, or invalid messages.
         """
         value = row[column]
         is_text = isinstance(value, str)
@@ -47,16 +47,17 @@ class MessageReader:
             value = [value]
         if not isinstance(value, Sequence) or isinstance(value, bytes):
             raise InputError(f"`{column}`: expected text or a list of messages, found {type(value).__name__}")
-        found = _cleaned(value, isinstance(row, ArrowRow) and not is_text)
+        found = _clean(value, isinstance(row, ArrowRow) and not is_text)
         checked = found[:-1] if len(found) > 1 and _is_empty_response(found[-1]) else found
         if problem := find_conversation_problem(checked):
             raise InputError(f"`{column}`: {problem}")
         return found
 
-    def dialogue(self, row: Row, column: str, is_prompt: bool = False) -> list[Message] | None:
-        """A dialogue's messages; None for other text.
+    def read_dialogue(self, row: Row, column: str, is_prompt: bool = False) -> list[Message] | None:
+        """The messages of a dialogue; None for other text.
 
-        It ends with a response (perhaps an empty one), or if `is_prompt` with nothing after `\\n\\nAssistant:`.
+        The last message is the response, which may be empty. If `is_prompt`, it must be empty: the text ends with
+        `\\n\\nAssistant:`.
         """
         text = row[column]
         found = _TURN.match(text)
@@ -66,103 +67,107 @@ class MessageReader:
         turns = [(who, said.strip()) for who, said in zip(parts[::2], parts[1::2], strict=True)]
         who, last = turns[-1]
         if who != "Assistant" or (is_prompt and last):
-            self._answered += who == "Assistant"
+            self._unparsed_dialogues += who == "Assistant"
             return None
         roles = {"Human": "user", "Assistant": "assistant"}
         messages = [{"role": roles[who], "content": said} for who, said in turns]
         if problem := find_conversation_problem(messages[: None if last else -1]):
             raise InputError(f"`{column}`: {problem} (a dialogue of Human and Assistant)")
-        self._dialogues += row is not self._counted
-        self._counted = row
+        self._dialogues += row is not self._last_dialogue_row
+        self._last_dialogue_row = row
         return messages
 
-    def conversation(self, row: Row, column: str) -> list[Message] | None:
-        """Messages or a dialogue, with whatever stands at their end; None for other text."""
-        found = self.messages(row, column)
-        return self.dialogue(row, column) if found is None else found
+    def read_conversation(self, row: Row, column: str) -> list[Message] | None:
+        """All messages in a column, or of a dialogue in it; None for other text."""
+        found = self.read_messages(row, column)
+        return self.read_dialogue(row, column) if found is None else found
 
-    def prompt(self, row: Row, column: str, whole: bool = False) -> list[Message]:
-        """What a response is to follow.
+    def read_prompt(self, row: Row, column: str, may_have_response: bool = False) -> list[Message]:
+        """The messages before a response.
 
         Args:
             row: The row.
-            column: Its column with the prompt.
-            whole: Whether it may hold a conversation as a dialogue that ends with a response.
+            column: The column of the prompt.
+            may_have_response: Whether a dialogue in the column may end with a response.
         """
-        found = self.messages(row, column)
+        found = self.read_messages(row, column)
         if found is None:
             if not row[column].strip():
                 raise InputError(f"`{column}` is empty; expected text or a list of messages")
-            found = self.dialogue(row, column, is_prompt=not whole)
+            found = self.read_dialogue(row, column, is_prompt=not may_have_response)
             if found is not None and not found[-1]["content"]:
                 found = found[:-1]
         return [{"role": "user", "content": row[column]}] if found is None else found
 
-    def without_response(self, messages: list[Message], column: str) -> list[Message]:
-        """The messages up to the response at their end, where there is one."""
+    def drop_response(self, messages: list[Message], column: str) -> list[Message]:
+        """The messages without a response at their end."""
         end = len(messages)
         while end and messages[end - 1]["role"] == "assistant":
             end -= 1
         if not end:
-            raise InputError(f"`{column}`: the message list is empty but for a response")
-        self._responses += end < len(messages)
+            raise InputError(f"`{column}`: the message list holds only a response")
+        self._dropped_responses += end < len(messages)
         return messages[:end]
 
-    def response(self, row: Row, column: str) -> list[Message]:
-        """A response: the assistant's message, or messages that end with one, such as a tool call and what follows.
+    def read_response(self, row: Row, column: str) -> list[Message]:
+        """A response: an assistant message, or several messages that end with one, for example after a tool call.
 
-        Beside a prompt that was a dialogue, text loses the white space at its ends, as it does inside of dialogues.
+        If the prompt was a dialogue, text is stripped of surrounding white space, as inside a dialogue.
         """
         value = row[column]
         is_text = isinstance(value, str)
-        found = self.messages(row, column)
-        if found is None or (is_text and found[-1]["role"] != "assistant"):  # a response may be JSON of its own
-            said = value.strip() if is_text and row is self._counted else value
-            return [{"role": "assistant", "content": said}]
+        found = self.read_messages(row, column)
+        if found is None or (is_text and found[-1]["role"] != "assistant"):  # the text of a response may be JSON
+            text = value.strip() if is_text and row is self._last_dialogue_row else value
+            return [{"role": "assistant", "content": text}]
         if found[-1]["role"] != "assistant":
-            raise InputError(f"`{column}` does not end with a message of the assistant's")
+            raise InputError(f"`{column}` does not end with an assistant message")
         return found
 
-    def tools(self, row: Row, column: str) -> list[dict[str, Any]] | None:
-        """The tools that a row offers; None for none."""
+    def read_tools(self, row: Row, column: str) -> list[dict[str, Any]] | None:
+        """The tools of a row; None if it has none."""
         value = row.get(column)
-        given = value
-        filled = isinstance(row, ArrowRow) and not isinstance(value, str)
+        original = value
+        is_filled = isinstance(row, ArrowRow) and not isinstance(value, str)
         if isinstance(value, str) and value.strip():
             try:
                 value = loads(value)
             except (ValueError, RecursionError):
-                value = given
+                value = original
         if value is None or value == "" or value == []:
             return None
         if not isinstance(value, list | tuple) or not all(isinstance(tool, Mapping) for tool in value):
             raise InputError(
-                f"`{column}` is {str(given)[:60]!r}; expected a list of tools (JSON Schemas), or its JSON text. If it "
-                "means something else in your data, give another name to `columns.tools`"
+                f"`{column}` is {str(original)[:60]!r}; expected a list of tools (JSON Schemas), or its JSON text. If "
+                "the column has another meaning in your data, set `columns.tools` to another name"
             )
-        return [_pruned(tool, True) if filled or _has_gaps(tool) else dict(tool) for tool in value]
+        return [_prune(tool, True) if is_filled or _has_gaps(tool) else dict(tool) for tool in value]
 
     def report(self, option: str) -> None:
-        """Say once what was taken for what."""
+        """Print how many rows were read as dialogues, had a response dropped, or were read as text."""
         group = option.rpartition(".")[0]
         name = f"{group}.parse_dialogues" if group else "parse_dialogues"
         if count := self._dialogues:
             what = "one row is a dialogue" if count == 1 else f"{count} rows are dialogues"
-            _say(f"{option}: {what} of Human and Assistant, read as messages ({name}: false takes them as text).")
-        if count := self._responses:
+            _print(f"{option}: {what} of Human and Assistant, read as messages ({name}: false reads them as text).")
+        if count := self._dropped_responses:
             what = (
                 "one conversation ends with a response" if count == 1 else f"{count} conversations end with a response"
             )
-            _say(f"{option}: {what}, which is left out.")
-        if count := self._answered:
-            what = "one prompt looks like a dialogue that ends" if count == 1 else (
-                f"{count} prompts look like dialogues that end"
-            )  # fmt: skip
-            _say(f"{option}: {what} with a response: taken as text. Name the column with `columns.messages` to have it "
-                 "read as a conversation whose response is left out.")  # fmt: skip
+            _print(f"{option}: {what}, which is left out.")
+        if count := self._unparsed_dialogues:
+            what = (
+                "one prompt looks like a dialogue that ends"
+                if count == 1
+                else f"{count} prompts look like dialogues that end"
+            )
+            _print(
+                f"{option}: {what} with a response: read as text. Name the column with `columns.messages` to read it "
+                "as a conversation whose response is left out."
+            )
 
 
-def _say(line: str) -> None:
+def _print(line: str) -> None:
     console.print(line, soft_wrap=True)
 
 
@@ -173,26 +178,26 @@ def _from_json(text: str, column: str) -> Any:
     try:
         value = loads(text)
     except (ValueError, RecursionError) as error:
-        if _LIKE_MESSAGES.match(text) and not _goes_on(text, error):
+        if _LIKE_MESSAGES.match(text) and not _continues_as_text(text, error):
             raise InputError(
-                f"`{column}` looks like messages, but is no JSON ({error}); write the list with json.dumps"
+                f"`{column}` looks like messages, but is not JSON ({error}); write the list with json.dumps"
             ) from error
         return None
-    if isinstance(value, str):  # written as JSON twice
+    if isinstance(value, str):  # encoded as JSON twice
         return _from_json(value, column)
     entries = value if isinstance(value, list) else [value]
     return entries if entries and all(map(_is_message, entries)) else None
 
 
-def _goes_on(text: str, error: Exception) -> bool:
-    """Whether text that begins with a JSON value goes on in words."""
+def _continues_as_text(text: str, error: Exception) -> bool:
+    """Whether text that begins with a JSON value continues with plain text."""
     if not isinstance(error, json.JSONDecodeError) or error.msg != "Extra data":
         return False
     return not text[error.pos :].startswith(("[", "{", ","))
 
 
 def _is_empty_response(message: Any) -> bool:
-    """Whether it is for the stages to say what becomes of it."""
+    """Whether a message is an empty response, which each DataModule handles in its own way."""
     return isinstance(message, Mapping) and message.get("role") == "assistant" and message.get("content") == ""
 
 
@@ -202,19 +207,19 @@ def _is_message(value: Any) -> bool:
     )
 
 
-def joined(before: list[Message], answer: list[Message]) -> list[Message]:
-    """A prompt with its answer, which may be the whole conversation once more.
+def join_response(before: list[Message], response: list[Message]) -> list[Message]:
+    """Append a response to its prompt.
 
-    Then the prompt counts for nothing but a system message that the conversation lacks.
+    If `response` is the whole conversation, only a system message that it lacks is taken from the prompt.
     """
-    if answer[0]["role"] not in ("system", "developer", "user"):
-        return [*before, *answer]
-    system = before[:1] if before and before[0]["role"] == "system" != answer[0]["role"] else []
-    return [*system, *answer]
+    if response[0]["role"] not in ("system", "developer", "user"):
+        return [*before, *response]
+    system = before[:1] if before and before[0]["role"] == "system" != response[0]["role"] else []
+    return [*system, *response]
 
 
 def _has_gaps(tool: Any) -> bool:
-    """Whether a tool has properties without a schema, because other tools have such: a table made it."""
+    """Whether a tool has properties that are None: it comes from a table, in which other tools have them."""
     if isinstance(tool, list | tuple):
         return any(map(_has_gaps, tool))
     if not isinstance(tool, Mapping):
@@ -223,30 +228,30 @@ def _has_gaps(tool: Any) -> bool:
     return (isinstance(properties, Mapping) and None in properties.values()) or any(map(_has_gaps, tool.values()))
 
 
-def _cleaned(messages: Sequence[Any], filled: bool) -> list[Any]:
-    """Messages without the None that stand for missing keys, role and content first.
+def _clean(messages: Sequence[Any], is_filled: bool) -> list[Any]:
+    """Remove the None of missing keys from messages, and put role and content first.
 
-    Tables (Parquet, the Hub, and JSON that was written from such) have all keys in all messages. Where that shows,
-    arguments of tool calls lose their None too; otherwise a null there is what a model wrote.
+    In tables (Parquet, the Hub, and JSON written from them) all messages have all keys. If messages show that they come
+    from a table, None is removed from arguments of tool calls too; otherwise a null there was written by a model.
     """
-    given = [message for message in messages if isinstance(message, Mapping)]
-    filled = filled or any(m[key] is None for m in given for key in m if key != "content")
-    return [_message(m, filled) if isinstance(m, Mapping) else m for m in messages]
+    objects = [message for message in messages if isinstance(message, Mapping)]
+    is_filled = is_filled or any(m[key] is None for m in objects for key in m if key != "content")
+    return [_clean_message(m, is_filled) if isinstance(m, Mapping) else m for m in messages]
 
 
-def _message(message: Mapping[str, Any], filled: bool) -> Message:
+def _clean_message(message: Mapping[str, Any], is_filled: bool) -> Message:
     first = {key: message[key] for key in ("role", "content") if key in message}
     rest = {str(key): value for key, value in message.items() if key not in first and value is not None}
-    as_it_is = isinstance(message.get("content"), Mapping) and not filled  # what a tool returned
-    return {k: v if k == "content" and as_it_is else _pruned(v, filled) for k, v in (first | rest).items()}
+    is_tool_result = isinstance(message.get("content"), Mapping) and not is_filled
+    return {k: v if k == "content" and is_tool_result else _prune(v, is_filled) for k, v in (first | rest).items()}
 
 
-def _pruned(value: Any, filled: bool) -> Any:
-    """Without keys that are None; inside of arguments only if `filled`."""
+def _prune(value: Any, is_filled: bool) -> Any:
+    """Remove keys that are None; in arguments of tool calls only if `is_filled`."""
     if isinstance(value, Mapping):
         return {
-            str(key): inner if key in ("arguments", "parameters") and not filled else _pruned(inner, filled)
+            str(key): inner if key in ("arguments", "parameters") and not is_filled else _prune(inner, is_filled)
             for key, inner in value.items()
             if inner is not None
         }
-    return [_pruned(inner, filled) for inner in value] if isinstance(value, list | tuple) else value
+    return [_prune(inner, is_filled) for inner in value] if isinstance(value, list | tuple) else value

@@ -1,51 +1,52 @@
-"""The DataModule of pairs with rewards that someone else sampled and scored."""
+"""The DataModule of pairs that were sampled and scored elsewhere."""
 
 from collections.abc import Sequence
 from typing import Any
 
 from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.base_datamodule import PairsDataModule
+from rlhf_pl.data.group_batches import GroupDataset
 from rlhf_pl.data.held_out import check_held_out, hold_out
+from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
 from rlhf_pl.data.offline_pairs import OfflinePair, PairReader, describe_dropped
 from rlhf_pl.data.options import check_policy_module
 from rlhf_pl.data.overflow import read_groups
-from rlhf_pl.data.pair_batches import GroupDataset, RoundBatches, RoundLoader
-from rlhf_pl.data.run_limits import is_over, limit_epoch, nothing_left
+from rlhf_pl.data.run_limits import is_run_over, limit_epoch, make_empty_loader
 from rlhf_pl.models.chat_template import check_template_kwargs
 from rlhf_pl.store.round_store import Round, RoundStore
-from rlhf_pl.utils.errors import InputError, at_least, finite
-from rlhf_pl.utils.run_date import keep_run_date, take_run_date
+from rlhf_pl.utils.errors import InputError, check_at_least, check_finite
+from rlhf_pl.utils.run_date import save_run_date, set_run_date
 
 
 class OfflineDataModule(PairsDataModule):
-    """Pairs with rewards as the one round of a run that samples nothing.
+    """Pairs with rewards, as the only round of a run that does not sample.
 
-    A row has `prompt`, `chosen`, `rejected`, `chosen_reward` and `rejected_reward`; the columns of the authors'
-    published data (`reject`, `llama_chosen_tokens`, `chosen_logprob`, ...) are known. Token columns are trained on as
-    they are, without their padding. The log-probs of the old policy are computed once, from the policy as it starts,
-    and kept in the run directory. Every epoch is one more pass over the same pairs.
+    A row has `prompt`, `chosen`, `rejected`, `chosen_reward` and `rejected_reward`. The columns of the authors'
+    published data (`reject`, `llama_chosen_tokens`, `chosen_logprob`, ...) are known. Token columns are used without
+    their padding. The log-probs under pi_old are computed once, by the initial policy, and stored in the run directory.
+    Every epoch is another pass over the same pairs.
 
     Args:
         pairs: A .jsonl, .json, .csv or .parquet file, or a Hub id.
-        columns: What your data calls the columns, such as `{"rejected_reward": "worst_score"}`.
+        columns: Our column names mapped to those of your data, e.g. `{"rejected_reward": "worst_score"}`.
         split: Split of a Hub data set.
-        system_prompt: Put in front of conversations that have none.
-        chat_template_kwargs: Further variables of the chat template, such as `{enable_thinking: false}`.
-        parse_dialogues: Take texts of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` for dialogues, and say how many
-            rows are such.
-        temperature: What the answers were drawn at; log-probs are at this temperature.
-        use_tokens: Take token columns where they are there, instead of tokenizing the texts.
-        use_logprobs: Take log-prob columns where they are there (they need the token columns).
-        max_prompt_tokens: Pairs with longer prompts are left out and counted.
-        max_response_tokens: Pairs with longer answers are left out and counted.
-        val_pairs: Held out: a share below 1, a number of pairs, or a file or Hub id of such.
-        split_seed: Chooses the held-out prompts.
-        batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
-        max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), prompts counted once. An
-            update then has the same pairs, divided into as many micro-batches as that takes; null for batch_size pairs
-            in each.
+        system_prompt: Prepended to conversations without a system prompt.
+        chat_template_kwargs: Further variables of the chat template, e.g. `{enable_thinking: false}`.
+        parse_dialogues: Read text of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` as a dialogue, and report the
+            number of such rows.
+        temperature: Temperature at which the responses were sampled; log-probs are at this temperature.
+        use_tokens: Use token columns, if a row has them, instead of tokenizing the texts.
+        use_logprobs: Use log-prob columns, if a row has them; they require the token columns.
+        max_prompt_tokens: Pairs with longer prompts are dropped and counted.
+        max_response_tokens: Pairs with longer responses are dropped and counted.
+        val_pairs: Held-out pairs: a share below 1, a number of pairs, or a file or Hub id.
+        split_seed: Selects the held-out prompts.
+        batch_size: Pairs per micro-batch and device. An update has batch_size x accumulate_grad_batches x devices.
+        max_tokens_per_batch: Maximum tokens of a micro-batch, prompts counted once; only a single pair may be longer.
+            An update keeps its pairs and is divided into as many micro-batches as needed. null for batch_size pairs per
+            micro-batch.
         num_workers: Loader processes.
-        seed: Shuffles the pairs; null takes the run's `seed_everything`.
+        seed: Shuffles the pairs; null for the run's `seed_everything`.
     """
 
     def __init__(
@@ -79,9 +80,9 @@ class OfflineDataModule(PairsDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        at_least("data", max_prompt_tokens=(max_prompt_tokens, 1), max_response_tokens=(max_response_tokens, 1))
+        check_at_least("data", max_prompt_tokens=(max_prompt_tokens, 1), max_response_tokens=(max_response_tokens, 1))
         check_held_out("data.val_pairs", val_pairs)
-        finite("data", temperature=temperature)
+        check_finite("data", temperature=temperature)
         if not temperature > 0:
             raise InputError(f"`data.temperature` must be above 0, got {temperature}.")
         self.source, self.temperature = pairs, temperature
@@ -94,7 +95,7 @@ class OfflineDataModule(PairsDataModule):
 
     @property
     def longest_tokens(self) -> int:
-        """Of the longest prompt with its response."""
+        """Number of tokens of the longest prompt with its response."""
         return max(len(p.prompt_tokens) + max(map(len, p.tokens)) for p in [*self.train_set, *self.val_set])
 
     @property
@@ -114,7 +115,7 @@ class OfflineDataModule(PairsDataModule):
         module: Any = self._trainer.lightning_module
         check_policy_module(module, self)
         check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
-        take_run_date(self._trainer)
+        set_run_date(self._trainer)
         reader = PairReader(
             model=module.source,
             columns=self.columns,
@@ -136,29 +137,29 @@ class OfflineDataModule(PairsDataModule):
         self.dropped = reader.dropped
 
     def describe(self) -> str:
-        """What there is to train on, in a line."""
+        """A line with the number of pairs."""
         left_out = f"; left out: {describe_dropped(self.dropped)}" if self.dropped else ""
         return f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out{left_out}"
 
     def train_dataloader(self) -> Any:
-        if is_over(self._trainer):  # a finished run that is started again
-            return nothing_left(self._trainer)
+        if is_run_over(self._trainer):  # a finished run that is started again
+            return make_empty_loader(self._trainer)
         epoch = rounds_done(self._trainer)
-        keep_run_date(self._trainer)
+        save_run_date(self._trainer)
         if self._source is not None:
             self._source.prepare_round(0)
-        dataset = self._pairs(self.stored)
+        dataset = self._read_groups(self.stored)
         batches = limit_epoch(self._trainer, self.accumulate_over(self._batches(epoch, dataset)))
-        return RoundLoader(dataset, batches, epoch, self.num_workers)
+        return ResumableLoader(dataset, batches, epoch, self.num_workers)
 
-    def divide(self, epoch: int) -> RoundBatches:
-        return self._batches(epoch, self._pairs(self.stored))
+    def divide(self, epoch: int) -> MicroBatchSampler:
+        return self._batches(epoch, self._read_groups(self.stored))
 
     def training_steps(self, epoch: int, lengths: Sequence[int]) -> list[list[list[int]]]:
-        """How `epoch` trains on pairs of these lengths: those of each micro-batch, of each rank."""
+        """Indices of the pairs of each micro-batch and rank of an epoch, for pairs of these lengths."""
         return self._divide(f"{self.seed}:{epoch}", len(lengths), lengths).steps()
 
-    def _batches(self, epoch: int, dataset: GroupDataset) -> RoundBatches:
+    def _batches(self, epoch: int, dataset: GroupDataset) -> MicroBatchSampler:
         module: Any = self._trainer.lightning_module
         counts = dataset.counts(module.loss)
         return self._divide(f"{self.seed}:{epoch}", len(dataset), dataset.lengths(), counts=counts)
@@ -168,12 +169,14 @@ class OfflineDataModule(PairsDataModule):
             return []
         if self._source is not None:
             self._source.prepare_round(0)
-        dataset = self._pairs(self.stored_held_out)
+        dataset = self._read_groups(self.stored_held_out)
         batches = self._held_out_batches(len(dataset), dataset.lengths())
-        return RoundLoader(dataset, batches, 0, self.num_workers)
+        return ResumableLoader(dataset, batches, 0, self.num_workers)
 
-    def _pairs(self, stored: Round) -> GroupDataset:
+    def _read_groups(self, stored: Round) -> GroupDataset:
         if not stored.is_complete("logps"):
-            raise InputError(f"The log-probs of {stored.path} are missing: give the Trainer OfflineLogps().")
+            raise InputError(
+                f"The log-probs of {stored.path} are missing: add OfflineLogps() to the Trainer's callbacks."
+            )
         module: Any = self._trainer.lightning_module
         return read_groups(module, stored, self.temperature, "`data.pairs`")

@@ -1,78 +1,78 @@
-"""The groups of a stored round for a module: with all that its loss needs, and with rewards that it can take."""
+"""Reads the prompt groups of a stored round for a module, and checks that its loss does not overflow on them."""
 
 import torch
 from torch import Tensor
 
 from rlhf_pl.algorithms.policy_loss import PolicyLoss, reward_margins
 from rlhf_pl.algorithms.prompt_groups import PromptGroups
-from rlhf_pl.data.pair_batches import GroupDataset
+from rlhf_pl.data.group_batches import GroupDataset
 from rlhf_pl.data.policy_module import PolicyModule
-from rlhf_pl.data.stored_groups import stored_groups, stored_numbers
+from rlhf_pl.data.stored_groups import read_stored_groups, read_stored_logps
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 
-_AT_ONCE = 4096  # groups, so that per-token numbers of a round are not in memory together
+_GROUPS_AT_ONCE = 4096  # limits the per-token log-probs that are in memory at a time
 
 
 def read_groups(module: PolicyModule, stored: Round, temperature: float, rewards: str) -> GroupDataset:
-    """The groups of a stored round whose stage `logps` is complete.
+    """Read the prompt groups of a stored round whose stage `logps` is complete.
 
     Args:
-        module: What trains on them.
+        module: The module that trains on them.
         stored: The round.
-        temperature: That its responses were sampled at.
-        rewards: What the rewards are called, for errors.
+        temperature: Temperature at which its responses were sampled.
+        rewards: Name of the source of the rewards, for errors.
 
     Raises:
-        InputError: The round was prepared for another loss, or the loss can't take its rewards.
+        InputError: The round was prepared for another loss, or the loss overflows with its rewards.
     """
-    loss, groups = type(module.loss).__name__, stored_groups(stored)
-    if module.loss.per == "pair" and not groups.pairs:
-        raise InputError(f"`model.loss` {loss} is on pairs, but {stored.path} was prepared without.")
-    numbers = stored_numbers(stored.read("logps"), groups)
+    loss, groups = type(module.loss).__name__, read_stored_groups(stored)
+    if module.loss.per == "pair" and not groups.are_pairs:
+        raise InputError(f"`model.loss` {loss} requires pairs, but {stored.path} was prepared without pairs.")
+    numbers = read_stored_logps(stored.read("logps"), groups)
     if missing := sorted(name for name in module.needs if name != "rewards" and name not in numbers):
         raise InputError(
-            f"`model.loss` {loss} with `model.kl_coef` {module.kl_coef} needs {', '.join(missing)}, but {stored.path} "
-            "was prepared without."
+            f"`model.loss` {loss} with `model.kl_coef` {module.kl_coef} requires {', '.join(missing)}, which "
+            f"{stored.path} lacks."
         )
     used = {name: values for name, values in numbers.items() if name in module.needs}
     dataset = GroupDataset(groups, used, temperature)
-    refuse_overflow(module, dataset, rewards)
+    check_overflow(module, dataset, rewards)
     return dataset
 
 
 @torch.no_grad()
-def refuse_overflow(module: PolicyModule, dataset: GroupDataset, rewards: str) -> None:
-    """Refuse groups whose loss is not finite for the policy that sampled them, whose log-ratios are 0.
+def check_overflow(module: PolicyModule, dataset: GroupDataset, rewards: str) -> None:
+    """Raise if the loss of a group is not finite under pi_old, where all log-ratios are 0.
 
     Args:
-        module: Its loss, and the KL penalty that it adds to rewards.
+        module: The module with the loss and the weight of the KL penalty in the rewards.
         dataset: All groups of a round.
-        rewards: What the rewards are called, for the error.
+        rewards: Name of the source of the rewards, for the error.
 
     Raises:
-        InputError: Names the first such group with its rewards.
+        InputError: A group overflows; the error names the first one with its rewards.
     """
-    found: list[int] = []
+    overflows: list[int] = []
     message = ""
-    for start in range(0, len(dataset), _AT_ONCE):
-        numbers = range(start, min(start + _AT_ONCE, len(dataset)))
-        groups = dataset.before_training(numbers, module.kl_coef, module.device)
-        wrong = _overflowing(module.loss, groups)
-        if wrong and not found:
-            message = _rewards(dataset, start + wrong[0], groups, wrong[0], module.loss)
-        found += wrong
-    if found:
+    for start in range(0, len(dataset), _GROUPS_AT_ONCE):
+        numbers = range(start, min(start + _GROUPS_AT_ONCE, len(dataset)))
+        groups = dataset.groups_before_training(numbers, module.kl_coef, module.device)
+        found = _find_overflows(module.loss, groups)
+        if found and not overflows:
+            message = _describe_rewards(dataset, start + found[0], groups, found[0], module.loss)
+        overflows += found
+    if overflows:
         unit = "pairs" if module.loss.per == "pair" else "prompt groups"
         raise InputError(
-            f"{rewards}: {message} whose loss overflows float32 ({len(found)} of {len(dataset)} {unit}). Scale the "
+            f"{rewards}: {message} whose loss overflows float32 ({len(overflows)} of {len(dataset)} {unit}). Scale the "
             "rewards (--rollout.shaping.normalize round), or lower `model.loss.eta`, `model.kl_coef` or the penalties "
             "of `rollout.shaping`."
         )
 
 
-def _overflowing(loss: PolicyLoss, groups: PromptGroups) -> list[int]:
-    """Numbers of the groups with a loss that is not finite."""
+def _find_overflows(loss: PolicyLoss, groups: PromptGroups) -> list[int]:
+    """Indices of the groups whose loss is not finite."""
     finite = loss.losses(groups).isfinite().flatten()
     if finite.all():
         return []
@@ -80,7 +80,7 @@ def _overflowing(loss: PolicyLoss, groups: PromptGroups) -> list[int]:
         finite = _all_of(finite, groups.sizes)
     elif loss.per == "token" and len(finite) == len(groups.token_logps):
         finite = _all_of(_all_of(finite, groups.lengths), groups.sizes)
-    # a loss that leaves elements out does not tell whose the others are
+    # if a loss omits elements, the groups of the others are unknown
     return (~finite).nonzero().flatten().tolist() if len(finite) == len(groups.sizes) else [0]
 
 
@@ -89,8 +89,8 @@ def _all_of(finite: Tensor, lengths: Tensor) -> Tensor:
     return torch.segment_reduce(finite.float(), "min", lengths=lengths, unsafe=True, initial=1) > 0
 
 
-def _rewards(dataset: GroupDataset, group: int, groups: PromptGroups, place: int, loss: PolicyLoss) -> str:
-    """The rewards of a group in words."""
+def _describe_rewards(dataset: GroupDataset, group: int, groups: PromptGroups, place: int, loss: PolicyLoss) -> str:
+    """Describe the rewards of a group: `group` is its index in the data set, `place` that in `groups`."""
     rows = dataset.stored.rows(group)
     values = dataset.rewards[torch.from_numpy(rows)].tolist()
     prompt_id = dataset.stored.prompt_ids[int(rows[0])].as_py()

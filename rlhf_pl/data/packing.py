@@ -1,4 +1,4 @@
-"""Several examples in a row, without seeing each other."""
+"""Packs several tokenized conversations into a row; they do not attend to each other."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ class Example:
 
     Args:
         ids: Token ids.
-        mask: True at the tokens that are learned.
+        mask: True at the tokens that the loss is computed on.
     """
 
     ids: Sequence[int]
@@ -26,13 +26,13 @@ class Example:
 
 
 def fill_rows(order: Sequence[int], lengths: Sequence[int], max_tokens: int, window: int = 64) -> list[list[int]]:
-    """Examples in rows of at most `max_tokens`: first fit among the last `window` open rows, in the order given.
+    """Assign examples to rows of at most `max_tokens`, by first fit among the last `window` rows.
 
     Args:
-        order: Numbers of the examples.
-        lengths: Tokens of each example, by its number; none above `max_tokens`.
-        max_tokens: Longest row.
-        window: Rows that are tried; older ones stay as they are.
+        order: Indices of the examples, in the order of assignment.
+        lengths: Number of tokens of each example by index, at most `max_tokens`.
+        max_tokens: Maximum tokens of a row.
+        window: Number of rows that are tried; earlier rows are closed.
     """
     rows: list[list[int]] = []
     room: list[int] = []
@@ -49,9 +49,9 @@ def fill_rows(order: Sequence[int], lengths: Sequence[int], max_tokens: int, win
 
 
 def pack_examples(examples: Sequence[Example]) -> PackedBatch:
-    """Examples, which do not see each other, with their learned tokens as the wanted ones.
+    """Pack examples, which do not attend to each other; the targets are the tokens under the masks.
 
-    An example's first token is never learned: nothing precedes it.
+    The first token of an example is never a target: no token precedes it.
     """
     masks = [torch.tensor([False, *e.mask[1:]]) for e in examples]
     sizes = torch.tensor([len(e) for e in examples])

@@ -11,7 +11,7 @@ from torch.utils.data import Dataset
 
 from rlhf_pl.algorithms.agreement import longer_text
 from rlhf_pl.data.preferences import Preference
-from rlhf_pl.data.tokenizing import Recipe, token_lists, token_table
+from rlhf_pl.data.tokenizing import Recipe, iterate_token_lists, make_token_table
 from rlhf_pl.models.packed_batch import make_prefix_group
 from rlhf_pl.models.packed_layout import Layout, to_device
 from rlhf_pl.models.rendering import Rendered, Renderer, padded
@@ -23,11 +23,11 @@ class PreferenceBatch:
     """B comparisons.
 
     Args:
-        inputs: What `ClassifierLM` takes for 2B scores: of each comparison that of the chosen, then of the rejected.
-        labels: Probability that the chosen answer is better, shape (B,), float32.
-        margins: By how much its score should be higher, shape (B,), float32, reward units.
-        longer: Whether the chosen answer is the longer text: 1, 0.5 for equal lengths, 0; shape (B,), float32.
-        weight: Factor on the mean loss, so that an update's gradient is the mean over its pairs.
+        inputs: Arguments of `ClassifierLM` for 2B scores: for each comparison the chosen response, then the rejected.
+        labels: Probability that the chosen response is better, shape (B,), float32.
+        margins: Minimum difference of the scores, shape (B,), float32, reward units.
+        longer: 1 if the text of the chosen response is longer, 0.5 for equal lengths, else 0; shape (B,), float32.
+        weight: Factor on the mean loss that makes an update's gradient the mean over its pairs.
     """
 
     def __init__(
@@ -49,9 +49,9 @@ class PreferenceDataset(Dataset):
 
     Args:
         pairs: The comparisons.
-        render: The reward model's.
-        config: The reward model's.
-        chat_template_kwargs: Further variables of its chat template.
+        render: Renderer of the reward model.
+        config: Config of the reward model.
+        chat_template_kwargs: Further variables of the chat template.
         option: The option that names the source, for errors.
     """
 
@@ -64,7 +64,7 @@ class PreferenceDataset(Dataset):
         option: str = "data.preferences",
     ) -> None:
         self.pairs, self.config = pairs, config
-        self.rows = _rendered(pairs, render, chat_template_kwargs, option)
+        self.rows = _render_pairs(pairs, render, chat_template_kwargs, option)
         self.pad_id, self.shares_prompts = 0, False
         self.truncated = sum(row.truncated_tokens > 0 for both in self.rows for row in both)
 
@@ -72,20 +72,20 @@ class PreferenceDataset(Dataset):
         return len(self.pairs)
 
     def lengths(self) -> list[int]:
-        """Tokens of each pair: without what both have in common a second time, or both rows as long as the longer."""
+        """Number of tokens of each pair: the common prefix counted once, or both rows padded to the longer one."""
         if self.shares_prompts:
-            return [sum(map(len, both)) - common for both, common in zip(self.rows, self._common, strict=True)]
+            return [sum(map(len, both)) - common for both, common in zip(self.rows, self._prefix_lengths, strict=True)]
         return [2 * max(map(len, both)) for both in self.rows]
 
     @cached_property
-    def _common(self) -> list[int]:
-        """With how many tokens the two rows of each pair begin alike."""
+    def _prefix_lengths(self) -> list[int]:
+        """Length of the common prefix of the two rows of each pair, in tokens."""
         return [shared_prefix_length([row.ids for row in both], self.config) for both in self.rows]
 
     def _inputs(self, indices: Sequence[int]) -> dict[str, Any]:
         if self.shares_prompts:
-            trees = [make_prefix_group([row.ids for row in self.rows[i]], self._common[i]) for i in indices]
-            return prefix_group_inputs(trees)
+            groups = [make_prefix_group([row.ids for row in self.rows[i]], self._prefix_lengths[i]) for i in indices]
+            return prefix_group_inputs(groups)
         return padded([row for i in indices for row in self.rows[i]], self.pad_id)
 
     def __getitems__(self, request: tuple[list[int], float]) -> PreferenceBatch:
@@ -104,10 +104,10 @@ class PreferenceDataset(Dataset):
 _NO_TURN = -1
 
 
-def _rendered(
+def _render_pairs(
     pairs: Sequence[Preference], render: Renderer, kwargs: Mapping[str, Any] | None, option: str
 ) -> list[list[Rendered]]:
-    """Both conversations of each pair."""
+    """Render and tokenize both conversations of each pair."""
 
     def encode(pair: Preference) -> list[Sequence[int]]:
         columns: list[Sequence[int]] = []
@@ -118,15 +118,15 @@ def _rendered(
         return columns
 
     names = [f"{which}_{what}" for which in ("chosen", "rejected") for what in ("ids", "facts", "types")]
-    # a pair of texts is cut by a setting of the tokenizer's, which threads would share
+    # to truncate a pair of texts, a setting of the tokenizer is changed, which threads would share
     recipe = Recipe(render.tokenizer, [render.settings, kwargs], option, threads=not render.pair_encoding)
-    table = token_table(pairs, encode, names, recipe, lambda pair: [pair.messages, pair.responses, pair.tools])
+    table = make_token_table(pairs, encode, names, recipe, lambda pair: [pair.messages, pair.responses, pair.tools])
     return [
-        [_row(*columns[:3]), _row(*columns[3:])]
-        for columns in zip(*(token_lists(table, n) for n in names), strict=True)
+        [_unpack_row(*columns[:3]), _unpack_row(*columns[3:])]
+        for columns in zip(*(iterate_token_lists(table, n) for n in names), strict=True)
     ]
 
 
-def _row(ids: np.ndarray, facts: np.ndarray, types: np.ndarray) -> Rendered:
+def _unpack_row(ids: np.ndarray, facts: np.ndarray, types: np.ndarray) -> Rendered:
     turn, truncated = facts.tolist()
     return Rendered(ids.tolist(), None if turn == _NO_TURN else turn, truncated, tuple(types.tolist()))

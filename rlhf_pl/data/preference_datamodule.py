@@ -6,14 +6,14 @@ from typing import Any, Literal
 from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.base_datamodule import PairsDataModule
 from rlhf_pl.data.held_out import check_held_out, hold_out, prompt_key
+from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
 from rlhf_pl.data.options import check_module
-from rlhf_pl.data.pair_batches import RoundBatches, RoundLoader
 from rlhf_pl.data.preference_batches import PreferenceBatch, PreferenceDataset
 from rlhf_pl.data.preferences import Preference, load_preferences
-from rlhf_pl.data.run_limits import is_over, limit_epoch, nothing_left
+from rlhf_pl.data.run_limits import is_run_over, limit_epoch, make_empty_loader
 from rlhf_pl.models.chat_template import check_template_kwargs
-from rlhf_pl.utils.errors import at_least
-from rlhf_pl.utils.run_date import keep_run_date, take_run_date
+from rlhf_pl.utils.errors import check_at_least
+from rlhf_pl.utils.run_date import save_run_date, set_run_date
 
 
 class PreferenceDataModule(PairsDataModule):
@@ -21,24 +21,24 @@ class PreferenceDataModule(PairsDataModule):
 
     Args:
         preferences: A .jsonl, .json, .csv or .parquet file, or a Hub id.
-        columns: What your data calls the columns `prompt`, `chosen`, `rejected`, `label`, `margin` and `tools`.
+        columns: The columns `prompt`, `chosen`, `rejected`, `label`, `margin` and `tools` mapped to those of your data.
         split: Split of a Hub data set.
-        system_prompt: Put in front of conversations that have none.
-        chat_template_kwargs: Further variables of the chat template, such as `{enable_thinking: false}`.
-        parse_dialogues: Take texts of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` for dialogues, and say how many
-            rows are such.
+        system_prompt: Prepended to conversations without a system prompt.
+        chat_template_kwargs: Further variables of the chat template, e.g. `{enable_thinking: false}`.
+        parse_dialogues: Read text of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` as a dialogue, and report the
+            number of such rows.
         ties: `drop` rows without a preference, or keep them with the label 0.5 (`half`).
-        on_wrong_pairs: What becomes of rows with equal or empty answers: `error`, or `drop`, which counts them.
-        val_preferences: Held out: a share below 1, a number of pairs, or a file or Hub id of such. All pairs of a
-            prompt are on the same side.
-        split_seed: Chooses the held-out prompts.
-        max_tokens: Longer conversations are cut from the left of the prompt, and counted.
-        batch_size: Pairs per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
-        max_tokens_per_batch: Tokens of a micro-batch at most (a single longer pair aside), what both rows of a pair
-            begin with counted once; for models that can't share it, both rows as long as the longer one. An update then
-            has the same pairs, divided into as many micro-batches as that takes; null for batch_size pairs in each.
+        on_wrong_pairs: For rows with equal or empty responses: `error`, or `drop` and count them.
+        val_preferences: Held-out pairs: a share below 1, a number of pairs, or a file or Hub id. All pairs of a prompt
+            are on the same side.
+        split_seed: Selects the held-out prompts.
+        max_tokens: Longer conversations are truncated at the left of the prompt, and counted.
+        batch_size: Pairs per micro-batch and device. An update has batch_size x accumulate_grad_batches x devices.
+        max_tokens_per_batch: Maximum tokens of a micro-batch; only a single pair may be longer. The common prefix of a
+            pair counts once; for models that can't share it, both rows count as the longer one. An update keeps its
+            pairs and is divided into as many micro-batches as needed. null for batch_size pairs per micro-batch.
         num_workers: Loader processes.
-        seed: Shuffles the pairs; null takes the run's `seed_everything`.
+        seed: Shuffles the pairs; null for the run's `seed_everything`.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class PreferenceDataModule(PairsDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        at_least("data", max_tokens=(max_tokens, 2))
+        check_at_least("data", max_tokens=(max_tokens, 2))
         check_held_out("data.val_preferences", val_preferences)
         self.source, self.ties, self.on_wrong_pairs = preferences, ties, on_wrong_pairs
         self.val_source, self.split_seed, self.max_tokens = val_preferences, split_seed, max_tokens
@@ -86,13 +86,13 @@ class PreferenceDataModule(PairsDataModule):
         check_module(module, self, PreferenceBatch)
         render, kwargs = module.renderer(self.max_tokens), self.chat_template_kwargs
         check_template_kwargs(render.tokenizer, kwargs, "data.chat_template_kwargs")
-        take_run_date(self._trainer)
+        set_run_date(self._trainer)
         pairs = self._load(self.source, "data.preferences")
-        wanted, val_option = self.val_source, "data.val_preferences"
+        val_source, val_option = self.val_source, "data.val_preferences"
         train, val = hold_out(
-            pairs, wanted, val_option, self._load, lambda p: prompt_key(p.messages), seed=self.split_seed
+            pairs, val_source, val_option, self._load, lambda p: prompt_key(p.messages), seed=self.split_seed
         )
-        val_option = val_option if isinstance(wanted, str) else "data.preferences"
+        val_option = val_option if isinstance(val_source, str) else "data.preferences"
         config = module.source.config
         train_set = PreferenceDataset(train, render, config, kwargs)
         self.train_set, self.val_set = train_set, PreferenceDataset(val, render, config, kwargs, val_option)
@@ -116,13 +116,13 @@ class PreferenceDataModule(PairsDataModule):
         return found.pairs
 
     def describe(self) -> str:
-        """What there is to train on, in a line."""
+        """A line with the number of pairs."""
         assert self.train_set is not None
         assert self.val_set is not None
         notes = [f"{count} left out ({reason.replace('_', ' ')})" for reason, count in self.dropped.items() if count]
         truncated = self.train_set.truncated + self.val_set.truncated
         if truncated:
-            notes.append(f"{truncated} conversations cut to {self.max_tokens} tokens")
+            notes.append(f"{truncated} conversations truncated to {self.max_tokens} tokens")
         return "; ".join([f"Pairs: {len(self.train_set)} for training, {len(self.val_set)} held out", *notes])
 
     def trained_rows(self) -> Iterable[Any]:
@@ -131,30 +131,30 @@ class PreferenceDataModule(PairsDataModule):
 
     def train_dataloader(self) -> Any:
         assert self.train_set is not None
-        if is_over(self._trainer):  # a finished run that is started again
-            return nothing_left(self._trainer)
+        if is_run_over(self._trainer):  # a finished run that is started again
+            return make_empty_loader(self._trainer)
         epoch = rounds_done(self._trainer)
-        keep_run_date(self._trainer)
+        save_run_date(self._trainer)
         return self._loader(self.train_set, limit_epoch(self._trainer, self.accumulate_over(self.divide(epoch))), epoch)
 
-    def divide(self, epoch: int) -> RoundBatches:
+    def divide(self, epoch: int) -> MicroBatchSampler:
         assert self.train_set is not None
-        self._follow_module()
+        self._use_model_layout()
         return self._divide(f"{self.seed}:{epoch}", len(self.train_set), self.train_set.lengths())
 
     def val_dataloader(self) -> Any:
         assert self.val_set is not None
         if len(self.val_set) == 0:
             return []
-        self._follow_module()
+        self._use_model_layout()
         batches = self._held_out_batches(len(self.val_set), self.val_set.lengths())
         return self._loader(self.val_set, batches, 0)
 
-    def _loader(self, dataset: PreferenceDataset, batches: RoundBatches, epoch: int) -> RoundLoader:
-        return RoundLoader(dataset, batches, epoch, self.num_workers)
+    def _loader(self, dataset: PreferenceDataset, batches: MicroBatchSampler, epoch: int) -> ResumableLoader:
+        return ResumableLoader(dataset, batches, epoch, self.num_workers)
 
-    def _follow_module(self) -> None:
-        """Make the rows that the model takes, which is loaded by now."""
+    def _use_model_layout(self) -> None:
+        """Make batches in the layout that the loaded model supports: shared prefixes or padded rows."""
         module: Any = self._trainer.lightning_module
         for dataset in (self.train_set, self.val_set):
             assert dataset is not None

@@ -1,4 +1,4 @@
-"""Prompt rows: read from files or the Hub, checked one by one, split, and cut to the length limit."""
+"""Reads, checks and tokenizes prompts, and selects those of each round."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from typing import Any
 
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.message_reader import MessageReader
-from rlhf_pl.data.tokenizing import Recipe, token_lists, token_table
+from rlhf_pl.data.tokenizing import Recipe, iterate_token_lists, make_token_table
 from rlhf_pl.models.chat import Message, Tools, encode_prompt, with_system_prompt
 from rlhf_pl.utils.errors import InputError
 
@@ -21,11 +21,11 @@ class Prompt:
     """One row of prompt data.
 
     Args:
-        prompt_id: Unique name of the row.
-        messages: The conversation that the policy answers, system prompt included.
-        columns: The row's other columns; every row has the same ones.
-        token_ids: The conversation by the policy's chat template, 4 bytes a token; empty until `tokenize_prompts`.
-        tools: What the chat template is given as `tools`.
+        prompt_id: Unique id of the row.
+        messages: The conversation that the policy responds to, system prompt included.
+        columns: The row's other columns; all rows have the same.
+        token_ids: Token ids under the policy's chat template, 4 bytes per token; empty before `tokenize_prompts`.
+        tools: The `tools` of the chat template.
         chat_template_kwargs: Further variables of the chat template.
     """
 
@@ -38,7 +38,7 @@ class Prompt:
 
     @property
     def name(self) -> str:
-        """What errors call it."""
+        """Name of the prompt in errors."""
         return f"prompt_id {self.prompt_id!r}"
 
 
@@ -50,22 +50,22 @@ def load_prompts(
     parse_dialogues: bool = True,
     option: str = "data.prompts",
 ) -> list[Prompt]:
-    """All prompts of a file or a Hub data set.
+    """Load all prompts of a file or a Hub data set.
 
     A row has `prompt` (text, or a list of chat messages) or `messages` (a conversation), and may have `prompt_id` and
-    `tools`. A response at the end of a conversation is left out. Other columns go to the reward. Rows without
-    `prompt_id` are named by their number.
+    `tools`. A response at the end of a conversation is dropped. Other columns are passed to the reward. The id of a row
+    without `prompt_id` is made of its index.
 
     Args:
         source: A .jsonl, .json, .csv or .parquet file, or a Hub id.
-        columns: What the data calls our columns, such as `{"prompt": "question", "prompt_id": "id"}`.
-        system_prompt: Put in front of conversations that have none.
+        columns: Our column names mapped to those of the data, e.g. `{"prompt": "question", "prompt_id": "id"}`.
+        system_prompt: Prepended to conversations without a system prompt.
         split: Split of a Hub data set.
         parse_dialogues: Whether text that begins with `\\n\\nHuman:` and ends with `\\n\\nAssistant:` becomes messages.
         option: The option that names the source, for errors.
 
     Raises:
-        InputError: The source can't be read, or rows are wrong: up to 10 are listed.
+        InputError: The source can't be read, or rows are invalid: up to 10 are listed.
     """
     names = check_columns(columns, COLUMNS)
     reader = MessageReader(parse_dialogues)
@@ -75,8 +75,8 @@ def load_prompts(
     def parse(where: str, number: int, row: Row) -> Prompt:
         prompt = _parse_row(row, number, names, system_prompt, reader)
         if prompt.prompt_id in seen:
-            found = f"{prompt.prompt_id!r}, which is also that of {seen[prompt.prompt_id]}"
-            raise InputError(f"`{names.get('prompt_id', 'prompt_id')}` is {found}; expected one of its own")
+            found = f"{prompt.prompt_id!r}, as in {seen[prompt.prompt_id]}"
+            raise InputError(f"`{names.get('prompt_id', 'prompt_id')}` is {found}; expected a unique id")
         seen[prompt.prompt_id] = where
         others.update(dict.fromkeys(prompt.columns))
         return prompt
@@ -87,23 +87,23 @@ def load_prompts(
 
 
 def count_duplicates(prompts: Sequence[Prompt]) -> int:
-    """Prompts whose conversation an earlier one has too, under another id."""
+    """Number of prompts with the conversation and tools of an earlier prompt."""
     return len(prompts) - len({json.dumps([p.messages, p.tools], sort_keys=True, default=str) for p in prompts})
 
 
 def _parse_row(
     row: Row, number: int, columns: Mapping[str, str], system_prompt: str | None, reader: MessageReader
 ) -> Prompt:
-    there = [k for k in ("prompt", "messages") if columns.get(k, k) in row]
-    # tables of several sources have both columns, and None in one
-    key = next((k for k in there if row[columns.get(k, k)] is not None), there[0] if there else None)
+    present = [k for k in ("prompt", "messages") if columns.get(k, k) in row]
+    # tables merged from several sources have both columns, with None in one
+    key = next((k for k in present if row[columns.get(k, k)] is not None), present[0] if present else None)
     if key is None:
-        wanted = " or ".join(f"`{columns.get(k, k)}`" for k in ("prompt", "messages"))
+        required = " or ".join(f"`{columns.get(k, k)}`" for k in ("prompt", "messages"))
         raise InputError(
-            f"no column {wanted}; found {', '.join(map(str, row)) or 'none'}. Name yours with --data.columns.prompt"
+            f"no column {required}; found {', '.join(map(str, row)) or 'none'}. Name yours with --data.columns.prompt"
         )
     column = columns.get(key, key)
-    messages = reader.without_response(reader.prompt(row, column, whole=key == "messages"), column)
+    messages = reader.drop_response(reader.read_prompt(row, column, may_have_response=key == "messages"), column)
     id_column = columns.get("prompt_id", "prompt_id")
     prompt_id = row.get(id_column)
     if prompt_id is None:
@@ -113,7 +113,7 @@ def _parse_row(
     elif not isinstance(prompt_id, str | int) or isinstance(prompt_id, bool) or prompt_id == "":
         raise InputError(f"`{id_column}` is {prompt_id!r}; expected text or a whole number")
     tools_column = columns.get("tools", "tools")
-    tools = reader.tools(row, tools_column)
+    tools = reader.read_tools(row, tools_column)
     rest = {str(k): v for k, v in row.items() if k not in (column, id_column)}
     if tools_column in rest:
         rest[tools_column] = tools
@@ -127,13 +127,13 @@ def tokenize_prompts(
     chat_template_kwargs: Mapping[str, Any] | None = None,
     option: str = "data.prompts",
 ) -> tuple[list[Prompt], int]:
-    """The prompts with token ids that fit, and how many were too long.
+    """(tokenized prompts of at most `max_prompt_tokens` tokens, number of longer prompts).
 
     Raises:
-        InputError: The chat template can't render some: up to 10 are listed.
+        InputError: The chat template can't render some prompts: up to 10 are listed.
     """
     kwargs = dict(chat_template_kwargs or {})
-    table = token_table(
+    table = make_token_table(
         prompts,
         lambda prompt: [encode_prompt(tokenizer, prompt.messages, prompt.tools, kwargs)],
         ["ids"],
@@ -142,20 +142,20 @@ def tokenize_prompts(
     )
     kept = [
         replace(prompt, token_ids=array("i", ids.tobytes()), chat_template_kwargs=kwargs)
-        for prompt, ids in zip(prompts, token_lists(table, "ids"), strict=True)
+        for prompt, ids in zip(prompts, iterate_token_lists(table, "ids"), strict=True)
         if len(ids) <= max_prompt_tokens
     ]
     return kept, len(prompts) - len(kept)
 
 
-def prompts_of_round(prompts: Sequence[Prompt], round_index: int, per_round: int | None, seed: int) -> list[Prompt]:
-    """The prompts of one round: a pure function of its arguments.
+def select_prompts(prompts: Sequence[Prompt], round_index: int, per_round: int | None, seed: int) -> list[Prompt]:
+    """Select the prompts of one round: a pure function of its arguments.
 
-    The prompts are shuffled and cut into slices, a slice a round; when no whole slice is left they are shuffled anew.
-    So no prompt comes twice in a round, and none again before (almost) all others.
+    The prompts are shuffled and divided into slices, one per round. When no full slice is left, they are shuffled
+    again. So a round has no prompt twice, and (almost) all prompts are used before one is repeated.
     """
     size = len(prompts) if per_round is None else min(per_round, len(prompts))
-    turn, slot = divmod(round_index, len(prompts) // size)
+    cycle, part = divmod(round_index, len(prompts) // size)
     order = list(range(len(prompts)))
-    random.Random(f"{seed}:{turn}").shuffle(order)
-    return [prompts[i] for i in order[slot * size : (slot + 1) * size]]
+    random.Random(f"{seed}:{cycle}").shuffle(order)
+    return [prompts[i] for i in order[part * size : (part + 1) * size]]

@@ -1,4 +1,4 @@
-"""What makes rounds before a DataModule reads them."""
+"""The protocol of objects that prepare rounds."""
 
 from typing import Protocol
 
@@ -6,26 +6,26 @@ from typing import Protocol
 class RoundSource(Protocol):
     """Prepares the rounds that a DataModule serves; `PairsDataModule.prepare_with` takes one.
 
-    `RoundRefresh` samples, scores and pairs responses; `OfflineLogps` adds log-probs to pairs that someone else made.
-    Without a source the rounds must be in the run directory.
+    `RoundRefresh` samples, scores and pairs responses. `OfflineLogps` adds log-probs to pairs that were made elsewhere.
+    Without a source, the rounds must be in the run directory.
     """
 
     def prepare_round(self, index: int) -> None:
-        """Write what is missing of round `index` to the run directory, from the policy as it is.
+        """Write the missing stages of a round to the run directory, with the current policy.
 
-        All ranks call it together when Lightning requests the epoch's dataloader, once weights are restored. A round
-        that is there stays as it is.
+        All ranks call it together when Lightning requests the epoch's dataloader, after weights are restored. Complete
+        stages are not changed.
 
         Args:
-            index: Of the round, from 0; always 0 where all epochs train on the same pairs.
+            index: Index of the round, from 0; always 0 if all epochs train on the same pairs.
 
         Raises:
-            InputError: The round can't be made.
+            InputError: The round can't be prepared.
         """
 
     def finish_run(self, rounds: int) -> None:
-        """Measure the policy of a finished run that was started again; nothing is trained.
+        """Evaluate the policy of a finished run that is started again, without training.
 
         Args:
-            rounds: Rounds whose training is done.
+            rounds: Number of rounds that were trained on.
         """

@@ -1,4 +1,4 @@
-"""What the DataModules share: their options of reading and batching, the run's seed, the Trainer that they serve."""
+"""Base class of the DataModules: options for reading and batching, the seed, and access to the Trainer."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -8,8 +8,8 @@ from typing import Any
 import lightning as L
 
 from rlhf_pl.checkpointing.progress import run_seed
-from rlhf_pl.data.options import refuse_other_rows
-from rlhf_pl.utils.errors import at_least
+from rlhf_pl.data.options import check_same_rows
+from rlhf_pl.utils.errors import check_at_least
 from rlhf_pl.utils.fingerprints import rows_fingerprint
 
 
@@ -17,14 +17,14 @@ class RowsDataModule(L.LightningDataModule, ABC):
     """Rows of a file or of a Hub data set, tokenized by a chat template, in batches.
 
     Args:
-        columns: What the data calls our columns; None for the same.
+        columns: Our column names mapped to those of the data; None for the same names.
         split: Split of a Hub data set.
-        system_prompt: Put in front of conversations that have none.
+        system_prompt: Prepended to conversations without a system prompt.
         chat_template_kwargs: Further variables of the chat template.
         parse_dialogues: Whether text in the form of a dialogue becomes messages.
-        batch_size: Of a micro-batch, per device.
+        batch_size: Rows per micro-batch and device.
         num_workers: Loader processes.
-        seed: Shuffles the rows; None takes the run's `seed_everything`.
+        seed: Shuffles the rows; None for the run's `seed_everything`.
     """
 
     def __init__(
@@ -39,14 +39,14 @@ class RowsDataModule(L.LightningDataModule, ABC):
         seed: int | None,
     ) -> None:
         super().__init__()
-        at_least("data", batch_size=(batch_size, 1), num_workers=(num_workers, 0))
+        check_at_least("data", batch_size=(batch_size, 1), num_workers=(num_workers, 0))
         self.columns, self.split, self.system_prompt = columns, split, system_prompt
         self.chat_template_kwargs, self.parse_dialogues = chat_template_kwargs or {}, parse_dialogues
         self.batch_size, self.num_workers, self._seed = batch_size, num_workers, seed
 
     @property
     def seed(self) -> int:
-        """The run's seed."""
+        """The seed of this DataModule; by default that of the run."""
         return run_seed() if self._seed is None else self._seed
 
     @property
@@ -61,20 +61,20 @@ class RowsDataModule(L.LightningDataModule, ABC):
         """Read, check, split and tokenize the rows. Runs before any model loads."""
 
     def trained_rows(self) -> Iterable[Any] | None:
-        """What a checkpoint must find again of the rows that every epoch trains on; None where rounds bring them."""
+        """The rows of every epoch, which must not change between starts; None if rounds provide the rows."""
         return None
 
     def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint notes of the data."""
+        """A hash of the training rows, for the checkpoint."""
         return {} if self._rows_hash is None else {"rows": self._rows_hash}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Refuse to go on with other data than the checkpoint's."""
+        """Raise InputError if the checkpoint was trained on other rows."""
         if self._rows_hash is not None:
-            refuse_other_rows(state_dict, self.state_dict())
+            check_same_rows(state_dict, self.state_dict())
 
     @cached_property
     def _rows_hash(self) -> str | None:
-        """Every checkpoint asks for it, and the rows stay as they are."""
+        """Cached: every checkpoint stores it, and the rows do not change."""
         rows = self.trained_rows()
         return None if rows is None else rows_fingerprint(rows)

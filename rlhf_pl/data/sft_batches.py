@@ -14,8 +14,8 @@ class SFTBatch:
     """R rows of examples.
 
     Args:
-        rows: The examples of all rows.
-        weight: Factor on the mean loss, so that an update's gradient is the mean over its learned tokens.
+        rows: The packed examples of all rows.
+        weight: Factor on the mean loss that makes an update's gradient the mean over its target tokens.
     """
 
     def __init__(self, rows: PackedBatch, weight: float = 1.0) -> None:
@@ -31,7 +31,7 @@ class SFTDataset(Dataset):
 
     Args:
         examples: Tokenized conversations.
-        rows: Numbers of the examples in each row.
+        rows: Indices of the examples in each row.
     """
 
     def __init__(self, examples: Sequence[Example], rows: Sequence[Sequence[int]]) -> None:
@@ -41,11 +41,11 @@ class SFTDataset(Dataset):
         return len(self.rows)
 
     def lengths(self) -> list[int]:
-        """Tokens of each row."""
+        """Number of tokens of each row."""
         return [sum(len(self.examples[i]) for i in row) for row in self.rows]
 
-    def learned(self) -> list[int]:
-        """Learned tokens of each row."""
+    def target_counts(self) -> list[int]:
+        """Number of target tokens of each row."""
         return [sum(sum(self.examples[i].mask[1:]) for i in row) for row in self.rows]
 
     def __getitems__(self, request: tuple[list[int], float]) -> SFTBatch:

@@ -8,18 +8,18 @@ from typing import Any, Literal
 from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.conversations import Conversation, load_conversations
 from rlhf_pl.data.held_out import check_held_out, hold_out, prompt_key
+from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
 from rlhf_pl.data.options import check_module
 from rlhf_pl.data.packing import Example, fill_rows
-from rlhf_pl.data.pair_batches import RoundBatches, RoundLoader
 from rlhf_pl.data.rows_datamodule import RowsDataModule
-from rlhf_pl.data.run_limits import is_over, limit_epoch, nothing_left
+from rlhf_pl.data.run_limits import is_run_over, limit_epoch, make_empty_loader
 from rlhf_pl.data.sft_batches import SFTBatch, SFTDataset
-from rlhf_pl.data.tokenizing import Recipe, token_lists, token_table
+from rlhf_pl.data.tokenizing import Recipe, iterate_token_lists, make_token_table
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.models.chat import encode_conversation
 from rlhf_pl.models.chat_template import check_template_kwargs
-from rlhf_pl.utils.errors import InputError, at_least
-from rlhf_pl.utils.run_date import keep_run_date, take_run_date
+from rlhf_pl.utils.errors import InputError, check_at_least
+from rlhf_pl.utils.run_date import save_run_date, set_run_date
 
 
 class SFTDataModule(RowsDataModule):
@@ -28,21 +28,21 @@ class SFTDataModule(RowsDataModule):
     Args:
         conversations: A .jsonl, .json, .csv or .parquet file, or a Hub id, with `messages`, or with `prompt` and
             `response`.
-        columns: What your data calls the columns `messages`, `prompt`, `response` and `tools`.
+        columns: The columns `messages`, `prompt`, `response` and `tools` mapped to those of your data.
         split: Split of a Hub data set.
-        system_prompt: Put in front of conversations that have none.
-        chat_template_kwargs: Further variables of the chat template, such as `{enable_thinking: false}`.
-        parse_dialogues: Take text of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` for a dialogue, and say how many
-            rows are such.
-        loss_on: What is learned: `all` answers of a conversation, or the `last` one; never a message whose `weight` is
-            0.
-        packing: Put several conversations in a row of up to `max_tokens`; they do not see each other.
-        val_conversations: Held out: a share below 1, a number of conversations, or a file or Hub id of such.
-        split_seed: Chooses the held-out conversations.
-        max_tokens: Longer conversations are left out and counted.
-        batch_size: Rows per micro-batch and device. An update sees batch_size x accumulate_grad_batches x devices.
+        system_prompt: Prepended to conversations without a system prompt.
+        chat_template_kwargs: Further variables of the chat template, e.g. `{enable_thinking: false}`.
+        parse_dialogues: Read text of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` as a dialogue, and report the
+            number of such rows.
+        loss_on: Compute the loss on `all` responses of a conversation, or on the `last` one; never on a message whose
+            `weight` is 0.
+        packing: Pack several conversations into a row of up to `max_tokens`; they do not attend to each other.
+        val_conversations: Held-out conversations: a share below 1, a number, or a file or Hub id.
+        split_seed: Selects the held-out conversations.
+        max_tokens: Longer conversations are dropped and counted.
+        batch_size: Rows per micro-batch and device. An update has batch_size x accumulate_grad_batches x devices.
         num_workers: Loader processes.
-        seed: Shuffles the conversations; null takes the run's `seed_everything`.
+        seed: Shuffles the conversations; null for the run's `seed_everything`.
     """
 
     def __init__(
@@ -72,7 +72,7 @@ class SFTDataModule(RowsDataModule):
             num_workers=num_workers,
             seed=seed,
         )
-        at_least("data", max_tokens=(max_tokens, 2))
+        check_at_least("data", max_tokens=(max_tokens, 2))
         check_held_out("data.val_conversations", val_conversations)
         self.source, self.loss_on, self.packing = conversations, loss_on, packing
         self.val_source, self.split_seed, self.max_tokens = val_conversations, split_seed, max_tokens
@@ -82,7 +82,7 @@ class SFTDataModule(RowsDataModule):
 
     @property
     def longest_tokens(self) -> int:
-        """Of the longest conversation."""
+        """Number of tokens of the longest conversation."""
         assert self.val_set is not None
         return max(map(len, [*self.examples, *self.val_set.examples]))
 
@@ -94,23 +94,23 @@ class SFTDataModule(RowsDataModule):
         check_module(module, self, SFTBatch)
         if self.max_tokens > module.source.max_context_tokens:
             raise InputError(
-                f"`data.max_tokens` of {self.max_tokens} is over the context of {module.source.path!r}, "
-                f"{module.source.max_context_tokens} tokens. Lower it."
+                f"`data.max_tokens` of {self.max_tokens} exceeds the context of {module.source.path!r}, "
+                f"{module.source.max_context_tokens} tokens. Decrease it."
             )
         check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
-        take_run_date(self._trainer)
-        everything = self._load(self.source, "data.conversations")
-        wanted, val_option = self.val_source, "data.val_conversations"
+        set_run_date(self._trainer)
+        rows = self._load(self.source, "data.conversations")
+        val_source, val_option = self.val_source, "data.val_conversations"
         train, val = hold_out(
-            everything, wanted, val_option, self._load, lambda c: prompt_key(c.messages[:-1]), seed=self.split_seed
+            rows, val_source, val_option, self._load, lambda c: prompt_key(c.messages[:-1]), seed=self.split_seed
         )
-        val_option = val_option if isinstance(wanted, str) else "data.conversations"
+        val_option = val_option if isinstance(val_source, str) else "data.conversations"
         self.examples = self._tokenize(train, module.source, "data.conversations")
         val_examples = self._tokenize(val, module.source, val_option)
         if not self.examples:
-            why = f"all are longer than max_tokens={self.max_tokens}"
-            why += ", or have nothing to learn (`weight: 0`)" if self.unlearned else ""
-            raise InputError(f"`data.conversations`: no row of {self.source!r} is left to train on: {why}.")
+            reason = f"all are longer than max_tokens={self.max_tokens}"
+            reason += ", or have nothing to learn (`weight: 0`)" if self.unlearned else ""
+            raise InputError(f"`data.conversations`: no row of {self.source!r} is left to train on: {reason}.")
         self.val_set = SFTDataset(val_examples, [[i] for i in range(len(val_examples))])
 
     def _load(self, source: str, option: str) -> list[Conversation]:
@@ -125,10 +125,10 @@ class SFTDataModule(RowsDataModule):
             return ids, list(map(int, mask))
 
         recipe = Recipe(tokenizer, {"conversation": kwargs, "eos": eos, "every": every}, option)
-        table = token_table(conversations, encode, ["ids", "mask"], recipe, lambda c: [c.messages, c.tools])
+        table = make_token_table(conversations, encode, ["ids", "mask"], recipe, lambda c: [c.messages, c.tools])
         examples: list[Example] = []
         names: list[str] = []
-        columns = (token_lists(table, name) for name in ("ids", "mask"))
+        columns = (iterate_token_lists(table, name) for name in ("ids", "mask"))
         for conversation, ids, mask in zip(conversations, *columns, strict=True):
             if len(ids) > self.max_tokens:
                 self.too_long += 1
@@ -141,15 +141,15 @@ class SFTDataModule(RowsDataModule):
         return examples
 
     def describe(self) -> str:
-        """What there is to train on, in a line."""
+        """A line with the number of conversations."""
         assert self.val_set is not None
-        learned = sum(sum(e.mask) for e in self.examples)
+        learned_tokens = sum(sum(e.mask) for e in self.examples)
         left_out = f"; {self.too_long} left out, longer than {self.max_tokens} tokens" if self.too_long else ""
         if self.unlearned:
             left_out += f"; {self.unlearned} left out, with nothing to learn (weight 0)"
         return (
-            f"Conversations: {len(self.examples)} for training ({learned} answer tokens), {len(self.val_set)} held "
-            f"out{left_out}"
+            f"Conversations: {len(self.examples)} for training ({learned_tokens} response tokens), "
+            f"{len(self.val_set)} held out{left_out}"
         )
 
     def trained_rows(self) -> Iterable[Any]:
@@ -157,9 +157,9 @@ class SFTDataModule(RowsDataModule):
 
     def train_dataloader(self) -> Any:
         trainer, epoch = self._trainer, rounds_done(self._trainer)
-        if is_over(trainer):  # a finished run that is started again
-            return nothing_left(trainer)
-        keep_run_date(trainer)
+        if is_run_over(trainer):  # a finished run that is started again
+            return make_empty_loader(trainer)
+        save_run_date(trainer)
         order = list(range(len(self.examples)))
         random.Random(f"{self.seed}:{epoch}:pack").shuffle(order)
         lengths = [len(e) for e in self.examples]
@@ -176,8 +176,8 @@ class SFTDataModule(RowsDataModule):
 
     def _loader(
         self, dataset: SFTDataset, plan: UpdatePlan, order: str, epoch: int, trains: bool = False
-    ) -> RoundLoader:
-        batches = RoundBatches(plan, order, self._trainer.global_rank, dataset.lengths(), dataset.learned())
+    ) -> ResumableLoader:
+        batches = MicroBatchSampler(plan, order, self._trainer.global_rank, dataset.lengths(), dataset.target_counts())
         if trains:
             limit_epoch(self._trainer, batches)
-        return RoundLoader(dataset, batches, epoch, self.num_workers)
+        return ResumableLoader(dataset, batches, epoch, self.num_workers)

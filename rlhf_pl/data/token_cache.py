@@ -1,4 +1,4 @@
-"""Token ids of a data set, kept on this machine: ranks and later runs read what the first one has made."""
+"""Caches the token ids of a data set on this machine, for other ranks and later runs."""
 
 import fcntl
 import os
@@ -15,22 +15,22 @@ from rlhf_pl.utils.disk import DiskFullError, write_atomically
 
 
 def cache_folder() -> Path:
-    """Beside what `datasets` keeps, so that one setting (`HF_DATASETS_CACHE` or `HF_HOME`) moves both."""
+    """The cache folder, next to that of `datasets`, so that `HF_DATASETS_CACHE` or `HF_HOME` moves both."""
     return Path(os.environ.get("HF_DATASETS_CACHE") or Path(HF_HOME) / "datasets") / "rlhf_pl_tokens"
 
 
-def cached_table(key: str, make: Callable[[], pa.Table]) -> pa.Table:
-    """The table that is kept under `key`; made and kept if there is none, or if it is damaged.
+def load_or_make_table(key: str, make: Callable[[], pa.Table]) -> pa.Table:
+    """Load the cached table of a key; make and cache it if it is missing or damaged.
 
-    Processes of one machine that ask for the same key wait for the first of them. Nothing is kept, and nothing fails,
-    where the folder can't be written to.
+    Processes of one machine that request the same key wait for the first of them. If the folder is not writable, the
+    table is made without caching.
 
     Args:
-        key: Changes with everything that the table is made of; letters and digits.
-        make: Makes it.
+        key: A hash of everything that the table depends on; letters and digits.
+        make: Makes the table.
     """
     folder = cache_folder()
-    with _alone(folder / f"{key}.lock"):
+    with _hold_lock(folder / f"{key}.lock"):
         found = _read(folder, key)
         if found is not None:
             return found
@@ -41,8 +41,11 @@ def cached_table(key: str, make: Callable[[], pa.Table]) -> pa.Table:
 
 
 @contextmanager
-def _alone(file: Path) -> Iterator[None]:
-    """Hold a lock that ends with this process; without one, where there are none, work is done twice and no more."""
+def _hold_lock(file: Path) -> Iterator[None]:
+    """Hold a file lock, which is released if this process dies.
+
+    On file systems without locks, several processes may do the same work.
+    """
     lock = None
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +61,7 @@ def _alone(file: Path) -> Iterator[None]:
 
 
 def _read(folder: Path, key: str) -> pa.Table | None:
-    """A file's name holds its checksum; one that is damaged is removed."""
+    """Read a cached table, whose file name contains its checksum; remove damaged files."""
     for file in folder.glob(f"{key}-*.parquet"):
         with suppress(OSError, pa.ArrowException):
             content = read_shard_file(file)

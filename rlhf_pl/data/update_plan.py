@@ -1,23 +1,23 @@
-"""How an epoch's pairs divide into optimizer updates and micro-batches."""
+"""Divides the pairs of an epoch into optimizer updates and micro-batches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-Groups = list[list[int]]
+RankBatches = list[list[int]]  # indices of pairs; in a micro-batch, a list for each rank
 
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """Every pair is used, and every update's gradient is the mean over its pairs, also over those of a short last one.
+    """A plan that uses every pair. The last update of an epoch may have fewer pairs than the others.
 
     Args:
-        total_pairs: Pairs in the epoch, those of all passes.
+        total_pairs: Pairs in the epoch, summed over all passes.
         batch_size: Pairs per micro-batch and rank.
         accumulate: Micro-batches per update.
-        world_size: Ranks.
-        max_tokens: Where given, an update's pairs are divided by their tokens instead, into as many micro-batches as it
-            takes for each to stay within so many; `batch_size` and `accumulate` then only say how many pairs it has.
-        passes: Times that every pair comes in the epoch; an update has no pair twice.
+        world_size: Number of ranks.
+        max_tokens: Maximum tokens of a micro-batch of a rank. If given, an update is divided into as many micro-batches
+            as needed, and `batch_size` and `accumulate` only determine its number of pairs.
+        passes: Number of times that an epoch uses each pair; an update has no pair twice.
     """
 
     total_pairs: int
@@ -29,25 +29,26 @@ class UpdatePlan:
 
     @property
     def pairs(self) -> int:
-        """Different pairs."""
+        """Number of distinct pairs."""
         return self.total_pairs // self.passes
 
     @property
     def pairs_per_update(self) -> int:
-        """Where a pass has fewer pairs than an update should have, it is one."""
-        wanted = self.batch_size * self.accumulate * self.world_size
-        return min(wanted, self.pairs) if self.passes > 1 and self.pairs else wanted
+        """Number of pairs of an update. With several passes, at most the pairs of one pass."""
+        configured = self.batch_size * self.accumulate * self.world_size
+        return min(configured, self.pairs) if self.passes > 1 and self.pairs else configured
 
     @property
     def updates(self) -> int:
+        """Number of updates of the epoch."""
         return -(-self.total_pairs // self.pairs_per_update)
 
-    def divide(self, order: Sequence[int], lengths: Sequence[int] | None) -> list[list[Groups]]:
-        """The pairs of each update, of each micro-batch, of each rank; a rank's part may be empty.
+    def divide(self, order: Sequence[int], lengths: Sequence[int] | None) -> list[list[RankBatches]]:
+        """Indices of the pairs of each update, micro-batch and rank; the list of a rank may be empty.
 
         Args:
-            order: Pairs in the order of training.
-            lengths: Tokens by pair; where given, the pairs of a micro-batch are of like length.
+            order: Indices of the pairs in training order.
+            lengths: Number of tokens of each pair. If given, the pairs of a micro-batch are of similar length.
         """
         starts = range(0, len(order), self.pairs_per_update)
         updates = [list(order[start : start + self.pairs_per_update]) for start in starts]
@@ -57,32 +58,34 @@ class UpdatePlan:
             width = self.batch_size * self.world_size
             parts = [[update[i : i + width] for i in range(0, len(update), width)] for update in updates]
             return [[[part[rank :: self.world_size] for rank in range(self.world_size)] for part in p] for p in parts]
-        counts = [-(-len(_fill(update, lengths, self.max_tokens)) // self.world_size) for update in updates]
-        if updates:  # all have as many, for Lightning counts; only what comes last may have fewer
+        counts = [-(-len(_fill_greedily(update, lengths, self.max_tokens)) // self.world_size) for update in updates]
+        if updates:  # Lightning counts micro-batches, so all updates but the last must have the same number
             counts = [max(counts)] * (len(counts) - 1) + counts[-1:]
-        return [_even(update, lengths, self.world_size, count) for update, count in zip(updates, counts, strict=True)]
+        return [
+            _balance(update, lengths, self.world_size, count) for update, count in zip(updates, counts, strict=True)
+        ]
 
 
-def _even(update: list[int], lengths: Sequence[int], world_size: int, micro_batches: int) -> list[Groups]:
-    """So many micro-batches for each rank, the longest of them as short as it can be."""
+def _balance(update: list[int], lengths: Sequence[int], world_size: int, micro_batches: int) -> list[RankBatches]:
+    """Divide an update into micro-batches for each rank; the longest one is as short as possible."""
     count = micro_batches * world_size
     low, high = max(lengths[i] for i in update), sum(lengths[i] for i in update)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_fill(update, lengths, middle)) <= count else (middle + 1, high)
-    groups = _fill(update, lengths, low)
-    groups += [[] for _ in range(count - len(groups))]
-    return [groups[i : i + world_size] for i in range(0, count, world_size)]
+        low, high = (low, middle) if len(_fill_greedily(update, lengths, middle)) <= count else (middle + 1, high)
+    batches = _fill_greedily(update, lengths, low)
+    batches += [[] for _ in range(count - len(batches))]
+    return [batches[i : i + world_size] for i in range(0, count, world_size)]
 
 
-def _fill(update: list[int], lengths: Sequence[int], capacity: int) -> Groups:
-    """Groups of neighbours of at most `capacity` tokens, or of one pair."""
-    groups: Groups = []
+def _fill_greedily(update: list[int], lengths: Sequence[int], capacity: int) -> RankBatches:
+    """Divide an update into consecutive batches of at most `capacity` tokens; a longer pair is a batch of its own."""
+    batches: RankBatches = []
     room = 0
     for pair in update:
-        if not groups or lengths[pair] > room:
-            groups.append([])
+        if not batches or lengths[pair] > room:
+            batches.append([])
             room = capacity
-        groups[-1].append(pair)
+        batches[-1].append(pair)
         room -= lengths[pair]
-    return groups
+    return batches

@@ -15,7 +15,7 @@ from rlhf_pl.distributed.addresses import resolve, seen_from_others
 from rlhf_pl.distributed.failure_watch import RankWatch
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import redact
-from rlhf_pl.utils.terminal import MAX_PRINTED, shortened
+from rlhf_pl.utils.terminal import MAX_PRINTED, shorten
 
 T = TypeVar("T")
 DEFAULT_TIMEOUT = 60.0  # minutes
@@ -186,7 +186,7 @@ def report_failure(trainer: L.Trainer, error: BaseException) -> None:
     lines = str(error).strip().splitlines() or [""]
     known = isinstance(error, InputError | RanksError) or hasattr(error, "signum")
     message = "\n".join(lines) if known else f"{type(error).__name__}: {lines[-1]}"
-    found.fail(shortened(redact(message), MAX_PRINTED - 100), 128 + error.signum if hasattr(error, "signum") else 1)
+    found.fail(shorten(redact(message), MAX_PRINTED - 100), 128 + error.signum if hasattr(error, "signum") else 1)
     if known and found.rank > 0:
         error.reported = True  # type: ignore[attr-defined]
 

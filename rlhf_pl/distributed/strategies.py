@@ -1,4 +1,4 @@
-"""What Lightning's DDP, FSDP and FSDP2 strategies need to train a Hugging Face model, and to run on a CPU."""
+"""Adapts Lightning's DDP, FSDP and FSDP2 strategies to Hugging Face models and to CPUs."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,25 +14,25 @@ from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.weight_placement import Placement
 from rlhf_pl.models.compute import HALF, get_compute
 from rlhf_pl.models.policy import PolicyLM, decoder_layers
-from rlhf_pl.utils.cpu import runs_fsdp
+from rlhf_pl.utils.cpu import is_cpu_fsdp_active
 from rlhf_pl.utils.errors import InputError
 
 
 def _load(strategy: Any, load: Callable[..., Any], path: Any, weights_only: bool | None) -> Any:
-    """Load a checkpoint by what a run has set as the strategy's `load_by`, if it has; by `load` otherwise."""
-    through = strategy.load_by
-    return load(path, weights_only) if through is None else through(load, path)
+    """Load a checkpoint with the strategy's `load_with` if it is set, else with `load`."""
+    load_with = strategy.load_with
+    return load(path, weights_only) if load_with is None else load_with(load, path)
 
 
 class CPUFSDPStrategy(FSDPStrategy):
-    """Lightning's FSDPStrategy on CPUs, where Lightning refuses it: for trying a config and for tests.
+    """FSDPStrategy that also runs on CPUs, for trying a config and for tests; Lightning's needs GPUs.
 
-    The command line takes it by itself where `fsdp` or `FSDPStrategy` is asked for and there is no GPU. In Python, give
-    the Trainer an instance, and fit inside of `rlhf_pl.utils.cpu.cpu_fsdp()`. On GPUs it is FSDPStrategy. Checkpoints
-    are sharded on CPUs: full ones alias the optimizer's two moments there.
+    The command line uses it for `fsdp` and `FSDPStrategy` if there is no GPU. In Python, pass an instance to the
+    Trainer, and call `fit` inside of `rlhf_pl.utils.cpu.cpu_fsdp()`. On GPUs it equals FSDPStrategy. On CPUs its
+    checkpoints are sharded: full ones would alias the optimizer's two moments.
     """
 
-    load_by: Callable[[Callable[..., Any], Any], Any] | None = None  # loads a path by Lightning's function
+    load_with: Callable[[Callable[..., Any], Any], Any] | None = None  # called with Lightning's function and a path
 
     def _setup_model(self, model: nn.Module) -> nn.Module:
         if self.root_device.type != "cpu":
@@ -40,10 +40,10 @@ class CPUFSDPStrategy(FSDPStrategy):
         from lightning.fabric.strategies.fsdp import _setup_activation_checkpointing
         from torch.distributed.fsdp import FullyShardedDataParallel
 
-        if not runs_fsdp():
+        if not is_cpu_fsdp_active():
             raise InputError(
-                "CPUFSDPStrategy needs a change in torch on CPUs. Fit inside of `with rlhf_pl.utils.cpu.cpu_fsdp():`, "
-                "which undoes it at its end."
+                "CPUFSDPStrategy needs a patch of torch on CPUs. Call `fit` inside of "
+                "`with rlhf_pl.utils.cpu.cpu_fsdp():`, which removes the patch at its end."
             )
         self._state_dict_type = "sharded"
         wrapped = FullyShardedDataParallel(
@@ -62,18 +62,18 @@ class CPUFSDPStrategy(FSDPStrategy):
 
 
 class FSDP2Strategy(ModelParallelStrategy):
-    """Lightning's ModelParallelStrategy whose devices all shard the model (FSDP2), instead of tensor parallelism.
+    """ModelParallelStrategy that shards the model over all devices (FSDP2), without tensor parallelism.
 
-    On the command line it is called `fsdp2`; in Python, give the Trainer an instance.
+    On the command line its name is `fsdp2`. In Python, pass an instance to the Trainer.
 
     Args:
-        data_parallel_size: Devices that share the parameters; auto for all.
+        data_parallel_size: Number of devices that share the parameters; auto for all.
         tensor_parallel_size: Must be 1.
-        cpu_offload: Keep parameters, gradients and the optimizer's state in the memory of the CPU.
-        **kwargs: Of ModelParallelStrategy: save_distributed_checkpoint, process_group_backend, timeout.
+        cpu_offload: Whether to keep parameters, gradients and the optimizer's state in host memory.
+        **kwargs: Options of ModelParallelStrategy: save_distributed_checkpoint, process_group_backend, timeout.
     """
 
-    load_by: Callable[[Callable[..., Any], Any], Any] | None = None  # loads a path by Lightning's function
+    load_with: Callable[[Callable[..., Any], Any], Any] | None = None  # called with Lightning's function and a path
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class FSDP2Strategy(ModelParallelStrategy):
 
 
 def is_sharded(trainer: L.Trainer) -> bool:
-    """Whether each rank holds a part of the parameters only."""
+    """Whether each rank holds only a part of the parameters."""
     return isinstance(trainer.strategy, FSDPStrategy | ModelParallelStrategy)
 
 
@@ -116,10 +116,15 @@ def writes_sharded(trainer: L.Trainer) -> bool:
 
 
 def check_strategy(trainer: L.Trainer, dtype: str, base_dtype: str | None = None) -> None:
-    """Refuse what would go wrong in silence, before the model loads.
+    """Refuse combinations of options with silently wrong results, before the model is loaded.
+
+    Args:
+        trainer: Has the strategy and the precision.
+        dtype: The policy's dtype.
+        base_dtype: The dtype of quantized base weights under LoRA, or None.
 
     Raises:
-        InputError: Says what to set instead.
+        InputError: The options do not fit together. The message says what to set instead.
     """
     strategy = trainer.strategy
     if dtype == "float16" and str(trainer.precision) == "bf16-mixed":
@@ -130,31 +135,32 @@ def check_strategy(trainer: L.Trainer, dtype: str, base_dtype: str | None = None
     if base_dtype is not None and is_sharded(trainer):
         raise InputError(
             f"`model.lora.base_dtype` is {base_dtype}, but {type(strategy).__name__} can't shard 4-bit weights. Set it "
-            "to null, or take --trainer.strategy ddp."
+            "to null, or use --trainer.strategy ddp."
         )
     if isinstance(strategy, FSDPStrategy) and dtype != "float32" and str(trainer.precision) == "32-true":
         raise InputError(
-            f"`model.dtype` is {dtype}, but under FSDPStrategy Lightning's precision 32-true makes the weights float32 "
-            "again. Set --trainer.precision bf16-mixed for weights and compute in bfloat16, or take --trainer.strategy "
-            "fsdp2."
+            f"`model.dtype` is {dtype}, but under FSDPStrategy Lightning's precision 32-true converts the weights to "
+            "float32. Set --trainer.precision bf16-mixed for weights and compute in bfloat16, or use "
+            "--trainer.strategy fsdp2."
         )
     if isinstance(strategy, ModelParallelStrategy) and strategy._tensor_parallel_size not in ("auto", 1):
         raise InputError(
             f"`trainer.strategy`: tensor_parallel_size is {strategy._tensor_parallel_size}. Policies are sharded over "
-            "all devices; set data_parallel_size to their number and tensor_parallel_size to 1, or take fsdp2."
+            "all devices; set data_parallel_size to their number and tensor_parallel_size to 1, or use fsdp2."
         )
 
 
 def shard(module: L.LightningModule, unit: nn.Module, from_first_rank: bool = False) -> None:
-    """Let the module's strategy shard a unit, with right defaults for any decoder. Call it in `configure_model`.
+    """Shard a unit with the module's strategy, with suitable defaults for any decoder. Call it in `configure_model`.
 
-    The units are the decoder's layers and `unit`, which holds backbone and head: a call to a part of a wrapped unit
-    would see flattened weights.
+    The sharded units are the decoder's layers and `unit`, which holds backbone and head: a call to a part of a wrapped
+    unit would see flattened weights.
 
     Args:
         module: Its Trainer has the strategy.
-        unit: Holds a Hugging Face model; rows in, numbers out.
-        from_first_rank: Whether only those ranks hold weights that `reads_weights`; the others get them here.
+        unit: Holds a Hugging Face model; maps rows to numbers.
+        from_first_rank: Whether only the ranks for which `reads_weights` is true hold weights, which this function
+            sends to the others.
     """
     if module._trainer is None:
         return
@@ -173,7 +179,7 @@ def shard(module: L.LightningModule, unit: nn.Module, from_first_rank: bool = Fa
 
 
 def _default_wrapping(strategy: FSDPStrategy, unit: nn.Module, precision: str) -> None:
-    """Fill in what the config leaves open."""
+    """Set the wrapping policy and mixed precision, unless the config does."""
     from torch.distributed.fsdp import MixedPrecision
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
@@ -181,7 +187,7 @@ def _default_wrapping(strategy: FSDPStrategy, unit: nn.Module, precision: str) -
         units = {type(layer) for layer in decoder_layers(unit)} | {type(unit)}
         strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy(units)
     if strategy.mixed_precision is None and precision in HALF:
-        # Lightning's own would reduce gradients in bf16, and cast positions, rewards and log-probs too.
+        # Lightning's default reduces gradients in bf16, and also casts positions, rewards and log-probs
         strategy.mixed_precision = MixedPrecision(
             param_dtype=HALF[precision],
             reduce_dtype=torch.float32,
@@ -207,7 +213,7 @@ def _fully_shard(
 
 
 def shard_frozen(trainer: L.Trainer, unit: nn.Module) -> nn.Module:
-    """A second model that does not train, spread over the devices as the strategy does with the first."""
+    """Shard a model that does not train, in the same way as the strategy shards the trained one."""
     strategy = trainer.strategy
     unit.requires_grad_(False)
     if isinstance(strategy, FSDPStrategy):
@@ -229,17 +235,17 @@ def shard_frozen(trainer: L.Trainer, unit: nn.Module) -> nn.Module:
     return unit.to(strategy.root_device).eval()
 
 
-def callable_policy(trainer: L.Trainer) -> Any:
-    """What takes the policy's rows outside of training steps.
+def get_callable_policy(trainer: L.Trainer) -> Any:
+    """The callable for forward passes of the policy outside of training steps.
 
-    Under FSDP that is the wrapped model, which all ranks must call equally often. Elsewhere it is the module itself:
-    DDP's wrapper would synchronise buffers at every call, and hang where ranks call it unequally often.
+    Under FSDP it is the wrapped model, which all ranks must call equally often. Otherwise it is the module itself:
+    DDP's wrapper would synchronize buffers at every call, and hang if ranks call it unequally often.
     """
     return trainer.model if is_sharded(trainer) else trainer.lightning_module
 
 
 def compute_dtype(trainer: L.Trainer, dtype: str) -> str:
-    """The dtype that the policy computes in, by name."""
+    """Name of the dtype that the policy computes in."""
     compute = get_compute(trainer)
     half = compute.dtype or compute.autocast
     return dtype if half is None else str(half).removeprefix("torch.")
@@ -248,20 +254,20 @@ def compute_dtype(trainer: L.Trainer, dtype: str) -> str:
 def clip_gradients(
     module: L.LightningModule, optimizer: Any, clip_val: int | float | None, algorithm: str | None
 ) -> torch.Tensor | None:
-    """For `configure_gradient_clipping`: FSDP's norm is that over all shards, which only its root knows.
+    """Clip gradients in `configure_gradient_clipping`. Under FSDP only the root module can compute the total norm.
 
     Returns:
-        The norm of the gradients before they were clipped, shape (); None where none is computed, or where a gradient
-        scaler leaves out updates whose norm is infinite.
+        The norm of the gradients before clipping, shape (); None if it is not computed, or if a gradient scaler skips
+        updates with an infinite norm.
     """
     if isinstance(module.trainer.strategy, FSDPStrategy) and clip_val and clip_val > 0:
         if algorithm not in (None, "norm"):
-            raise InputError("`trainer.gradient_clip_algorithm`: under FSDPStrategy only `norm` is there.")
+            raise InputError("`trainer.gradient_clip_algorithm`: FSDPStrategy supports only `norm`.")
         norm: torch.Tensor = module.trainer.model.clip_grad_norm_(clip_val)  # type: ignore[union-attr,operator]
         return norm if getattr(module.trainer.precision_plugin, "scaler", None) is None else None
     precision: Any = module.trainer.precision_plugin
     if clip_val and clip_val > 0 and getattr(precision, "scaler", None) is None:
-        # Lightning refuses it for fused optimizers under any mixed precision; without a scaler there is no reason to
+        # Lightning refuses fused optimizers under any mixed precision, but only a scaler needs that
         if algorithm in (None, GradClipAlgorithmType.NORM):
             return nn.utils.clip_grad_norm_(precision.main_params(optimizer), clip_val)
         Precision.clip_gradients(precision, optimizer, clip_val, GradClipAlgorithmType(algorithm))
@@ -271,6 +277,6 @@ def clip_gradients(
     except RuntimeError as error:
         raise InputError(
             f"`trainer.gradient_clip_val` is {clip_val}, but {type(optimizer).__name__} unscales gradients by itself "
-            "under 16-mixed. Set --model.optimizer.fused false, or take --trainer.precision bf16-mixed."
+            "under 16-mixed. Set --model.optimizer.fused false, or use --trainer.precision bf16-mixed."
         ) from error
     return None

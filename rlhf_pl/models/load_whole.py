@@ -9,7 +9,7 @@ from rlhf_pl.models.config_files import CONFIG
 from rlhf_pl.models.pretrained_files import WeightFiles
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.finite import first_not_finite
+from rlhf_pl.utils.finite import find_first_nonfinite
 
 IsNew = Callable[[Any, str], bool]
 LOADING_INFO = {
@@ -126,7 +126,7 @@ def check_finite(model: Any, source: ModelSource) -> None:
     Raises:
         InputError: Names the first such tensor, and its file if the file uses the same name.
     """
-    name = first_not_finite(model.named_parameters())
+    name = find_first_nonfinite(model.named_parameters())
     if name:
         file = WeightFiles(source).file_of(name)
         raise InputError(

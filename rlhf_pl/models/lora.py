@@ -20,7 +20,7 @@ from rlhf_pl.models.lora_experts import (
 from rlhf_pl.models.lora_reach import find_bypassed_layers, is_refused_by_peft
 from rlhf_pl.models.quantization import check_bitsandbytes
 from rlhf_pl.utils.console import console
-from rlhf_pl.utils.errors import InputError, finite
+from rlhf_pl.utils.errors import InputError, check_finite
 
 TensorsOf = Callable[[Callable[[str], bool]], Iterator[tuple[str, Tensor]]]
 
@@ -54,7 +54,7 @@ class LoRA:
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise InputError(f"`model.lora.rank` must be 1 or more, got {self.rank}.")
-        finite("model.lora", alpha=self.alpha)
+        check_finite("model.lora", alpha=self.alpha)
         if not 0 <= self.dropout < 1:
             raise InputError(f"`model.lora.dropout` must be from 0 to below 1, got {self.dropout}.")
 

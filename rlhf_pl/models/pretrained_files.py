@@ -15,7 +15,7 @@ from torch import Tensor
 
 from rlhf_pl.models.config_files import WEIGHTS
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.utils.disk import size
+from rlhf_pl.utils.disk import format_bytes
 from rlhf_pl.utils.errors import InputError
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
@@ -123,8 +123,8 @@ class WeightFiles:
                 yield opened
         except (SafetensorError, OSError) as error:
             raise InputError(
-                f"`{self.source.option}`: {file} is damaged or truncated ({size(file.stat().st_size)}): {error}. "
-                "Download or copy it again."
+                f"`{self.source.option}`: {file} is damaged or truncated ({format_bytes(file.stat().st_size)}): "
+                f"{error}. Download or copy it again."
             ) from error
 
     def file_of(self, name: str) -> str:

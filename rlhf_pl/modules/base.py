@@ -1,4 +1,4 @@
-"""What the LightningModules here share: one model's checks, loading, optimizer, checkpoints and export."""
+"""Base of the LightningModules: checks, loading, optimizer, checkpoints and export of one model."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
@@ -10,9 +10,9 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 
-from rlhf_pl.checkpointing.progress import stopped_inside
-from rlhf_pl.checkpointing.safe_loading import guard_loads, release_loads
-from rlhf_pl.data.resumed_counts import adapt_split, note_split
+from rlhf_pl.checkpointing.progress import has_stopped_inside
+from rlhf_pl.checkpointing.safe_loading import guard_loads, unguard_loads
+from rlhf_pl.data.resumed_counts import convert_batch_counts, record_update_size
 from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
 from rlhf_pl.distributed.strategies import check_strategy, clip_gradients, shard
 from rlhf_pl.distributed.weight_placement import checks_weights
@@ -26,23 +26,23 @@ from rlhf_pl.modules.optimization import Optimization, check_precision
 
 
 class TrainedModule(L.LightningModule, ABC):
-    """A module that trains one Hugging Face model. A subclass says how the model is made, and brings the loss.
+    """A module that trains one Hugging Face model. A subclass makes the model and defines the loss.
 
     Args:
         source: Where the model comes from.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer; it steps once an update.
-        lora: Low-rank adapters that are trained instead of the weights; None for all weights.
+        lora: Low-rank adapters to train instead of the weights; None to train all weights.
         dtype: Dtype of the trained weights.
         attn_implementation: Attention of transformers.
-        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None for wherever it can.
+        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None to use it where it can.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
     """
 
-    batch_type: ClassVar[type]  # what its DataModules serve
+    batch_type: ClassVar[type]  # of the batches that it takes
     train_metrics: tuple[str, ...] = ()  # logged with every update
     val_metrics: tuple[str, ...] = ()  # logged with every validation on held-out rows
-    exports_adapter: ClassVar[bool] = True  # beside the model that they are merged into
+    exports_adapter: ClassVar[bool] = True  # in addition to the merged model
 
     gradient_norm: Tensor | None = None  # of the last update, before clipping; None where it is not computed
 
@@ -75,19 +75,19 @@ class TrainedModule(L.LightningModule, ABC):
 
     @abstractmethod
     def check_source(self) -> None:
-        """Refuse weight files that the model can't be loaded from, before anything loads."""
+        """Refuse weight files that the model can't be loaded from, before any weights load."""
 
     @abstractmethod
     def empty_model(self) -> Any:
-        """The Hugging Face model without memory behind its weights, and without adapters."""
+        """Make the Hugging Face model on the meta device, without adapters."""
 
     @abstractmethod
     def load_model(self) -> Any:
-        """The Hugging Face model as its training starts, adapters included."""
+        """Load the Hugging Face model that training starts from, adapters included."""
 
     @abstractmethod
     def unit(self, model: Any) -> nn.Module:
-        """A Hugging Face model wrapped as what takes a batch's rows, in this run's precision."""
+        """Wrap a Hugging Face model into a module that takes a batch's rows, in this run's precision."""
 
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -108,10 +108,10 @@ class TrainedModule(L.LightningModule, ABC):
             adapter_targets(self.empty_model(), self.lora)
 
     def load_unit(self, from_first_rank: bool = False) -> Any:
-        """The model that trains, wrapped and sharded; for `configure_model`.
+        """Load, wrap and shard the model that trains; for `configure_model`.
 
         Args:
-            from_first_rank: Whether rank 0 alone reads the weights, for all ranks.
+            from_first_rank: Whether only rank 0 reads the weights, and sends them to the others.
         """
         model = self.load_model()
         if self.gradient_checkpointing:
@@ -127,21 +127,21 @@ class TrainedModule(L.LightningModule, ABC):
         return model_weights(self, self.hf_model, self._like)
 
     def try_export(self, dtype: str | None = None) -> None:
-        """See whether `export` will be able to write the folder; nothing is loaded and nothing is left behind."""
-        loaded = self.hf_model is not None
-        model = self.hf_model if loaded else self.empty_model()
+        """Check that `export` will be able to write the folder; loads no weights and leaves no files behind."""
+        is_loaded = self.hf_model is not None
+        model = self.hf_model if is_loaded else self.empty_model()
         try_export(model, self.source, self.export_tokenizer, dtype)
-        if self.lora is not None and self.exports_adapter and not loaded:
+        if self.lora is not None and self.exports_adapter and not is_loaded:
             try_adapter(model, self.lora, self.source)
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the model as a Hugging Face folder: safetensors, tokenizer, chat template, generation config.
 
-        All ranks must call it; rank 0 writes. Adapters are merged in, and a policy's are in the subfolder `adapter` as
-        well.
+        All ranks must call it; rank 0 writes. Adapters are merged in; a policy's adapters are also in the subfolder
+        `adapter`.
 
         Args:
-            folder: Where to; made if missing.
+            folder: The target; made if missing.
             dtype: Dtype of the weights; None for that of the checkpoint that the run started from.
         """
         model, write = self.hf_model, self.global_rank == 0
@@ -150,10 +150,10 @@ class TrainedModule(L.LightningModule, ABC):
             export_adapter(self, self.lora, model, self.source, folder)
 
     def teardown(self, stage: str) -> None:
-        release_loads(self.trainer)
+        unguard_loads(self.trainer)
 
     def configure_callbacks(self) -> list[L.Callback]:
-        """Also of a run in Python."""
+        """Add the DivergenceCheck, also to a run in Python."""
         callbacks: list[L.Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         return [] if any(isinstance(callback, DivergenceCheck) for callback in callbacks) else [DivergenceCheck()]
 
@@ -187,17 +187,17 @@ class TrainedModule(L.LightningModule, ABC):
         self.optimization.validated = not self.trainer.sanity_checking
 
     def on_train_epoch_end(self) -> None:
-        """After what is logged at an epoch's end, and before it is saved."""
-        if not stopped_inside(self.trainer):
+        """Step the schedules that follow a metric: after the epoch's metrics are logged, before its checkpoint."""
+        if not has_stopped_inside(self.trainer):
             self.optimization.step_by_metric(self.trainer, self.val_metrics)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        note_split(self.trainer, checkpoint)
+        record_update_size(self.trainer, checkpoint)
         self.optimization.on_save_checkpoint(checkpoint)
         leave_out_base(self, checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         if self.hf_model is not None:
             check_weights(self, checkpoint, self.source)
-        adapt_split(self.trainer, checkpoint)
+        convert_batch_counts(self.trainer, checkpoint)
         self.optimization.on_load_checkpoint(checkpoint)

@@ -1,4 +1,4 @@
-"""What the modules that train a causal LM share: how it is checked, loaded and wrapped."""
+"""Base of the modules that train a causal LM: how it is checked, loaded and wrapped."""
 
 from typing import Any
 
@@ -17,16 +17,16 @@ from rlhf_pl.utils.errors import InputError
 
 
 class CausalLMModule(TrainedModule):
-    """A module that trains a causal LM, by the log-probs of chosen tokens.
+    """A module that trains a causal LM by the log-probs of given tokens.
 
     Args:
         source: Where the model comes from.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer; it steps once an update.
-        lora: Low-rank adapters that are trained instead of the weights; None for all weights.
+        lora: Low-rank adapters to train instead of the weights; None to train all weights.
         dtype: Dtype of the trained weights.
         attn_implementation: Attention of transformers.
-        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None for wherever it can.
+        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None to use it where it can.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
         logprob_chunk_tokens: Response tokens whose logits are in memory at a time.
     """
@@ -66,29 +66,29 @@ class CausalLMModule(TrainedModule):
         return self.build_lm(reads_weights(self._trainer))
 
     def configure_model(self) -> None:
-        """Load the policy. Lightning calls it after all inputs have been checked."""
+        """Load the policy. Lightning calls it after all inputs are checked."""
         if self.policy is None:
             self.policy = self.load_unit(from_first_rank=base_dtype(self.lora) is None)
 
     def build_lm(self, read_weights: bool = True) -> Any:
-        """The policy as the run starts from it, adapters included; on the meta device if its weights are not read."""
+        """Make the run's starting policy, adapters included; on the meta device if its weights are not read."""
         lm = self.load(self.source, base_dtype(self.lora), read_weights)
         if self.lora is not None:
             add_lora(lm, self.lora, run_seed(), train_head=False)
         return lm
 
     def load(self, source: ModelSource, base_dtype: str | None = None, read_weights: bool = True) -> Any:
-        """A causal LM with this run's dtype and kernels."""
+        """Load a causal LM with this run's dtype and kernels."""
         compute, liger = get_compute(self._trainer), self.use_liger_kernel
         longest = longest_row(self._trainer, source.config)
         attention = self.attn_implementation
         return load_lm(source, self.dtype_name, attention, base_dtype, compute, liger, read_weights, longest)
 
     def unit(self, lm: Any) -> PolicyLM:
-        """A causal LM as what gives log-probs in this run's precision."""
+        """Wrap a causal LM into a module that computes log-probs in this run's precision."""
         return PolicyLM(lm, self.logprob_chunk_tokens, get_compute(self._trainer))
 
     def forward(self, **inputs: Any) -> Tensor:
-        """`PolicyLM.forward` through whatever the strategy wrapped around this module."""
+        """Log-probs from `PolicyLM.forward`, called through the strategy's wrapper of this module."""
         assert self.policy is not None
         return self.policy(**inputs)

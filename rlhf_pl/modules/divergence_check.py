@@ -1,4 +1,4 @@
-"""Ends a run whose loss, gradient norm or weights are not finite, before anything is saved of it."""
+"""Ends a run whose loss, gradient norm or weights are not finite, before any of it is saved."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,45 +11,45 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from rlhf_pl.checkpointing.divergence import (
-    diverged,
+    make_diverged_error,
     refuse_diverged_moments,
     refuse_diverged_weights,
     refuse_on_any_rank,
 )
 from rlhf_pl.modules.logging import is_update
 from rlhf_pl.utils.console import warn
-from rlhf_pl.utils.finite import first_not_finite
+from rlhf_pl.utils.finite import find_first_nonfinite
 
-# of a gradient scaler, which begins at 2^16 and is halved whenever gradients overflow
-LEAST_SCALE = 2.0**-126
+# of a gradient scaler, which starts at 2^16 and is halved whenever gradients overflow
+MIN_SCALE = 2.0**-126
 _SIGNS = (
     "the loss is not finite",
     "the norm of the gradients is not finite",
-    "gradients are not finite at any scale, so every update is left out",
+    "gradients are not finite at any scale, so every update is skipped",
 )
 
 
 class DivergenceCheck(L.Callback):
-    """Ends a run that has diverged with the last good checkpoint intact. Every run has it.
+    """Ends a run that has diverged; the last good checkpoint stays intact. Every run has it.
 
-    Looked at are the loss of every micro-batch and, where clipping computes it, the norm of the gradients: their signs
-    are gathered on the device and read one update later, so that nothing waits for a GPU. Infinite gradients under
-    16-mixed are normal, as long as the scaler finds a scale for them. The weights, and what the optimizer keeps of
-    each, are looked at once before anything is saved.
+    It checks the loss of every micro-batch and, where clipping computes it, the norm of the gradients. Their signs of
+    divergence are collected on the device and read one update later, so that the host never waits for a GPU. Infinite
+    gradients under 16-mixed are normal as long as the scaler finds a scale for them. The weights and the optimizer's
+    moments are checked once before each save.
     """
 
     def __init__(self) -> None:
         self._signs: Tensor | None = None  # of the update in progress, on the device: 1 for each of `_SIGNS` seen
-        self._sent: tuple[int, Tensor, Any] | None = None  # (update, signs on the host, when they have come there)
-        self._checked = -1  # the update after which weights were found finite
+        self._sent: tuple[int, Tensor, Any] | None = None  # (update, signs on the host, event of their arrival)
+        self._checked = -1  # the last update after which the weights were checked
         self._update = 0
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Come first, so that no other callback uses what is not finite; and be asked before whatever is saved."""
+        """Become the first callback, so that no other one uses values that are not finite; check before every save."""
         run: Any = trainer
         run.callbacks = [self, *(callback for callback in run.callbacks if callback is not self)]
         if stage == "fit":
-            vars(run.strategy).pop("save_checkpoint", None)  # of a fit that has failed
+            vars(run.strategy).pop("save_checkpoint", None)  # left by a fit that has failed
             save = run.strategy.save_checkpoint
 
             def checked(checkpoint: dict[str, Any], *args: Any, **kwargs: Any) -> None:
@@ -63,7 +63,7 @@ class DivergenceCheck(L.Callback):
         vars(trainer.strategy).pop("save_checkpoint", None)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """What a checkpoint has brought, too."""
+        """Check the weights that training starts from, also those of a checkpoint."""
         self._signs, self._sent, self._checked = None, None, -1
         self._refuse(trainer, pl_module)
 
@@ -74,24 +74,24 @@ class DivergenceCheck(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        if not isinstance(loss, Tensor):  # no batch, or what a module of others returns
+        if not isinstance(loss, Tensor):  # no batch, or another module's return value
             return
-        update_ends = is_update(trainer, batch_idx)
-        norm = getattr(pl_module, "gradient_norm", None) if update_ends else None
+        ends_update = is_update(trainer, batch_idx)
+        norm = getattr(pl_module, "gradient_norm", None) if ends_update else None
         scale = getattr(getattr(trainer.precision_plugin, "scaler", None), "_scale", None)
         seen = torch.stack([_not_finite(loss), _not_finite(norm, loss), _vanished(scale, loss)])
         self._signs = seen if self._signs is None else torch.maximum(self._signs, seen)
-        if update_ends:
+        if ends_update:
             self._read(trainer)
             self._send(trainer)
 
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Metrics of what is not finite say nothing, and some fail on it."""
+        """Check before validation: metrics of values that are not finite mean nothing, and some fail on them."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._refuse(trainer, pl_module)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Before the round counts as trained."""
+        """Check before the round counts as trained."""
         self._refuse(trainer, pl_module)
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -99,13 +99,13 @@ class DivergenceCheck(L.Callback):
         skipped = getattr(getattr(pl_module, "optimization", None), "skipped", None)
         if trainer.is_global_zero and trainer.global_step == 0 and skipped is not None and skipped.in_run:
             warn(
-                f"No update was made, so the model is as it was: gradients overflowed float16 in all {skipped.in_run} "
-                "steps, and the gradient scaler left them out. It halves its scale each time: train for longer, or "
-                "take --trainer.precision bf16-mixed."
+                f"No update was made, so the model is unchanged: gradients overflowed float16 in all {skipped.in_run} "
+                "steps, and the gradient scaler skipped them. It halves its scale each time: train for longer, or "
+                "use --trainer.precision bf16-mixed."
             )
 
     def _refuse(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        """Raise if anything up to the present update is not finite; all ranks call it together."""
+        """Raise if anything up to the current update is not finite; all ranks call it together."""
         self._read_all(trainer)
         if self._checked != trainer.global_step:
             refuse_diverged_weights(trainer, module)
@@ -119,10 +119,10 @@ class DivergenceCheck(L.Callback):
         self._read(trainer)
 
     def _send(self, trainer: L.Trainer) -> None:
-        """Start the signs of an update, of all ranks, on their way to the host."""
+        """Start to copy an update's signs, reduced over all ranks, to the host."""
         assert self._signs is not None
         if trainer.world_size > 1:
-            dist.all_reduce(self._signs, op=dist.ReduceOp.MAX)  # on GPUs in their stream: no rank waits here
+            dist.all_reduce(self._signs, op=dist.ReduceOp.MAX)  # on GPUs asynchronous: no rank waits here
         event = None
         signs = self._signs.to("cpu", non_blocking=self._signs.is_cuda)
         if self._signs.is_cuda:
@@ -139,11 +139,11 @@ class DivergenceCheck(L.Callback):
             event.synchronize()
         seen = [text for text, sign in zip(_SIGNS, signs.tolist(), strict=True) if sign]
         if seen:
-            raise diverged(trainer, seen[0], update)
+            raise make_diverged_error(trainer, seen[0], update)
 
 
 def _not_finite(value: Any, like: Tensor | None = None) -> Tensor:
-    """1 for a tensor that holds what is not finite, 0 for None; shape (), on its device."""
+    """1 for a tensor with a value that is not finite, 0 for None; shape (), on the device of `like`, else its own."""
     if value is None:
         assert like is not None
         return torch.zeros((), device=like.device)
@@ -153,14 +153,14 @@ def _not_finite(value: Any, like: Tensor | None = None) -> Tensor:
 
 
 def _vanished(scale: Tensor | None, like: Tensor) -> Tensor:
-    """1 for the scale of a gradient scaler that has found none at which gradients are finite."""
+    """1 if a gradient scaler has found no scale at which gradients are finite; shape (), on the device of `like`."""
     if scale is None:
         return torch.zeros((), device=like.device)
-    return (scale < LEAST_SCALE).float().reshape(()).to(like.device, non_blocking=True)
+    return (scale < MIN_SCALE).float().reshape(()).to(like.device, non_blocking=True)
 
 
 def _refuse_averages(trainer: L.Trainer, checkpoint: Mapping[str, Any]) -> None:
-    """Of a checkpoint of Lightning's WeightAveraging, whose `state_dict` holds the averages."""
+    """Check the averaged weights that Lightning's WeightAveraging puts into a checkpoint's `state_dict`."""
     if "current_model_state" in checkpoint:
-        name = first_not_finite(checkpoint["state_dict"].items())
+        name = find_first_nonfinite(checkpoint["state_dict"].items())
         refuse_on_any_rank(trainer, f"the averaged weights `{name}` are not finite" if name else "")

@@ -1,4 +1,4 @@
-"""What the modules log, and when: once an update, over all its micro-batches and ranks."""
+"""Logging of the modules: once an update, over all its micro-batches and ranks."""
 
 import math
 
@@ -10,19 +10,19 @@ from rlhf_pl.distributed.ranks import Ranks
 
 
 class Means:
-    """Running means by name, over everything since they were last taken, and over ranks.
+    """Weighted running means by name, over all values since the last reset and over all ranks.
 
-    `last_weights` holds the weight behind each mean that was taken last.
+    `last_weights` holds the total weight of each mean at the last `compute_and_reset`.
     """
 
     def __init__(self) -> None:
-        self._sums: dict[str, Tensor] = {}  # of each name weighted sum and weight
+        self._sums: dict[str, Tensor] = {}  # (weighted sum, weight) by name
         self.last_weights: dict[str, float] = {}
 
     def add(self, weights: Tensor | float = 1.0, **values: Tensor) -> None:
-        """Add values, each a tensor of any shape, all weighted alike. What is not a number stays one.
+        """Add values, tensors of any shape, all with the same weights. A NaN makes the mean NaN.
 
-        torchmetrics' means look for NaNs, which makes the host wait for a GPU.
+        The means of torchmetrics check for NaNs, which makes the host wait for a GPU.
         """
         for name, value in values.items():
             value = value.detach().float()
@@ -34,7 +34,7 @@ class Means:
             self._sums[name] = self._sums[name] + added if name in self._sums else added
 
     def compute_and_reset(self, prefix: str, ranks: Ranks) -> dict[str, float]:
-        """The means as `prefix/name`; they begin anew. All ranks must take them together."""
+        """Return the means as `prefix/name`, and reset them. All ranks must call it together."""
         read = torch.stack(list(self._sums.values())).tolist() if self._sums else []  # all at once
         own = {name: (total, weight) for name, (total, weight) in zip(self._sums, read, strict=True)}
         self._sums = {name: torch.zeros_like(sums) for name, sums in self._sums.items()}
@@ -48,14 +48,14 @@ class Means:
 
 
 def with_variance(metrics: dict[str, float], name: str) -> dict[str, float]:
-    """Mean and variance of all values in place of what they were added up from.
+    """Replace the moments of some values by their mean and variance.
 
     Args:
-        metrics: With `name`, the mean of values minus 1, and `name_square`, that of its square.
-        name: Of the values.
+        metrics: With `name`, the mean of the values minus 1, and `name_square`, the mean of its square.
+        name: Name of the values.
 
     Returns:
-        `metrics` with `name_mean` and `name_var` (the population's: divided by the number of values) instead.
+        `metrics` with `name_mean` and `name_var` (of the population: divided by the number of values) instead.
     """
     if name not in metrics:
         return metrics
@@ -69,23 +69,23 @@ def is_update(trainer: L.Trainer, batch_idx: int) -> bool:
     return batch_idx + 1 == trainer.num_training_batches or (batch_idx + 1) % trainer.accumulate_grad_batches == 0
 
 
-def publish(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
-    """Log what is measured outside of the hooks in which `self.log` works, and let callbacks monitor it."""
-    keep(trainer, metrics)
+def publish_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) -> None:
+    """Log metrics outside of the hooks where `self.log` works, and let callbacks monitor them."""
+    expose_metrics(trainer, metrics)
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)
 
 
-def keep(trainer: L.Trainer, metrics: dict[str, float]) -> None:
-    """Let callbacks monitor metrics that the loggers have already."""
+def expose_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:
+    """Let callbacks monitor metrics that are already logged."""
     trainer.callback_metrics.update({name: torch.tensor(float(value)) for name, value in metrics.items()})
 
 
 def log_update(module: L.LightningModule, metrics: dict[str, float]) -> None:
     """Log an update's metrics and its learning rate.
 
-    Straight to the loggers: Lightning would log after `on_train_batch_end`, and a checkpoint written there would be
-    ahead of the logs.
+    They go directly to the loggers: Lightning would log after `on_train_batch_end`, so a checkpoint written there would
+    be ahead of the logs.
     """
     trainer = module.trainer
     metrics["train/lr"] = trainer.optimizers[0].param_groups[0]["lr"]

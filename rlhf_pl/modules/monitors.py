@@ -1,4 +1,4 @@
-"""Metrics that callbacks and schedules follow: each must be one that the run has, checked before any model loads."""
+"""Checks, before any model loads, that the run will have every metric that callbacks and schedules monitor."""
 
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
@@ -12,21 +12,21 @@ from rlhf_pl.utils.errors import InputError
 
 
 def check_monitors(
-    trainer: L.Trainer, module: L.LightningModule, validates: bool, others: Sequence[str], lacking: str
+    trainer: L.Trainer, module: L.LightningModule, validates: bool, others: Sequence[str], missing_hint: str
 ) -> None:
     """Refuse a monitored metric that the run will not have.
 
-    Where a class of the user's own takes part, it may log anything, and only Lightning can tell.
+    Nothing is refused where the module or a callback is a user's class, since it may log anything.
 
     Args:
-        trainer: With its callbacks.
-        module: What trains.
-        validates: Whether there are held-out rows to validate on, which `val_metrics` come from.
-        others: Metrics that do not come from the module; those that end in a slash stand for all that begin so.
-        lacking: What to set for metrics of held-out data that are not there.
+        trainer: The run's Trainer, with its callbacks.
+        module: The module that trains.
+        validates: Whether the run has held-out rows to validate on, which give `val_metrics`.
+        others: Metrics that do not come from the module; a name that ends in a slash is a prefix.
+        missing_hint: What to set to get metrics of held-out data.
 
     Raises:
-        InputError: Names the callback, the metric and those that there are.
+        InputError: A metric is unknown; names the callback, the metric and the available metrics.
     """
     everything: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
     if not isinstance(module, TrainedModule) or not all(_is_known(part) for part in (module, *everything)):
@@ -34,17 +34,17 @@ def check_monitors(
     known = [*module.train_metrics, *(module.val_metrics if validates else ()), *others]
     if any(isinstance(callback, LearningRateMonitor) for callback in everything):
         known.append("lr-")
-    for owner, name, also in _monitored(module, everything):
-        if name in (*known, *also) or any(name.startswith(start) for start in known if start[-1] in "/-"):
+    for owner, name, own in _monitored(module, everything):
+        if name in (*known, *own) or any(name.startswith(start) for start in known if start[-1] in "/-"):
             continue
-        held_out = f" {lacking}" if name.startswith("val/") and lacking else ""
-        near = get_close_matches(name, known, 3, 0.5)
-        listed = ", ".join(dict.fromkeys([*near, *known]))
-        raise InputError(f"{owner} monitors {name!r}, which this run does not have.{held_out} There are: {listed}.")
+        hint = f" {missing_hint}" if name.startswith("val/") and missing_hint else ""
+        similar = get_close_matches(name, known, 3, 0.5)
+        listed = ", ".join(dict.fromkeys([*similar, *known]))
+        raise InputError(f"{owner} monitors {name!r}, which this run does not have.{hint} Available: {listed}.")
 
 
 def _monitored(module: TrainedModule, everything: Sequence[Any]) -> Iterator[tuple[str, str, tuple[str, ...]]]:
-    """(who, metric, names that only it knows)."""
+    """Yield (owner, its metric, further metrics that only the owner has)."""
     if module.optimization.monitor is not None:
         yield "`model.lr_scheduler`: ReduceLROnPlateau", module.optimization.monitor, ()
     for callback in everything:

@@ -1,4 +1,4 @@
-"""A module's optimizer and learning-rate schedule: made, followed, and kept to the config over a resume."""
+"""A module's optimizer and learning-rate schedule: made, stepped, and reset to the config after a resume."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from rlhf_pl.checkpointing.progress import rounds_done
-from rlhf_pl.data.run_limits import limits_of
+from rlhf_pl.data.run_limits import get_limits
 from rlhf_pl.models.compute import HALF
 from rlhf_pl.models.working_copy import WorkingCopy
 from rlhf_pl.modules.optimizers import WarmupCosine, hyperparameters, restore_hyperparameters
@@ -20,10 +20,10 @@ from rlhf_pl.utils.fingerprints import describe
 
 
 def check_precision(trainer: L.Trainer) -> None:
-    """Refuse the precisions that would cast more than compute.
+    """Refuse precisions that cast more than the computation.
 
     Raises:
-        InputError: Says which ones to take instead.
+        InputError: The precision is refused; names the ones to use instead.
     """
     if str(trainer.precision) not in ("32-true", *HALF):
         raise InputError(
@@ -38,12 +38,12 @@ _KEY = "rlhf_pl_skipped"
 
 @dataclass
 class Skipped:
-    """Optimizer steps that a gradient scaler has left out, because gradients overflowed.
+    """Optimizer steps that a gradient scaler has skipped because gradients overflowed.
 
     Args:
-        in_run: Since the run began.
-        in_epoch: Since the epoch began.
-        last: Whether the last one was.
+        in_run: Their number since the run started.
+        in_epoch: Their number since the epoch started.
+        last: Whether the last step was skipped.
     """
 
     in_run: int = 0
@@ -52,7 +52,7 @@ class Skipped:
 
 
 class Optimization:
-    """What a module hands its optimizer hooks to.
+    """Optimizer and schedule of a module, which calls it from its hooks.
 
     Args:
         optimizer: Makes the optimizer from the parameters.
@@ -66,7 +66,7 @@ class Optimization:
         self.validated = False  # in this epoch
 
     def configure(self, module: L.LightningModule) -> OptimizerLRScheduler:
-        """For `configure_optimizers`."""
+        """Make optimizer and schedule, for `configure_optimizers`."""
         optimizer, scheduler = self._make([p for p in module.parameters() if p.requires_grad])
         if isinstance(scheduler, WarmupCosine):
             scheduler.follow(lambda: _progress(module.trainer, self.skipped))
@@ -80,10 +80,10 @@ class Optimization:
 
     @property
     def monitor(self) -> str | None:
-        """The metric that the schedule follows; None for one that needs none.
+        """The metric that the schedule follows; None if it follows none.
 
         Raises:
-            InputError: It needs one and names none.
+            InputError: The schedule needs a metric and names none.
         """
         scheduler = self._make([torch.nn.Parameter(torch.zeros(1))])[1]
         if not isinstance(scheduler, ReduceLROnPlateau):
@@ -91,7 +91,7 @@ class Optimization:
         monitor = getattr(scheduler, "monitor", None)
         if monitor is None:
             raise InputError(
-                "`model.lr_scheduler`: ReduceLROnPlateau needs a metric. Take class_path "
+                "`model.lr_scheduler`: ReduceLROnPlateau needs a metric. Use class_path "
                 "lightning.pytorch.cli.ReduceLROnPlateau with init_args {monitor: val/loss}."
             )
         return monitor
@@ -115,12 +115,12 @@ class Optimization:
         }
 
     def on_train_start(self, trainer: L.Trainer) -> None:
-        """A checkpoint brings the hyper-parameters it was written with; those of the config count."""
+        """Restore the config's hyperparameters, which a checkpoint has replaced."""
         for optimizer, scheduler in zip(trainer.optimizers, trainer.lr_scheduler_configs, strict=False):
             restore_hyperparameters(optimizer, scheduler.scheduler, self._hyperparameters)
 
     def step(self, trainer: L.Trainer, make_step: Callable[[], None]) -> None:
-        """An optimizer step; one that a gradient scaler leaves out is no update."""
+        """Make an optimizer step. A step that a gradient scaler skips does not count as an update."""
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         before = 0.0 if scaler is None else scaler.get_scale()
         make_step()
@@ -136,36 +136,38 @@ class Optimization:
             loop._batches_that_stepped -= 1
 
     def step_schedule(self, scheduler: Any) -> None:
-        """After an update, of a schedule that follows updates."""
+        """Step a schedule that follows updates, after an update."""
         if not self.skipped.last and not isinstance(scheduler, ReduceLROnPlateau):
             scheduler.step()
 
-    def step_by_metric(self, trainer: L.Trainer, of_validation: Sequence[str]) -> None:
-        """At an epoch's end, of a schedule that follows a metric: before the epoch's checkpoint, unlike Lightning.
+    def step_by_metric(self, trainer: L.Trainer, val_metrics: Sequence[str]) -> None:
+        """Step the schedules that follow a metric, at an epoch's end: before the epoch's checkpoint, unlike Lightning.
 
-        An epoch without validation says nothing new of the metrics that come from it.
+        Args:
+            trainer: The run's Trainer.
+            val_metrics: Metrics that come from validation; without one in this epoch, these have no new values.
         """
         for config in trainer.lr_scheduler_configs:
             name = config.monitor
             if not isinstance(config.scheduler, ReduceLROnPlateau) or name is None:
                 continue
             value = trainer.callback_metrics.get(name)
-            if value is not None and (self.validated or name not in of_validation):
+            if value is not None and (self.validated or name not in val_metrics):
                 config.scheduler.step(value)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Note the steps that were left out."""
+        """Save the numbers of skipped steps."""
         checkpoint[_KEY] = {"in_run": self.skipped.in_run, "in_epoch": self.skipped.in_epoch}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take them up again."""
+        """Restore the numbers of skipped steps."""
         self.skipped = Skipped(**checkpoint.get(_KEY, {}))
 
     def on_train_epoch_start(self) -> None:
         self.skipped.in_epoch, self.validated = 0, False
 
     def on_train_batch_start(self, trainer: L.Trainer, batch_idx: int) -> None:
-        """An epoch's first rate: only now is it known how many updates the epoch has."""
+        """Set an epoch's first rate: the number of its updates is known only now."""
         if batch_idx > 0:
             return
         for config in trainer.lr_scheduler_configs:
@@ -176,18 +178,18 @@ class Optimization:
 def _progress(trainer: L.Trainer, skipped: Skipped) -> tuple[float, float]:
     """Middle of the next update's slice, as a share of the run and of its epoch.
 
-    The run is `max_epochs` long, or `max_steps` where there is no such number: where a run is stopped earlier, its
-    schedule is that of the run which goes on.
+    The run has `max_epochs` epochs, or `max_steps` updates where `max_epochs` is not set. A run that stops earlier has
+    the schedule of the whole run.
     """
     batches = trainer.num_training_batches
-    if batches in (0, float("inf")):  # no loader yet
+    if batches in (0, float("inf")):  # no dataloader yet
         return 0.0, 0.0
     batch_progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     updates = -(-int(batches) // trainer.accumulate_grad_batches)
     done = -(-batch_progress.processed // trainer.accumulate_grad_batches)
     finished, done = rounds_done(trainer) + done // updates, done % updates
-    of_epoch = (max(0, done - skipped.in_epoch) + 0.5) / updates
+    in_epoch = (max(0, done - skipped.in_epoch) + 0.5) / updates
     if trainer.max_epochs is not None and trainer.max_epochs > 0:
-        return (finished + (done - skipped.in_run + 0.5) / updates) / trainer.max_epochs, of_epoch
-    max_steps = limits_of(trainer).max_steps
-    return ((trainer.global_step + 0.5) / max_steps if max_steps > 0 else of_epoch), of_epoch
+        return (finished + (done - skipped.in_run + 0.5) / updates) / trainer.max_epochs, in_epoch
+    max_steps = get_limits(trainer).max_steps
+    return ((trainer.global_step + 0.5) / max_steps if max_steps > 0 else in_epoch), in_epoch

@@ -6,20 +6,20 @@ from typing import Any, Literal
 
 import torch
 
-from rlhf_pl.utils.errors import InputError, finite
+from rlhf_pl.utils.errors import InputError, check_finite
 
 
 class AdamW(torch.optim.AdamW):
     """`torch.optim.AdamW` with the recipe's defaults.
 
     Args:
-        params: Parameters or groups.
-        lr: Peak learning rate. 3e-7 suits 8B models at 128 pairs an update; small models want more.
+        params: Parameters or parameter groups.
+        lr: Peak learning rate. 3e-7 suits 8B models at 128 pairs an update; small models need more.
         betas: Decay rates of the first and second moment.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
-        fused: One pass over the weights for the whole step; null for wherever torch has it. On the CPU it is five
-            times as fast.
+        fused: Whether a step is a single pass over the weights; null for wherever torch supports it. It is five times
+            as fast on the CPU.
     """
 
     def __init__(
@@ -31,7 +31,7 @@ class AdamW(torch.optim.AdamW):
         weight_decay: float = 1e-6,
         fused: bool | None = None,
     ) -> None:
-        finite("model.optimizer", lr=lr, eps=eps, weight_decay=weight_decay)
+        check_finite("model.optimizer", lr=lr, eps=eps, weight_decay=weight_decay)
         groups = list(params)
         if fused is None:
             tensors = [p for g in groups for p in (g["params"] if isinstance(g, dict) else [g])]
@@ -40,16 +40,16 @@ class AdamW(torch.optim.AdamW):
 
 
 class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
-    """Linear warm-up, then a cosine to `min_factor`, over the whole run or anew in every round.
+    """Linear warm-up, then a cosine decay to `min_factor`, over the whole run or in every round.
 
-    It follows the run's progress instead of counting steps, because how many pairs a round yields is known only once
-    the round is there. An update at progress p (0..1) is one of equal slices, and takes the rate at its middle: the
-    first update is not wasted on a rate of 0.
+    It follows the run's progress instead of counting steps, because a round's number of pairs is known only after the
+    round is prepared. The span is divided into equal slices, one an update, and an update has the rate at the middle of
+    its slice: the first update is not wasted on a rate of 0.
 
     Args:
         optimizer: The optimizer.
         warmup: Share of the span that warms up, from 0 (none) to below 1.
-        min_factor: The rate at the end as a share of the peak.
+        min_factor: The rate at the end, as a share of the peak rate.
         span: `run` for one warm-up and one cosine over all rounds, `round` for one in every round.
     """
 
@@ -69,41 +69,41 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         super().__init__(optimizer)
 
     def factor(self, progress: float) -> float:
-        """The rate at `progress` (0..1 of the span) as a share of the peak."""
+        """The rate at `progress` (0..1 of the span), as a share of the peak rate."""
         if progress < self.warmup:
             return progress / self.warmup
         cosine = 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
         return self.min_factor + (1 - self.min_factor) * cosine
 
     def follow(self, progress: Callable[[], tuple[float, float]]) -> None:
-        """Take the progress of the next update from `progress() -> (of the run, of the round)`, each 0..1."""
+        """Get the next update's progress from `progress() -> (in the run, in the round)`, each 0..1."""
         self.progress = progress
 
     def refresh(self) -> None:
-        """Set the optimizer's rates for the next update, when its progress has become known."""
+        """Set the optimizer's rates for the next update, once its progress is known."""
         for group, lr in zip(self.optimizer.param_groups, self.get_lr(), strict=True):
             group["lr"] = lr
 
     def get_lr(self) -> list[float | torch.Tensor]:
-        of_run, of_round = self.progress()
-        factor = self.factor(min(1.0, of_run if self.span == "run" else of_round))
+        in_run, in_round = self.progress()
+        factor = self.factor(min(1.0, in_run if self.span == "run" else in_round))
         return [base * factor for base in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
-        """What changes in training; the settings are the config's."""
+        """The state that training changes; settings come from the config."""
         settings = ("progress", "warmup", "min_factor", "span")
         return {k: v for k, v in super().state_dict().items() if k not in settings}
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:
-    """Of each parameter group what the config says of it, taken before a checkpoint is restored."""
+    """Hyperparameters of each parameter group; those of the config, if no checkpoint is restored yet."""
     return [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
 
 
 def restore_hyperparameters(optimizer: torch.optim.Optimizer, scheduler: Any, settings: list[dict[str, Any]]) -> None:
-    """Put `settings` back in place of those that came with a checkpoint.
+    """Replace a checkpoint's hyperparameters by `settings`.
 
-    A changed base rate scales the present one, so that schedules that go from rate to rate go on where they were.
+    A changed base rate scales the current one, so that schedules that compute each rate from the last one continue.
     """
     for group, wanted in zip(optimizer.param_groups, settings, strict=True):
         old, new = group.get("initial_lr"), wanted.get("initial_lr")

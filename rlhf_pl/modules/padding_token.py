@@ -1,4 +1,4 @@
-"""A padding token of a reward model's own, so that every tool takes the same token for a conversation's last one."""
+"""A reward model's own padding token, so that every tool finds the same last token of a conversation."""
 
 import re
 from collections.abc import Iterator
@@ -17,7 +17,7 @@ from rlhf_pl.models.rendering import Renderer
 
 _NEW = "<|padding|>"
 _RESERVED = re.compile(r"[<\[].*(pad|reserved|unused).*[>\]]", re.IGNORECASE)
-_ODD_TEXT = "\x00\ue000\U0010fffd ꙮ \U000123ab \u0f3a"  # which shows a token for what the vocabulary lacks
+_ODD_TEXT = "\x00\ue000\U0010fffd ꙮ \U000123ab \u0f3a"  # gives the token for unknown text, if there is one
 
 
 @dataclass(frozen=True)
@@ -25,9 +25,9 @@ class Padding:
     """The padding token that a model is exported with.
 
     Args:
-        tokenizer: A copy of the model's with that token.
-        id: Of the token.
-        new_rows: Rows that the embeddings are given for it.
+        tokenizer: A copy of the model's tokenizer, with that token.
+        id: The token's id.
+        new_rows: Rows that are added to the embeddings for it.
     """
 
     tokenizer: Any
@@ -35,28 +35,30 @@ class Padding:
     new_rows: int = 0
 
 
-def own_padding(render: Renderer, config: Any) -> Padding:
-    """A token that is in no conversation: the model's own padding token if it is such a one, else one that is reserved,
-    else a new one, in a free row of the embeddings if there is one.
+def choose_padding(render: Renderer, config: Any) -> Padding:
+    """Choose a padding token that occurs in no conversation.
+
+    It is the model's own padding token if that qualifies, else a reserved token, else a new one, in a free row of the
+    embeddings if there is one.
 
     Args:
-        render: Of the model, with its tokenizer.
-        config: The model's.
+        render: The model's renderer, with its tokenizer.
+        config: The model's config.
     """
     text_config, tokenizer = config.get_text_config(), deepcopy(render.tokenizer)
     rows: int = text_config.vocab_size
-    written = _written(render, text_config)
+    used = _used_tokens(render, text_config)
 
     def is_free(token: int | None) -> bool:
-        return token is not None and 0 <= token < rows and token not in written
+        return token is not None and 0 <= token < rows and token not in used
 
-    given = [token for token in (text_config.pad_token_id, tokenizer.pad_token_id) if is_free(token)]
+    own = [token for token in (text_config.pad_token_id, tokenizer.pad_token_id) if is_free(token)]
     vocabulary: dict[str, int] = tokenizer.get_vocab()
     names = {token: name for name, token in vocabulary.items()}
     reserved = [t for name, t in vocabulary.items() if _RESERVED.fullmatch(name) and is_free(t)]
     reserved.sort(key=lambda token: ("pad" not in names[token].lower(), token))
     unknown = [tokenizer.unk_token_id] if is_free(tokenizer.unk_token_id) else []
-    chosen = next((token for token in (*given, *reserved) if token in names), None)
+    chosen = next((token for token in (*own, *reserved) if token in names), None)
     if chosen is None and len(tokenizer) >= rows and unknown:
         chosen = unknown[0]
     if chosen is not None:
@@ -67,21 +69,21 @@ def own_padding(render: Renderer, config: Any) -> Padding:
     return Padding(tokenizer, tokenizer.pad_token_id, max(0, tokenizer.pad_token_id + 1 - rows))
 
 
-def _written(render: Renderer, config: Any) -> set[int]:
-    """Ids that conversations have: of the template, of the ends of texts, and of text that the vocabulary lacks."""
+def _used_tokens(render: Renderer, config: Any) -> set[int]:
+    """Ids that occur in conversations: those of the template, BOS, EOS, and those for unknown text."""
     tokenizer = render.tokenizer
     ids = {*eos_token_ids(tokenizer, config), *tokenizer(_ODD_TEXT, add_special_tokens=False)["input_ids"]}
     ids |= {tokenizer.bos_token_id} - {None}
     return ids | set(render([{"role": "user", "content": "a"}], "b").ids)
 
 
-def with_new_rows(weights: Weights, model: Any, count: int) -> Weights:
-    """Weights whose input embeddings have `count` more rows, of zeros.
+def add_embedding_rows(weights: Weights, model: Any, count: int) -> Weights:
+    """Add `count` rows of zeros to the input embeddings.
 
     Args:
-        weights: Of the model.
-        model: Tells what its embeddings are called.
-        count: 0 for the weights as they are.
+        weights: The model's weights.
+        model: The model, for the name of its embeddings.
+        count: Number of rows; 0 returns the weights unchanged.
     """
     if not count:
         return weights
@@ -100,7 +102,7 @@ def with_new_rows(weights: Weights, model: Any, count: int) -> Weights:
 
 @contextmanager
 def padding_in_config(config: Any, padding: Padding) -> Iterator[None]:
-    """A model's config as it is exported: with the padding token, and with the rows it was given."""
+    """Context in which a model's config has the exported padding token and number of embeddings."""
     text = config.get_text_config()
     before = text.pad_token_id, text.vocab_size
     text.pad_token_id, text.vocab_size = padding.id, text.vocab_size + padding.new_rows

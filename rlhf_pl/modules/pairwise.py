@@ -1,4 +1,4 @@
-"""REBEL as a LightningModule."""
+"""Training of a policy on prompt groups, by REBEL or another loss, as a LightningModule."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -10,9 +10,9 @@ from torch import Tensor
 from rlhf_pl.algorithms.losses import RebelLoss
 from rlhf_pl.algorithms.policy_loss import PolicyLoss, check_needs, logged, logged_names
 from rlhf_pl.algorithms.prompt_groups import PromptGroups
-from rlhf_pl.data.pair_batches import GroupBatch
+from rlhf_pl.data.group_batches import GroupBatch
 from rlhf_pl.distributed.ranks import ranks_of
-from rlhf_pl.distributed.strategies import callable_policy, shard_frozen
+from rlhf_pl.distributed.strategies import get_callable_policy, shard_frozen
 from rlhf_pl.distributed.weight_placement import checks_weights
 from rlhf_pl.models.lora import LoRA, record_settings, without_adapters
 from rlhf_pl.models.policy import DType, check_lm, train_last_layers
@@ -20,14 +20,14 @@ from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.causal_lm import CausalLMModule
 from rlhf_pl.modules.logging import is_update, log_update, with_variance
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
-from rlhf_pl.utils.errors import InputError, at_least
+from rlhf_pl.utils.errors import InputError, check_at_least
 from rlhf_pl.utils.fingerprints import describe
 
-_NOTHING = {"loss": 0.0, "kl": 0.0, "pairs": 0.0}  # of the round in training: sums over elements, their number
+_EMPTY_ROUND = {"loss": 0.0, "kl": 0.0, "pairs": 0.0}  # sums over the round's elements so far, and their number
 
 
 class RebelModule(CausalLMModule):
-    """A policy that learns from prompt groups: REBEL on pairs by default, any `PolicyLoss` by choice.
+    """A policy that learns from prompt groups: by REBEL on pairs, or by any other `PolicyLoss`.
 
     Args:
         policy: The model to improve: a folder in Hugging Face format, or a Hub id.
@@ -36,16 +36,16 @@ class RebelModule(CausalLMModule):
         lr_scheduler: Makes the learning-rate schedule from the optimizer; it steps once an update.
         kl_coef: Weight of the KL penalty to the fixed reference, in reward units per nat. At 0 no reference is loaded,
             unless the loss needs one.
-        reference: The fixed reference of the KL penalty and the loss; null for the policy as it was before training.
-        trainable_layers: Train only so many of the last layers, the final norm and an output head that is not tied
-            to the embeddings; null for all weights.
-        lora: Train low-rank adapters instead of all weights. The model without them is the reference of `kl_coef`; the
-            sampler gets them merged in, and the export holds both the merged model and the adapters alone.
+        reference: The fixed reference of the KL penalty and the loss; null for the policy before training.
+        trainable_layers: Train only this number of last layers, the final norm and an output head that is not tied to
+            the embeddings; null for all weights.
+        lora: Train low-rank adapters instead of all weights. The model without them is the reference of `kl_coef`. The
+            sampler gets the merged model; the export has both the merged model and the adapters alone.
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
-        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
-            wherever a GPU, the package and kernels for the architecture are there and give what plain layers give,
-            true to require it (an error without a GPU).
+        use_liger_kernel: Compute norms, MLPs and rotary embeddings with liger-kernel: less memory and time on GPUs.
+            null to use it wherever a GPU, the package and kernels for the architecture are available and agree with
+            the plain layers; true to require it (an error without a GPU).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         logprob_chunk_tokens: Response tokens whose logits are in memory at a time.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
@@ -74,7 +74,7 @@ class RebelModule(CausalLMModule):
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> None:
-        at_least("model", kl_coef=(kl_coef, 0))
+        check_at_least("model", kl_coef=(kl_coef, 0))
         needs = check_needs(loss, kl_coef)
         if reference is not None and "reference_logps" not in needs:
             raise InputError(
@@ -86,8 +86,8 @@ class RebelModule(CausalLMModule):
             raise InputError("`model.lora` and `model.trainable_layers` exclude each other: give one of them.")
         if lora is not None and lora.dropout > 0:
             raise InputError(
-                f"`model.lora.dropout` is {lora.dropout}: the policy must give the log-probs that its answers were "
-                "drawn with. Set it to 0."
+                f"`model.lora.dropout` is {lora.dropout}: the policy must give the log-probs that its responses were "
+                "sampled with. Set it to 0."
             )
         source = ModelSource(policy, revision, chat_template, trust_remote_code)
         super().__init__(
@@ -108,8 +108,8 @@ class RebelModule(CausalLMModule):
         names = logged_names(loss, needs)
         self.train_metrics = tuple(f"train/{name}" for name in ("lr", *names))
         self.val_metrics = tuple(f"val/{name}" for name in names)
-        self._round = dict(_NOTHING)
-        # mean absolute log-ratio a token in a round's first update, right after it; None after the others
+        self._round = dict(_EMPTY_ROUND)
+        # mean absolute log-ratio a token in a round's first update, set right after it; None after the others
         self.first_logratio: float | None = None
 
     def setup(self, stage: str) -> None:
@@ -121,7 +121,7 @@ class RebelModule(CausalLMModule):
             check_ready()
 
     def _check_reference(self) -> None:
-        """Refuse a reference that is not there, or that lacks tokens of the policy, before anything loads."""
+        """Refuse a reference that is missing, or that lacks tokens of the policy, before any weights load."""
         reference, tokens = self.reference_source, len(self.source.tokenizer)
         if checks_weights(self.trainer, reference):
             check_lm(reference)
@@ -139,9 +139,10 @@ class RebelModule(CausalLMModule):
         return lm
 
     def load_reference(self) -> Callable[..., Tensor]:
-        """The fixed reference of the KL penalty, to be called as the policy is. The caller drops it after use.
+        """Load the fixed reference, which is called like the policy. The caller drops it after use.
 
-        With adapters that start from it, it is the policy without them; otherwise a second model, sharded as the first.
+        If adapters start from it, it is the policy without them; otherwise it is a second model, sharded like the
+        policy.
         """
         if self.lora is None or self.reference_source is not self.source:
             lm = self.load(self.reference_source)
@@ -150,36 +151,36 @@ class RebelModule(CausalLMModule):
         def base(**inputs: Any) -> Tensor:
             assert self.policy is not None
             with without_adapters(self.policy.lm):
-                return callable_policy(self.trainer)(**inputs)
+                return get_callable_policy(self.trainer)(**inputs)
 
         return base
 
     @property
     def has_reference(self) -> bool:
-        """Whether there is a reference to measure the distance to."""
+        """Whether there is a reference for the KL metrics."""
         return "reference_logps" in self.needs or self.lora is not None
 
     def training_step(self, batch: GroupBatch, batch_idx: int) -> Tensor:
         losses, groups = self._losses(batch)
-        of_first_update = batch_idx < self.trainer.accumulate_grad_batches
+        is_first_update = batch_idx < self.trainer.accumulate_grad_batches
         if batch.weight > 0:
             self.train_means.add(loss=losses.detach(), **logged(self.loss, groups))
-            if of_first_update and "old_logps" in groups.stored:  # the policy is still pi_old
+            if is_first_update and "old_logps" in groups.stored:  # the policy is still pi_old
                 logratios = (groups.logps.detach() - groups.old_logps).abs()
                 self.train_means.add(groups.lengths, first_logratio=logratios / groups.lengths)
         if is_update(self.trainer, batch_idx):
-            self._log_update(of_first_update)
-        return losses.mean() * batch.weight if losses.numel() else groups.logps.sum() * 0
+            self._log_update(is_first_update)
+        return losses.mean() * batch.weight if len(losses) else groups.logps.sum() * 0
 
-    def _log_update(self, of_first_update: bool) -> None:
-        """Log over all pairs or groups of an update, and add them to what the round has trained on."""
+    def _log_update(self, is_first_update: bool) -> None:
+        """Log an update's metrics over all its elements, and add them to those of the round."""
         metrics = with_variance(self.train_means.compute_and_reset("train", ranks_of(self.trainer)), "train/ratio")
         count = self.train_means.last_weights.get("loss", 0.0)
         first = metrics.pop("train/first_logratio", None)
-        if of_first_update:
+        if is_first_update:
             self.first_logratio = first
             metrics |= {} if first is None else {"train/first_logratio": first}
-        if count > 0:  # else no element of the update counts
+        if count > 0:  # otherwise no element of the update counts
             self._round = {
                 "loss": self._round["loss"] + count * metrics["train/loss"],
                 "kl": self._round["kl"] + count * metrics.get("train/kl", math.nan),
@@ -193,7 +194,7 @@ class RebelModule(CausalLMModule):
             self.val_means.add(loss=losses, **logged(self.loss, groups))
 
     def _losses(self, batch: GroupBatch) -> tuple[Tensor, PromptGroups]:
-        """The loss of each of its elements, and what it was computed of."""
+        """Loss of each element of a batch, and the prompt groups that it was computed from."""
         rows = batch.rows
         groups = batch.groups(self(**rows.inputs(), temperature=batch.temperature), self.kl_coef)
         return self.loss.losses(groups), groups
@@ -202,7 +203,7 @@ class RebelModule(CausalLMModule):
         self.log_dict(with_variance(self.val_means.compute_and_reset("val", ranks_of(self.trainer)), "val/ratio"))
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
-        """The held-out metrics of an epoch over offline pairs in a line."""
+        """The held-out metrics of an epoch over offline pairs, in a line."""
         texts = {
             "val/loss": "held-out loss {:.3f}",
             "val/sign_align": "sign agreement {:.3f}",
@@ -211,7 +212,7 @@ class RebelModule(CausalLMModule):
         return ", ".join(text.format(metrics[name]) for name, text in texts.items() if name in metrics)
 
     def round_summary(self) -> dict[str, float | None]:
-        """Mean loss and KL over all that the round has trained on; None without updates, or where it is not known."""
+        """Mean loss and KL over all elements that the round has trained on; None without updates, or if not known."""
         pairs, known = self._round["pairs"], ("loss", "kl") if "old_logps" in self.needs else ("loss",)
         return {name: self._round[name] / pairs if pairs and name in known else None for name in ("loss", "kl")}
 
@@ -221,14 +222,14 @@ class RebelModule(CausalLMModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         super().on_load_checkpoint(checkpoint)
-        kept = checkpoint.get("rlhf_pl")
-        if kept is not None:
-            self._round = _NOTHING | kept["round"]
-            if "kl" not in kept["round"]:  # of an earlier version, which kept the last update's alone
-                self._round["kl"] = self._round["pairs"] * (kept["last_kl"] or 0.0)
+        saved = checkpoint.get("rlhf_pl")
+        if saved is not None:
+            self._round = _EMPTY_ROUND | saved["round"]
+            if "kl" not in saved["round"]:  # of an earlier version, which saved only that of the last update
+                self._round["kl"] = self._round["pairs"] * (saved["last_kl"] or 0.0)
 
     def training_settings(self) -> dict[str, Any]:
-        """What the training on a round depends on, without building anything heavy."""
+        """Settings that the training on a round depends on; builds nothing heavy."""
         return {
             "loss": describe(self.loss),
             **self.optimization.settings(),
@@ -240,4 +241,4 @@ class RebelModule(CausalLMModule):
 
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
-        self._round = dict(_NOTHING)
+        self._round = dict(_EMPTY_ROUND)

@@ -1,4 +1,4 @@
-"""Training a reward model from comparisons."""
+"""Training of a reward model on comparisons, as a LightningModule."""
 
 from collections.abc import Mapping
 from functools import cached_property
@@ -27,41 +27,41 @@ from rlhf_pl.modules.base import TrainedModule
 from rlhf_pl.modules.export import export_folder
 from rlhf_pl.modules.logging import is_update, log_update
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
-from rlhf_pl.modules.padding_token import Padding, own_padding, padding_in_config, with_new_rows
-from rlhf_pl.utils.errors import InputError, at_least
+from rlhf_pl.modules.padding_token import Padding, add_embedding_rows, choose_padding, padding_in_config
+from rlhf_pl.utils.errors import InputError, check_at_least
 
-PARTS = ("loss", "accuracy", "margin", "score_chosen", "score_rejected")  # what is logged of pairs
+PAIR_METRICS = ("loss", "accuracy", "margin", "score_chosen", "score_rejected")
 
 
 class RewardModelModule(TrainedModule):
     """A reward model that learns from comparisons by the Bradley-Terry loss.
 
     Args:
-        backbone: A causal LM, or a classifier whose head is kept if it has one output: folder or Hub id.
+        backbone: A causal LM, or a classifier, whose head is kept if it has one output: a folder or a Hub id.
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the learning-rate schedule from the optimizer; it steps once an update.
         centering: Weight of the squared sum of a pair's scores, which keeps scores near 0.
         lora: Train low-rank adapters and the head instead of all weights; they are merged in the export.
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
-        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
-            wherever a GPU, the package and kernels for the architecture are there and give what plain layers give,
-            true to require it (an error without a GPU).
+        use_liger_kernel: Compute norms, MLPs and rotary embeddings with liger-kernel: less memory and time on GPUs.
+            null to use it wherever a GPU, the package and kernels for the architecture are available and agree with
+            the plain layers; true to require it (an error without a GPU).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
         system_prompt: `keep` or `drop` system messages.
-        pair_encoding: Give prompt and answer as a pair of texts, for encoders without a chat template.
+        pair_encoding: Encode prompt and response as a pair of texts, for encoders without a chat template.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
         score_at: Where the score is read: `last`, the conversation's last token, whatever it is, where every other tool
-            reads the exported model too; `eos`, the EOS that the template writes after the answer; `before_eos`, the
-            token before that. The exported config says it if it is not `last`. null for what the backbone's config
-            says, else `last`.
+            reads the exported model too; `eos`, the EOS that the template writes after the response; `before_eos`, the
+            token before that. The exported config records it if it is not `last`. null for the value in the backbone's
+            config, or `last`.
     """
 
     batch_type = PreferenceBatch
-    train_metrics = tuple(f"train/{name}" for name in ("lr", *PARTS))
-    val_metrics = tuple(f"val/{name}" for name in (*PARTS, "longer_accuracy", "calibration_error"))
+    train_metrics = tuple(f"train/{name}" for name in ("lr", *PAIR_METRICS))
+    val_metrics = tuple(f"val/{name}" for name in (*PAIR_METRICS, "longer_accuracy", "calibration_error"))
     exports_adapter = False
 
     def __init__(
@@ -82,7 +82,7 @@ class RewardModelModule(TrainedModule):
         trust_remote_code: bool = False,
         score_at: ScoreAt | None = None,
     ) -> None:
-        at_least("model", centering=(centering, 0))
+        check_at_least("model", centering=(centering, 0))
         if lora is not None and lora.base_dtype is not None:
             raise InputError("`model.lora.base_dtype`: reward models train on a base in `model.dtype`. Set it to null.")
         super().__init__(
@@ -100,11 +100,11 @@ class RewardModelModule(TrainedModule):
         self.pair_encoding = pair_encoding
         self._score_at = score_at
         self.classifier: ClassifierLM | None = None
-        self._margins: list[Tensor] = []  # of held-out pairs with a clear label
-        self._compared = 0  # the number of these in the last validation
+        self._margins: list[Tensor] = []  # of held-out pairs that are not ties
+        self._compared = 0  # number of these pairs in the last validation
 
     def renderer(self, max_tokens: int) -> Renderer:
-        """Renders conversations for this model, as `ClassifierReward` will."""
+        """Make the renderer of this model's conversations; `ClassifierReward` will render them equally."""
         limit = min(max_tokens, self.source.max_context_tokens)
         tokenizer = self.padding.tokenizer
         return reward_renderer(
@@ -115,30 +115,30 @@ class RewardModelModule(TrainedModule):
     def padding(self) -> Padding:
         """The padding token that the model is exported with, and its tokenizer."""
         render = reward_renderer(self.source, 2**31, self.system_prompt, self.pair_encoding, self._score_at)
-        return own_padding(render, self.source.config)
+        return choose_padding(render, self.source.config)
 
     @property
     def pad_id(self) -> int:
-        """What rows are padded with."""
+        """The token that rows are padded with."""
         assert self.classifier is not None
         return self.classifier.pad_id or 0
 
     @property
     def shares_prompts(self) -> bool:
-        """Whether what the two rows of a comparison begin with is computed once."""
+        """Whether the common prefix of a comparison's two rows is computed once."""
         return self.classifier is not None and self.classifier.shares_prompts and not self.pair_encoding
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
-        self._say_where_scores_are_read()
+        self._warn_where_scores_are_read()
 
-    def _say_where_scores_are_read(self) -> None:
+    def _warn_where_scores_are_read(self) -> None:
         render = self.renderer(2**31)
         if render.trailing_tokens:
             warn_once(
-                f"`model.score_at` is {render.score_at}: the exported model's config says so to ClassifierReward and "
-                "VLLMServerReward; transformers, vLLM and TRL by themselves read the score at a conversation's last "
-                "token, as with `last`."
+                f"`model.score_at` is {render.score_at}: the exported model's config records it for ClassifierReward "
+                "and VLLMServerReward; transformers, vLLM and TRL by themselves read the score at a conversation's "
+                "last token, as with `last`."
             )
         elif self._score_at is None and has_head(self.source):
             warn_if_read_elsewhere(render, self.source)
@@ -166,12 +166,12 @@ class RewardModelModule(TrainedModule):
         return ClassifierLM(model, compute)
 
     def configure_model(self) -> None:
-        """Load the backbone. Lightning calls it after all inputs have been checked."""
+        """Load the backbone. Lightning calls it after all inputs are checked."""
         if self.classifier is None:
             self.classifier = self.load_unit()
 
     def forward(self, **inputs: Any) -> Tensor:
-        """Scores of rows, or of trees; the arguments of `ClassifierLM.forward`, shape (R,)."""
+        """Scores of rows or of prefix groups, shape (R,); the arguments are those of `ClassifierLM.forward`."""
         assert self.classifier is not None
         return self.classifier(**inputs)
 
@@ -186,12 +186,12 @@ class RewardModelModule(TrainedModule):
     def validation_step(self, batch: PreferenceBatch, batch_idx: int) -> None:
         _, parts = self._losses(batch)
         if batch.weight > 0:
-            clear = batch.labels != 0.5
-            self.val_means.add(**parts, longer_accuracy=batch.longer[clear])
-            self._margins.append(parts["margin"][clear].cpu())
+            is_clear = batch.labels != 0.5
+            self.val_means.add(**parts, longer_accuracy=batch.longer[is_clear])
+            self._margins.append(parts["margin"][is_clear].cpu())
 
     def _losses(self, batch: PreferenceBatch) -> tuple[Tensor, dict[str, Tensor]]:
-        """Loss per pair, and what is logged about it, each of shape (B,)."""
+        """Loss per pair and the logged metrics, each of shape (B,)."""
         chosen, rejected = self(**batch.inputs).view(-1, 2).T
         margins = chosen - rejected
         losses = bradley_terry_loss(margins, batch.labels, batch.margins)
@@ -200,7 +200,7 @@ class RewardModelModule(TrainedModule):
         margins = margins.detach()
         parts = {
             "loss": losses.detach(),
-            "accuracy": 0.5 * (1 + margins.sign())[batch.labels != 0.5],  # equal scores are half right
+            "accuracy": 0.5 * (1 + margins.sign())[batch.labels != 0.5],  # equal scores count half
             "margin": margins,
             "score_chosen": chosen.detach(),
             "score_rejected": rejected.detach(),
@@ -218,7 +218,7 @@ class RewardModelModule(TrainedModule):
         self.log_dict(metrics)
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
-        """The held-out metrics of an epoch in a line. Accuracy and its interval are of the pairs that are no ties."""
+        """The held-out metrics of an epoch, in a line. Accuracy and its interval are of the pairs that are not ties."""
         parts = f"margin {metrics['val/margin']:.3f}, loss {metrics['val/loss']:.3f}"
         if not self._compared:
             return f"held-out {parts} ({held_out} pairs, all of them ties)"
@@ -238,13 +238,13 @@ class RewardModelModule(TrainedModule):
         """Write the reward model as a Hugging Face folder that `ClassifierReward` and plain transformers load.
 
         Args:
-            folder: Where to; made if missing.
+            folder: The target; made if missing.
             dtype: Dtype of the weights; None for that of the checkpoint that the run started from.
         """
         assert self.classifier is not None
         model, padding = self.classifier.model, self.padding
         write_score_at(model.config, self.renderer(2**31).score_at)
-        weights = with_new_rows(self.weights(), model, padding.new_rows)
+        weights = add_embedding_rows(self.weights(), model, padding.new_rows)
         with padding_in_config(model.config, padding):
             write = self.global_rank == 0
             export_folder(model, self.source, padding.tokenizer, weights, folder, dtype, write)

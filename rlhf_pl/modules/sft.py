@@ -17,7 +17,7 @@ from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
 
 
 class SFTModule(CausalLMModule):
-    """A policy that learns to give the answers of the data: cross-entropy over the assistant's tokens alone.
+    """A policy that learns to give the data's responses: cross-entropy over the assistant's tokens only.
 
     Args:
         policy: The model to tune: a folder in Hugging Face format, or a Hub id.
@@ -26,11 +26,11 @@ class SFTModule(CausalLMModule):
         lora: Train low-rank adapters instead of all weights; they are merged in the export.
         dtype: Dtype of the trained weights. bfloat16 halves their memory, but small updates are lost in it.
         attn_implementation: Attention of transformers: sdpa, eager, flash_attention_2, flex_attention.
-        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
-            wherever a GPU, the package and kernels for the architecture are there and give what plain layers give,
-            true to require it (an error without a GPU).
+        use_liger_kernel: Compute norms, MLPs and rotary embeddings with liger-kernel: less memory and time on GPUs.
+            null to use it wherever a GPU, the package and kernels for the architecture are available and agree with
+            the plain layers; true to require it (an error without a GPU).
         gradient_checkpointing: Recompute activations in the backward pass: less memory, a third more time.
-        logprob_chunk_tokens: Answer tokens whose logits are in memory at a time.
+        logprob_chunk_tokens: Response tokens whose logits are in memory at a time.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
@@ -81,7 +81,7 @@ class SFTModule(CausalLMModule):
             self.val_means.add(weights=float(tokens), loss=loss)
 
     def _loss(self, batch: SFTBatch) -> tuple[Tensor, int]:
-        """(mean negative log-prob of the learned tokens, nats; their number)."""
+        """Mean negative log-prob of the target tokens, nats, and their number."""
         tokens = len(batch.rows.targets)
         return -self(**batch.rows.inputs()).sum() / max(1, tokens), tokens
 
@@ -91,7 +91,7 @@ class SFTModule(CausalLMModule):
         self.log_dict(metrics)
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
-        """The held-out metrics of an epoch in a line."""
+        """The held-out metrics of an epoch, in a line."""
         return (
             f"held-out perplexity {metrics['val/perplexity']:.3f} (loss {metrics['val/loss']:.3f} nats a token, "
             f"{held_out} conversations)"

@@ -1,4 +1,4 @@
-"""Rewards: give every answer a number."""
+"""Rewards: a score for every response."""
 
 from rlhf_pl.rewards.armorm import ArmoRMReward
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample

@@ -11,33 +11,33 @@ from rlhf_pl.models.load_whole import check_whole
 from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import RewardResult, Sample
-from rlhf_pl.rewards.families import Family
 from rlhf_pl.rewards.local_model import LocalModelReward, ModelDType
+from rlhf_pl.rewards.response_groups import ResponseGroup
 from rlhf_pl.utils.errors import InputError
 
 
 class ArmoRMReward(LocalModelReward):
-    """`RLHFlow/ArmoRM-Llama3-8B-v0.1` and checkpoints of its layout, loaded natively.
+    """`RLHFlow/ArmoRM-Llama3-8B-v0.1` and checkpoints with its layout, loaded without remote code.
 
-    The reward is the gated score. Components are the 19 objectives under their published names. `objectives` chooses
-    or re-weights them: the reward is then the weighted sum of what these objectives contribute to the score (`gated`),
-    or of the objectives themselves.
+    The reward is the gated score. The components are the 19 objectives under their published names. With `objectives`,
+    the reward is the weighted sum of the chosen objectives' contributions to the score (`gated`), or of the objectives
+    themselves.
 
     Args:
         model: Model folder or Hub id.
-        objectives: Weights by objective, such as `{helpsteer-correctness: 1.0}`; null for the published score.
-        gated: With `objectives`: weigh their gated contributions (true) or the objectives themselves (false).
-        dtype: Of the backbone; null for that of the checkpoint. The heads are computed in float32.
-        device: `auto` for the GPU where there is one, `cpu`, `cuda:1`, ...
-        max_tokens: Longer conversations are cut from the left of the prompt, and counted.
-        tokens_per_batch: Padded tokens of a batch; rows of like length go together.
+        objectives: Weights by objective, for example `{helpsteer-correctness: 1.0}`; null for the published score.
+        gated: With `objectives`: whether the weights apply to the gated contributions or to the objectives themselves.
+        dtype: Data type of the backbone; null for the checkpoint's. The heads are computed in float32.
+        device: `auto` (the GPU if there is one), `cpu`, `cuda:1`, ...
+        max_tokens: Longer conversations are truncated on the left of the prompt, and counted.
+        tokens_per_batch: Padded tokens per batch; rows of similar length are batched together.
         system_prompt: `keep` or `drop` system messages.
-        offload: Keep the weights on the CPU while the policy trains.
+        offload: Whether the weights are kept on the CPU while the policy trains.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
-        attn_implementation: Attention of transformers.
-        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
-            wherever a GPU, the package and kernels for the architecture are there and give what plain layers give,
-            true to require it (an error without a GPU).
+        attn_implementation: Attention implementation of transformers.
+        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings, to save memory and time. null
+            uses it if there is a GPU, the package is installed, and its kernels for the architecture match the plain
+            layers; true requires it (an error without a GPU).
         revision: Branch, tag or commit of a Hub id.
     """
 
@@ -75,7 +75,8 @@ class ArmoRMReward(LocalModelReward):
         unknown = [name for name in self.objectives or () if name not in OBJECTIVES]
         if unknown:
             raise InputError(
-                f"`rollout.reward.objectives` names {', '.join(unknown)}; ArmoRM's are {', '.join(OBJECTIVES)}."
+                f"`rollout.reward.objectives` names {', '.join(unknown)}; the objectives of ArmoRM are "
+                f"{', '.join(OBJECTIVES)}."
             )
         if self.objectives == {}:
             raise InputError("`rollout.reward.objectives` is empty; null gives the published score.")
@@ -95,11 +96,11 @@ class ArmoRMReward(LocalModelReward):
         row = sample.rendered(self.renderer())
         if row.turn is None:
             raise InputError(
-                f"`rollout.reward.model`: the chat template of {self.model!r} gives no text between prompt and answer, "
-                "where the gate would be read."
+                f"`rollout.reward.model`: the chat template of {self.model!r} writes no text between prompt and "
+                "response, where the gate is read."
             )
         if row.turn >= len(row):
-            raise InputError(f"`rollout.reward.max_tokens` of {self.max_tokens} leaves no room for an answer.")
+            raise InputError(f"`rollout.reward.max_tokens` of {self.max_tokens} leaves no room for a response.")
         self.source.check_ids([(sample.prompt_id, row.ids)], self.source.option)
         return row
 
@@ -107,28 +108,28 @@ class ArmoRMReward(LocalModelReward):
         rows = [self._row(s) for s in batch]
         if not rows:
             return []
-        score, rewards, coefficients = torch.cat(self.run(batch, rows)).split(
+        score, objectives, coefficients = torch.cat(self.run(batch, rows)).split(
             [1, len(OBJECTIVES), len(OBJECTIVES)], dim=-1
         )
-        chosen = score[:, 0]
+        reward = score[:, 0]
         if self.objectives is not None:
             weights = torch.tensor([self.objectives.get(name, 0.0) for name in OBJECTIVES])
-            chosen = ((rewards * coefficients if self.gated else rewards) * weights).sum(-1)
+            reward = ((objectives * coefficients if self.gated else objectives) * weights).sum(-1)
         return [
             RewardResult(value, dict(zip(OBJECTIVES, parts, strict=True)), row.truncated_tokens)
-            for value, parts, row in zip(chosen.tolist(), rewards.tolist(), rows, strict=True)
+            for value, parts, row in zip(reward.tolist(), objectives.tolist(), rows, strict=True)
         ]
 
     def load(self, dtype: str | None, device: torch.device) -> ArmoRM:
         return load_armorm(self.source, dtype, self.attn_implementation, device, self.use_liger_kernel)
 
-    def forward(self, module: Any, found: list[Family], device: torch.device) -> list[Tensor]:
-        """Score, rewards and coefficients of each family's answers, shape (answers, 1 + 2 * objectives)."""
-        rows = [row for family in found for row in family.rows]
+    def forward(self, module: Any, groups: list[ResponseGroup], device: torch.device) -> list[Tensor]:
+        """Score, rewards and coefficients of each group's responses, shape (responses, 1 + 2 * objectives)."""
+        rows = [row for group in groups for row in group.rows]
         turns = [row.turn for row in rows]
         if module.shares_prompts:
-            output = module.score_prefix_groups([family.tree for family in found], turns, device)
+            output = module.score_prefix_groups([group.prefix_group for group in groups], turns, device)
         else:
             output = module(**padded(rows, 0, device), gating_positions=torch.tensor(turns, device=device))
-        every = torch.cat([output.score[:, None], output.rewards, output.coefficients], dim=-1)
-        return list(every.split([len(family.rows) for family in found]))
+        outputs = torch.cat([output.score[:, None], output.rewards, output.coefficients], dim=-1)
+        return list(outputs.split([len(group.rows) for group in groups]))

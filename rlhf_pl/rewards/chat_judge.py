@@ -1,4 +1,4 @@
-"""What judges behind a chat endpoint share: how they are asked, and how their verdicts are read."""
+"""The base class of judges behind a chat endpoint: requests, and reading of verdicts."""
 
 import json
 import re
@@ -8,8 +8,8 @@ from typing import Any, Literal, TypeVar
 
 from rlhf_pl.models.chat import plain_text
 from rlhf_pl.rewards.base import Failure, Sample
-from rlhf_pl.rewards.remote import RemoteReward, Service, WrongAnswerError
-from rlhf_pl.utils.errors import InputError, at_least
+from rlhf_pl.rewards.remote import InvalidReplyError, RemoteReward, Service
+from rlhf_pl.utils.errors import InputError, check_at_least
 from rlhf_pl.utils.secrets import redact
 
 T = TypeVar("T")
@@ -21,20 +21,20 @@ ResponseFormat = Literal["json_schema", "text"]
 
 
 class JudgeReward(RemoteReward):
-    """A language model as the judge. A subclass says what it is asked, and what its verdicts are worth.
+    """A language model as the judge. A subclass writes the tasks and turns verdicts into rewards.
 
     Args:
         url: Base URL of the endpoint.
-        model: Name of the judging model there.
-        rubric: What to judge by, or a .txt or .md file with it.
-        response_format: `json_schema` has the server hold the judge to the form of a verdict.
-        max_tokens: Longest verdict, tokens.
-        temperature: Of the judge.
-        concurrency: Requests under way at a time.
+        model: Name of the judge's model at the endpoint.
+        rubric: The criteria, or a .txt or .md file with them.
+        response_format: `json_schema` has the server enforce the schema of a verdict.
+        max_tokens: Maximum length of a verdict, tokens.
+        temperature: The judge's sampling temperature.
+        concurrency: Maximum number of concurrent requests.
         timeout_s: Time limit of an attempt, seconds.
-        retries: Further attempts after an error or a verdict that can't be read.
-        backoff_s: Pause before the second attempt, seconds; doubled before every further one.
-        api_key_env: Environment variable with a key that is sent as a bearer token; None for none.
+        retries: Further attempts after an error or an invalid verdict.
+        backoff_s: Pause before the second attempt, seconds; doubled before each further attempt.
+        api_key_env: Environment variable with a key that is sent as a bearer token; None for no key.
     """
 
     def __init__(
@@ -52,9 +52,9 @@ class JudgeReward(RemoteReward):
         api_key_env: str | None,
     ) -> None:
         self._service = Service(_chat_url(url), timeout_s, retries, backoff_s, concurrency, api_key_env)
-        at_least("rollout.reward", max_tokens=(max_tokens, 1), temperature=(temperature, 0))
-        # what is public and plain here is in the fingerprint
-        self.url, self.model, self.rubric, self.temperature = url, model, _text_or_file(rubric), temperature
+        check_at_least("rollout.reward", max_tokens=(max_tokens, 1), temperature=(temperature, 0))
+        # public attributes with plain values are part of the fingerprint
+        self.url, self.model, self.rubric, self.temperature = url, model, _read_rubric(rubric), temperature
         self._response_format, self._max_tokens = response_format, max_tokens
 
     @property
@@ -62,12 +62,12 @@ class JudgeReward(RemoteReward):
         return f"{type(self).__name__}({self.model})"
 
     def ask(self, tasks: Sequence[str], schema: dict[str, Any], read: Callable[[Any], T]) -> list[T | Failure]:
-        """What `read` makes of the judge's answer to each task; it raises WrongAnswerError for what it can't read.
+        """Send each task to the judge, and return what `read` returns for each reply, or why there is none.
 
         Args:
-            tasks: What the judge is told.
+            tasks: Texts for the judge.
             schema: JSON schema of a verdict.
-            read: Takes the body of an answer.
+            read: Reads the JSON body of a reply; raises InvalidReplyError for an invalid one.
         """
         return self._service.map([self._request(task, schema) for task in tasks], lambda _, body: read(body))
 
@@ -79,13 +79,13 @@ class JudgeReward(RemoteReward):
             "temperature": self.temperature,
         }
         if self._response_format == "json_schema":
-            form = {"name": "verdict", "strict": True, "schema": schema}
-            payload["response_format"] = {"type": "json_schema", "json_schema": form}
+            json_schema = {"name": "verdict", "strict": True, "schema": schema}
+            payload["response_format"] = {"type": "json_schema", "json_schema": json_schema}
         return payload
 
 
-def _text_or_file(rubric: str) -> str:
-    """A rubric, or the text of the file that `rubric` names."""
+def _read_rubric(rubric: str) -> str:
+    """`rubric`, or the content of the file that it names."""
     if len(rubric) < 256 and "\n" not in rubric and rubric.endswith((".txt", ".md")):
         file = Path(rubric)
         if not file.is_file():
@@ -101,33 +101,33 @@ def _chat_url(url: str) -> str:
     return url if url.endswith("/chat/completions") else f"{url}/chat/completions"
 
 
-def conversation(sample: Sample) -> str:
-    """What a judge reads of the messages before the response."""
+def format_conversation(sample: Sample) -> str:
+    """The messages before the response as text for the judge."""
     return "\n\n".join(f"[{m['role']}]\n{plain_text(m)}" for m in sample.messages)
 
 
-def response(sample: Sample) -> str:
-    """What a judge reads of the response."""
+def format_response(sample: Sample) -> str:
+    """The response as text for the judge."""
     return plain_text(sample.response_message)
 
 
-def _said(body: Any) -> str:
+def _reply_text(body: Any) -> str:
     try:
         content = body["choices"][0]["message"]["content"]
     except (KeyError, IndexError, TypeError):
-        raise WrongAnswerError("expected a chat completion with choices[0].message.content") from None
+        raise InvalidReplyError("expected a chat completion with choices[0].message.content") from None
     if not isinstance(content, str) or not content.strip():
-        raise WrongAnswerError("the judge said nothing; raise `max_tokens` if it thinks before it answers")
+        raise InvalidReplyError("the judge's reply is empty; raise `max_tokens` if it thinks before it replies")
     return content
 
 
-def verdict(body: Any, key: str) -> Any:
-    """What the judge put under `key`: the last JSON object with it, or a line such as `score: 7`.
+def read_verdict(body: Any, key: str) -> Any:
+    """The value of `key` in a reply, from the last JSON object that has it, or from a line like `score: 7`.
 
     Raises:
-        WrongAnswerError: There is nothing under it.
+        InvalidReplyError: The reply has no such value.
     """
-    text = _said(body)
+    text = _reply_text(body)
     for found in reversed(re.findall(r"\{[^{}]*\}", text)):
         try:
             value = json.loads(found)
@@ -137,4 +137,4 @@ def verdict(body: Any, key: str) -> Any:
             return value[key]
     if lines := re.findall(rf"(?i)\b{key}\b\W{{1,5}}(-?\d+(?:\.\d+)?|\w+)", text):
         return lines[-1]
-    raise WrongAnswerError(f'the judge gave no "{key}": {redact(text)[-120:]!r}')
+    raise InvalidReplyError(f'the reply of the judge has no "{key}": {redact(text)[-120:]!r}')

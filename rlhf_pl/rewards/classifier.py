@@ -18,37 +18,37 @@ from rlhf_pl.models.score_position import ScoreAt, is_read_before_padding, mean_
 from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, prefix_group_inputs
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import RewardResult, Sample
-from rlhf_pl.rewards.families import Family
 from rlhf_pl.rewards.local_model import LocalModelReward, ModelDType
+from rlhf_pl.rewards.response_groups import ResponseGroup
 
 
 class ClassifierReward(LocalModelReward):
-    """A sequence-classification reward model with one label, of any architecture that transformers knows.
+    """A sequence-classification reward model with one label, of any architecture that transformers supports.
 
-    The conversation is rendered with the reward model's own tokenizer and chat template. Heads under the names that
-    TRL, OpenRLHF, DeepSpeed-Chat, Starling and CleanRL use are understood too. A head that the checkpoint does not
-    fill is an error.
+    The conversation is rendered with the reward model's own tokenizer and chat template. Head names of
+    TRL, OpenRLHF, DeepSpeed-Chat, Starling and CleanRL are supported. A head without weights in the checkpoint is an
+    error.
 
     Args:
         model: Model folder or Hub id.
-        base: Where config and tokenizer come from, if `model` brings weights alone, as Starling-RM does.
-        dtype: Of the weights; null for that of the checkpoint; float32 on CPUs without instructions for bfloat16.
-        device: `auto` for the GPU where there is one, `cpu`, `cuda:1`, ...
-        max_tokens: Longer conversations are cut from the left of the prompt, and counted.
-        tokens_per_batch: Padded tokens of a batch; rows of like length go together.
+        base: Folder or Hub id of config and tokenizer, if `model` has only weights, as Starling-RM does.
+        dtype: Data type of the weights; null for the checkpoint's; float32 on CPUs without bfloat16 instructions.
+        device: `auto` (the GPU if there is one), `cpu`, `cuda:1`, ...
+        max_tokens: Longer conversations are truncated on the left of the prompt, and counted.
+        tokens_per_batch: Padded tokens per batch; rows of similar length are batched together.
         system_prompt: `keep` or `drop` system messages.
-        pair_encoding: Give prompt and answer as a pair of texts, for encoders without a chat template.
-        offload: Keep the weights on the CPU while the policy trains.
+        pair_encoding: Whether prompt and response are encoded as a pair of texts, for encoders without a chat template.
+        offload: Whether the weights are kept on the CPU while the policy trains.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
-        attn_implementation: Attention of transformers.
-        use_liger_kernel: Norms, MLPs and rotary embeddings by liger-kernel: less memory and time on GPUs. null for
-            wherever a GPU, the package and kernels for the architecture are there and give what plain layers give,
-            true to require it (an error without a GPU).
+        attn_implementation: Attention implementation of transformers.
+        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings, to save memory and time. null
+            uses it if there is a GPU, the package is installed, and its kernels for the architecture match the plain
+            layers; true requires it (an error without a GPU).
         revision: Branch, tag or commit of a Hub id.
-        trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
+        trust_remote_code: Whether Python code that comes with the model is run. Only set it if you trust its authors.
         score_at: Where the score is read: `last`, the conversation's last token, whatever it is; `eos`, the EOS that
-            the template writes after the answer; `before_eos`, the token before that. null for what the model's config
-            says (`score_at`, in models trained here), else `last`, with a warning where transformers' own classifier
+            the template writes after the response; `before_eos`, the token before that. null for the value in the
+            model's config (`score_at`, in models trained here), else `last`, with a warning if transformers' classifier
             reads elsewhere.
     """
 
@@ -89,14 +89,14 @@ class ClassifierReward(LocalModelReward):
         self.base, self.pair_encoding, self._score_at = base, pair_encoding, score_at
 
     def fingerprint(self) -> str:
-        return super().fingerprint() + self._reading
+        return super().fingerprint() + self._scoring_suffix
 
     @cached_property
-    def _reading(self) -> str:
-        """What is not as it always was for every model."""
+    def _scoring_suffix(self) -> str:
+        """Where the score is read and the subtracted mean; empty for the defaults, to keep older fingerprints valid."""
         place, mean = self.renderer().score_at, self._mean
-        plain = place == "last" and mean == 0 and not is_read_before_padding(self.renderer().ending, self.source)
-        return "" if plain else f":{place}:{mean}"
+        is_default = place == "last" and mean == 0 and not is_read_before_padding(self.renderer().ending, self.source)
+        return "" if is_default else f":{place}:{mean}"
 
     @cached_property
     def _mean(self) -> float:
@@ -116,8 +116,8 @@ class ClassifierReward(LocalModelReward):
 
     def _rows(self, samples: Sequence[Sample]) -> list[Rendered]:
         rows = [s.rendered(self.renderer()) for s in samples]
-        named = ((sample.prompt_id, row.ids) for sample, row in zip(samples, rows, strict=True))
-        self.source.check_ids(named, self.source.option)
+        ids_by_prompt = ((sample.prompt_id, row.ids) for sample, row in zip(samples, rows, strict=True))
+        self.source.check_ids(ids_by_prompt, self.source.option)
         return rows
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
@@ -128,19 +128,19 @@ class ClassifierReward(LocalModelReward):
         ]
 
     def load(self, dtype: str | None, device: torch.device) -> ClassifierLM:
-        kind = None if dtype is None else getattr(torch, dtype)
-        model = load_classifier(self.source, self.weights, kind, self.attn_implementation)
+        torch_dtype = None if dtype is None else getattr(torch, dtype)
+        model = load_classifier(self.source, self.weights, torch_dtype, self.attn_implementation)
         check_finite(model, self.weights)
         compute = Compute(device)
         apply_liger(model, compute, self.use_liger_kernel, self.source.option)
         return ClassifierLM(model, compute)
 
-    def forward(self, module: Any, found: list[Family], device: torch.device) -> list[Tensor]:
-        """The scores of each family."""
-        rows = [row for family in found for row in family.rows]
+    def forward(self, module: Any, groups: list[ResponseGroup], device: torch.device) -> list[Tensor]:
+        """The scores of each group."""
+        rows = [row for group in groups for row in group.rows]
         if module.shares_prompts and not any(row.token_type_ids for row in rows):
-            inputs = prefix_group_inputs([family.tree for family in found])
+            inputs = prefix_group_inputs([group.prefix_group for group in groups])
             scores = module(**{n: v.to(device) if isinstance(v, Tensor | Layout) else v for n, v in inputs.items()})
         else:
             scores = module(**padded(rows, module.pad_id or 0, device))
-        return list(scores.split([len(family.rows) for family in found]))
+        return list(scores.split([len(group.rows) for group in groups]))

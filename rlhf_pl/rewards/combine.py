@@ -1,4 +1,4 @@
-"""Several rewards as one: their weighted sum."""
+"""The weighted sum of several rewards."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -6,28 +6,28 @@ from typing import Any
 
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
 from rlhf_pl.rewards.function import FunctionReward
-from rlhf_pl.rewards.process_state import KeptSettings
-from rlhf_pl.rewards.results import CallFailed, Outcome, failure_of, scores_of
+from rlhf_pl.rewards.process_state import SettingsGuard
+from rlhf_pl.rewards.results import CallFailed, Outcome, make_failure, score_copies
 from rlhf_pl.rewards.time_limit import RewardTimeout
-from rlhf_pl.utils.errors import InputError, finite
+from rlhf_pl.utils.errors import InputError, check_finite
 
 
 def as_reward(reward: Reward | str | Callable[..., Any]) -> Reward:
-    """A function, or the import path of one, becomes a `FunctionReward`."""
+    """Wrap a function, or the import path of one, in a `FunctionReward`."""
     return reward if isinstance(reward, Reward) else FunctionReward(reward)
 
 
 def isolate_functions(reward: Reward) -> None:
-    """Have the functions that a reward is, or consists of, run in processes of their own.
+    """Run the functions of a reward in separate processes.
 
     Raises:
-        InputError: It has none, or one that another process can't import.
+        InputError: It has no functions, or one that another process can't import.
     """
     functions = [part for part in getattr(reward, "parts", [reward]) if isinstance(part, FunctionReward)]
     if not functions:
         raise InputError(
-            f"`rollout.scoring.isolate` is for Python functions that are named by their import path; {reward.name} is "
-            "none. Leave it out."
+            f"`rollout.scoring.isolate` applies to Python functions that are given by their import path; {reward.name} "
+            "is not one. Remove it."
         )
     for function in functions:
         function.isolate()
@@ -38,9 +38,9 @@ class WeightedReward:
     """A part of a `CombinedReward`.
 
     Args:
-        reward: A `Reward`, or a Python function, in a config by its import path.
-        weight: Factor on its score; negative for what is to be avoided.
-        name: What logs call it; null for its class or function.
+        reward: A `Reward` or a Python function, in a config by its import path.
+        weight: Factor of its score; negative for a penalty.
+        name: Its name in logs; null for the name of its class or function.
     """
 
     reward: Reward | str
@@ -49,9 +49,9 @@ class WeightedReward:
 
 
 class CombinedReward(Reward):
-    """The weighted sum of several rewards. Each one's own score is logged as a component under its name.
+    """The weighted sum of several rewards. The score of each is logged as a component under its name.
 
-    An answer that one of them fails on has no reward.
+    If one of them fails for a response, the response has no reward.
 
     Args:
         rewards: The parts.
@@ -61,7 +61,7 @@ class CombinedReward(Reward):
         if not rewards:
             raise InputError("`rollout.reward.rewards` is empty; name at least one reward.")
         for part in rewards:
-            finite("rollout.reward.rewards", weight=part.weight)
+            check_finite("rollout.reward.rewards", weight=part.weight)
         self.parts = [as_reward(part.reward) for part in rewards]
         self.weights = [float(part.weight) for part in rewards]
         self.names = [part.name or _short_name(reward.name) for part, reward in zip(rewards, self.parts, strict=True)]
@@ -99,7 +99,7 @@ class CombinedReward(Reward):
         return all(part.limits_itself for part in self.parts)
 
     def score(self, batch: Sequence[Sample]) -> list[Outcome]:
-        scored = [_scores_of(part, name, batch) for name, part in zip(self.names, self.parts, strict=True)]
+        scored = [_score_part(part, name, batch) for name, part in zip(self.names, self.parts, strict=True)]
         return [self._sum(results) for results in zip(*scored, strict=True)]
 
     def _sum(self, results: Sequence[Outcome]) -> Outcome:
@@ -126,15 +126,15 @@ class CombinedReward(Reward):
             part.close()
 
 
-def _scores_of(part: Reward, name: str, batch: Sequence[Sample]) -> list[Outcome]:
-    """What a part gives; a failure of the call names the part."""
+def _score_part(part: Reward, name: str, batch: Sequence[Sample]) -> list[Outcome]:
+    """Score a batch with a part; the failure of a call names the part."""
     try:
-        with KeptSettings():
-            return scores_of(part, batch)
+        with SettingsGuard():
+            return score_copies(part, batch)
     except RewardTimeout:
         raise
     except BaseException as error:  # users' code may raise anything
-        failure = failure_of(error)
+        failure = make_failure(error)
         raise CallFailed(replace(failure, detail=f"`{name}`: {failure.detail}")) from error
 
 

@@ -1,4 +1,4 @@
-"""Plain Python functions as rewards, by import path."""
+"""Python functions as rewards, given by their import path."""
 
 import importlib
 import inspect
@@ -10,23 +10,24 @@ from typing import Any
 
 from rlhf_pl.rewards.base import Reward, Sample
 from rlhf_pl.rewards.isolated import IsolatedFunction
-from rlhf_pl.rewards.results import Outcome, outcomes_of
+from rlhf_pl.rewards.results import Outcome, parse_outcomes
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import code_fingerprint
 
-_ONE = ("prompt", "response", "messages", "finished", "response_tokens", "prompt_id", "response_message", "tools")
+_ARGUMENTS = ("prompt", "response", "messages", "finished", "response_tokens", "prompt_id", "response_message", "tools")
 _GENERATORS = (inspect.isgeneratorfunction, inspect.isasyncgenfunction)
-_MANY = {"prompts": "prompt", "responses": "response", "samples": None}
+_BATCH_ARGUMENTS = {"prompts": "prompt", "responses": "response", "samples": None}
 
 
 class FunctionReward(Reward):
     """A Python function as a reward.
 
-    The function is called with the arguments it names. For one answer at a time: `prompt` (text of the last message),
-    `response` (text), `response_message` (with its tool calls), `messages`, `tools`, `finished`, `response_tokens`,
-    `prompt_id`, any column of the data, or `**columns` for all of them; it returns a number. A function that names
-    `responses` (or `samples`) is called once for a batch: `prompts` and `responses` are lists, every other argument is
-    a list with one entry per answer, `samples` is the list of `Sample` objects; it returns one number per answer.
+    The function receives the arguments that its parameters name. Called for one response, these are `prompt` (text of
+    the last message), `response` (text), `response_message` (with its tool calls), `messages`, `tools`, `finished`,
+    `response_tokens`, `prompt_id`, any column of the data, or `**columns` for all of them; it returns a number. A
+    function with a parameter `responses` (or `samples`) is called once per batch: `prompts` and `responses` are lists,
+    `samples` is the list of `Sample` objects, and any other argument is a list with one entry per response; it returns
+    one number per response.
 
     Args:
         function: `package.module.function`, or `path/to/file.py:function`, or the function itself.
@@ -39,19 +40,20 @@ class FunctionReward(Reward):
         self._name = function if isinstance(function, str) else getattr(function, "__qualname__", repr(function))
         if any(check(self._function) for check in (inspect.iscoroutinefunction, *_GENERATORS)):
             raise InputError(
-                f"Reward `{self._name}` is an `async` function or a generator. It must return its scores: call what is "
-                "asynchronous with asyncio.run(), and return a list rather than yield."
+                f"Reward `{self._name}` is an `async` function or a generator. It must return its scores: run "
+                "asynchronous code with asyncio.run(), and return a list instead of yielding."
             )
         parameters = inspect.signature(self._function).parameters.values()
-        self._wants_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
+        self._takes_all = any(p.kind is p.VAR_KEYWORD for p in parameters)
         named = [p for p in parameters if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
         self._required = {p.name for p in named if p.default is p.empty}
-        self._names = {p.name for p in named}
-        self._batched = bool(self._names & {"responses", "samples"})
-        if not self._wants_all and not self._names & {"response", "responses", "samples", "response_tokens"}:
+        self._parameters = {p.name for p in named}
+        self._is_batched = bool(self._parameters & {"responses", "samples"})
+        if not self._takes_all and not self._parameters & {"response", "responses", "samples", "response_tokens"}:
             raise InputError(
-                f"Reward `{self._name}` takes {sorted(self._names) or 'no arguments'}; it must take `response` (one "
-                "answer) or `responses` (a batch), and may take `prompt`, `messages`, `finished` or any data column."
+                f"Reward `{self._name}` takes {sorted(self._parameters) or 'no arguments'}; it must take `response` "
+                "(one response) or `responses` (a batch), and may take `prompt`, `messages`, `finished` or any data "
+                "column."
             )
 
     @property
@@ -62,12 +64,13 @@ class FunctionReward(Reward):
         return f"{self._name}:{code_fingerprint(self._function)}"
 
     def check(self, samples: Sequence[Sample]) -> None:
-        available = {*_ONE, *_MANY, *(name for s in samples for name in s.columns)}
-        unknown = self._required - available
+        arguments = {*_ARGUMENTS, *_BATCH_ARGUMENTS}
+        columns = {name for s in samples for name in s.columns}
+        unknown = self._required - arguments - columns
         if unknown:
             raise InputError(
-                f"Reward `{self._name}` asks for {sorted(unknown)}, which is neither a column of the data nor one of "
-                f"{sorted({*_ONE, *_MANY})}. Columns: {sorted(available - set(_ONE) - set(_MANY)) or 'none'}."
+                f"Reward `{self._name}` has the parameters {sorted(unknown)}, which are neither columns of the data "
+                f"nor among {sorted(arguments)}. Columns: {sorted(columns - arguments) or 'none'}."
             )
 
     @property
@@ -76,17 +79,17 @@ class FunctionReward(Reward):
 
     @property
     def one_by_one(self) -> bool:
-        return not self._batched
+        return not self._is_batched
 
     def isolate(self) -> None:
-        """Run the function in a process of its own from now on.
+        """Run the function in a separate process from now on.
 
         Raises:
-            InputError: It was not named by its import path, so that another process can't find it.
+            InputError: It was not given by its import path, so another process can't import it.
         """
         if self._path is None:
             raise InputError(
-                f"`rollout.scoring.isolate`: reward `{self._name}` is a function object. Name it by its import path "
+                f"`rollout.scoring.isolate`: reward `{self._name}` is a function object. Give its import path "
                 "(package.module.function or path/to/file.py:function), so that another process can import it."
             )
         self._isolated = self._isolated or IsolatedFunction(self._path)
@@ -104,29 +107,29 @@ class FunctionReward(Reward):
             return []
         if self._isolated is not None:
             return self._isolated.score(batch)
-        _look_beside(getattr(self._function, "__module__", None) or "")
-        if not self._batched:
-            return outcomes_of([self._function(**self._arguments(s)) for s in batch], batch)
-        rows = [self._arguments(s, many=True) for s in batch]
+        _allow_sibling_imports(getattr(self._function, "__module__", None) or "")
+        if not self._is_batched:
+            return parse_outcomes([self._function(**self._arguments(s)) for s in batch], batch)
+        rows = [self._arguments(s, batched=True) for s in batch]
         arguments: dict[str, Any] = {name: [row[name] for row in rows] for name in rows[0]}
-        return outcomes_of(self._function(**arguments), batch)
+        return parse_outcomes(self._function(**arguments), batch)
 
-    def _arguments(self, sample: Sample, many: bool = False) -> dict[str, Any]:
-        values: dict[str, Any] = {**sample.columns, **{name: getattr(sample, name) for name in _ONE}}
+    def _arguments(self, sample: Sample, batched: bool = False) -> dict[str, Any]:
+        values: dict[str, Any] = {**sample.columns, **{name: getattr(sample, name) for name in _ARGUMENTS}}
         if sample.tools is None and "tools" in sample.columns:
             values["tools"] = sample.columns["tools"]
-        if many:
-            values |= {plural: getattr(sample, one) if one else sample for plural, one in _MANY.items()}
-        return values if self._wants_all else {name: values[name] for name in self._names if name in values}
+        if batched:
+            values |= {name: getattr(sample, field) if field else sample for name, field in _BATCH_ARGUMENTS.items()}
+        return values if self._takes_all else {name: values[name] for name in self._parameters if name in values}
 
 
 def import_function(path: str) -> Callable[..., Any]:
-    """The function at `package.module.function` or `path/to/file.py:function`.
+    """Import the function at `package.module.function` or `path/to/file.py:function`.
 
-    Modules are also looked for in the current directory, and by a file beside it, as in `python file.py`.
+    Modules are also searched in the current directory; for a file, in its folder, as by `python file.py`.
 
     Raises:
-        InputError: Says which part of the path was not found.
+        InputError: A part of the path was not found.
     """
     file, colon, name = path.partition(":")
     if colon:
@@ -135,14 +138,15 @@ def import_function(path: str) -> Callable[..., Any]:
         dotted, _, name = path.rpartition(".")
         if not dotted:
             raise InputError(
-                f"`rollout.reward`: {path!r} is no import path. Give package.module.function or path/to/file.py:name."
+                f"`rollout.reward`: {path!r} is not an import path. Give package.module.function or "
+                "path/to/file.py:name."
             )
         module = _import_module(path, dotted)
     if not hasattr(module, name):
-        found = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
+        functions = [n for n, v in vars(module).items() if inspect.isfunction(v) and v.__module__ == module.__name__]
         raise InputError(
             f"`rollout.reward`: {path!r} not found: module {module.__name__!r} has no {name!r}. Its functions: "
-            f"{', '.join(found) or 'none'}."
+            f"{', '.join(functions) or 'none'}."
         )
     function = getattr(module, name)
     if not callable(function):
@@ -152,7 +156,7 @@ def import_function(path: str) -> Callable[..., Any]:
 
 def _import_module(path: str, dotted: str) -> Any:
     try:
-        with _current_directory():
+        with _search_current_directory():
             return importlib.import_module(dotted)
     except ModuleNotFoundError as error:
         if error.name and (dotted == error.name or dotted.startswith(error.name + ".")):
@@ -170,8 +174,8 @@ def _import_file(path: str, file: str) -> Any:
     if not location.is_file():
         raise InputError(f"`rollout.reward`: {path!r} not found: there is no file {file!r}.")
     if location.suffix != ".py":
-        raise InputError(f"`rollout.reward`: {file!r} is no Python file.")
-    from rlhf_pl.utils.by_path import import_path  # which has Python look for modules of its own
+        raise InputError(f"`rollout.reward`: {file!r} is not a Python file.")
+    from rlhf_pl.utils.by_path import import_path  # installs an import hook
 
     try:
         return import_path(file)
@@ -179,15 +183,15 @@ def _import_file(path: str, file: str) -> Any:
         raise InputError(f"`rollout.reward`: running {file!r} failed: {type(error).__name__}: {error}.") from error
 
 
-def _look_beside(module: str) -> None:
-    """Let a function of a file that was named by its path import what lies beside it."""
+def _allow_sibling_imports(module: str) -> None:
+    """Let a function from a file import the modules beside that file."""
     if by_path := sys.modules.get("rlhf_pl.utils.by_path"):
-        by_path.look_beside(module)
+        by_path.prioritize_folder_of(module)
 
 
 @contextmanager
-def _current_directory() -> Iterator[None]:
-    """In which modules are also looked for in the current directory, as the command line does all the time."""
+def _search_current_directory() -> Iterator[None]:
+    """Also search the current directory for modules in the block; the command line always does."""
     folder = str(Path.cwd())
     if "" in sys.path or folder in sys.path:
         yield

@@ -1,4 +1,4 @@
-"""A reward function in a process of its own, which can be killed, and takes nothing with it when it dies."""
+"""A reward function in a separate process, which can be killed and can crash without harm to the run."""
 
 import json
 import os
@@ -17,7 +17,7 @@ from rlhf_pl.utils.errors import InputError
 
 
 class IsolatedFunction:
-    """Scores batches in a process, which is started when needed and killed when a call is interrupted.
+    """Scores batches in a worker process, which starts when needed and is killed if a call is interrupted.
 
     Args:
         path: The function's import path.
@@ -29,46 +29,45 @@ class IsolatedFunction:
         self._connection: Connection | None = None
 
     def open(self) -> None:
-        """Start the process if none runs.
+        """Start the process if it is not running.
 
         Raises:
-            InputError: The function can't be imported there.
+            InputError: The process can't import the function.
         """
         if self._process is not None and self._process.poll() is None:
             return
         self.close()
-        ours, theirs = socket.socketpair()
-        with theirs:
+        own_end, worker_end = socket.socketpair()
+        with worker_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rlhf_pl.rewards.worker", self._path, str(theirs.fileno())],
+                [sys.executable, "-m", "rlhf_pl.rewards.worker", self._path, str(worker_end.fileno())],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno()],
+                pass_fds=[worker_end.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},
-                start_new_session=True,  # so that it can be killed with what it starts
+                start_new_session=True,  # so that it can be killed with its child processes
             )
-        self._connection = Connection(ours.detach())
+        self._connection = Connection(own_end.detach())
         failure = None
         try:
             self._receive()
         except CallFailed as failed:
             failure = failed
         except (EOFError, OSError):
-            failure = self._died()
+            failure = self._record_exit()
         except BaseException:
             self.close()
             raise
         if failure is not None:
             self.close()
             raise InputError(
-                f"`rollout.scoring.isolate`: {self._path!r} can't be run in a process of its own: "
-                f"{failure.failure.detail}"
+                f"`rollout.scoring.isolate`: {self._path!r} can't run in a separate process: {failure.failure.detail}"
             )
 
     def score(self, batch: Sequence[Sample]) -> list[Outcome]:
-        """One outcome per sample.
+        """Score a batch: one outcome per sample.
 
         Raises:
-            CallFailed: The function raised, returned something else, or its process died.
+            CallFailed: The function raised, returned an invalid value, or its process exited.
         """
         self.open()
         assert self._connection is not None
@@ -78,8 +77,8 @@ class IsolatedFunction:
         except CallFailed:
             raise
         except (EOFError, OSError) as error:
-            raise self._died() from error
-        except BaseException:  # such as an interrupt: nobody waits for what it is doing any more
+            raise self._record_exit() from error
+        except BaseException:  # for example an interrupt: the result is not needed any more
             self.close()
             raise
         return [Failure(**o) if failed else RewardResult(**o) for failed, o in message["outcomes"]]
@@ -91,18 +90,22 @@ class IsolatedFunction:
             raise CallFailed(Failure(**message["failed"]))
         return message
 
-    def _died(self) -> CallFailed:
+    def _record_exit(self) -> CallFailed:
         process = self._process
         if process is not None:
             with suppress(subprocess.TimeoutExpired):
-                process.wait(5.0)  # for its exit code
+                process.wait(5.0)  # to get its exit code
         self.close()
         code = None if process is None else process.returncode
-        how = f"was killed by {signal.Signals(-code).name}" if code is not None and code < 0 else f"ended with {code}"
-        return CallFailed(Failure("exception", f"the function's process {how}, without a result."))
+        how = (
+            f"was killed by {signal.Signals(-code).name}"
+            if code is not None and code < 0
+            else f"exited with status {code}"
+        )
+        return CallFailed(Failure("exception", f"the function's process {how} without a result."))
 
     def close(self) -> None:
-        """Kill the process, and what it has started."""
+        """Kill the process and its child processes."""
         process, self._process = self._process, None
         if self._connection is not None:
             self._connection.close()

@@ -5,29 +5,36 @@ from itertools import combinations
 from typing import Any
 
 from rlhf_pl.rewards.base import Failure, RewardResult, Sample
-from rlhf_pl.rewards.chat_judge import RUBRIC, JudgeReward, ResponseFormat, conversation, response, verdict
-from rlhf_pl.rewards.remote import WrongAnswerError
+from rlhf_pl.rewards.chat_judge import (
+    RUBRIC,
+    JudgeReward,
+    ResponseFormat,
+    format_conversation,
+    format_response,
+    read_verdict,
+)
+from rlhf_pl.rewards.remote import InvalidReplyError
 from rlhf_pl.utils.errors import InputError
 
 
 class JudgeScoreReward(JudgeReward):
-    """A judge that gives every answer a score; the reward is that score scaled to 0 to 1.
+    """A judge that scores each response; the reward is the score scaled to 0 to 1.
 
     Args:
-        url: Base URL of the endpoint, such as `http://localhost:8000/v1`.
-        model: Name of the judging model there.
-        rubric: What to judge by, or a .txt or .md file with it.
+        url: Base URL of the endpoint, for example `http://localhost:8000/v1`.
+        model: Name of the judge's model at the endpoint.
+        rubric: The criteria, or a .txt or .md file with them.
         lowest: Lowest score.
         highest: Highest score.
-        response_format: `json_schema` has the server hold the judge to the form of a verdict; `text` reads it from
-            free text, for servers that can't.
-        max_tokens: Longest verdict, tokens.
-        temperature: Of the judge.
-        concurrency: Requests under way at a time.
+        response_format: `json_schema` has the server enforce the schema of a verdict; `text` reads the verdict from
+            free text, for servers without that feature.
+        max_tokens: Maximum length of a verdict, tokens.
+        temperature: The judge's sampling temperature.
+        concurrency: Maximum number of concurrent requests.
         timeout_s: Time limit of an attempt, seconds.
-        retries: Further attempts after an error or a verdict that can't be read.
-        backoff_s: Pause before the second attempt, seconds; doubled before every further one.
-        api_key_env: Environment variable with a key that is sent as a bearer token; null for none.
+        retries: Further attempts after an error or an invalid verdict.
+        backoff_s: Pause before the second attempt, seconds; doubled before each further attempt.
+        api_key_env: Environment variable with a key that is sent as a bearer token; null for no key.
     """
 
     def __init__(
@@ -71,7 +78,7 @@ class JudgeScoreReward(JudgeReward):
             "additionalProperties": False,
         }
         tasks = [self._task(sample) for sample in batch]
-        scores = self.ask(tasks, schema, lambda body: self._scaled(verdict(body, "score")))
+        scores = self.ask(tasks, schema, lambda body: self._scale(read_verdict(body, "score")))
         return [
             s if isinstance(s, Failure) else RewardResult(s, {"score": self.lowest + s * (self.highest - self.lowest)})
             for s in scores
@@ -79,43 +86,43 @@ class JudgeScoreReward(JudgeReward):
 
     def _task(self, sample: Sample) -> str:
         return (
-            f"{self.rubric}\n\n# Conversation\n\n{conversation(sample)}\n\n# The assistant's answer\n\n"
-            f"{response(sample)}\n\n# Your verdict\n\nA whole number from {self.lowest} (worst) to {self.highest} "
+            f"{self.rubric}\n\n# Conversation\n\n{format_conversation(sample)}\n\n# The assistant's answer\n\n"
+            f"{format_response(sample)}\n\n# Your verdict\n\n"
+            f"A whole number from {self.lowest} (worst) to {self.highest} "
             '(best), as JSON: {"score": <number>}'
         )
 
-    def _scaled(self, value: Any) -> float:
+    def _scale(self, value: Any) -> float:
         try:
             score = float(value)
         except (TypeError, ValueError):
-            raise WrongAnswerError(f"the judge's score is {value!r}; expected a number") from None
+            raise InvalidReplyError(f"the judge's score is {value!r}; expected a number") from None
         if not self.lowest <= score <= self.highest:
-            raise WrongAnswerError(f"the judge's score is {score:g}; expected {self.lowest} to {self.highest}")
+            raise InvalidReplyError(f"the judge's score is {score:g}; expected {self.lowest} to {self.highest}")
         return (score - self.lowest) / (self.highest - self.lowest)
 
 
 class JudgePairReward(JudgeReward):
-    """A judge that compares answers two by two; the reward is the share of comparisons an answer wins, ties half.
+    """A judge that compares pairs of responses; the reward is a response's win rate, with ties as half a win.
 
-    Each comparison is asked in both orders, so that a liking for the first place cancels out. Without
-    `reference_column` all answers to a prompt are compared with each other: the mean reward of a prompt is then always
-    one half, so it tells pairs apart but not policies. With it, every answer is compared with the row's reference
-    answer.
+    Each comparison is made in both orders, to cancel position bias. Without `reference_column`, all responses to a
+    prompt are compared with each other: the mean reward of a prompt is then always one half, which ranks its responses
+    but does not compare policies. With it, each response is compared with the row's reference answer.
 
     Args:
-        url: Base URL of the endpoint, such as `http://localhost:8000/v1`.
-        model: Name of the judging model there.
-        rubric: What to judge by, or a .txt or .md file with it.
-        reference_column: Column with an answer to compare with; null to compare a prompt's answers with each other.
-        response_format: `json_schema` has the server hold the judge to the form of a verdict; `text` reads it from
-            free text, for servers that can't.
-        max_tokens: Longest verdict, tokens.
-        temperature: Of the judge.
-        concurrency: Requests under way at a time.
+        url: Base URL of the endpoint, for example `http://localhost:8000/v1`.
+        model: Name of the judge's model at the endpoint.
+        rubric: The criteria, or a .txt or .md file with them.
+        reference_column: Column with an answer to compare with; null to compare a prompt's responses with each other.
+        response_format: `json_schema` has the server enforce the schema of a verdict; `text` reads the verdict from
+            free text, for servers without that feature.
+        max_tokens: Maximum length of a verdict, tokens.
+        temperature: The judge's sampling temperature.
+        concurrency: Maximum number of concurrent requests.
         timeout_s: Time limit of an attempt, seconds.
-        retries: Further attempts after an error or a verdict that can't be read.
-        backoff_s: Pause before the second attempt, seconds; doubled before every further one.
-        api_key_env: Environment variable with a key that is sent as a bearer token; null for none.
+        retries: Further attempts after an error or an invalid verdict.
+        backoff_s: Pause before the second attempt, seconds; doubled before each further attempt.
+        api_key_env: Environment variable with a key that is sent as a bearer token; null for no key.
     """
 
     def __init__(
@@ -172,40 +179,44 @@ class JudgePairReward(JudgeReward):
         pairs = self._pairs(batch)
         tasks = []
         for first, second in pairs:
-            answers = (
-                response(batch[first]),
-                self._reference(batch[first]) if second is None else response(batch[second]),
+            texts = (
+                format_response(batch[first]),
+                self._reference(batch[first]) if second is None else format_response(batch[second]),
             )
-            tasks += [self._task(batch[first], *answers), self._task(batch[first], *reversed(answers))]
+            tasks += [self._task(batch[first], *texts), self._task(batch[first], *reversed(texts))]
         schema = {
             "type": "object",
             "properties": {"better": {"type": "string", "enum": ["A", "B", "tie"]}},
             "required": ["better"],
             "additionalProperties": False,
         }
-        verdicts = self.ask(tasks, schema, lambda body: _share_of_a(verdict(body, "better")))
-        won: list[list[float]] = [[] for _ in batch]
+        verdicts = self.ask(tasks, schema, lambda body: _read_share_of_a(read_verdict(body, "better")))
+        wins: list[list[float]] = [[] for _ in batch]
         failed: dict[int, Failure] = {}
-        for (first, second), there, back in zip(pairs, verdicts[::2], verdicts[1::2], strict=True):
+        for (first, second), forward, backward in zip(pairs, verdicts[::2], verdicts[1::2], strict=True):
             for index in (first, *([] if second is None else [second])):
-                for share_of_a in (there, back):
+                for share_of_a in (forward, backward):
                     if isinstance(share_of_a, Failure):
                         failed[index] = share_of_a
-            if isinstance(there, Failure) or isinstance(back, Failure):
+            if isinstance(forward, Failure) or isinstance(backward, Failure):
                 continue
-            share = (there + 1 - back) / 2
-            won[first].append(share)
+            share = (forward + 1 - backward) / 2
+            wins[first].append(share)
             if second is not None:
-                won[second].append(1 - share)
-        alone = Failure("exception", "there is no other answer to this prompt to compare with; draw 2 or more, also on "
-                        "held-out prompts (val_num_responses), or name a reference_column.", True)  # fmt: skip
+                wins[second].append(1 - share)
+        alone = Failure(
+            "exception",
+            "there is no other response to this prompt to compare with; sample 2 or more, also for held-out prompts "
+            "(val_num_responses), or set reference_column.",
+            final=True,
+        )
         return [
             failed.get(i) or (RewardResult(sum(shares) / len(shares)) if shares else alone)
-            for i, shares in enumerate(won)
+            for i, shares in enumerate(wins)
         ]
 
     def _pairs(self, batch: Sequence[Sample]) -> list[tuple[int, int | None]]:
-        """Which answers are compared; None for the reference."""
+        """Indices of the responses to compare; None for the reference."""
         if self.reference_column is not None:
             return [(i, None) for i in range(len(batch))]
         groups: dict[str, list[int]] = {}
@@ -215,14 +226,15 @@ class JudgePairReward(JudgeReward):
 
     def _task(self, sample: Sample, a: str, b: str) -> str:
         return (
-            f"{self.rubric}\n\n# Conversation\n\n{conversation(sample)}\n\n# Answer A\n\n{a}\n\n# Answer B\n\n{b}\n\n"
+            f"{self.rubric}\n\n# Conversation\n\n{format_conversation(sample)}\n\n# Answer A\n\n{a}\n\n"
+            f"# Answer B\n\n{b}\n\n"
             '# Your verdict\n\nWhich answer is better? As JSON: {"better": "A"}, {"better": "B"} or {"better": "tie"}'
         )
 
 
-def _share_of_a(value: Any) -> float:
+def _read_share_of_a(value: Any) -> float:
     shares: Mapping[str, float] = {"a": 1.0, "b": 0.0, "tie": 0.5}
     share = shares.get(str(value).strip().lower())
     if share is None:
-        raise WrongAnswerError(f"the judge's verdict is {value!r}; expected A, B or tie")
+        raise InvalidReplyError(f"the judge's verdict is {value!r}; expected A, B or tie")
     return share

@@ -1,4 +1,4 @@
-"""Reward models in this process: loaded when first used, run in batches of like length, moved aside when idle."""
+"""Reward models in this process: loaded at first use, run on batches of similar length, moved off the GPU when idle."""
 
 from abc import abstractmethod
 from collections.abc import Callable, Sequence, Sized
@@ -13,7 +13,7 @@ from rlhf_pl.models.pretrained_files import WeightFiles
 from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import Reward, Sample
-from rlhf_pl.rewards.families import Family, families
+from rlhf_pl.rewards.response_groups import ResponseGroup, group_responses
 from rlhf_pl.utils.devices import fast_dtype
 from rlhf_pl.utils.errors import InputError
 
@@ -22,14 +22,14 @@ ModelDType = Literal["float32", "bfloat16", "float16"]
 
 
 class LocalModel(Generic[T]):
-    """Runs a module over rows, whatever has a number of tokens, in batches, whatever their number and lengths.
+    """Runs a module on any number of rows in batches. A row is anything whose length is a number of tokens.
 
     Args:
-        load: Makes the module, on the CPU.
-        run: (module, rows of a batch, device) -> an output for each row: the rows of a tensor, or tensors.
-        device: `auto` for the GPU where there is one.
-        tokens_per_batch: Padded tokens of a batch.
-        offload: Move to the CPU in `rest`.
+        load: Loads the module on the CPU.
+        run: (module, rows of a batch, device) -> an output per row, as tensors or as the rows of a tensor.
+        device: `auto` (the GPU if there is one), or a device of torch.
+        tokens_per_batch: Padded tokens per batch.
+        offload: Whether `release_gpu` moves the module to the CPU.
     """
 
     def __init__(
@@ -44,7 +44,7 @@ class LocalModel(Generic[T]):
             self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         except RuntimeError as error:
             raise InputError(
-                f"`rollout.reward.device`: {device!r} is no device: {str(error).splitlines()[0]}"
+                f"`rollout.reward.device`: {device!r} is not a device: {str(error).splitlines()[0]}"
             ) from error
         if tokens_per_batch < 1:
             raise InputError(f"`rollout.reward.tokens_per_batch` must be 1 or more, got {tokens_per_batch}.")
@@ -53,23 +53,23 @@ class LocalModel(Generic[T]):
         self._module: nn.Module | None = None
 
     def open(self) -> nn.Module:
-        """The module on its device, loaded if it is not yet."""
+        """Load the module if necessary, and move it to its device."""
         if self._module is None:
             self._module = self._load().requires_grad_(False).eval()
         return self._module.to(self.device)
 
     def __call__(self, rows: Sequence[T]) -> list[Tensor]:
-        """The module's outputs in the order of `rows`, float32, on the CPU."""
+        """Run the module: its outputs in the order of `rows`, float32, on the CPU."""
         module = self.open()
-        found: dict[int, Tensor] = {}
+        outputs: dict[int, Tensor] = {}
         with torch.inference_mode():
             for batch in batches_by_length(rows, self.tokens_per_batch):
-                outputs = self._run(module, [rows[i] for i in batch], self.device)
-                found |= {i: output.float().cpu() for i, output in zip(batch, outputs, strict=True)}
-        return [found[i] for i in range(len(rows))]
+                batch_outputs = self._run(module, [rows[i] for i in batch], self.device)
+                outputs |= {i: output.float().cpu() for i, output in zip(batch, batch_outputs, strict=True)}
+        return [outputs[i] for i in range(len(rows))]
 
     def release_gpu(self) -> None:
-        """Leave the GPU to others until the next call."""
+        """Move the module to the CPU until the next call, if `offload` is set."""
         if self._module is not None and self.offload and self.device.type != "cpu":
             self._module = self._module.to("cpu")
             if self.device.type == "cuda":
@@ -81,19 +81,19 @@ class LocalModel(Generic[T]):
 
 
 class LocalModelReward(Reward):
-    """A reward by a model in this process. A subclass says how the model is loaded, and what its outputs mean.
+    """A reward model in this process. A subclass loads the model and turns its outputs into rewards.
 
     Args:
-        weights: Where the weights come from.
-        source: Where config and tokenizer come from.
-        dtype: Of the weights; None for that of the checkpoint.
-        device: `auto` for the GPU where there is one.
+        weights: Source of the weights.
+        source: Source of config and tokenizer.
+        dtype: Data type of the weights; None for the checkpoint's.
+        device: `auto` (the GPU if there is one), or a device of torch.
         max_tokens: Longer conversations are truncated on the left of the prompt.
-        tokens_per_batch: Padded tokens of a batch.
+        tokens_per_batch: Padded tokens per batch.
         system_prompt: `keep` or `drop` system messages.
-        offload: Whether the weights are on the CPU while the policy trains.
-        attn_implementation: Attention of transformers.
-        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None for wherever it can.
+        offload: Whether the weights are kept on the CPU while the policy trains.
+        attn_implementation: Attention implementation of transformers.
+        use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None to use it where it can.
     """
 
     def __init__(
@@ -111,7 +111,7 @@ class LocalModelReward(Reward):
         use_liger_kernel: bool | None,
     ) -> None:
         self.weights, self.source = weights, source
-        # what is public and plain here is in the fingerprint
+        # public attributes with plain values are part of the fingerprint
         self.model, self.revision, self.chat_template = weights.path, weights.revision, weights.chat_template
         self.dtype, self.max_tokens, self.system_prompt = dtype, max_tokens, system_prompt
         self.attn_implementation, self.use_liger_kernel = attn_implementation, use_liger_kernel
@@ -119,20 +119,24 @@ class LocalModelReward(Reward):
 
     @abstractmethod
     def load(self, dtype: str | None, device: torch.device) -> nn.Module:
-        """The model on the CPU.
+        """Load the model on the CPU.
 
         Args:
-            dtype: Of its weights; None for that of the checkpoint.
-            device: Where it will compute.
+            dtype: Data type of its weights; None for the checkpoint's.
+            device: Device on which it will run.
         """
 
     @abstractmethod
-    def forward(self, module: Any, found: list[Family], device: torch.device) -> list[Tensor]:
-        """The model's outputs for the responses of each family, a row each."""
+    def forward(self, module: Any, groups: list[ResponseGroup], device: torch.device) -> list[Tensor]:
+        """Run the model: a tensor per group, with a row per response."""
 
     @abstractmethod
     def make_renderer(self, max_tokens: int) -> Renderer:
-        """Renders conversations of up to `max_tokens` as the model reads them."""
+        """Make a renderer of conversations for the model.
+
+        Args:
+            max_tokens: Maximum length of a conversation, tokens.
+        """
 
     @property
     def name(self) -> str:
@@ -150,12 +154,12 @@ class LocalModelReward(Reward):
         return self.make_renderer(min(self.max_tokens, self.source.max_context_tokens))
 
     def renderer(self) -> Renderer:
-        """Renders conversations as the model reads them."""
+        """The renderer of conversations for the model."""
         return self._renderer
 
     def run(self, batch: Sequence[Sample], rows: Sequence[Rendered]) -> list[Tensor]:
-        """The model's outputs for samples with their rows, float32: a tensor for each family, in their order."""
-        return self._local(families(batch, rows, self.source.config))
+        """Run the model on samples and their rows: a float32 tensor per group, in order."""
+        return self._local(group_responses(batch, rows, self.source.config))
 
     def open(self) -> None:
         self._local.open()

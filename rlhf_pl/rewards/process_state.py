@@ -1,4 +1,4 @@
-"""What users' code may leave behind in the process, and is put back after each call."""
+"""Process state that users' code may change, restored after each call."""
 
 import gc
 import io
@@ -32,7 +32,7 @@ def _set_gc(enabled: bool) -> None:
     (gc.enable if enabled else gc.disable)()
 
 
-def _umask() -> int:
+def _get_umask() -> int:
     mask = os.umask(0o077)
     os.umask(mask)
     return mask
@@ -40,7 +40,7 @@ def _umask() -> int:
 
 _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
     (os.getcwd, os.chdir),
-    (_umask, os.umask),
+    (_get_umask, os.umask),
     (lambda: signal.pthread_sigmask(signal.SIG_BLOCK, ()), lambda m: signal.pthread_sigmask(signal.SIG_SETMASK, m)),
     (lambda: locale.setlocale(locale.LC_ALL), _set_locale),
     (sys.getrecursionlimit, sys.setrecursionlimit),
@@ -60,45 +60,45 @@ _SETTINGS: list[tuple[Callable[[], Any], Callable[[Any], object]]] = [
 ]
 
 
-class KeptSettings:
-    """Puts back after the block what users' code has set in the process: an `os.chdir` has no effect on the run.
+class SettingsGuard:
+    """Restores process settings after the block, so that an `os.chdir` of users' code does not affect the run.
 
-    These are the working directory, the mask of new files, blocked signals, locale, limits, torch's switches and the
-    standard streams. Takes 30 microseconds.
+    These are the working directory, the umask, blocked signals, the locale, limits, settings of torch and the standard
+    streams. Takes 30 microseconds.
     """
 
     def __enter__(self) -> None:
         self._settings = [_read(get) for get, _ in _SETTINGS]
         self._streams = (sys.stdin, sys.stdout, sys.stderr)
-        _keep_descriptors()
+        _save_descriptors()
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        for (get, put), before in zip(_SETTINGS, self._settings, strict=True):
+        for (get, restore), before in zip(_SETTINGS, self._settings, strict=True):
             if before is not _UNKNOWN and _read(get) != before:
-                put(before)
+                restore(before)
         sys.stdin, sys.stdout, sys.stderr = self._streams
-        _mend_streams()
+        _reopen_streams()
 
 
-class KeptProcess:
-    """Gives users' code random numbers of its own in the block, and puts signal handlers and timers back after it.
+class ProcessGuard:
+    """Gives users' code separate random generators in the block, and restores signal handlers and timers after it.
 
-    Only in the main thread: in another one it would take them from the run, which goes on meanwhile.
+    It acts only in the main thread: in another thread it would change the state of the run, which continues meanwhile.
     """
 
     def __enter__(self) -> None:
-        self._in_main = threading.current_thread() is threading.main_thread()
-        if self._in_main:
+        self._is_main_thread = threading.current_thread() is threading.main_thread()
+        if self._is_main_thread:
             self._handlers = [signal.getsignal(number) for number in _SIGNALS]
-            self._ours = _generators()
-            if _theirs:
-                _set_generators(_theirs)
+            self._run_states = _generator_states()
+            if _user_states:
+                _restore_generators(_user_states)
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: TracebackType | None) -> None:
-        if not self._in_main:
+        if not self._is_main_thread:
             return
-        _theirs[:] = _generators()
-        _set_generators(self._ours)
+        _user_states[:] = _generator_states()
+        _restore_generators(self._run_states)
         for timer in (signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
             signal.setitimer(timer, 0)
         for number, handler in zip(_SIGNALS, self._handlers, strict=True):
@@ -106,7 +106,7 @@ class KeptProcess:
                 signal.signal(number, handler)
 
 
-_theirs: list[Any] = []  # states of the generators where users' code left them
+_user_states: list[Any] = []  # states of the random generators after the last call of users' code
 
 
 _UNKNOWN = object()
@@ -115,22 +115,22 @@ _UNKNOWN = object()
 def _read(get: Callable[[], Any]) -> Any:
     try:
         return get()
-    except (OSError, RuntimeError, ValueError):  # such as a working directory that was deleted
+    except (OSError, RuntimeError, ValueError):  # for example if the working directory was deleted
         return _UNKNOWN
 
 
 _descriptors: dict[int, int] = {}  # copies of standard output and error
 
 
-def _keep_descriptors() -> None:
+def _save_descriptors() -> None:
     for number in (1, 2):
         if number not in _descriptors:
             with suppress(OSError):
                 _descriptors[number] = os.dup(number)
 
 
-def _mend_streams() -> None:
-    """Open standard output and error again where they were closed, in place: progress bars hold on to them."""
+def _reopen_streams() -> None:
+    """Reopen standard output and error in place if they were closed: progress bars keep references to them."""
     for number, stream in ((1, sys.__stdout__), (2, sys.__stderr__)):
         if number not in _descriptors:
             continue
@@ -139,11 +139,11 @@ def _mend_streams() -> None:
         except OSError:
             os.dup2(_descriptors[number], number)
         if stream is not None and stream.closed and isinstance(stream, io.TextIOWrapper):
-            file = open(number, "wb", closefd=False)  # noqa: SIM115 - as long as the process lives
+            file = open(number, "wb", closefd=False)  # noqa: SIM115 - open until the process exits
             io.TextIOWrapper.__init__(stream, file, "utf-8", "backslashreplace", line_buffering=True)
 
 
-def _generators() -> list[Any]:
+def _generator_states() -> list[Any]:
     on_gpu = torch.cuda.is_available() and torch.cuda.is_initialized()
     return [
         random.getstate(),
@@ -153,7 +153,7 @@ def _generators() -> list[Any]:
     ]
 
 
-def _set_generators(states: list[Any]) -> None:
+def _restore_generators(states: list[Any]) -> None:
     random.setstate(states[0])
     np.random.set_state(states[1])
     torch.set_rng_state(states[2])

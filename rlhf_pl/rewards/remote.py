@@ -1,4 +1,4 @@
-"""JSON over HTTP to a service that scores: many requests at once, each with a time limit and retries."""
+"""JSON over HTTP to a scoring service: concurrent requests, each with a time limit and retries."""
 
 import asyncio
 import json
@@ -13,23 +13,23 @@ from rlhf_pl.utils.secrets import check_environment_key, environment_key, redact
 
 T = TypeVar("T")
 MAX_BODY_BYTES = 64 * 2**20
-_MAX_SAID_BYTES = 2**16  # of an answer that is quoted in an error
+_MAX_QUOTED_BYTES = 2**16  # of a reply that an error quotes
 
 
-class WrongAnswerError(Exception):
-    """The service answered something else than was agreed on."""
+class InvalidReplyError(Exception):
+    """The service's reply does not have the expected form."""
 
 
 class Service:
-    """A URL that takes and gives JSON.
+    """A URL that receives and returns JSON.
 
     Args:
-        url: Where requests are posted to.
-        timeout_s: Time limit of an attempt, seconds, from connecting to the last byte.
+        url: URL for POST requests.
+        timeout_s: Time limit of an attempt, seconds, from connecting to the last byte of the reply.
         retries: Further attempts after a failure.
-        backoff_s: Pause before the second attempt, seconds; doubled before every further one.
-        concurrency: Requests under way at a time.
-        api_key_env: Environment variable with a key that is sent as a bearer token; None for none.
+        backoff_s: Pause before the second attempt, seconds; doubled before each further attempt.
+        concurrency: Maximum number of concurrent requests.
+        api_key_env: Environment variable with a key that is sent as a bearer token; None for no key.
         option: The option that holds the URL, for errors.
     """
 
@@ -54,16 +54,16 @@ class Service:
         check_environment_key("rollout.reward.api_key_env", self.api_key_env)
 
     def map(self, payloads: Sequence[Mapping[str, Any]], parse: Callable[[int, Any], T]) -> list[T | Failure]:
-        """What `parse(number of the payload, JSON body)` makes of the service's answers, in order.
+        """Post each payload, and return what `parse(index of the payload, JSON body)` returns for its reply, in order.
 
-        `parse` raises WrongAnswerError for a body that is not as agreed, which is tried again like a server's error.
+        `parse` raises InvalidReplyError for an invalid body; the request is then retried, as after a server error.
         """
         if not payloads:
             return []
-        return _run(self._map(payloads, parse))
+        return _run_coroutine(self._map(payloads, parse))
 
-    def get(self, url: str) -> Any:
-        """The JSON that the service has at `url`; None if it gives none."""
+    def get_json(self, url: str) -> Any:
+        """The JSON at `url`; None if there is none."""
         import httpx
 
         try:
@@ -80,72 +80,72 @@ class Service:
     async def _map(self, payloads: Sequence[Mapping[str, Any]], parse: Callable[[int, Any], T]) -> list[T | Failure]:
         import httpx
 
-        gate = asyncio.Semaphore(self.concurrency)
+        semaphore = asyncio.Semaphore(self.concurrency)
         limits = httpx.Limits(max_connections=self.concurrency)
         async with httpx.AsyncClient(timeout=None, limits=limits, headers=self._headers()) as client:
 
-            async def one(number: int) -> T | Failure:
-                async with gate:
-                    return await self._post(client, payloads[number], lambda body: parse(number, body))
+            async def post(index: int) -> T | Failure:
+                async with semaphore:
+                    return await self._post(client, payloads[index], lambda body: parse(index, body))
 
-            return list(await asyncio.gather(*(one(i) for i in range(len(payloads)))))
+            return list(await asyncio.gather(*(post(i) for i in range(len(payloads)))))
 
     async def _post(self, client: Any, payload: Mapping[str, Any], parse: Callable[[Any], T]) -> T | Failure:
         failures = 0
         while True:
-            found, again, asked_s = await self._attempt(client, payload, parse)
+            found, is_retryable, retry_after_s = await self._attempt(client, payload, parse)
             if not isinstance(found, Failure):
                 return found
             failures += 1
-            pause = self._retries.pause(failures, asked_s) if again else None
+            pause = self._retries.pause(failures, retry_after_s) if is_retryable else None
             if pause is None:
-                times = f" ({failures} attempts)" if failures > 1 else ""
-                return Failure(found.kind, f"{found.detail}{times}.", True)
+                attempts = f" ({failures} attempts)" if failures > 1 else ""
+                return Failure(found.kind, f"{found.detail}{attempts}.", True)
             await asyncio.sleep(pause)
 
     async def _attempt(
         self, client: Any, payload: Mapping[str, Any], parse: Callable[[Any], T]
     ) -> tuple[T | Failure, bool, float]:
-        """(what came of it, whether another attempt may help, how long the service asks to wait, seconds)."""
+        """Post once: (result, whether it can be retried, the seconds that the service asks to wait before that)."""
         import httpx
 
         try:
             async with asyncio.timeout(self.timeout_s):
                 status, headers, body = await self._exchange(client, payload)
         except TimeoutError:
-            return Failure("timeout", f"{self.url} gave no whole answer within {self.timeout_s:g} s"), True, 0.0
+            return Failure("timeout", f"{self.url} did not complete its reply within {self.timeout_s:g} s"), True, 0.0
         except httpx.ConnectError as error:
             return Failure("unreachable", f"{self.url} can't be reached: {error or type(error).__name__}"), True, 0.0
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
             reason = str(error) or type(error).__name__
             return Failure("exception", f"the connection to {self.url} broke: {reason}"), True, 0.0
-        except WrongAnswerError as error:
+        except InvalidReplyError as error:
             return Failure("exception", f"{self.url}: {error}"), False, 0.0
         if not 200 <= status < 300:
-            said = _said(body)[:200].strip().replace("\n", " ")
-            failure = Failure("exception", f"{self.url} answered with status {status}: {said}")
+            quote = _decode_body(body)[:200].strip().replace("\n", " ")
+            failure = Failure("exception", f"{self.url} replied with status {status}: {quote}")
             return failure, status in RETRYABLE, retry_after(headers)
         try:
             return parse(json.loads(body)), False, 0.0
         except (ValueError, RecursionError):
-            said = _said(body)[:80]
-            return Failure("exception", f"{self.url} gave no JSON: {said!r}"), True, 0.0
-        except WrongAnswerError as error:
+            quote = _decode_body(body)[:80]
+            return Failure("exception", f"{self.url} returned no JSON: {quote!r}"), True, 0.0
+        except InvalidReplyError as error:
             return Failure("exception", f"{self.url}: {error}"), True, 0.0
 
     async def _exchange(self, client: Any, payload: Mapping[str, Any]) -> tuple[int, Mapping[str, str], bytes]:
         content = json.dumps(payload, ensure_ascii=False, default=str).encode("utf-8", "replace")
         async with client.stream("POST", self.url, content=content) as response:
             body = bytearray()
-            async for piece in response.aiter_bytes():
-                body += piece
+            async for chunk in response.aiter_bytes():
+                body += chunk
                 if len(body) > MAX_BODY_BYTES:
-                    raise WrongAnswerError(f"the answer is longer than {MAX_BODY_BYTES // 2**20} MiB")
+                    raise InvalidReplyError(f"the reply is longer than {MAX_BODY_BYTES // 2**20} MiB")
             return response.status_code, response.headers, bytes(body)
 
 
 class RemoteReward(Reward):
-    """A reward that a service computes: it is tried before any model loads, and `Service` limits every call."""
+    """A reward that a service computes. It is tried before any model loads; `Service` limits the time of a request."""
 
     _service: Service
 
@@ -165,30 +165,30 @@ class RemoteReward(Reward):
         self._service.check()
 
 
-def _said(body: bytes) -> str:
-    """The beginning of what a service answered; a secret in it is found before it is cut."""
-    return redact(body[:_MAX_SAID_BYTES].decode(errors="replace"))
+def _decode_body(body: bytes) -> str:
+    """The beginning of a reply. Secrets are removed here, before callers truncate it further."""
+    return redact(body[:_MAX_QUOTED_BYTES].decode(errors="replace"))
 
 
-def _run(coroutine: Any) -> Any:
-    """Run to the end, also where an event loop runs already, as in a notebook."""
+def _run_coroutine(coroutine: Any) -> Any:
+    """Run a coroutine to completion, even if an event loop is running already, as in a notebook."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:
         return asyncio.run(coroutine)
-    found: list[Any] = []
-    thread = threading.Thread(target=lambda: found.append(asyncio.run(coroutine)))
+    results: list[Any] = []
+    thread = threading.Thread(target=lambda: results.append(asyncio.run(coroutine)))
     thread.start()
     thread.join()
-    return found[0]
+    return results[0]
 
 
-def number(value: Any, what: str) -> float:
-    """A JSON number; NaN and infinities pass, for the caller to refuse by name.
+def parse_number(value: Any, what: str) -> float:
+    """Read a JSON number. NaN and infinities pass; the caller rejects them.
 
     Raises:
-        WrongAnswerError: It is none.
+        InvalidReplyError: It is not a number.
     """
     if isinstance(value, bool) or not isinstance(value, int | float):
-        raise WrongAnswerError(f"{what} is {value!r}; expected a number")
+        raise InvalidReplyError(f"{what} is {value!r}; expected a number")
     return float(value)

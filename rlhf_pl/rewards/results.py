@@ -1,4 +1,4 @@
-"""What rewards return, as plain numbers: one finite number per answer, or why there is none."""
+"""Parses what rewards return: one finite number per response, or a failure."""
 
 import inspect
 import numbers
@@ -8,14 +8,14 @@ from decimal import Decimal
 from typing import Any
 
 from rlhf_pl.rewards.base import MAX_NAME, Failure, Reward, RewardResult, Sample
-from rlhf_pl.rewards.copies import own_copies
+from rlhf_pl.rewards.copies import copy_samples
 from rlhf_pl.utils.errors import LARGEST_REWARD, InputError
-from rlhf_pl.utils.terminal import summary
+from rlhf_pl.utils.terminal import summarize
 
 Outcome = RewardResult | Failure
 _TEXT = (str, bytes, bytearray, memoryview)
-_MOST_TOKENS = 2**31 - 1  # what the store's column holds
-_SHOWN = 200  # characters of a wrong value that an error shows
+_MAX_TOKENS = 2**31 - 1  # the maximum of the store's column
+_MAX_QUOTED = 200  # characters of an invalid value that an error quotes
 
 
 class CallFailed(Exception):
@@ -26,104 +26,103 @@ class CallFailed(Exception):
         self.failure = failure
 
 
-def scores_of(reward: Reward, batch: Sequence[Sample]) -> list[Outcome]:
-    """Call a reward with copies of the samples, which it may change.
+def score_copies(reward: Reward, batch: Sequence[Sample]) -> list[Outcome]:
+    """Score a batch: call a reward with copies of the samples, which it may change.
 
     Raises:
-        CallFailed: What it returned is not one result per sample. Whatever the reward raises is not caught.
+        CallFailed: It did not return one result per sample. Exceptions of the reward are not caught.
     """
-    return outcomes_of(reward.score(own_copies(batch)), batch)
+    return parse_outcomes(reward.score(copy_samples(batch)), batch)
 
 
-def outcomes_of(values: Any, batch: Sequence[Sample]) -> list[Outcome]:
-    """A sequence, or an array with one dimension, of numbers, results or failures: one outcome per sample.
+def parse_outcomes(values: Any, batch: Sequence[Sample]) -> list[Outcome]:
+    """Parse a sequence or one-dimensional array of numbers, results or failures: one outcome per sample.
 
     Raises:
-        CallFailed: It is something else, or has another length.
+        CallFailed: It is neither, or its length differs from the batch's.
     """
-    items = _items(values, len(batch))
+    items = _to_list(values, len(batch))
     if len(items) != len(batch):
         raise CallFailed(
             Failure(
                 "wrong_count",
-                f"returned {len(items)} scores for {len(batch)} answers (prompt_id {batch[0].prompt_id!r} to "
-                f"{batch[-1].prompt_id!r}); it must return one per answer, in their order.",
+                f"returned {len(items)} scores for {len(batch)} responses (prompt_id {batch[0].prompt_id!r} to "
+                f"{batch[-1].prompt_id!r}); it must return one per response, in order.",
             )
         )
-    return [_finite(item) for item in items]
+    return [_parse_item(item) for item in items]
 
 
-def _items(values: Any, count: int) -> list[Any]:
+def _to_list(values: Any, count: int) -> list[Any]:
     shape = getattr(values, "shape", None)
     if isinstance(values, _TEXT) or not isinstance(shape, tuple):
         if isinstance(values, Sequence) and not isinstance(values, _TEXT):
             return list(values)
-        raise _wrong_type(shown(values), count)
-    if len(shape) == 2 and shape[1] == 1 and hasattr(values, "reshape"):  # as the heads of reward models give them
+        raise _make_wrong_type(quote_value(values), count)
+    if len(shape) == 2 and shape[1] == 1 and hasattr(values, "reshape"):  # the shape of a reward model's output
         values = values.reshape(-1)
     if len(values.shape) == 1:
-        return _of_array(values)
-    raise _wrong_type(f"an array of shape {tuple(shape)}", count)
+        return _array_to_list(values)
+    raise _make_wrong_type(f"an array of shape {tuple(shape)}", count)
 
 
-def _of_array(values: Any) -> list[Any]:
-    """The elements of an array, series or tensor; of numbers as such, so that dates don't become some."""
+def _array_to_list(values: Any) -> list[Any]:
+    """The elements of an array, series or tensor of numbers. Dates are rejected rather than converted to numbers."""
     kind = getattr(getattr(values, "dtype", None), "kind", "O")
     if kind not in "biufO":
         raise CallFailed(Failure("wrong_type", f"returned an array of {values.dtype}; it must hold numbers.", True))
-    listed = values.tolist() if hasattr(values, "tolist") else list(values)
-    return list(listed)
+    elements = values.tolist() if hasattr(values, "tolist") else list(values)
+    return list(elements)
 
 
-def _wrong_type(what: str, count: int) -> CallFailed:
+def _make_wrong_type(what: str, count: int) -> CallFailed:
     return CallFailed(
         Failure(
             "wrong_type",
             f"returned {what}; a reward that takes a batch must return a list of {count} numbers (or a tuple, an array "
-            "or a tensor with one dimension), one per answer, in their order.",
+            "or a tensor with one dimension), one per response, in order.",
             final=True,
         )
     )
 
 
-def _finite(result: Any) -> Outcome:
-    """A result as plain floats; numbers are taken for rewards without components."""
+def _parse_item(result: Any) -> Outcome:
+    """A result with plain floats; a number is a reward without components."""
     if isinstance(result, Failure):
         return result
     try:
-        reward = number(getattr(result, "reward", result), "")
-        components = _components(getattr(result, "components", {}))
-        truncated = _count(getattr(result, "truncated_tokens", 0))
+        reward = to_float(getattr(result, "reward", result), "")
+        components = _parse_components(getattr(result, "components", {}))
+        truncated = _parse_count(getattr(result, "truncated_tokens", 0))
     except CallFailed as failed:
         return failed.failure
     for name, value in (("", reward), *components.items()):
         if not abs(value) <= LARGEST_REWARD:
             which = f" as component `{name}`" if name else ""
-            rule = f"Every score must be a finite number, of at most {LARGEST_REWARD:g} in size."
+            rule = f"Every score must be a finite number with an absolute value of at most {LARGEST_REWARD:g}."
             return Failure("not_finite", f"returned {value}{which}. {rule}")
     return RewardResult(reward, components, truncated)
 
 
-def _components(found: Any) -> dict[str, float]:
-    if not isinstance(found, Mapping):
-        raise CallFailed(
-            Failure("exception", f"returned {shown(found)} as components; they must be numbers by their names.")
-        )
-    named = {summary(clean(str(name)), MAX_NAME): value for name, value in found.items()}
-    return {name: number(value, name) for name, value in named.items()}
+def _parse_components(value: Any) -> dict[str, float]:
+    if not isinstance(value, Mapping):
+        detail = f"returned {quote_value(value)} as components; it must be a mapping of names to numbers."
+        raise CallFailed(Failure("exception", detail))
+    named = {summarize(replace_surrogates(str(name)), MAX_NAME): part for name, part in value.items()}
+    return {name: to_float(part, name) for name, part in named.items()}
 
 
-def _count(found: Any) -> int:
-    if isinstance(found, numbers.Integral) and 0 <= int(found) <= _MOST_TOKENS:
-        return int(found)
-    raise CallFailed(Failure("exception", f"returned {shown(found)} as truncated_tokens; it must be a count."))
+def _parse_count(value: Any) -> int:
+    if isinstance(value, numbers.Integral) and 0 <= int(value) <= _MAX_TOKENS:
+        return int(value)
+    raise CallFailed(Failure("exception", f"returned {quote_value(value)} as truncated_tokens; it must be a count."))
 
 
-def number(value: Any, component: str) -> float:
-    """One number as a float: Python's or numpy's, a Decimal or a Fraction, or an array or tensor that holds one.
+def to_float(value: Any, component: str) -> float:
+    """Convert a number to a float: of Python or numpy, a Decimal, a Fraction, or an array or tensor with one element.
 
     Raises:
-        CallFailed: It is something else, or larger than floats are.
+        CallFailed: It is not a number, or too large for a float.
     """
     shape = getattr(value, "shape", None)
     if isinstance(shape, tuple) and all(length == 1 for length in shape) and hasattr(value, "item"):
@@ -133,51 +132,51 @@ def number(value: Any, component: str) -> float:
         close = getattr(value, "close", None)
         if inspect.iscoroutine(value) and callable(close):
             close()
-        advice = " Await it, as with asyncio.run()." if inspect.isawaitable(value) else ""
+        advice = " Await it, for example with asyncio.run()." if inspect.isawaitable(value) else ""
         kind = type(value).__name__
-        raise CallFailed(Failure("exception", f"returned {shown(value)} ({kind}){which}, which is no number.{advice}"))
+        detail = f"returned {quote_value(value)} ({kind}){which}, which is not a number.{advice}"
+        raise CallFailed(Failure("exception", detail))
     try:
         return float(value)
     except (OverflowError, ValueError, TypeError, ArithmeticError) as error:
         kind = "not_finite" if isinstance(error, OverflowError) else "exception"
-        raise CallFailed(
-            Failure(kind, f"returned {shown(value)}{which}, which can't be made a floating-point number ({error}).")
-        ) from error
+        detail = f"returned {quote_value(value)}{which}, which can't be converted to a floating-point number ({error})."
+        raise CallFailed(Failure(kind, detail)) from error
 
 
-def failure_of(error: BaseException) -> Failure:
-    """What a call that raised has failed of."""
+def make_failure(error: BaseException) -> Failure:
+    """The failure of a call that raised `error`."""
     if isinstance(error, CallFailed):
         return error.failure
     if isinstance(error, InputError):
         return Failure("exception", str(error))
-    kind, text = type(error).__name__, _text(error)
+    kind, text = type(error).__name__, _error_text(error)
     if isinstance(error, Exception):
         return Failure("exception", f"{kind}: {text}.")
-    advice = "Raise an `Exception`, and call nothing that ends the process, such as sys.exit()."
+    advice = "Raise an `Exception` instead, and don't call functions that end the process, such as sys.exit()."
     return Failure("exception", f"raised {kind}({text}), which is meant to end the run. {advice}", final=True)
 
 
-def _text(error: BaseException) -> str:
+def _error_text(error: BaseException) -> str:
     try:
-        return clean(str(error))
+        return replace_surrogates(str(error))
     except Exception:  # users' classes may fail at anything
-        return "(its text can't be had)"
+        return "(its text is not available)"
 
 
-def shown(value: Any) -> str:
-    """A value's text for an error, if it can be had, and not more than a line of it."""
+def quote_value(value: Any) -> str:
+    """A value's text for an error, truncated to a line; its type if it has no text."""
     text = f"a {type(value).__name__}"
     with suppress(Exception):  # users' classes may fail at anything, and long integers have no text
-        text = clean(repr(value))
-    return cut(text, _SHOWN)
+        text = replace_surrogates(repr(value))
+    return truncate_text(text, _MAX_QUOTED)
 
 
-def cut(text: str, limit: int) -> str:
-    """A text of at most so many characters."""
+def truncate_text(text: str, limit: int) -> str:
+    """Truncate a text to at most `limit` characters."""
     return text if len(text) <= limit else text[: limit - 1] + "…"
 
 
-def clean(text: str) -> str:
-    """Without halves of characters, which no file can hold."""
+def replace_surrogates(text: str) -> str:
+    """Replace lone surrogates, which can't be encoded."""
     return text.encode("utf-8", "replace").decode()

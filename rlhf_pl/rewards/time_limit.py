@@ -1,9 +1,9 @@
-"""Calls of users' code under a time limit: over it, a call has failed, and a stop of the run is never swallowed.
+"""Calls of users' code with a time limit. A call over its limit has failed. A stop of the run is never swallowed.
 
-In the main thread a call is interrupted: sleeping, waiting for a socket or a lock, or computing in Python. The
-kernel's timer does it, which needs no thread of Python's; where a reward takes that timer for itself, a thread does it
-by SIGURG, which does nothing where nobody asks for it. In other threads, where signals don't arrive, a call runs in a
-thread that can be left behind.
+In the main thread, a call is interrupted while it sleeps, waits for a socket or a lock, or computes in Python. The
+kernel's timer interrupts it, which needs no Python thread. If a reward uses that timer itself, a watcher thread sends
+SIGURG, which is ignored by default. Other threads don't receive signals: there, the call runs in a thread of its own,
+which can be abandoned.
 """
 
 import ctypes
@@ -20,85 +20,86 @@ from types import FrameType
 from typing import Any, Generic, TypeVar
 
 T = TypeVar("T")
-GRACE_S = 5.0  # a call that is interrupted may clean up so long; then it is ended by force, or given up
-STUCK_S = 30.0  # a call that has not even then come back after so long ends the run: it is in the main thread's way
-LONGEST_S = 1e8  # three years; a longer limit counts as this
-_AGAIN_S = 1.0  # an interrupt that was swallowed is repeated
-_OURS = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+GRACE_S = 5.0  # an interrupted call may clean up for this long; then it is stopped by force, or abandoned
+STUCK_S = 30.0  # if the call still blocks the main thread this long after that, the run ends
+MAX_LIMIT_S = 1e8  # three years; longer limits are reduced to this
+_REPEAT_S = 1.0  # interval at which a swallowed interrupt is repeated
+_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
 _STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class RewardTimeout(BaseException):
-    """The time limit is over. Not an Exception, so that a reward's own `except Exception` lets it through."""
+    """The time limit has passed. Not an Exception, so that a reward's `except Exception` does not catch it."""
 
 
 @dataclass
-class Ended(Generic[T]):
+class CallResult(Generic[T]):
     """How a call ended.
 
     Args:
         value: What it returned.
         error: What it raised.
-        timed_out: Whether it ran over its limit, whatever it returned or raised.
-        swallowed: Whether it returned although it had been interrupted.
-        given_up: Whether it did not let itself be interrupted: it was ended by force, or is still running.
+        timed_out: Whether it exceeded its limit, whatever it returned or raised.
+        swallowed: Whether it returned after an interrupt.
+        is_abandoned: Whether it could not be interrupted: it was stopped by force, or is still running.
     """
 
     value: T | None = None
     error: BaseException | None = None
     timed_out: bool = False
     swallowed: bool = False
-    given_up: bool = False
+    is_abandoned: bool = False
 
 
-def call_limited(call: Callable[[], T], seconds: float, name: str) -> Ended[T]:
-    """Call, for at most so many seconds; 0 for no limit.
+def call_with_time_limit(call: Callable[[], T], seconds: float, name: str) -> CallResult[T]:
+    """Call a function with a time limit.
 
-    A signal whose handler raises during the call (Ctrl-C) stops the caller as well, whatever the call makes of it.
+    If a signal handler raises during the call (Ctrl-C), its exception also stops the caller, even if the call
+    swallowed it.
 
     Args:
         call: Users' code.
-        seconds: The limit.
-        name: Of the reward, for the message if the run must end.
+        seconds: The limit; 0 for no limit.
+        name: The reward's name, for the message if the run must end.
     """
-    seconds = min(seconds, LONGEST_S)
+    seconds = min(seconds, MAX_LIMIT_S)
     if threading.current_thread() is not threading.main_thread():
-        return _in_a_thread(call, seconds) if seconds else _run(call)
+        return _call_in_thread(call, seconds) if seconds else _call_unlimited(call)
     interrupter = _Interrupter(seconds, name)
-    ended: Ended[T] = Ended()
+    result: CallResult[T] = CallResult()
     try:
         interrupter.start()
         try:
-            ended.value = call()
+            result.value = call()
         finally:
-            interrupter.active = False
+            interrupter.is_active = False
     except BaseException as error:  # users' code may raise anything
-        interrupter.active = False
-        ended.error = error
-    ended.timed_out, ended.given_up = interrupter.is_over, interrupter.forced
+        interrupter.is_active = False
+        result.error = error
+    result.timed_out, result.is_abandoned = interrupter.has_expired, interrupter.is_forced
     interrupter.close()
     if interrupter.stop is not None:
         raise interrupter.stop
-    ended.swallowed = ended.error is None and interrupter.raised
-    return ended
+    result.swallowed = result.error is None and interrupter.has_raised
+    return result
 
 
 class _Interrupter:
-    """Raises in the main thread: RewardTimeout over the limit, and again what a signal's handler raised."""
+    """Raises in the main thread: RewardTimeout over the limit, or again the exception of a signal handler."""
 
     def __init__(self, seconds: float, name: str) -> None:
         self._seconds, self._name = seconds, name
         self._started = time.monotonic()
         self._handlers: dict[int, Any] = {}
-        self._alarm = (0.0, 0.0)  # somebody else's
+        self._outer_timer = (0.0, 0.0)  # set before the call
         self._trace: Any = None
-        self._outer = _watched[0]
-        self._since: float | None = None  # when it was interrupted first
-        self.active, self.raised, self.forced = True, False, False
+        self._outer_interrupter = _watched[0]
+        self._first_interrupt: float | None = None  # when it was first interrupted
+        self.is_active, self.has_raised, self.is_forced = True, False, False
         self.stop: BaseException | None = None
 
     @property
-    def is_over(self) -> bool:
+    def has_expired(self) -> bool:
         return self._seconds > 0 and time.monotonic() - self._started >= self._seconds
 
     def start(self) -> None:
@@ -108,23 +109,23 @@ class _Interrupter:
                 signal.signal(number, self._relay)
         for number in (signal.SIGURG, signal.SIGALRM):
             self._handlers[number] = signal.signal(number, self._interrupt)
-        self._alarm = signal.setitimer(signal.ITIMER_REAL, self._seconds, _AGAIN_S)
+        self._outer_timer = signal.setitimer(signal.ITIMER_REAL, self._seconds, _REPEAT_S)
         _watch(self)
 
     def close(self) -> None:
-        _watch(self._outer)
+        _watch(self._outer_interrupter)
         signal.setitimer(signal.ITIMER_REAL, 0)
         for number, handler in self._handlers.items():
             signal.signal(number, handler)
-        remaining, interval = self._alarm
+        remaining, interval = self._outer_timer
         if remaining:
-            left = remaining - (time.monotonic() - self._started)
-            signal.setitimer(signal.ITIMER_REAL, max(1e-3, left), interval)
-        if self.forced:
+            remaining -= time.monotonic() - self._started
+            signal.setitimer(signal.ITIMER_REAL, max(1e-3, remaining), interval)
+        if self.is_forced:
             sys.settrace(self._trace)
 
     def _relay(self, number: int, frame: FrameType | None) -> None:
-        """Do what the run does at this signal, and note it if that is to stop."""
+        """Call the run's handler of this signal, and record the exception if it raises."""
         try:
             self._handlers[number](number, frame)
         except BaseException as stop:
@@ -132,34 +133,34 @@ class _Interrupter:
                 self.stop = stop
             raise
 
-    def remind(self) -> None:
-        """Called every second by the watching thread."""
-        if self.is_over or self.stop is not None:
-            self._since = self._since or time.monotonic()
-            if time.monotonic() - self._since > GRACE_S + STUCK_S:
-                self._end_the_run()
+    def repeat_interrupt(self) -> None:
+        """Interrupt again if necessary. The watcher thread calls this every second."""
+        if self.has_expired or self.stop is not None:
+            self._first_interrupt = self._first_interrupt or time.monotonic()
+            if time.monotonic() - self._first_interrupt > GRACE_S + STUCK_S:
+                self._exit_run()
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGURG)
 
     def _interrupt(self, _number: int, frame: FrameType | None) -> None:
-        if not self.active or (self.stop is None and not self.is_over):
+        if not self.is_active or (self.stop is None and not self.has_expired):
             return
-        if self._since is None:
-            self._since = time.monotonic()
-        if time.monotonic() - self._since > GRACE_S:
-            if not self.forced:
-                self.forced, self._trace = True, sys.gettrace()
+        if self._first_interrupt is None:
+            self._first_interrupt = time.monotonic()
+        if time.monotonic() - self._first_interrupt > GRACE_S:
+            if not self.is_forced:
+                self.is_forced, self._trace = True, sys.gettrace()
             self._raise_everywhere(frame)
-        self.raised = True
-        raise self._error()
+        self.has_raised = True
+        raise self._make_error()
 
     def _raise_everywhere(self, frame: FrameType | None) -> None:
-        """Have the next line of users' code raise too: that of the `except` which swallows the interrupt."""
+        """Make the next line of users' code raise too: the line of the `except` that swallows the interrupt."""
 
         def tracer(frame: FrameType, event: str, _arg: Any) -> Any:
-            if not self.active or frame.f_code.co_filename.startswith(_OURS):
+            if not self.is_active or frame.f_code.co_filename.startswith(_PACKAGE):
                 return None
             if event == "line":
-                raise self._error()
+                raise self._make_error()
             return tracer
 
         while frame is not None and frame.f_code.co_filename != __file__:
@@ -167,81 +168,81 @@ class _Interrupter:
             frame = frame.f_back
         sys.settrace(tracer)
 
-    def _error(self) -> BaseException:
+    def _make_error(self) -> BaseException:
         return RewardTimeout() if self.stop is None else self.stop
 
-    def _end_the_run(self) -> None:
+    def _exit_run(self) -> None:
         with suppress(OSError, ValueError):
             sys.stderr.write(
-                f"\nerror: Reward `{self._name}` did not come back within its time limit and can't be interrupted: it "
-                "is inside a library that never returns to Python. The run ends; answers scored so far are kept. With "
-                "--rollout.scoring.isolate true functions run in a process of their own, which can be killed.\n"
+                f"\nerror: Reward `{self._name}` did not return within its time limit and can't be interrupted: it is "
+                "inside a library that never returns to Python. The run ends; scores so far are kept. With "
+                "--rollout.scoring.isolate true, functions run in a separate process, which can be killed.\n"
             )
             sys.stderr.flush()
         os._exit(1)
 
 
 @contextmanager
-def ends_if_locked(seconds: float) -> Iterator[None]:
-    """End the process if code in the block keeps Python's lock so long that calls under this limit can't be ended.
+def exit_if_gil_is_held(seconds: float) -> Iterator[None]:
+    """Exit the process if code in the block holds the GIL so long that calls with this limit can't be interrupted.
 
-    Nothing in Python can do anything then: neither a signal's handler nor a thread gets to run. What ends the process
-    needs no lock, and says where it hangs.
+    No signal handler and no other thread can run then. `faulthandler` exits the process without the GIL, and prints
+    where it hangs.
     """
     if seconds == 0 or threading.current_thread() is not threading.main_thread():
         yield
         return
-    _patience[0] = min(seconds, LONGEST_S) + GRACE_S + STUCK_S
-    faulthandler.dump_traceback_later(_patience[0], exit=True, file=2)
+    _gil_limit_s[0] = min(seconds, MAX_LIMIT_S) + GRACE_S + STUCK_S
+    faulthandler.dump_traceback_later(_gil_limit_s[0], exit=True, file=2)
     try:
         yield
     finally:
-        _patience[0] = 0.0
+        _gil_limit_s[0] = 0.0
         faulthandler.cancel_dump_traceback_later()
 
 
-_patience = [0.0]  # seconds that the lock may be kept; 0 while nobody minds
+_gil_limit_s = [0.0]  # seconds that the GIL may be held; 0 outside of `exit_if_gil_is_held`
 _watched: list[_Interrupter | None] = [None]
 _watcher: list[threading.Thread] = []
 
 
 def _watch(interrupter: _Interrupter | None) -> None:
-    """Have the watching thread remind this call, and no other, that it is over."""
+    """Make the watcher thread watch this call, and no other."""
     _watched[0] = interrupter
     if interrupter is not None and not (_watcher and _watcher[0].is_alive()):
-        _watcher[:] = [threading.Thread(target=_remind, name="reward-limit", daemon=True)]
+        _watcher[:] = [threading.Thread(target=_watch_forever, name="reward-limit", daemon=True)]
         _watcher[0].start()
 
 
-def _remind() -> None:
+def _watch_forever() -> None:
     while True:
-        time.sleep(_AGAIN_S)
-        if _patience[0]:  # this thread runs, so the lock is not kept: begin anew
-            faulthandler.dump_traceback_later(_patience[0], exit=True, file=2)
-            if not _patience[0]:  # it is over meanwhile
+        time.sleep(_REPEAT_S)
+        if _gil_limit_s[0]:  # this thread runs, so the GIL is free: restart the timer
+            faulthandler.dump_traceback_later(_gil_limit_s[0], exit=True, file=2)
+            if not _gil_limit_s[0]:  # the block has ended meanwhile
                 faulthandler.cancel_dump_traceback_later()
         if (interrupter := _watched[0]) is not None:
-            interrupter.remind()
+            interrupter.repeat_interrupt()
 
 
-def _run(call: Callable[[], T]) -> Ended[T]:
+def _call_unlimited(call: Callable[[], T]) -> CallResult[T]:
     try:
-        return Ended(call())
+        return CallResult(call())
     except BaseException as error:  # users' code may raise anything
-        return Ended(error=error)
+        return CallResult(error=error)
 
 
-def _in_a_thread(call: Callable[[], T], seconds: float) -> Ended[T]:
-    """In a thread of its own, which is left behind if it neither returns nor can be interrupted."""
-    found: list[Ended[T]] = []
-    thread = threading.Thread(target=lambda: found.append(_run(call)), name="reward-call", daemon=True)
+def _call_in_thread(call: Callable[[], T], seconds: float) -> CallResult[T]:
+    """Call in a new thread, which is abandoned if it neither returns nor can be interrupted."""
+    results: list[CallResult[T]] = []
+    thread = threading.Thread(target=lambda: results.append(_call_unlimited(call)), name="reward-call", daemon=True)
     thread.start()
     thread.join(seconds)
     if not thread.is_alive():
-        return found[0]
+        return results[0]
     until = time.monotonic() + GRACE_S
     while thread.is_alive() and time.monotonic() < until:
         assert thread.ident is not None
         ctypes.pythonapi.PyThreadState_SetAsyncExc(ctypes.c_ulong(thread.ident), ctypes.py_object(RewardTimeout))
-        thread.join(_AGAIN_S)
-    return Ended(timed_out=True, given_up=thread.is_alive())
+        thread.join(_REPEAT_S)
+    return CallResult(timed_out=True, is_abandoned=thread.is_alive())

@@ -1,4 +1,4 @@
-"""Rewards that can be checked by rule: answers, patterns, numbers, JSON, lengths. Each gives 0 to 1."""
+"""Rewards by rule: answer keys, patterns, numbers, JSON, lengths. Each is from 0 to 1."""
 
 import json
 import math
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from rlhf_pl.rewards.base import Reward, RewardResult, Sample
-from rlhf_pl.rewards.json_schema import schema_validator
+from rlhf_pl.rewards.json_schema import make_schema_validator
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.unique_keys import loads
 
@@ -23,11 +23,11 @@ _MARKED = (
 
 
 class RuleReward(Reward):
-    """A reward that looks at one answer at a time. Subclass it and write `one`."""
+    """A reward that scores one response at a time. A subclass implements `one`."""
 
     @abstractmethod
     def one(self, sample: Sample) -> float:
-        """The reward of an answer."""
+        """Score a response."""
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult]:
         return [RewardResult(self.one(sample)) for sample in batch]
@@ -38,32 +38,33 @@ class RuleReward(Reward):
 
     @property
     def one_by_one(self) -> bool:
-        return True  # a pattern can take very long on one answer
+        return True  # a pattern can take very long on one response
 
 
-def column_of(sample: Sample, name: str, reward: str) -> Any:
-    """A column of the prompt's row.
+def get_column(sample: Sample, name: str, reward: str) -> Any:
+    """The value of a column of the prompt's row.
 
     Raises:
-        InputError: It is not there, or empty.
+        InputError: The row has no such column, or it is empty.
     """
     value = sample.columns.get(name)
     if value is None or value == "":
-        found = ", ".join(sample.columns) or "none"
+        columns = ", ".join(sample.columns) or "none"
         raise InputError(
-            f"{reward} needs the column `{name}`, which prompt_id {sample.prompt_id!r} has not. Columns: {found}."
+            f"{reward} needs the column `{name}`, which prompt_id {sample.prompt_id!r} does not have. Columns: "
+            f"{columns}."
         )
     return value
 
 
 class ExactAnswer(RuleReward):
-    """1 if the answer equals the row's answer key, else 0. White space at the ends and runs of it do not count.
+    """1 if the response equals the row's answer key, else 0. Differences in white space are ignored.
 
     Args:
-        column: Column with the key: text, or a list of texts of which any will do.
-        pattern: A regular expression whose first group (or whole match) is the answer inside the response, the last
-            match counts; null for the whole response.
-        ignore_case: Compare without regard to case.
+        column: Column with the key: a text, or a list of accepted texts.
+        pattern: A regular expression whose first group (or whole match) is the answer within the response. The last
+            match is used. null for the whole response.
+        ignore_case: Whether case is ignored.
     """
 
     def __init__(self, column: str = "answer", pattern: str | None = None, ignore_case: bool = True) -> None:
@@ -71,29 +72,29 @@ class ExactAnswer(RuleReward):
         self._pattern = None if pattern is None else _compile(pattern, ignore_case)
 
     def one(self, sample: Sample) -> float:
-        keys = column_of(sample, self.column, "ExactAnswer")
-        given = sample.response
+        keys = get_column(sample, self.column, "ExactAnswer")
+        answer = sample.response
         if self._pattern is not None:
-            found = list(self._pattern.finditer(given))
-            if not found:
+            matches = list(self._pattern.finditer(answer))
+            if not matches:
                 return 0.0
-            given = found[-1][1] if found[-1].re.groups else found[-1][0]
-            given = given or ""
+            answer = matches[-1][1] if matches[-1].re.groups else matches[-1][0]
+            answer = answer or ""
         accepted = keys if isinstance(keys, list | tuple) else [keys]
-        return float(any(self._plain(given) == self._plain(str(key)) for key in accepted))
+        return float(any(self._normalize(answer) == self._normalize(str(key)) for key in accepted))
 
-    def _plain(self, text: str) -> str:
+    def _normalize(self, text: str) -> str:
         text = " ".join(text.split())
         return text.casefold() if self.ignore_case else text
 
 
 class RegexMatch(RuleReward):
-    """1 if a regular expression matches somewhere in the answer, else 0.
+    """1 if a regular expression matches anywhere in the response, else 0.
 
     Args:
-        pattern: The expression; `(?s)` at its start lets a dot match line ends, `^` and `$` bind it to the ends.
-        column: Take the expression from this column of the row instead.
-        ignore_case: Match without regard to case.
+        pattern: The expression. With `(?s)` at its start a dot also matches line ends; `^` and `$` anchor it.
+        column: Column with the expression, instead of `pattern`.
+        ignore_case: Whether case is ignored.
     """
 
     def __init__(self, pattern: str | None = None, column: str | None = None, ignore_case: bool = False) -> None:
@@ -106,7 +107,7 @@ class RegexMatch(RuleReward):
         pattern = self._pattern
         if pattern is None:
             assert self.column is not None
-            pattern = _compile(str(column_of(sample, self.column, "RegexMatch")), self.ignore_case)
+            pattern = _compile(str(get_column(sample, self.column, "RegexMatch")), self.ignore_case)
         return float(pattern.search(sample.response) is not None)
 
 
@@ -114,18 +115,18 @@ def _compile(pattern: str, ignore_case: bool) -> re.Pattern[str]:
     try:
         return re.compile(pattern, re.IGNORECASE if ignore_case else 0)
     except re.error as error:
-        raise InputError(f"`rollout.reward.pattern`: {pattern!r} is no regular expression: {error}.") from error
+        raise InputError(f"`rollout.reward.pattern`: {pattern!r} is not a regular expression: {error}.") from error
 
 
 class NumericAnswer(RuleReward):
-    """1 if the number that the answer ends up with is the row's, else 0.
+    """1 if the final number of the response equals the row's, else 0.
 
-    That number is the last one in `\\boxed{}`, after `####`, or after "answer is"; without such a mark the last one of
-    all. Thousands separators, signs, exponents, fractions and a percent sign (42% is 42) are understood.
+    The final number is the last one in `\\boxed{}`, after `####`, or after "answer is"; without such a mark, the last
+    one in the text. Thousands separators, signs, exponents, fractions and percent signs (42% is 42) are supported.
 
     Args:
-        column: Column with the key: a number, or text that ends up with one in the same way.
-        tolerance: Largest difference, relative to the key where that is above 1.
+        column: Column with the key: a number, or a text whose final number is found in the same way.
+        tolerance: Maximum difference; relative to the key if the key is above 1.
     """
 
     def __init__(self, column: str = "answer", tolerance: float = 1e-6) -> None:
@@ -134,26 +135,28 @@ class NumericAnswer(RuleReward):
         self.column, self.tolerance = column, tolerance
 
     def one(self, sample: Sample) -> float:
-        key = column_of(sample, self.column, "NumericAnswer")
-        expected = float(key) if isinstance(key, int | float) else final_number(str(key))
+        key = get_column(sample, self.column, "NumericAnswer")
+        expected = float(key) if isinstance(key, int | float) else find_final_number(str(key))
         if expected is None or not math.isfinite(expected):
-            raise InputError(f"NumericAnswer: the column `{self.column}` of prompt_id {sample.prompt_id!r} is {key!r}, "
-                             "which holds no number.")  # fmt: skip
-        given = final_number(sample.response)
-        return float(given is not None and abs(given - expected) <= self.tolerance * max(1.0, abs(expected)))
+            raise InputError(
+                f"NumericAnswer: the column `{self.column}` of prompt_id {sample.prompt_id!r} is {key!r}, which "
+                "contains no number."
+            )
+        number = find_final_number(sample.response)
+        return float(number is not None and abs(number - expected) <= self.tolerance * max(1.0, abs(expected)))
 
 
-def final_number(text: str) -> float | None:
-    """The number that a text ends up with, or None."""
+def find_final_number(text: str) -> float | None:
+    """The final number of a text (`NumericAnswer`); None if it has none."""
     for mark in _MARKED:
         for marked in reversed(mark.findall(text)):
-            if numbers := _numbers(marked):
+            if numbers := _find_numbers(marked):
                 return numbers[-1] if mark is _MARKED[0] else numbers[0]
-    numbers = _numbers(text)
+    numbers = _find_numbers(text)
     return numbers[-1] if numbers else None
 
 
-def _numbers(text: str) -> list[float]:
+def _find_numbers(text: str) -> list[float]:
     found = []
     for match in _NUMBER.finditer(text):
         number = match[0]
@@ -171,13 +174,13 @@ def _numbers(text: str) -> list[float]:
 
 
 class JSONSchema(RuleReward):
-    """1 if the answer is JSON that a JSON Schema accepts, else 0. JSON in a Markdown code block counts too.
+    """1 if the response is JSON that is valid under a JSON Schema, else 0. It may be in a Markdown code block.
 
-    A `$ref` must lead to a place in the schema itself, or to the JSON Schema drafts: nothing is fetched or opened.
+    A `$ref` must refer to the schema itself or to the JSON Schema drafts: nothing is fetched or opened.
 
     Args:
         schema: The schema, or a .json file with it.
-        column: Take the schema from this column of the row instead.
+        column: Column with the schema, instead of `schema`.
     """
 
     def __init__(self, schema: dict[str, Any] | str | None = None, column: str | None = None) -> None:
@@ -189,14 +192,14 @@ class JSONSchema(RuleReward):
             except (OSError, ValueError) as error:
                 raise InputError(f"`rollout.reward.schema`: cannot read {schema!r}: {error}.") from error
         self.schema, self.column = schema, column
-        self._validator = None if schema is None else schema_validator(schema)
+        self._validator = None if schema is None else make_schema_validator(schema)
 
     def one(self, sample: Sample) -> float:
         validator = self._validator
         if validator is None:
             assert self.column is not None
-            schema = column_of(sample, self.column, "JSONSchema")
-            validator = schema_validator(json.loads(schema) if isinstance(schema, str) else schema)
+            schema = get_column(sample, self.column, "JSONSchema")
+            validator = make_schema_validator(json.loads(schema) if isinstance(schema, str) else schema)
         text = sample.response.strip()
         fenced = re.fullmatch(r"(?s)```(?:json)?\s*\n(.*?)\n?```", text)
         try:
@@ -207,13 +210,13 @@ class JSONSchema(RuleReward):
 
 
 class LengthWindow(RuleReward):
-    """1 for answers whose length is in a window, falling to 0 over `falloff` on both sides of it.
+    """1 for responses whose length is in a window, with a linear decrease to 0 over `falloff` on both sides.
 
     Args:
-        shortest: Least length that gets 1.
-        longest: Greatest length that gets 1.
-        unit: What is counted: `tokens` of the policy (words where an answer brings no tokens), `words`, `characters`.
-        falloff: Distance from the window, in the same unit, at which the reward reaches 0; 0 for a sharp edge.
+        shortest: Minimum length with reward 1.
+        longest: Maximum length with reward 1.
+        unit: Unit of length: `tokens` of the policy (words for responses without tokens), `words`, `characters`.
+        falloff: Distance from the window at which the reward is 0, in the same unit; 0 for a sharp edge.
     """
 
     def __init__(
@@ -238,5 +241,5 @@ class LengthWindow(RuleReward):
             length = len(sample.response_tokens)
         else:
             length = len(sample.response.split())
-        outside = max(self.shortest - length, length - self.longest, 0)
-        return 1.0 if outside == 0 else max(0.0, 1 - outside / self.falloff) if self.falloff else 0.0
+        distance = max(self.shortest - length, length - self.longest, 0)
+        return 1.0 if distance == 0 else max(0.0, 1 - distance / self.falloff) if self.falloff else 0.0

@@ -1,4 +1,4 @@
-"""A reward model that `vllm serve` runs, elsewhere or on another GPU."""
+"""A reward model on a `vllm serve` server, on another host or GPU."""
 
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -10,8 +10,8 @@ from rlhf_pl.models.rotary import longrope_scales, thresholds
 from rlhf_pl.models.score_position import ScoreAt, mean_score, warn_if_read_elsewhere
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import Failure, RewardResult, Sample
-from rlhf_pl.rewards.exposed_servers import warn_of_open_servers
-from rlhf_pl.rewards.remote import RemoteReward, Service, WrongAnswerError, number
+from rlhf_pl.rewards.exposed_servers import warn_about_open_servers
+from rlhf_pl.rewards.remote import InvalidReplyError, RemoteReward, Service, parse_number
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import describe
 
@@ -19,28 +19,28 @@ from rlhf_pl.utils.fingerprints import describe
 class VLLMServerReward(RemoteReward):
     """A classifier or reward model under `vllm serve MODEL --runner pooling`.
 
-    Conversations are rendered here, by the reward model's own tokenizer and template, and sent as token ids. Scores are
-    the model's logits: vLLM's default sigmoid is turned off.
+    Conversations are rendered in this process with the reward model's tokenizer and template, and sent as token ids.
+    Scores are the model's logits, without vLLM's default sigmoid.
 
     Args:
-        url: The server, such as `http://localhost:8000`.
+        url: URL of the server, for example `http://localhost:8000`.
         tokenizer: Folder or Hub id of the reward model's tokenizer.
-        model: Name it is served under; null for `tokenizer`.
-        endpoint: `classify` for models with one label, `pooling` for reward models that vLLM serves for that task;
-            of scores per token or step the last one counts.
-        max_tokens: Longer conversations are cut from the left of the prompt, and counted; the server's
+        model: Name of the model on the server; null for `tokenizer`.
+        endpoint: `classify` for models with one label, `pooling` for reward models that vLLM serves for that task.
+            If there are scores per token or step, the last one is used.
+        max_tokens: Longer conversations are truncated on the left of the prompt, and counted; the server's
             `--max-model-len` must be at least this.
         system_prompt: `keep` or `drop` system messages.
-        concurrency: Requests under way at a time; each holds one conversation, the server batches them.
-        timeout_s: Time limit of an attempt, seconds, from connecting to the last byte.
-        retries: Further attempts after a broken connection or an error of the server's.
-        backoff_s: Pause before the second attempt, seconds; doubled before every further one.
-        api_key_env: Environment variable with a key that is sent as a bearer token; null for none.
+        concurrency: Maximum number of concurrent requests, one conversation each; the server batches them.
+        timeout_s: Time limit of an attempt, seconds, from connecting to the last byte of the reply.
+        retries: Further attempts after a broken connection or a server error.
+        backoff_s: Pause before the second attempt, seconds; doubled before each further attempt.
+        api_key_env: Environment variable with a key that is sent as a bearer token; null for no key.
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         score_at: Where the score is read: `last`, the conversation's last token, whatever it is; `eos`, the EOS that
-            the template writes after the answer; `before_eos`, the token before that. vLLM reads the last token it is
-            sent, so what lies behind that place is not sent. null for what the config beside the tokenizer says
-            (`score_at`, in models trained here), else `last`, with a warning where transformers reads elsewhere.
+            the template writes after the response; `before_eos`, the token before that. vLLM reads the last token of
+            a request, so later tokens are not sent. null for the value in the config beside the tokenizer
+            (`score_at`, in models trained here), else `last`, with a warning if transformers reads elsewhere.
     """
 
     def __init__(
@@ -74,7 +74,7 @@ class VLLMServerReward(RemoteReward):
         return f"VLLMServerReward({self.model})"
 
     def renderer(self) -> Renderer:
-        """Renders conversations as the model reads them."""
+        """The renderer of conversations for the model."""
         if self._renderer is None:
             self._renderer = reward_renderer(self._source, self.max_tokens, self.system_prompt, score_at=self._score_at)
         return self._renderer
@@ -85,12 +85,12 @@ class VLLMServerReward(RemoteReward):
 
     @cached_property
     def _mean(self) -> float:
-        """What the model's config says is to be subtracted, which the server does not know of."""
+        """The mean score in the model's config, which the server does not subtract."""
         return mean_score(stored_config(self._source), self._source.path)
 
     def check(self, samples: Sequence[Sample]) -> None:
         super().check(samples)
-        warn_of_open_servers([self.url])
+        warn_about_open_servers([self.url])
         _ = self._mean
         if self._score_at is None:
             warn_if_read_elsewhere(self.renderer(), self._source)
@@ -99,33 +99,33 @@ class VLLMServerReward(RemoteReward):
             sample.rendered(self.renderer())
 
     def _check_rotary(self) -> None:
-        """vLLM has one set of rotary factors for all rows; here each row has those of its own length.
+        """Check that vLLM, which has one set of rotary factors for all rows, computes the factors of each row's length.
 
         Raises:
-            InputError: Some rows could get others.
+            InputError: The factors of some rows could differ.
         """
         limits = thresholds(self._source.config)
-        found = self._service.get(f"{self.url.rstrip('/')}/v1/models") if limits else None
-        models = found.get("data") if isinstance(found, Mapping) else None
-        served = models[0].get("max_model_len") if isinstance(models, list) and models else None
-        if "longrope" in limits and (served or 0) > (limit := limits["longrope"]):
+        reply = self._service.get_json(f"{self.url.rstrip('/')}/v1/models") if limits else None
+        models = reply.get("data") if isinstance(reply, Mapping) else None
+        max_model_len = models[0].get("max_model_len") if isinstance(models, list) and models else None
+        if "longrope" in limits and (max_model_len or 0) > (limit := limits["longrope"]):
             raise InputError(
-                f"`rollout.reward.url`: the server runs with --max-model-len {served}, over {limit}, so vLLM gives "
-                f"every row the long rotary factors of {self.model!r}, also those of up to {limit} tokens. Start it "
+                f"`rollout.reward.url`: the server runs with --max-model-len {max_model_len}, over {limit}, so vLLM "
+                f"uses the long rotary factors of {self.model!r} for every row, even up to {limit} tokens. Start it "
                 f"with --max-model-len {limit}, or score in this process (ClassifierReward)."
             )
         if "longrope" in limits:
-            own, other = longrope_scales(self._source.config, limits["longrope"])
-            if abs(own - other) > 1e-4 * own:
+            expected, found = longrope_scales(self._source.config, limits["longrope"])
+            if abs(expected - found) > 1e-4 * expected:
                 raise InputError(
-                    f"`rollout.reward.url`: vLLM multiplies the longrope embeddings of {self.model!r} by {other:.4g}, "
-                    f"and transformers by {own:.4g} (factor, attention_factor and mscales of its config). Score in "
-                    "this process (ClassifierReward)."
+                    f"`rollout.reward.url`: vLLM multiplies the longrope embeddings of {self.model!r} by {found:.4g}, "
+                    f"and transformers by {expected:.4g} (factor, attention_factor and mscales of its config). Score "
+                    "in this process (ClassifierReward)."
                 )
         if "dynamic" in limits and self.max_tokens > (limit := limits["dynamic"]):
             raise InputError(
-                f"`rollout.reward.max_tokens` is {self.max_tokens}: vLLM does not stretch the dynamic rotary factors "
-                f"of {self.model!r}, which rows of over {limit} tokens need. Set it to {limit} at most, or score in "
+                f"`rollout.reward.max_tokens` is {self.max_tokens}: vLLM does not adapt the dynamic rotary factors "
+                f"of {self.model!r} to rows of over {limit} tokens. Set it to {limit} at most, or score in "
                 "this process (ClassifierReward)."
             )
 
@@ -133,25 +133,25 @@ class VLLMServerReward(RemoteReward):
         rows = [s.rendered(self.renderer()) for s in batch]
         task = {"task": "classify"} if self.endpoint == "pooling" else {}
         payloads = [{"model": self.model, "input": [row.ids], "use_activation": False, **task} for row in rows]
-        scores = self._service.map(payloads, lambda i, body: _score(body))
+        scores = self._service.map(payloads, lambda i, body: _read_score(body))
         return [
             s if isinstance(s, Failure) else RewardResult(s - self._mean, truncated_tokens=row.truncated_tokens)
             for s, row in zip(scores, rows, strict=True)
         ]
 
 
-def _score(body: Any) -> float:
-    """The one score in an answer of `/classify` or `/pooling`."""
+def _read_score(body: Any) -> float:
+    """The score in a reply of `/classify` or `/pooling`."""
     data = body.get("data") if isinstance(body, Mapping) else None
     if not isinstance(data, list) or len(data) != 1 or not isinstance(data[0], Mapping):
-        raise WrongAnswerError('expected an object with one entry under "data"')
+        raise InvalidReplyError('expected an object with one entry under "data"')
     values: Any = data[0].get("probs", data[0].get("data"))
     while isinstance(values, list) and values and isinstance(values[-1], list):
         values = values[-1]
     if not isinstance(values, list):
-        raise WrongAnswerError("expected a list of scores")
+        raise InvalidReplyError("expected a list of scores")
     if len(values) != 1 and "probs" in data[0]:
-        raise WrongAnswerError(f"the model gives {len(values)} labels; a reward model has 1")
+        raise InvalidReplyError(f"the model has {len(values)} labels; a reward model has 1")
     if not values:
-        raise WrongAnswerError("the list of scores is empty")
-    return number(values[-1], "the score")
+        raise InvalidReplyError("the list of scores is empty")
+    return parse_number(values[-1], "the score")

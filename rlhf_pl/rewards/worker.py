@@ -1,7 +1,7 @@
-"""The process that an isolated reward function runs in: `python -m rlhf_pl.rewards.worker PATH DESCRIPTOR`.
+"""The worker process of an isolated reward function: `python -m rlhf_pl.rewards.worker PATH DESCRIPTOR`.
 
-It takes pickled batches of samples from its parent, and gives back plain JSON, so that nothing a function returns is
-run in the parent. It ends with its parent, whatever the function is doing.
+It receives pickled batches of samples from its parent and returns JSON, so that the parent never unpickles what a
+function returns. It exits with its parent, whatever the function is doing.
 """
 
 import contextlib
@@ -17,20 +17,20 @@ from typing import Any
 
 from rlhf_pl.rewards.base import Failure
 from rlhf_pl.rewards.function import FunctionReward
-from rlhf_pl.rewards.results import failure_of, scores_of
+from rlhf_pl.rewards.results import make_failure, score_copies
 
 _PR_SET_PDEATHSIG = 1
 
 
 def main(path: str, descriptor: int) -> None:
-    """Score batches until the parent hangs up."""
+    """Score batches until the parent closes the connection."""
     parent = os.getppid()
-    _end_with_parent(parent)
+    _exit_with_parent(parent)
     connection = Connection(descriptor)
     try:
         reward = FunctionReward(path)
     except BaseException as error:  # users' code may raise anything
-        _send(connection, {"failed": asdict(failure_of(error))})
+        _send(connection, {"failed": asdict(make_failure(error))})
         return
     _send(connection, {"ready": True})
     while True:
@@ -39,31 +39,31 @@ def main(path: str, descriptor: int) -> None:
         except (EOFError, OSError):
             return
         try:
-            outcomes = scores_of(reward, batch)
+            outcomes = score_copies(reward, batch)
         except BaseException as error:  # users' code may raise anything
-            _send(connection, {"failed": asdict(failure_of(error))})
+            _send(connection, {"failed": asdict(make_failure(error))})
         else:
             _send(connection, {"outcomes": [[isinstance(o, Failure), asdict(o)] for o in outcomes]})
 
 
 def _send(connection: Connection, message: dict[str, Any]) -> None:
-    with contextlib.suppress(OSError):  # the parent has gone, which the next `recv` tells
+    with contextlib.suppress(OSError):  # the parent has exited; the next `recv` fails
         connection.send_bytes(json.dumps(message).encode())
 
 
-def _end_with_parent(parent: int) -> None:
-    """By the kernel where it can, and by a thread that looks every second."""
+def _exit_with_parent(parent: int) -> None:
+    """Exit when the parent does: by a signal from the kernel on Linux, and by a thread that checks every second."""
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-    gone = threading.Event()
+    pause = threading.Event()
 
-    def look() -> None:
+    def watch_parent() -> None:
         while os.getppid() == parent:
-            gone.wait(1.0)
-        os.killpg(0, signal.SIGKILL)  # with what the function has started
+            pause.wait(1.0)
+        os.killpg(0, signal.SIGKILL)  # with the function's child processes
 
-    threading.Thread(target=look, name="parent", daemon=True).start()
+    threading.Thread(target=watch_parent, name="parent", daemon=True).start()
 
 
 if __name__ == "__main__":

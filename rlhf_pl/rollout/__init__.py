@@ -1,4 +1,4 @@
-"""Samplers: draw answers from the policy."""
+"""Samplers: sample responses from the policy."""
 
 from rlhf_pl.rollout.base import EngineSpec, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.transformers import TransformersSampler

@@ -1,4 +1,4 @@
-"""Work beside the main thread that no one has to wait for when the process ends."""
+"""Runs work in daemon threads, which do not delay the end of the process."""
 
 import threading
 from collections.abc import Callable, Sequence
@@ -9,8 +9,8 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 
-def start(action: Callable[..., Result], *arguments: Any) -> Future[Result]:
-    """Call it in a thread of its own, which ends with the process; those of a ThreadPoolExecutor would hold that up."""
+def run_in_thread(action: Callable[..., Result], *arguments: Any) -> Future[Result]:
+    """Call `action` in a daemon thread; threads of a ThreadPoolExecutor would delay the end of the process."""
     future: Future[Result] = Future()
 
     def run() -> None:
@@ -23,14 +23,14 @@ def start(action: Callable[..., Result], *arguments: Any) -> Future[Result]:
     return future
 
 
-def at_once(action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
-    """Call it for all items side by side; a single one stays in this thread, and so with its CUDA device.
+def run_parallel(action: Callable[[Item], Result], items: Sequence[Item]) -> list[Result]:
+    """Call `action` for all items in parallel; a single item stays in this thread, which has the CUDA device.
 
     Raises:
-        Exception: The first item's that failed, after all have ended.
+        Exception: That of the first item that failed, raised after all calls have ended.
     """
     if len(items) == 1:
         return [action(items[0])]
-    futures = [start(action, item) for item in items]
+    futures = [run_in_thread(action, item) for item in items]
     wait(futures)
     return [future.result() for future in futures]

@@ -1,4 +1,4 @@
-"""What a sampler takes and gives."""
+"""The interface of a sampler: its requests, its responses and its base class."""
 
 import math
 from abc import ABC, abstractmethod
@@ -10,22 +10,23 @@ from torch import Tensor
 
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.renamed_methods import map_renamed_methods
 
-NOTED_TEMPERATURE = 1.0  # of the log-probs that samplers note, which are over the whole vocabulary
+LOGP_TEMPERATURE = 1.0  # of the log-probs that samplers record, which are over the whole vocabulary
 NamedTensors = Iterable[tuple[str, Tensor]]
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    """How answers are drawn.
+    """How responses are sampled.
 
     Args:
-        num_responses: Answers per prompt.
+        num_responses: Responses per prompt.
         temperature: Divides the logits; 0 takes the most likely token.
-        top_p: Draw from the smallest set of tokens that holds this probability; 1 for all.
-        top_k: Draw from this many most likely tokens; 0 for all.
-        min_p: Drop tokens less likely than this share of the likeliest; 0 for none.
-        max_response_tokens: An answer is cut at this length, in tokens.
+        top_p: Sample from the smallest set of tokens with this total probability; 1 for all.
+        top_k: Sample from this many most likely tokens; 0 for all.
+        min_p: Drop tokens less likely than this fraction of the most likely token's probability; 0 for none.
+        max_response_tokens: Responses are truncated at this length, in tokens.
     """
 
     num_responses: int = 5
@@ -49,7 +50,7 @@ class SamplingConfig:
                 raise InputError(f"`sampling.{name}` must be {rule}, got {getattr(self, name)}.")
         if self.temperature == 0 and self.num_responses > 1:
             raise InputError(
-                f"`sampling.temperature` is 0, so all {self.num_responses} answers of a prompt would be the same. "
+                f"`sampling.temperature` is 0, so all {self.num_responses} responses to a prompt would be the same. "
                 "Raise it, or set `num_responses` to 1."
             )
 
@@ -59,9 +60,9 @@ class PromptTokens:
     """One request.
 
     Args:
-        token_ids: The prompt's.
-        seed: Of its answers: answer i is drawn with `seed + i`.
-        logps: Whether the answers' log-probs are wanted, which cost an engine up to a third of its speed.
+        token_ids: The prompt's token ids.
+        seed: Response i is sampled with `seed + i`.
+        logps: Whether to return the responses' log-probs, which cost an engine up to a third of its speed.
     """
 
     token_ids: list[int]
@@ -71,13 +72,13 @@ class PromptTokens:
 
 @dataclass(frozen=True)
 class Response:
-    """One answer.
+    """One response.
 
     Args:
-        token_ids: What was drawn; ends with an EOS id if `finished`.
-        logps: Log-prob of each token under the whole vocabulary at temperature 1, nats; may be empty where they were
-            not wanted.
-        finished: False if the answer was cut at the length limit.
+        token_ids: The sampled tokens; the last is an EOS id if `finished`.
+        logps: Log-prob of each token under the whole vocabulary at temperature 1, nats; may be empty if they were not
+            requested.
+        finished: False if the response was truncated at the length limit.
     """
 
     token_ids: list[int]
@@ -87,13 +88,13 @@ class Response:
 
 @dataclass(frozen=True)
 class EngineSpec:
-    """What a sampler must know to start.
+    """What a sampler needs to start.
 
     Args:
-        source: The policy's folder or Hub id: architecture and tokenizer. Weights come by `load_weights`.
-        max_model_tokens: The longest prompt plus answer, in tokens.
-        max_sequences: The most answers that will be asked for at a time.
-        trainer_bytes: What the trainer will hold on the device while answers are drawn, from its second round on.
+        source: The policy's folder or Hub id: architecture and tokenizer. `load_weights` provides the weights.
+        max_model_tokens: Tokens of the longest prompt with its response.
+        max_sequences: The largest number of responses that will be requested at once.
+        trainer_bytes: Device memory that the trainer occupies during sampling, from the second round on.
     """
 
     source: ModelSource
@@ -103,20 +104,25 @@ class EngineSpec:
 
 
 class Sampler(ABC):
-    """Draws answers from the policy. Subclass it and name your class in `rollout.sampler.class_path`.
+    """Samples responses from the policy. Subclass it and name your class in `rollout.sampler.class_path`.
 
-    Life: `start` once, then for every policy `wake`, `invalidate_weights`, `load_weights`, any number of
+    Lifecycle: `start` once, then for every policy `wake`, `invalidate_weights`, `load_weights`, any number of
     `reset` and `generate`, `sleep`; `close` last.
-    Equal seeds must give equal answers, whatever else is drawn at the same time. In a run of several processes each has
-    its own sampler, on its own device, and the policy's weights are a stream that all of them go through together.
+    Equal seeds must give equal responses, independent of other requests at the same time. In a run of several
+    processes each has its own sampler, on its own device, and all of them iterate over the stream of the policy's
+    weights together.
     """
 
-    start_note = ""  # shown while it starts, where that takes long
-    ranks_per_engine = 1  # ranks that draw the same answers together, such as those of tensor parallelism
+    start_note = ""  # shown during a slow start
+    ranks_per_engine = 1  # ranks that sample the same responses together, such as those of tensor parallelism
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        map_renamed_methods(cls, {"forget": "invalidate_weights", "held_weights": "readable_weights"})
 
     @abstractmethod
     def start(self, spec: EngineSpec) -> None:
-        """Build the engine. Raises InputError when the engine is not installed."""
+        """Build the engine. Raises InputError if the engine is not installed."""
 
     @abstractmethod
     def load_weights(self, tensors: NamedTensors) -> None:
@@ -126,45 +132,45 @@ class Sampler(ABC):
     def generate(
         self, prompts: Sequence[PromptTokens], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
-        """Yield (index into `prompts`, its answers) as prompts finish, in any order."""
+        """Yield (index into `prompts`, its responses) as prompts finish, in any order."""
 
     def invalidate_weights(self, tensors: Mapping[str, Tensor]) -> None:  # noqa: B027
-        """Replace all weights by NaN, so that one that the following `load_weights` misses can't go unnoticed.
+        """Fill all weights with NaN, so that a weight that the following `load_weights` misses is noticed.
 
         Args:
-            tensors: What `load_weights` will be given; only names and shapes are used.
+            tensors: The tensors that `load_weights` will get; only names and shapes are used.
         """
 
     def readable_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The weights that can be read back under their Hugging Face names; engines fuse or repack many."""
+        """The weights that can be read back under their Hugging Face names; engines fuse or repack many of them."""
         return iter(())
 
     def reset(self) -> None:  # noqa: B027
-        """Forget what earlier prompts left behind, such as cached prefixes: what follows depends on itself alone."""
+        """Clear the state of earlier prompts, such as cached prefixes, so that it does not affect later results."""
 
-    def check(self) -> None:  # noqa: B027 - nothing to check is a fine default
-        """Raise InputError for what can be known to fail before anything loads."""
+    def check(self) -> None:  # noqa: B027 - by default there is nothing to check
+        """Raise InputError for problems that can be detected before anything loads."""
 
     def check_rotary(self, config: Any, longest: int) -> None:  # noqa: B027
-        """Raise InputError where the engine's rotary factors would be others than those of a run's longest row.
+        """Raise InputError if the engine's rotary factors would differ from those of the run's longest row.
 
         Args:
-            config: The policy's.
+            config: The policy's config.
             longest: Tokens of the longest prompt with its response.
         """
 
     def reshapes(self) -> list[str]:
-        """Options of its own, with their values, by which it draws from another distribution than it notes.
+        """The sampler's own options, with values, that make sampled tokens and recorded log-probs inconsistent.
 
-        What a `SamplingConfig` says is not among them. Asked after `check`, before anything loads.
+        The options of `SamplingConfig` are not included. Called after `check`, before anything loads.
         """
         return []
 
-    def sleep(self) -> None:  # noqa: B027 - engines without memory to give back need not act
-        """Give memory back until `wake`; the weights may be lost."""
+    def sleep(self) -> None:  # noqa: B027 - an engine may have no memory to release
+        """Release memory until `wake`; the weights may be lost."""
 
     def wake(self) -> None:  # noqa: B027
         """Undo `sleep`; `load_weights` follows."""
 
     def close(self) -> None:  # noqa: B027
-        """Free everything."""
+        """Release all resources."""

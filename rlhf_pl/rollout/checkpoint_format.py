@@ -1,4 +1,4 @@
-"""A policy's weights as checkpoints hold them, which is what vLLM loads."""
+"""Converts a policy's weights to the format of its checkpoints, which vLLM loads."""
 
 import re
 from collections.abc import Callable
@@ -10,14 +10,14 @@ from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rollout.base import NamedTensors
 
 
-def checkpoint_format(source: ModelSource) -> Callable[[NamedTensors], NamedTensors]:
-    """What turns the weights of a model in memory into those of its checkpoints, one decoder layer at a time.
+def make_checkpoint_converter(source: ModelSource) -> Callable[[NamedTensors], NamedTensors]:
+    """Make a function that converts a model's weights to those of its checkpoints, one decoder layer at a time.
 
-    transformers renames and joins some on the way in, such as the weights of a layer's experts, which become one
+    transformers renames and merges some weights when it loads a checkpoint: those of a layer's experts become one
     tensor.
 
     Args:
-        source: Names the architecture.
+        source: The model's source, for its architecture.
     """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import revert_weight_conversion
@@ -27,19 +27,19 @@ def checkpoint_format(source: ModelSource) -> Callable[[NamedTensors], NamedTens
         return lambda tensors: tensors
 
     def convert(tensors: NamedTensors) -> NamedTensors:
-        layer, held = "", dict[str, Tensor]()
+        layer, pending = "", dict[str, Tensor]()
         for name, tensor in tensors:
-            if held and _layer(name) != layer:
-                yield from revert_weight_conversion(model, held).items()
-                held = {}
-            layer = _layer(name)
-            held[name] = tensor
-        yield from revert_weight_conversion(model, held).items()
+            if pending and _layer_prefix(name) != layer:
+                yield from revert_weight_conversion(model, pending).items()
+                pending = {}
+            layer = _layer_prefix(name)
+            pending[name] = tensor
+        yield from revert_weight_conversion(model, pending).items()
 
     return convert
 
 
-def _layer(name: str) -> str:
-    """A tensor's name up to the number of its layer."""
-    found = re.match(r".*?\.\d+\.", name)
-    return found[0] if found else ""
+def _layer_prefix(name: str) -> str:
+    """A tensor's name up to and including its layer number."""
+    match = re.match(r".*?\.\d+\.", name)
+    return match[0] if match else ""

@@ -1,21 +1,21 @@
-"""Which server draws which prompt's answers: its own share, and what slow or lost ones leave."""
+"""Assigns prompts to servers: an even share to each, and waiting prompts of slow or lost servers to the others."""
 
 import threading
 from collections import deque
 
 
 class Dispatch:
-    """Prompts on their way through servers, each at one server at a time.
+    """Queues of prompts for servers; a prompt is at one server at a time.
 
-    Every server begins with an even share. One that has room takes over what waits for another that has none, or that
-    is lost. A prompt at which a server has failed is for the others, until it has failed at all of them. Called by the
-    threads of all servers.
+    Every server starts with an even share. A server with free slots takes prompts that wait for a busy or lost server.
+    A prompt that failed at a server goes to the others, until it has failed at all of them. Thread-safe: the threads of
+    all servers call it.
 
     Args:
-        prompts: How many there are.
-        servers: How many there are.
+        prompts: Number of prompts.
+        servers: Number of servers.
         concurrency: Prompts that a server works on at a time.
-        first: The server of the first prompt.
+        first: Index of the first prompt's server.
     """
 
     def __init__(self, prompts: int, servers: int, concurrency: int, first: int = 0) -> None:
@@ -23,7 +23,7 @@ class Dispatch:
         for index in range(prompts):
             self._waiting[(index + first) % servers].append(index)
         self._busy = [0] * servers
-        self._room = concurrency
+        self._concurrency = concurrency
         self._lost: set[int] = set()
         self._tries = [0] * prompts
         self._failed_at: list[set[int]] = [set() for _ in range(prompts)]
@@ -31,10 +31,10 @@ class Dispatch:
         self._stopped = False
 
     def take(self, server: int) -> int | None:
-        """The next prompt for a server; waits while others may give one back. None when there is no more to do."""
+        """The next prompt for a server; blocks while others may put one back. None if all work is done."""
         with self._change:
             while not (self._stopped or server in self._lost):
-                if (queue := self._queue(server)) is not None:
+                if (queue := self._find_queue(server)) is not None:
                     self._busy[server] += 1
                     return queue.popleft()
                 if not any(self._busy) and not any(self._waiting):
@@ -42,32 +42,32 @@ class Dispatch:
                 self._change.wait()
             return None
 
-    def done(self, server: int) -> None:
-        """A server has the answers to a prompt it took."""
+    def mark_done(self, server: int) -> None:
+        """Record that a server has returned the responses to a prompt."""
         with self._change:
             self._busy[server] -= 1
             self._change.notify_all()
 
-    def failed(self, server: int, index: int) -> int:
-        """Note that a server has failed at a prompt it took, and still has; gives how often the prompt has failed."""
+    def record_failure(self, server: int, index: int) -> int:
+        """Record that a prompt failed at a server, which keeps it for now; returns how often the prompt has failed."""
         with self._change:
             self._tries[index] += 1
             self._failed_at[index].add(server)
             return self._tries[index]
 
-    def give_back(self, server: int, index: int) -> None:
-        """A server has no answers to a prompt it took."""
+    def put_back(self, server: int, index: int) -> None:
+        """Return a prompt without responses to the queues."""
         with self._change:
             self._busy[server] -= 1
-            if not (untried := self._untried(index)):
+            if not (untried := self._untried_servers(index)):
                 self._failed_at[index].clear()
             elif server in self._failed_at[index]:
                 server = min(untried, key=lambda other: len(self._waiting[other]))
             self._waiting[server].appendleft(index)
             self._change.notify_all()
 
-    def lose(self, server: int) -> None:
-        """A server takes no more."""
+    def mark_lost(self, server: int) -> None:
+        """Give a server no more prompts."""
         with self._change:
             self._lost.add(server)
             self._change.notify_all()
@@ -77,24 +77,24 @@ class Dispatch:
             return server in self._lost
 
     def stop(self) -> None:
-        """Give out nothing more."""
+        """Give no server more prompts."""
         with self._change:
             self._stopped = True
             self._change.notify_all()
 
-    def _queue(self, server: int) -> deque[int] | None:
-        """Where a server takes from: its own share, else the longest that its owner has no room for."""
+    def _find_queue(self, server: int) -> deque[int] | None:
+        """A server's own queue, or else the longest queue that it may take from; None if there is none."""
         if self._waiting[server]:
             return self._waiting[server]
-        left = [
+        candidates = [
             queue
             for owner, queue in enumerate(self._waiting)
             if queue
-            and (owner in self._lost or self._busy[owner] >= self._room)
-            and (server not in self._failed_at[queue[0]] or not self._untried(queue[0]))
+            and (owner in self._lost or self._busy[owner] >= self._concurrency)
+            and (server not in self._failed_at[queue[0]] or not self._untried_servers(queue[0]))
         ]
-        return max(left, key=len, default=None)
+        return max(candidates, key=len, default=None)
 
-    def _untried(self, index: int) -> set[int]:
-        """The servers that have not failed at a prompt."""
+    def _untried_servers(self, index: int) -> set[int]:
+        """The servers at which a prompt has not failed."""
         return set(range(len(self._waiting))) - self._lost - self._failed_at[index]

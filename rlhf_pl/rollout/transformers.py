@@ -1,4 +1,4 @@
-"""A sampler on plain transformers: slow, needs nothing else, and checks the vLLM one independently."""
+"""A sampler based on transformers alone: slow, and an independent check of the vLLM samplers."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from types import MethodType
@@ -14,11 +14,11 @@ from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Respons
 
 
 class TransformersSampler(Sampler):
-    """Draws answers with `generate` of transformers, from a copy of the policy.
+    """Samples responses with `generate` of transformers, from a copy of the policy.
 
     Args:
         dtype: Dtype of the copy.
-        batch_size: Answers drawn at a time.
+        batch_size: Responses sampled at a time.
     """
 
     def __init__(self, dtype: Literal["bfloat16", "float16", "float32"] = "float32", batch_size: int = 64) -> None:
@@ -31,7 +31,7 @@ class TransformersSampler(Sampler):
 
         device = "cuda" if torch.cuda.is_available() else "cpu"
         self._eos = torch.tensor(spec.source.eos_token_ids, device=device)
-        with torch.random.fork_rng():  # the random start weights are replaced by `load_weights`
+        with torch.random.fork_rng():  # `load_weights` replaces the random initial weights
             model = AutoModelForCausalLM.from_config(
                 without_dropout(spec.source.config), dtype=getattr(torch, self.dtype)
             )
@@ -41,12 +41,12 @@ class TransformersSampler(Sampler):
         if thresholds(spec.source.config):
             from transformers import GenerationMixin
 
-            # Phi-3's own drops the cache where factors would switch, which they do not here
-            plain = GenerationMixin.prepare_inputs_for_generation
-            self._model.prepare_inputs_for_generation = MethodType(plain, self._model)
+            # Phi-3's own method drops the cache where the factors would change; here they never do
+            prepare = GenerationMixin.prepare_inputs_for_generation
+            self._model.prepare_inputs_for_generation = MethodType(prepare, self._model)
 
     def load_weights(self, tensors: NamedTensors) -> None:
-        # a tensor that is missing stays NaN, which the check after a hand-over reports in its own words
+        # a missing tensor stays NaN, which the check after a weight sync reports
         own = self._model.state_dict()
         with torch.no_grad():
             for name, tensor in tensors:
@@ -69,12 +69,12 @@ class TransformersSampler(Sampler):
         by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i].token_ids))
         for start in range(0, len(by_length), per_batch):
             batch = by_length[start : start + per_batch]
-            answers = self._draw([prompts[i] for i in batch], sampling)
+            responses = self._sample([prompts[i] for i in batch], sampling)
             for position, index in enumerate(batch):
                 first = position * sampling.num_responses
-                yield index, answers[first : first + sampling.num_responses]
+                yield index, responses[first : first + sampling.num_responses]
 
-    def _draw(self, prompts: list[PromptTokens], sampling: SamplingConfig) -> list[Response]:
+    def _sample(self, prompts: list[PromptTokens], sampling: SamplingConfig) -> list[Response]:
         from transformers import GenerationConfig, LogitsProcessorList
 
         rows = [(p.token_ids, p.seed + i) for p in prompts for i in range(sampling.num_responses)]
@@ -82,11 +82,11 @@ class TransformersSampler(Sampler):
         device = self._eos.device
         input_ids = torch.zeros(len(rows), width, dtype=torch.long, device=device)
         attention_mask = torch.zeros_like(input_ids)
-        for i, (ids, _) in enumerate(rows):  # padding on the left: all rows end where the answer starts
+        for i, (ids, _) in enumerate(rows):  # left padding: the responses of all rows start at the same column
             input_ids[i, width - len(ids) :] = torch.tensor(ids, device=device)
             attention_mask[i, width - len(ids) :] = 1
         recorder = _RecordLogps(width) if any(p.logps for p in prompts) else None
-        draw = _SeededDraw([seed for _, seed in rows], sampling)
+        choose_token = _SeededSampling([seed for _, seed in rows], sampling)
         sequences = self._model.generate(
             input_ids=input_ids,
             attention_mask=attention_mask,
@@ -96,14 +96,14 @@ class TransformersSampler(Sampler):
                 eos_token_id=self._eos.tolist(),
                 pad_token_id=int(self._eos[0]),
             ),
-            logits_processor=LogitsProcessorList([draw] if recorder is None else [recorder, draw]),
+            logits_processor=LogitsProcessorList([choose_token] if recorder is None else [recorder, choose_token]),
         )
-        drawn = sequences[:, width:]
-        logps = drawn.new_zeros(len(drawn), 0) if recorder is None else recorder.finish(sequences)
-        return [self._cut(ids, row_logps) for ids, row_logps in zip(drawn, logps, strict=True)]
+        sampled = sequences[:, width:]
+        logps = sampled.new_zeros(len(sampled), 0) if recorder is None else recorder.finish(sequences)
+        return [self._make_response(ids, row_logps) for ids, row_logps in zip(sampled, logps, strict=True)]
 
-    def _cut(self, ids: Tensor, logps: Tensor) -> Response:
-        """A row up to its first EOS; what follows is padding."""
+    def _make_response(self, ids: Tensor, logps: Tensor) -> Response:
+        """A row up to its first EOS; the rest is padding."""
         ends = torch.isin(ids, self._eos).nonzero()
         length = int(ends[0]) + 1 if len(ends) else len(ids)
         return Response(ids[:length].tolist(), logps[:length].tolist(), finished=len(ends) > 0)
@@ -112,12 +112,12 @@ class TransformersSampler(Sampler):
         self._model = None
 
 
-class _SeededDraw:
-    """Turns greedy decoding into exact sampling with a random stream of its own for every row.
+class _SeededSampling:
+    """Turns greedy decoding into exact sampling with a separate random generator for every row.
 
-    Of each row it leaves the token at which the cumulated probability passes a random number, one number a token: noise
-    for the whole vocabulary takes longer than all else of a step but the model. A generator per row makes an answer
-    depend on its seed alone, not on what is in the batch.
+    In each row, only the token at which the cumulative probability exceeds a random number keeps a finite score. One
+    random number per token is faster than noise for the whole vocabulary, which would take longer than everything in a
+    step but the model. With a generator per row, a response depends only on its seed, not on the batch.
     """
 
     def __init__(self, seeds: Sequence[int], sampling: SamplingConfig) -> None:
@@ -139,15 +139,15 @@ class _SeededDraw:
         scores = scores.float() / self.temperature
         for warp in self.warpers:
             scores = warp(input_ids, scores)
-        cumulated = scores.softmax(-1).cpu().cumsum(-1, dtype=torch.float64)  # GPUs have no deterministic one
-        share = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
-        token = torch.searchsorted(cumulated, share * cumulated[:, -1:], right=True)
-        token.clamp_(max=scores.shape[-1] - 1)  # NaNs pass nothing
+        cumulative = scores.softmax(-1).cpu().cumsum(-1, dtype=torch.float64)  # cumsum is not deterministic on GPUs
+        uniform = torch.stack([torch.rand(1, generator=g, dtype=torch.float64) for g in self.generators])
+        token = torch.searchsorted(cumulative, uniform * cumulative[:, -1:], right=True)
+        token.clamp_(max=scores.shape[-1] - 1)  # out of range if the scores are NaN
         return torch.full_like(scores, -torch.inf).scatter_(1, token.to(scores.device), 0.0)
 
 
 class _RecordLogps:
-    """Notes the log-prob, under the untouched logits, of each token once it has been drawn."""
+    """Records the log-prob of each sampled token under the unmodified logits."""
 
     def __init__(self, prompt_width: int) -> None:
         self.prompt_width = prompt_width
@@ -155,16 +155,16 @@ class _RecordLogps:
         self.previous: Tensor | None = None
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        self._note(input_ids)
+        self._record(input_ids)
         self.previous = scores.float().log_softmax(-1)
         return scores
 
-    def _note(self, sequences: Tensor) -> None:
+    def _record(self, sequences: Tensor) -> None:
         if self.previous is not None:
             token = sequences[:, self.prompt_width + len(self.columns)]
             self.columns.append(self.previous.gather(-1, token.unsqueeze(-1)).squeeze(-1))
 
     def finish(self, sequences: Tensor) -> Tensor:
-        """Log-probs of all drawn tokens, shape (rows, drawn tokens)."""
-        self._note(sequences)
+        """Log-probs of all sampled tokens, shape (rows, sampled tokens)."""
+        self._record(sequences)
         return torch.stack(self.columns, dim=1)

@@ -1,4 +1,4 @@
-"""The vLLM engine inside the trainer's process: weights handed over in memory, token ids in and out."""
+"""A sampler with a vLLM engine in the trainer's process: weights are synced in memory, prompts are token ids."""
 
 import contextlib
 import gc
@@ -10,31 +10,36 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
-from rlhf_pl.rollout.checkpoint_format import checkpoint_format
-from rlhf_pl.rollout.vllm_checks import check_engine_rotary, check_heads, engine_share, reshaping
-from rlhf_pl.rollout.vllm_experts import check_kernels, take_kernels
-from rlhf_pl.rollout.vllm_process import engine_environment, own_temporary_files, private_rng
+from rlhf_pl.rollout.checkpoint_format import make_checkpoint_converter
+from rlhf_pl.rollout.vllm_checks import (
+    check_engine_rotary,
+    check_heads,
+    compute_engine_share,
+    find_distribution_options,
+)
+from rlhf_pl.rollout.vllm_experts import check_kernels, detach_kernels
+from rlhf_pl.rollout.vllm_process import engine_environment, private_rng, private_temporary_folder
 from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
 from rlhf_pl.utils.devices import fast_dtype
 from rlhf_pl.utils.errors import InputError
 
-_ON_CPU = 256  # answers drawn at a time
+_MAX_SEQUENCES_ON_CPU = 256  # responses sampled at a time
 
 
 class VLLMSampler(Sampler):
-    """Draws answers with vLLM, in the trainer's process.
+    """Samples responses with vLLM, in the trainer's process.
 
     Args:
-        dtype: The engine's dtype; the policy is cast to it on the way. bfloat16 is twice as fast as float32, except on
-            CPUs without instructions for it, where float32 is taken instead.
-        max_sequences: Answers drawn at a time; null for the engine's own choice on GPUs (1,024 on large ones), and 256
+        dtype: The engine's dtype; the policy's weights are cast to it. bfloat16 is twice as fast as float32, except on
+            CPUs without bfloat16 instructions, where float32 is used instead.
+        max_sequences: Responses sampled at a time; null for the engine's default on GPUs (1,024 on large ones), and 256
             on CPUs.
-        gpu_memory_utilization: Share of the GPU the engine may take; the rest is the trainer's. null for all but what
-            the trainer holds while answers are drawn (weights, the optimizer's moments, a reward model) and 4 GiB.
-            Unused on the CPU.
-        kv_cache_gib: Memory for the KV cache on the CPU, GiB. Unused on GPUs.
+        gpu_memory_utilization: Fraction of the GPU's memory for the engine; the rest is the trainer's. null for
+            everything but 4 GiB and what the trainer occupies during sampling (weights, the optimizer's moments, a
+            reward model). Unused on CPUs.
+        kv_cache_gib: Memory for the KV cache on CPUs, GiB. Unused on GPUs.
         tensor_parallel_size: Ranks that share one engine, each with a part of the model; 1 for an engine per rank.
-        engine_args: Any other argument of `vllm.LLM`.
+        engine_args: Further arguments of `vllm.LLM`.
     """
 
     def __init__(
@@ -55,10 +60,10 @@ class VLLMSampler(Sampler):
         self.ranks_per_engine = tensor_parallel_size
         self.engine_args = engine_args or {}
         if torch.cuda.is_available() and not self.engine_args.get("enforce_eager"):
-            self.start_note = "compiles, kept for later runs"
+            self.start_note = "compiling, cached for later runs"
         self._llm: Any = None
         self._requests = 0
-        self._announced: set[str] = set()
+        self._expected_names: set[str] = set()
 
     def check(self) -> None:
         if importlib.util.find_spec("vllm") is None:
@@ -72,14 +77,16 @@ class VLLMSampler(Sampler):
         check_engine_rotary(config, longest, engine, "`rollout.sampler.engine_args`: max_model_len")
 
     def reshapes(self) -> list[str]:
-        return [f"engine_args.{name} is {self.engine_args[name]!r}" for name in reshaping(self.engine_args)]
+        return [
+            f"engine_args.{name} is {self.engine_args[name]!r}" for name in find_distribution_options(self.engine_args)
+        ]
 
     def start(self, spec: EngineSpec) -> None:
         self.check()
         from vllm import LLM
 
         self._eos = list(spec.source.eos_token_ids)
-        self._as_stored = checkpoint_format(spec.source)
+        self._to_checkpoint_format = make_checkpoint_converter(spec.source)
         self._is_tied = bool(spec.source.config.get_text_config().tie_word_embeddings)
         self._on_gpu = torch.cuda.is_available()
         if not self._on_gpu:
@@ -97,11 +104,11 @@ class VLLMSampler(Sampler):
             "disable_log_stats": True,
             "use_tqdm_on_load": False,
         }
-        most = self.max_sequences or (None if self._on_gpu else _ON_CPU)
-        if most is not None:
-            args["max_num_seqs"] = max(1, min(most, spec.max_sequences))
+        limit = self.max_sequences or (None if self._on_gpu else _MAX_SEQUENCES_ON_CPU)
+        if limit is not None:
+            args["max_num_seqs"] = max(1, min(limit, spec.max_sequences))
         if self._on_gpu:
-            share = self.gpu_memory_utilization or engine_share(
+            share = self.gpu_memory_utilization or compute_engine_share(
                 torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory, spec.trainer_bytes
             )
             args |= {"gpu_memory_utilization": share, "enable_sleep_mode": True}
@@ -109,13 +116,15 @@ class VLLMSampler(Sampler):
             args |= {
                 "enforce_eager": True,
                 "kv_cache_memory_bytes": int(self.kv_cache_gib * 2**30),
-                # A prompt whose prefill is split makes vLLM rewind its seeded generator, which CPU generators can't.
+                # With a chunked prefill vLLM rewinds its seeded generator, which CPU generators can't do.
                 "enable_chunked_prefill": False,
                 "max_num_batched_tokens": max(4096, spec.max_model_tokens),
             }
-        # beside speculative decoding vLLM takes no processors
-        self._own_top_p = not self._on_gpu and not {"logits_processors", "speculative_config"} & set(self.engine_args)
-        if self._own_top_p:
+        # vLLM does not accept logits processors together with speculative decoding
+        self._uses_own_top_p = not self._on_gpu and not {"logits_processors", "speculative_config"} & set(
+            self.engine_args
+        )
+        if self._uses_own_top_p:
             from rlhf_pl.rollout.vllm_nucleus import Nucleus
 
             args["logits_processors"] = [Nucleus]
@@ -124,7 +133,7 @@ class VLLMSampler(Sampler):
             args["distributed_executor_backend"] = "external_launcher"
             args["tensor_parallel_size"] = self.ranks_per_engine
         try:
-            with private_rng(), own_temporary_files(), engine_environment(distributed):
+            with private_rng(), private_temporary_folder(), engine_environment(distributed):
                 self._llm = LLM(spec.source.path, **(args | self.engine_args))
         except (ValueError, RuntimeError, TypeError, NotImplementedError) as error:
             raise InputError(
@@ -139,18 +148,18 @@ class VLLMSampler(Sampler):
 
     @torch.no_grad()
     def invalidate_weights(self, tensors: Mapping[str, Tensor]) -> None:
-        """What the engine computes with is overwritten where it lies, fused and repacked as it is."""
-        self._announced = set(tensors)
+        """Overwrite the engine's own parameters in place, fused and repacked ones included."""
+        self._expected_names = set(tensors)
         for _, parameter in self._parameters():
             if parameter.is_floating_point():
                 parameter.fill_(torch.nan)
 
     def readable_weights(self) -> Iterator[tuple[str, Tensor]]:
-        """What is neither fused nor repacked keeps its name: embeddings and norms, mostly."""
+        """Mostly embeddings and norms: only parameters that are neither fused nor repacked keep their names."""
         return self._parameters()
 
     def _parameters(self) -> Iterator[tuple[str, Tensor]]:
-        """The engine's own."""
+        """Names and parameters of the engine's model."""
         model = self._model()
         return iter([] if model is None else [(n, p) for n, p in model.named_parameters() if p.numel()])
 
@@ -164,7 +173,7 @@ class VLLMSampler(Sampler):
         self._llm.reset_prefix_cache()
 
     def _reload(self, tensors: NamedTensors) -> set[str]:
-        """Stream tensors into the engine; returns their names."""
+        """Stream tensors into the engine and return their names."""
         dtype = getattr(torch, self.dtype)
         names: set[str] = set()
 
@@ -173,14 +182,16 @@ class VLLMSampler(Sampler):
         def stream() -> NamedTensors:
             for name, tensor in tensors:
                 names.add(name)
-                # of a tied head some of vLLM's models have nothing (Gemma-2), and take nothing
+                # some of vLLM's models (Gemma-2) have no module for a tied head and reject its weight
                 if name != "lm_head.weight" or not self._is_tied or engine is None or hasattr(engine, "lm_head"):
                     yield name, tensor.detach().to(dtype)
 
         model = None if self._on_gpu else engine
-        kernels = [] if model is None else take_kernels(model)
+        kernels = [] if model is None else detach_kernels(model)
         with torch.no_grad():
-            self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": self._as_stored(stream())})
+            self._llm.collective_rpc(
+                "reload_weights", kwargs={"weights_iterator": self._to_checkpoint_format(stream())}
+            )
         try:
             check_kernels(kernels, model)
         except RuntimeError as error:
@@ -188,14 +199,14 @@ class VLLMSampler(Sampler):
         return names
 
     def load_weights(self, tensors: NamedTensors) -> None:
-        missing = self._announced - self._reload(tensors)
-        if missing:  # of a fused tensor that came in part, the rest would be whatever lay in memory
+        missing = self._expected_names - self._reload(tensors)
+        if missing:  # the rest of a partly loaded fused tensor would be uninitialized memory
             raise StaleSamplerError(
-                f"The sampler was not given all weights of the policy: {', '.join(sorted(missing)[:3])} missing."
+                f"The sampler did not get all weights of the policy: {', '.join(sorted(missing)[:3])} missing."
             )
         if self._on_gpu and self._llm.llm_engine.is_sleeping():
             self._llm.wake_up(tags=["kv_cache"])
-        # Cached blocks of the old policy would otherwise be used for the new one.
+        # Otherwise cached blocks of the previous policy would be used for the new one.
         if not self._llm.reset_prefix_cache():
             raise RuntimeError("vLLM did not reset its prefix cache: requests are still in flight.")
 
@@ -207,7 +218,7 @@ class VLLMSampler(Sampler):
 
         engine = self._llm.llm_engine
         top_p, extra = sampling.top_p, {}
-        if self._own_top_p and top_p < 1 and sampling.top_k == 0:  # with a top-k, which comes first, vLLM's own
+        if self._uses_own_top_p and top_p < 1 and sampling.top_k == 0:  # top-k must come before top-p: vLLM's own
             from rlhf_pl.rollout.vllm_nucleus import TOP_P
 
             top_p, extra = 1.0, {TOP_P: top_p}
@@ -216,8 +227,8 @@ class VLLMSampler(Sampler):
             room = self._max_model_tokens - len(prompt.token_ids)
             if not prompt.token_ids or room < sampling.max_response_tokens:
                 raise ValueError(
-                    f"Prompt {index} has {len(prompt.token_ids)} tokens; the engine was started for prompt plus answer "
-                    f"of {self._max_model_tokens} and {sampling.max_response_tokens} were asked for."
+                    f"Prompt {index} has {len(prompt.token_ids)} tokens, with a response of up to "
+                    f"{sampling.max_response_tokens}; the engine was started for {self._max_model_tokens} in total."
                 )
             params = SamplingParams(
                 n=sampling.num_responses,
@@ -237,12 +248,12 @@ class VLLMSampler(Sampler):
             self._requests += 1
             index_of[request] = index
             engine.add_request(request, {"prompt_token_ids": prompt.token_ids}, params)
-        with private_rng():  # around all steps: reading a GPU's state makes the host wait for it
+        with private_rng():  # around all steps, as reading a GPU's random state synchronizes the host with it
             while engine.has_unfinished_requests():
                 for output in engine.step():
                     if output.finished:
-                        answers = sorted(output.outputs, key=lambda o: o.index)
-                        yield _index(index_of, output.request_id), [_response(a) for a in answers]
+                        completions = sorted(output.outputs, key=lambda o: o.index)
+                        yield _find_index(index_of, output.request_id), [_make_response(c) for c in completions]
 
     def sleep(self) -> None:
         if self._llm is not None and self._on_gpu:
@@ -269,7 +280,7 @@ class VLLMSampler(Sampler):
         if self._owns_process_group and torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
         self._llm = None
-        # After a reload this registry pins the whole model.
+        # After a reload this registry keeps a reference to the whole model.
         with contextlib.suppress(ImportError):
             from vllm.model_executor.model_loader.reload.layerwise import LAYERWISE_INFO
 
@@ -277,8 +288,8 @@ class VLLMSampler(Sampler):
         gc.collect()
 
 
-def _index(index_of: dict[str, int], request_id: str) -> int:
-    """The engine may append a suffix of its own to a request's id."""
+def _find_index(index_of: dict[str, int], request_id: str) -> int:
+    """Index of a request's prompt; the engine may append a suffix to the request's id."""
     return index_of[request_id] if request_id in index_of else index_of["-".join(request_id.split("-")[:2])]
 
 
@@ -287,8 +298,8 @@ def _first_line(error: Exception) -> str:
     return (lines[0] if lines else type(error).__name__).rstrip(".") + "."
 
 
-def _response(answer: Any) -> Response:
-    ids = list(answer.token_ids)
-    noted = answer.logprobs
-    logps = [] if noted is None else [step[token].logprob for step, token in zip(noted, ids, strict=True)]
-    return Response(ids, logps, finished=answer.finish_reason == "stop")
+def _make_response(completion: Any) -> Response:
+    ids = list(completion.token_ids)
+    steps = completion.logprobs
+    logps = [] if steps is None else [step[token].logprob for step, token in zip(steps, ids, strict=True)]
+    return Response(ids, logps, finished=completion.finish_reason == "stop")

@@ -1,39 +1,39 @@
-"""Experts of a vLLM engine on a CPU, which vLLM packs for its kernels when they are first loaded, and only then."""
+"""Reloads the experts of a vLLM engine on a CPU, whose weights vLLM packs for its kernels only at the first load."""
 
 from typing import Any
 
 Kernels = list[tuple[Any, Any]]
 
 
-def take_kernels(model: Any) -> Kernels:
-    """Take the experts' kernels away, so that their weights are packed anew when they are loaded next.
+def detach_kernels(model: Any) -> Kernels:
+    """Detach the experts' kernels, so that vLLM packs the experts' weights again at the next load.
 
-    vLLM takes a kernel that is there for one whose weights need not be prepared again. That holds for GPUs, where
-    graphs keep their addresses; on a CPU weights as they came would be read as packed ones.
+    vLLM does not prepare weights again if a kernel exists. That is right for GPUs, where graphs keep the addresses; on
+    a CPU the kernel would read unpacked weights as packed ones.
 
     Args:
-        model: vLLM's, on a CPU.
+        model: vLLM's model, on a CPU.
 
     Returns:
-        What held a kernel, with that kernel.
+        Pairs of an object that had a kernel, and that kernel.
     """
     methods: list[Any] = [getattr(module, "quant_method", None) for module in model.modules()]
-    held = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None) is not None]
-    for method, _ in held:
+    detached = [(method, method.moe_kernel) for method in methods if getattr(method, "moe_kernel", None) is not None]
+    for method, _ in detached:
         method.moe_kernel = None
-    return held
+    return detached
 
 
-def check_kernels(held: Kernels, model: Any) -> None:
-    """After the weights have been loaded: all experts must have kernels again.
+def check_kernels(detached: Kernels, model: Any) -> None:
+    """Check, after the weights have been loaded, that all experts have kernels again.
 
     Raises:
-        RuntimeError: vLLM has not loaded the experts of this architecture, and the old kernels are there again.
+        RuntimeError: vLLM has not loaded the experts of this architecture; the previous kernels have been restored.
     """
-    if missing := [(method, kernel) for method, kernel in held if method.moe_kernel is None]:
+    if missing := [(method, kernel) for method, kernel in detached if method.moe_kernel is None]:
         for method, kernel in missing:
             method.moe_kernel = kernel
         raise RuntimeError(
-            f"vLLM takes no new weights for the experts of {type(model).__name__} on a CPU. Use --rollout.sampler "
+            f"vLLM can't reload the experts of {type(model).__name__} on a CPU. Use --rollout.sampler "
             "TransformersSampler, or a GPU."
         )

@@ -1,4 +1,4 @@
-"""What an engine inside the trainer's process would change there: environment, temporary files, random state."""
+"""Isolates an engine from the trainer's process: environment variables, temporary files, random state."""
 
 import contextlib
 import os
@@ -15,20 +15,20 @@ _PREFIX = "rlhf_pl-vllm-"
 
 @contextlib.contextmanager
 def engine_environment(distributed: bool) -> Iterator[None]:
-    """The variables that vLLM reads when an engine is made; the process has its own back afterwards.
+    """Set the variables that vLLM reads when an engine is created; restores the previous values afterwards.
 
     Args:
         distributed: Whether this process is a rank of a process group.
     """
-    own = {
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine must live in this process to take tensors
+    variables = {
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",  # the engine must run in this process to load tensors from memory
         "VLLM_NO_USAGE_STATS": os.environ.get("VLLM_NO_USAGE_STATS", "1"),
     }
     if distributed:
         # Lightning leaves RANK unset; the launcher backend makes each rank's engine use its own device.
-        own["RANK"] = str(torch.distributed.get_rank())
-    before = {name: os.environ.get(name) for name in own}
-    os.environ.update(own)
+        variables["RANK"] = str(torch.distributed.get_rank())
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
     try:
         yield
     finally:
@@ -40,15 +40,15 @@ def engine_environment(distributed: bool) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def own_temporary_files() -> Iterator[None]:
-    """The engine starts with a rendezvous file in the temporary folder, which nobody would remove after a kill.
+def private_temporary_folder() -> Iterator[None]:
+    """Use a separate temporary folder, for the rendezvous file that an engine creates at its start.
 
-    It is not needed once the engine runs, so it goes at once; what a process leaves that is killed while it starts, the
-    next one removes.
+    The file is not needed once the engine runs, so the folder is deleted then; folders of processes that were killed
+    during the start are deleted by the next process.
     """
-    for old in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
-        if not Path("/proc", old.name.removeprefix(_PREFIX).split("-")[0]).exists():
-            shutil.rmtree(old, ignore_errors=True)
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        if not Path("/proc", folder.name.removeprefix(_PREFIX).split("-")[0]).exists():
+            shutil.rmtree(folder, ignore_errors=True)
     before = tempfile.tempdir
     tempfile.tempdir = tempfile.mkdtemp(prefix=f"{_PREFIX}{os.getpid()}-")
     try:
@@ -60,7 +60,7 @@ def own_temporary_files() -> Iterator[None]:
 
 @contextlib.contextmanager
 def private_rng() -> Iterator[None]:
-    """Keep the engine away from the trainer's random state: it seeds Python, NumPy and torch globally."""
+    """Restore the trainer's random state afterwards, as the engine seeds Python, NumPy and torch globally."""
     import numpy as np
 
     python, numpy, cpu = random.getstate(), np.random.get_state(), torch.get_rng_state()

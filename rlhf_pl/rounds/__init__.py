@@ -1,1 +1,1 @@
-"""One round: its stages, its policy, its metrics."""
+"""A round: its stages, its policy and its metrics."""

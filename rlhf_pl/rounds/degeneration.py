@@ -1,4 +1,4 @@
-"""Measures of collapse in a round's answers."""
+"""Measures of collapse in a round's responses."""
 
 import itertools
 from collections import Counter
@@ -7,62 +7,63 @@ from collections.abc import Iterable
 import numpy as np
 import pyarrow as pa
 
-_BITS = 63  # of a run of three tokens with the number of its response, as one integer
-_MOST_BITS = 20  # of a token in it
-_TOGETHER = 64  # responses whose runs are sorted in one go
+_KEY_BITS = 63  # of an integer that holds a response's number and a trigram
+_MAX_TOKEN_BITS = 20  # of a token in it
+_RESPONSES_PER_SORT = 64
 
 
-def answer_statistics(shards: Iterable[pa.Table]) -> dict[str, float]:
-    """How varied answers are.
+def response_statistics(shards: Iterable[pa.Table]) -> dict[str, float]:
+    """Measure how varied the responses are.
 
     Args:
         shards: The `responses` stage: `prompt_id`, `response_tokens`. A prompt's responses are in one shard.
 
     Returns:
-        `distinct_3`: the share of runs of three tokens within an answer that are distinct, mean over answers (1 for
-        answers of fewer tokens). `identical_share`: the share of answers whose tokens equal those of another answer
-        to their prompt.
+        `distinct_3`: the share of distinct trigrams of tokens in a response, mean over responses (1 for responses with
+        fewer than three tokens). `identical_share`: the share of responses whose tokens equal those of another
+        response to the same prompt.
     """
     shares: list[float] = []
     identical = 0
     for shard in shards:
         for part in shard.select(["prompt_id", "response_tokens"]).combine_chunks().to_batches():
             tokens = part["response_tokens"]
-            ends = tokens.offsets.to_numpy().astype(np.int64)
-            values = tokens.values.to_numpy()[ends[0] : ends[-1]]
-            ends -= ends[0]
-            shares += _distinct_shares(values, ends).tolist()
-            bounds = itertools.pairwise(ends)
+            offsets = tokens.offsets.to_numpy().astype(np.int64)
+            values = tokens.values.to_numpy()[offsets[0] : offsets[-1]]
+            offsets -= offsets[0]
+            shares += _distinct_shares(values, offsets).tolist()
+            bounds = itertools.pairwise(offsets)
             contents = (values[start:end].tobytes() for start, end in bounds)
             counts = Counter(zip(part["prompt_id"].to_pylist(), contents, strict=True))
             identical += sum(count for count in counts.values() if count > 1)
     return {"distinct_3": sum(shares) / len(shares), "identical_share": identical / len(shares)}
 
 
-def _distinct_shares(values: np.ndarray, ends: np.ndarray) -> np.ndarray:
-    """Of each response the share of its runs of three tokens that are distinct, shape (responses,), float64.
+def _distinct_shares(values: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """Share of distinct trigrams in each response, shape (responses,), float64.
 
     Args:
-        values: Tokens of all responses, one after the other, shape (tokens,).
-        ends: Where each begins, and the last one's end, shape (responses + 1,).
+        values: Concatenated tokens of all responses, shape (tokens,).
+        offsets: Start of each response, and the end of the last one, shape (responses + 1,).
     """
-    if len(values) and int(values.max()).bit_length() > _MOST_BITS:
-        values = np.unique(values, return_inverse=True)[1]  # what counts is which are equal
+    if len(values) and int(values.max()).bit_length() > _MAX_TOKEN_BITS:
+        values = np.unique(values, return_inverse=True)[1]  # only equality matters
     bits = int(values.max()).bit_length() if len(values) else 1
-    size = min(2 ** (_BITS - 3 * bits), _TOGETHER)
-    parts = [ends[start : start + size + 1] for start in range(0, len(ends) - 1, size)]
-    return np.concatenate([_shares_of_part(values[part[0] : part[-1]], part, bits) for part in parts] or [np.empty(0)])
+    size = min(2 ** (_KEY_BITS - 3 * bits), _RESPONSES_PER_SORT)
+    parts = [offsets[start : start + size + 1] for start in range(0, len(offsets) - 1, size)]
+    shares = [_distinct_shares_of_part(values[part[0] : part[-1]], part, bits) for part in parts]
+    return np.concatenate(shares or [np.empty(0)])
 
 
-def _shares_of_part(values: np.ndarray, ends: np.ndarray, bits: int) -> np.ndarray:
-    lengths = np.diff(ends)
-    number = np.repeat(np.arange(len(lengths)), lengths)
-    keys = number[:-2]
-    for place in range(3):
-        keys = (keys << bits) | values[place : place + len(keys)]
-    keys = np.sort(keys[number[:-2] == number[2:]])  # without runs that end in the next response
+def _distinct_shares_of_part(values: np.ndarray, offsets: np.ndarray, bits: int) -> np.ndarray:
+    lengths = np.diff(offsets)
+    response = np.repeat(np.arange(len(lengths)), lengths)
+    keys = response[:-2]
+    for position in range(3):
+        keys = (keys << bits) | values[position : position + len(keys)]
+    keys = np.sort(keys[response[:-2] == response[2:]])  # without trigrams that reach into the next response
     is_new = np.ones(len(keys), bool)
     is_new[1:] = keys[1:] != keys[:-1]
-    runs = np.maximum(lengths - 2, 0)
+    trigrams = np.maximum(lengths - 2, 0)
     distinct = np.bincount(keys[is_new] >> (3 * bits), minlength=len(lengths))
-    return np.where(runs > 0, distinct / np.maximum(runs, 1), 1.0)
+    return np.where(trigrams > 0, distinct / np.maximum(trigrams, 1), 1.0)

@@ -1,4 +1,4 @@
-"""Room on the disk for a round: its answers, its checkpoints, the final model."""
+"""Disk space for a round: its responses, its checkpoints and the final model."""
 
 import json
 from pathlib import Path
@@ -12,46 +12,46 @@ from rlhf_pl.rollout import SamplingConfig
 from rlhf_pl.store.round_store import STAGES
 from rlhf_pl.utils.disk import check_space
 
-CHECKPOINTS = 2  # beside those that stay: of the last update, until the one of the round's end is whole
+CHECKPOINTS = 2  # in addition to those kept: that of the last update stays until that of the round's end is complete
 
 
-def check_room(
+def check_disk_space(
     trainer: L.Trainer, module: PolicyModule, data: RoundDataModule, sampling: SamplingConfig, index: int
 ) -> None:
-    """Refuse a round whose answers, checkpoints or final model would not fit on the disk.
+    """Refuse a round whose responses, checkpoints or final model would not fit on the disk.
 
     Raises:
-        DiskFullError: Says what it needs.
+        DiskFullError: There is too little space; lists what the round needs.
     """
-    parts = {"answers": _answers_bytes(data, sampling, index)}
+    parts = {"responses": _response_bytes(data, sampling, index)}
     weights = sum(t.numel() * t.element_size() for t in module.weights().like.values())
     if trainer.checkpoint_callbacks:
-        one = _newest_checkpoint(data.store.run_dir) or int(weights * (1 + 2 * _trained_share(module)))
-        parts[f"{CHECKPOINTS} checkpoints"] = CHECKPOINTS * one
+        checkpoint = _newest_checkpoint_bytes(data.store.run_dir) or int(weights * (1 + 2 * _trainable_share(module)))
+        parts[f"{CHECKPOINTS} checkpoints"] = CHECKPOINTS * checkpoint
     if trainer.max_epochs == index + 1:
         parts["final model"] = weights
     check_space(data.store.run_dir, parts, f"round {index + 1}")
 
 
-def _newest_checkpoint(run_dir: Path) -> int:
-    """Bytes of the checkpoint that was written last; 0 where there is none."""
+def _newest_checkpoint_bytes(run_dir: Path) -> int:
+    """Size of the newest checkpoint; 0 if there is none."""
     files = sorted(checkpoint_files(run_dir), key=lambda file: file.stat().st_mtime)
     return sum(f.stat().st_size for f in (files[-1].rglob("*") if files[-1].is_dir() else files[-1:])) if files else 0
 
 
-def _trained_share(module: PolicyModule) -> float:
-    """Of the policy's parameters; AdamW keeps two moments of each of these."""
+def _trainable_share(module: PolicyModule) -> float:
+    """Share of the policy's parameters that train; AdamW keeps two moments of each of them."""
     assert module.policy is not None
     parameters = list(module.policy.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad) / max(1, sum(p.numel() for p in parameters))
 
 
-def _answers_bytes(data: RoundDataModule, sampling: SamplingConfig, index: int) -> int:
-    """Bytes of a round's files: twice those of the round before, or what the longest answers could take."""
-    before = data.store.round(index - 1)
-    sizes = [f.stat().st_size for stage in STAGES for f in before.shards(stage).values()] if index else []
+def _response_bytes(data: RoundDataModule, sampling: SamplingConfig, index: int) -> int:
+    """Bytes of a round's files: twice those of the previous round, or those of responses of the maximum length."""
+    previous = data.store.round(index - 1)
+    sizes = [f.stat().st_size for stage in STAGES for f in previous.shards(stage).values()] if index else []
     if sizes:
         return 2 * sum(sizes)
     prompts = data.round_prompts(index)
-    of_prompts = sum(len(json.dumps(p.messages, default=str)) + 4 * len(p.token_ids) for p in prompts)
-    return sampling.num_responses * (of_prompts + len(prompts) * (200 + 8 * sampling.max_response_tokens))
+    prompt_bytes = sum(len(json.dumps(p.messages, default=str)) + 4 * len(p.token_ids) for p in prompts)
+    return sampling.num_responses * (prompt_bytes + len(prompts) * (200 + 8 * sampling.max_response_tokens))

@@ -1,4 +1,4 @@
-"""What a run needs of its sampler: how large an engine, files of how many prompts, and the prompts of its check."""
+"""A run's requirements for its sampler: the engine's size, the prompts per shard, and the prompts of the self-check."""
 
 from collections.abc import Sequence
 
@@ -11,34 +11,34 @@ from rlhf_pl.rollout import EngineSpec, Sampler
 from rlhf_pl.rounds.settings import RoundOptions
 
 
-def engine_spec(
+def make_engine_spec(
     trainer: L.Trainer, module: PolicyModule, data: RoundDataModule, sampler: Sampler, options: RoundOptions
 ) -> EngineSpec:
-    """The engine that has room for the longest sequence and for the prompts that are sampled from together."""
-    engines = _engines(trainer, sampler)
+    """Describe an engine with room for the longest sequence and for all prompts that it gets at once."""
+    engines = _count_engines(trainer, sampler)
 
-    def together(prompts: int) -> int:
-        return (
-            -(-prompts // engines) if options.stream_shards else prompts_per_shard(trainer, sampler, options, prompts)
-        )
+    def concurrent_prompts(prompts: int) -> int:
+        if options.stream_shards:
+            return -(-prompts // engines)
+        return prompts_per_shard(trainer, sampler, options, prompts)
 
-    most = max(
-        options.sampling.num_responses * together(len(data.round_prompts(0))),
-        options.val_sampling.num_responses * together(len(data.val_prompts)),
+    max_responses = max(
+        options.sampling.num_responses * concurrent_prompts(len(data.round_prompts(0))),
+        options.val_sampling.num_responses * concurrent_prompts(len(data.val_prompts)),
     )
-    held = trainer_bytes(as_lightning(module), trainer.strategy.root_device) + reward_bytes(options.reward)
-    return EngineSpec(module.source, data.longest_tokens, most, held)
+    used_bytes = trainer_bytes(as_lightning(module), trainer.strategy.root_device) + reward_bytes(options.reward)
+    return EngineSpec(module.source, data.longest_tokens, max_responses, used_bytes)
 
 
 def prompts_per_shard(trainer: L.Trainer, sampler: Sampler, options: RoundOptions, prompts: int) -> int:
-    """At most what the user wants, and few enough that every engine has a shard."""
-    return max(1, min(options.shard_prompts, -(-prompts // _engines(trainer, sampler))))
+    """The user's number, or fewer where some engine would otherwise get no shard."""
+    return max(1, min(options.shard_prompts, -(-prompts // _count_engines(trainer, sampler))))
 
 
-def check_prompts(data: RoundDataModule) -> Sequence[Sequence[int]]:
-    """Token ids that the sampler's check begins with."""
-    return [p.token_ids[-16:] for p in data.train_prompts[:4]]  # whole ones would cost more than they show
+def self_check_prompts(data: RoundDataModule) -> Sequence[Sequence[int]]:
+    """Token ids of the prompts that the sampler's self-check uses."""
+    return [p.token_ids[-16:] for p in data.train_prompts[:4]]  # whole prompts would cost more and show little more
 
 
-def _engines(trainer: L.Trainer, sampler: Sampler) -> int:
+def _count_engines(trainer: L.Trainer, sampler: Sampler) -> int:
     return trainer.world_size // sampler.ranks_per_engine

@@ -1,4 +1,4 @@
-"""Policies at one moment of a run: the present one, the starting one, and those of checkpoints."""
+"""Snapshots of the policy: its current state, the starting model, and states from checkpoints."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
@@ -13,22 +13,29 @@ from rlhf_pl.checkpointing.checkpoints import checkpoint_files, read_progress, r
 from rlhf_pl.data.policy_module import PolicyModule, as_lightning
 from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
 from rlhf_pl.distributed.ranks import ranks_of
-from rlhf_pl.distributed.strategies import callable_policy
+from rlhf_pl.distributed.strategies import get_callable_policy
 from rlhf_pl.models.packed_batch import PackedBatch
 from rlhf_pl.models.policy import PolicyLM
 from rlhf_pl.rollout.weight_sync.sync import PolicySnapshot
 from rlhf_pl.utils.fingerprints import weights_fingerprint
 
 
-def present_policy(trainer: L.Trainer, module: PolicyModule) -> PolicySnapshot:
-    """The policy that trains. All ranks must ask for it together."""
+def snapshot_policy(trainer: L.Trainer, module: PolicyModule) -> PolicySnapshot:
+    """Snapshot of the policy that trains. All ranks must call it together."""
     weights = module.weights()
     fingerprint = ranks_of(trainer).broadcast(weights_fingerprint(weights.stream()))
-    return _snapshot(trainer, module, callable_policy(trainer), weights, fingerprint)
+    return _snapshot(trainer, module, get_callable_policy(trainer), weights, fingerprint)
 
 
 def find_past_policy(trainer: L.Trainer, module: PolicyModule, step: int, fingerprint: str) -> PolicySnapshot | None:
-    """The policy of an earlier update, from the model the run started from or from a checkpoint; None if it is gone."""
+    """Find the policy after an earlier update: the starting model or a checkpoint; None if neither has it.
+
+    Args:
+        trainer: The run's Trainer.
+        module: Holds the policy.
+        step: Updates that the wanted policy had.
+        fingerprint: Fingerprint of its weights.
+    """
     lm = find_past_lm(trainer, module, step, fingerprint)
     if lm is None:
         return None
@@ -38,7 +45,14 @@ def find_past_policy(trainer: L.Trainer, module: PolicyModule, step: int, finger
 
 
 def find_past_lm(trainer: L.Trainer, module: PolicyModule, step: int, fingerprint: str) -> Any | None:
-    """The model of an earlier policy, adapters included, on the CPU where it is not in 4 bits; None if it is gone."""
+    """Find an earlier policy's model, adapters included; None if it is gone. It is on the CPU unless it is in 4 bits.
+
+    Args:
+        trainer: The run's Trainer.
+        module: Holds the policy.
+        step: Updates that the wanted policy had.
+        fingerprint: Fingerprint of its weights.
+    """
     lm = module.build_lm()
     like = like_of(lm)
 
@@ -61,29 +75,32 @@ def find_past_lm(trainer: L.Trainer, module: PolicyModule, step: int, fingerprin
 def _snapshot(
     trainer: L.Trainer, module: PolicyModule, policy: Any, weights: Weights, fingerprint: str
 ) -> PolicySnapshot:
-    rounding = partial(_rounding, trainer, module, policy)
+    rounding = partial(_measure_rounding, trainer, module, policy)
     return PolicySnapshot(weights, logps_function(trainer, module, policy), rounding, fingerprint)
 
 
-def _rounding(trainer: L.Trainer, module: PolicyModule, policy: Any, rows: PackedBatch) -> float:
-    """What bfloat16 changes in the policy's own log-probs; 0 where its weights are not float32 in the first place."""
+def _measure_rounding(trainer: L.Trainer, module: PolicyModule, policy: Any, rows: PackedBatch) -> float:
+    """Mean change of the policy's log-probs in bfloat16, nats a token; 0 where its weights are not in float32."""
     if module.dtype_name != "float32":
         return 0.0
     device = trainer.strategy.root_device
     inputs = rows.to(device).inputs()
-    found = []
+    logps = []
     for enabled in (False, True):
         with (
             _inference(as_lightning(module)),
-            _own_weights(policy),
+            _compute_with_stored_weights(policy),
             torch.autocast(device.type, torch.bfloat16, enabled=enabled),
         ):
-            found.append(policy(**inputs))
-    return (found[0] - found[1]).abs().mean().item()
+            logps.append(policy(**inputs))
+    return (logps[0] - logps[1]).abs().mean().item()
 
 
 def logps_function(trainer: L.Trainer, module: PolicyModule, policy: Any) -> Callable[[PackedBatch, float], Tensor]:
-    """Log-probs of rows' wanted tokens under `policy`, without gradients, in eval mode, in the run's precision."""
+    """Function that computes log-probs under `policy`: (rows, temperature) -> those of the rows' targets, shape (M,).
+
+    It computes without gradients, in eval mode and in the run's precision.
+    """
 
     def logps(rows: PackedBatch, temperature: float) -> Tensor:
         device = trainer.strategy.root_device
@@ -95,7 +112,7 @@ def logps_function(trainer: L.Trainer, module: PolicyModule, policy: Any) -> Cal
 
 @contextmanager
 def _inference(module: L.LightningModule) -> Iterator[None]:
-    """No gradients, eval mode; the mode is restored."""
+    """Disables gradients and sets eval mode; restores the mode afterwards."""
     was_training = module.training
     module.eval()
     try:
@@ -105,13 +122,13 @@ def _inference(module: L.LightningModule) -> Iterator[None]:
         module.train(was_training)
 
 
-def steady(module: PolicyModule) -> Any:
-    """In which the policy's weights do not change, so that copies of them are cast once."""
+def assume_weights_unchanged(module: PolicyModule) -> Any:
+    """Context in which the policy's weights do not change, so that they are cast to the compute dtype only once."""
     copy = None if module.policy is None else module.policy.copy
     return nullcontext() if copy is None else copy.weights_unchanged()
 
 
-def _own_weights(policy: Any) -> Any:
-    """In which a policy, or the module around one, computes with the weights as they are stored."""
+def _compute_with_stored_weights(policy: Any) -> Any:
+    """Context in which a policy, or the module around it, computes with its stored weights instead of a copy."""
     unit = getattr(policy, "policy", policy)
     return unit.using_own_weights() if isinstance(unit, PolicyLM) else nullcontext()

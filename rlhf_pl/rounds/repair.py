@@ -1,88 +1,91 @@
-"""`--repair`: damaged files of the round store are made again, and just they; what is not of the run is moved aside."""
+"""`--repair`: regenerates exactly the damaged files of the round store, and moves foreign files aside."""
 
 from functools import partial
 from pathlib import Path
 
-from rlhf_pl.checkpointing.progress import inside_round, rounds_done
+from rlhf_pl.checkpointing.progress import is_inside_round, rounds_done
 from rlhf_pl.rounds.maker import RoundMaker
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.files import set_aside
-from rlhf_pl.store.provenance import OF_POLICY, differences
+from rlhf_pl.store.provenance import POLICY_KEYS, list_differences
 from rlhf_pl.store.round_store import STAGES, DamagedStoreError, Round, RoundStore
 from rlhf_pl.utils.console import console
 
 
 def repair(maker: RoundMaker) -> None:
-    """Make damaged files and missing rounds again, each from the policy that it came from.
+    """Regenerate damaged files and missing rounds, each from the policy that it came from.
 
     Raises:
-        DamagedStoreError: The policy that answered is gone, and the round is still needed.
+        DamagedStoreError: That policy is gone, and the round is still needed.
     """
-    store, begun = maker.data.store, rounds_done(maker.trainer) + inside_round(maker.trainer)
+    store, started = maker.data.store, rounds_done(maker.trainer) + is_inside_round(maker.trainer)
     held_out = bool(maker.data.val_prompts)
 
     def clear_up() -> tuple[list[Path], list[Path]]:
-        """What has to be made again, and what is missing altogether."""
-        strangers = find_problems(store, begun, held_out).strangers
-        move_aside(store, strangers)
-        found = find_problems(store, begun, held_out)  # a manifest's copy may count now
-        for stored, file in found.damaged:
-            _say(f"Repairing {file}")
+        """Drop damaged files; return the rounds that they were in, and those that are missing altogether."""
+        move_aside(store, find_problems(store, started, held_out).foreign)
+        problems = find_problems(store, started, held_out)  # again: a manifest's copy may count now
+        for stored, file in problems.damaged:
+            _print(f"Repairing {file}")
             stored.drop(file)
-        return [stored.path for stored, _ in found.damaged], [stored.path for stored in found.missing]
+        return [stored.path for stored, _ in problems.damaged], [stored.path for stored in problems.missing]
 
     damaged, missing = maker.ranks.run_on_rank_zero(clear_up)
     for path in dict.fromkeys(damaged):
-        _mend(maker, Round(path))
+        _complete_round(maker, Round(path))
     for path in missing:
-        _replace(maker, Round(path))
+        _remake_round(maker, Round(path))
 
 
-def move_aside(store: RoundStore, strangers: list[Path]) -> None:
-    """Move what is not of the run out of its store."""
-    for path in strangers:
-        _say(f"Not of this run: {path} is now {set_aside(store.run_dir, path)}")
+def move_aside(store: RoundStore, foreign_files: list[Path]) -> None:
+    """Move files that are not the run's out of its store."""
+    for path in foreign_files:
+        _print(f"Not part of this run: {path} is now {set_aside(store.run_dir, path)}")
 
 
-def _mend(maker: RoundMaker, stored: Round) -> None:
-    """Make what is missing of a round."""
-    if not maker.ranks.broadcast(bool(stored.manifest.get("settings"))) and not _stamp_anew(maker, stored):
+def _complete_round(maker: RoundMaker, stored: Round) -> None:
+    """Regenerate the missing files of a round."""
+    if not maker.ranks.broadcast(bool(stored.manifest.get("settings"))) and not _restore_manifest(maker, stored):
         maker.ranks.run_on_rank_zero(stored.delete)
         return
     before, now = stored.manifest["settings"]["responses"], Round.as_stored(maker.stamps.settings(stored))["responses"]
-    if differences(before, now, *OF_POLICY):
+    if list_differences(before, now, *POLICY_KEYS):
         raise DamagedStoreError(f"{stored.path} can't be repaired: it was made with other settings than these.")
-    there = [name for name in STAGES if name in stored.manifest["stages"] or stored.shards(name)]
-    wanted = maker.ranks.broadcast(there)
-    if "responses" in wanted:
-        maker.fill(stored, partial(maker.past_policy, stored), "pairs", pairs="pairs" in wanted)
+    begun = [name for name in STAGES if name in stored.manifest["stages"] or stored.shards(name)]
+    stages = maker.ranks.broadcast(begun)
+    if "responses" in stages:
+        maker.make_stages(stored, partial(maker.past_policy, stored), "pairs", pairs="pairs" in stages)
 
 
-def _replace(maker: RoundMaker, stored: Round) -> None:
-    """Make a round again of which nothing is left, or note that the run goes on without it."""
-    _say(f"Repairing {stored.path}")
+def _remake_round(maker: RoundMaker, stored: Round) -> None:
+    """Remake a round that is gone entirely, or record that the run continues without it."""
+    _print(f"Repairing {stored.path}")
     needed = not stored.is_held_out and int(stored.path.name) >= rounds_done(maker.trainer)
     try:
-        if _stamp_anew(maker, stored):
-            pairs = not stored.is_held_out or maker.pairs_held_out
-            maker.fill(stored, partial(maker.past_policy, stored), "pairs", pairs=pairs)
+        if _restore_manifest(maker, stored):
+            pairs = not stored.is_held_out or maker.has_held_out_pairs
+            maker.make_stages(stored, partial(maker.past_policy, stored), "pairs", pairs=pairs)
             return
-        reason = "nothing tells which policy answered there."
+        reason = "no manifest says which policy sampled its responses."
     except DamagedStoreError as error:
         reason = str(error)
     if needed:
         raise DamagedStoreError(f"{stored.path} is missing, and the run needs it: {reason}")
 
-    def go_without() -> None:
+    def continue_without() -> None:
         stored.delete()
         maker.data.store.give_up(stored)
 
-    maker.ranks.run_on_rank_zero(go_without)
-    _say(f"{stored.path} is lost; the run has trained on it and goes on without it.")
+    maker.ranks.run_on_rank_zero(continue_without)
+    _print(f"{stored.path} is lost; the run has trained on it and continues without it.")
 
 
-def _stamp_anew(maker: RoundMaker, stored: Round) -> bool:
-    """A new manifest where the copy is lost too: round and evaluation of the same number share a policy."""
+def _restore_manifest(maker: RoundMaker, stored: Round) -> bool:
+    """Restore a manifest whose copy is lost too, from its sibling: round and evaluation N have the same policy.
+
+    Returns:
+        Whether the sibling names the policy.
+    """
     number, store = int(stored.path.name), maker.data.store
     sibling = store.round(number) if stored.is_held_out else store.held_out(number)
     made_by = sibling.manifest.get("settings", {}).get("responses")
@@ -94,5 +97,5 @@ def _stamp_anew(maker: RoundMaker, stored: Round) -> bool:
     return True
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     console.print(text, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""The stamp of a round: the settings it is made with, written to its manifest, and compared when the run goes on."""
+"""A round's stamp: the settings it is made with, written to its manifest and compared when the run continues."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -12,24 +12,30 @@ from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.rotary import describe_factors
 from rlhf_pl.rollout import Sampler
 from rlhf_pl.rounds.engine import prompts_per_shard
-from rlhf_pl.rounds.settings import RoundOptions, downstream_settings, takes_noted_logps
-from rlhf_pl.store.provenance import OF_POLICY, StageSettings, differences, reconcile_round, refuse_upstream_change
+from rlhf_pl.rounds.settings import RoundOptions, downstream_settings, uses_sampler_logps
+from rlhf_pl.store.provenance import (
+    POLICY_KEYS,
+    StageSettings,
+    list_differences,
+    reconcile_round,
+    refuse_upstream_change,
+)
 from rlhf_pl.store.round_store import ORDER, Round
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import rows_fingerprint
 
 
 class RoundStamps:
-    """Stamps rounds with the present settings, and refuses those that were made with others.
+    """Stamps rounds with the current settings, and refuses rounds that were made with other settings.
 
     Args:
-        trainer: Of the run.
+        trainer: The run's Trainer.
         module: Holds the policy.
         data: Holds the prompts and the store.
-        sampler: Of the run.
+        sampler: The run's sampler.
         options: How rounds are made.
-        weights: Fingerprints the policy that trains, as it is now; called by all ranks together.
-        accept_changes: Go on although upstream settings have changed.
+        weights: Returns the fingerprint of the policy's current weights; all ranks call it together.
+        accept_changes: Continue although upstream settings have changed.
     """
 
     def __init__(
@@ -49,20 +55,25 @@ class RoundStamps:
             held_out: (
                 rows_fingerprint((p.prompt_id, list(p.token_ids)) for p in prompts),
                 rows_fingerprint(dict(p.columns) for p in prompts),
-                _unrendered(prompts),
+                _hash_unrendered_keys(prompts),
             )
             for held_out, prompts in ((False, data.train_prompts), (True, data.val_prompts))
         }
 
-    def settings(self, stored: Round, of_present_policy: bool = True) -> StageSettings:
-        """What the stages of a round would be made from; the policy is looked at only if wanted."""
+    def settings(self, stored: Round, with_policy: bool = True) -> StageSettings:
+        """Settings that the stages of a round would be made with now.
+
+        Args:
+            stored: The round.
+            with_policy: Whether to include the policy's step and the fingerprint of its weights.
+        """
         prompts, columns, messages = self._fingerprints[stored.is_held_out]
-        sampling = self.options.sampling_of(stored)
+        sampling = self.options.get_sampling(stored)
         settings: StageSettings = {
             "responses": {
                 "policy": self.module.source.path,
-                "policy_step": self.trainer.global_step if of_present_policy else None,
-                "weights": self._weights() if of_present_policy else None,
+                "policy_step": self.trainer.global_step if with_policy else None,
+                "weights": self._weights() if with_policy else None,
                 "seed": self.data.seed,
                 "prompts": prompts,
                 "sampler": f"{type(self.sampler).__name__}({getattr(self.sampler, 'dtype', '')})",
@@ -73,7 +84,7 @@ class RoundStamps:
         settings["rewards"] |= {"columns": columns, **messages}
         if (factors := describe_factors(self.module.source.config, self.data.longest_tokens)) is not None:
             settings["responses"]["rotary_factors"] = factors
-        if not takes_noted_logps(self.options, sampling):
+        if not uses_sampler_logps(self.options, sampling):
             settings["logps"].pop("old", None)
         if stored.is_held_out:
             settings["pairs"]["limit"] = self.data.max_val_pairs
@@ -83,25 +94,25 @@ class RoundStamps:
         return settings
 
     def refuse_changes(self) -> None:
-        """Before anything loads: the newest round and evaluation must be of the present upstream settings.
+        """Check, before any weights load, that the newest round and evaluation have the current upstream settings.
 
         Raises:
-            ChangedSettingsError: They are not, and that is not accepted.
+            ChangedSettingsError: They do not, and the change is not accepted.
         """
         store = self.data.store
 
         def refuse() -> None:
             for stored in [*list(store.rounds().values())[-1:], *list(store.evaluations().values())[-1:]]:
-                refuse_upstream_change(stored, Round.as_stored(self.settings(stored, of_present_policy=False)))
+                refuse_upstream_change(stored, Round.as_stored(self.settings(stored, with_policy=False)))
 
         if not self.accept_changes:
             self.ranks.run_on_rank_zero(refuse)
 
     def refuse_change_since(self, index: int) -> None:
-        """A new round must be of the settings of the one before.
+        """Check that a new round has the upstream settings of the previous one.
 
         Raises:
-            ChangedSettingsError: It is not, and that is not accepted.
+            ChangedSettingsError: It does not, and the change is not accepted.
         """
         stored = self.data.store.round(index)
         settings = self.settings(stored)
@@ -113,10 +124,10 @@ class RoundStamps:
         self.ranks.run_on_rank_zero(refuse)
 
     def check_inside(self, index: int) -> None:
-        """The stored round of a training that goes on in its middle.
+        """Check the stored round of a run that resumes in the middle of its training.
 
         Raises:
-            InputError: It is not whole, or was made with other settings.
+            InputError: The round is incomplete, or was made with other settings.
         """
         stored = self.data.store.round(index)
         if not stored.is_complete("logps"):
@@ -124,35 +135,35 @@ class RoundStamps:
         if self.accept_changes:
             return
         now = Round.as_stored(self.settings(stored))
-        self.ranks.run_on_rank_zero(lambda: _refuse_inside(stored, now))
+        self.ranks.run_on_rank_zero(lambda: _refuse_changed_downstream(stored, now))
 
-    def reconcile(self, stored: Round, keeps_ties: bool, made_by: dict[str, Any] | None = None) -> None:
-        """Stamp a new round, or keep of a stored one what is still valid.
+    def reconcile(self, stored: Round, keep_ties: bool, made_by: dict[str, Any] | None = None) -> None:
+        """Stamp a new round, or keep the stages of a stored one that are still valid.
 
         Args:
             stored: The round.
-            keeps_ties: Whether its pairs are to hold responses of equal reward.
-            made_by: The `responses` settings that name its policy; None for the present one.
+            keep_ties: Whether its pairs may hold responses with equal rewards.
+            made_by: The `responses` settings that name its policy; None for the current policy.
         """
         settings = self.settings(stored)
         if made_by is not None:
-            settings["responses"] |= {k: made_by[k] for k in OF_POLICY}
-        fresh = self._counts(len(self.data.prompts_of(stored)))
+            settings["responses"] |= {k: made_by[k] for k in POLICY_KEYS}
+        counts = self._counts(len(self.data.prompts_of(stored)))
 
         def change() -> None:
-            reconcile_round(stored, settings, self.accept_changes, fresh)
+            reconcile_round(stored, settings, self.accept_changes, counts)
             scored = stored.manifest["stages"].get("rewards", {})
-            changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
-            if scored.get("failures") and changed and not stored.is_complete("training"):
+            has_changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
+            if scored.get("failures") and has_changed and not stored.is_complete("training"):
                 stored.reopen("rewards")
             paired = stored.manifest["stages"].get("pairs", {})
-            if paired and ("kept_ties" in paired) != keeps_ties and not stored.is_complete("training"):
+            if paired and ("kept_ties" in paired) != keep_ties and not stored.is_complete("training"):
                 stored.clear("pairs")
 
         self.ranks.run_on_rank_zero(change)
 
     def _counts(self, in_round: int) -> dict[str, Any]:
-        """What a new manifest notes of the prompts."""
+        """Numbers of prompts that a new manifest records."""
         return {
             "prompts_per_shard": prompts_per_shard(self.trainer, self.sampler, self.options, in_round),
             "prompts": {
@@ -165,21 +176,21 @@ class RoundStamps:
         }
 
 
-def _unrendered(prompts: Sequence[Prompt]) -> dict[str, str]:
-    """A hash of messages with further keys, which rewards see and the policy's tokens may not show."""
+def _hash_unrendered_keys(prompts: Sequence[Prompt]) -> dict[str, str]:
+    """Hash of messages that have extra keys: rewards see these keys, but the policy's tokens may not show them."""
     if all(set(m) <= {"role", "content"} for p in prompts for m in p.messages):
         return {}
     return {"messages": rows_fingerprint(p.messages for p in prompts)}
 
 
-def _refuse_inside(stored: Round, now: StageSettings) -> None:
+def _refuse_changed_downstream(stored: Round, now: StageSettings) -> None:
     refuse_upstream_change(stored, now)
     before = stored.manifest.get("settings", now)
-    changed = [line for stage in ORDER[1:] for line in differences(before[stage], now[stage])]
+    changed = [line for stage in ORDER[1:] for line in list_differences(before[stage], now[stage])]
     if changed:
         raise InputError(
-            f"The training on {stored.path} was begun with other settings:\n"
+            f"The training on {stored.path} was started with other settings:\n"
             + "\n".join(f"  {line}" for line in changed)
-            + "\nResume from the checkpoint before that round, or give --accept_changes to go on with the new ones "
-            "in its middle."
+            + "\nResume from the checkpoint before that round, or give --accept_changes to continue in the middle of "
+            "it with the new settings."
         )

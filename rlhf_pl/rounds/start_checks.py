@@ -1,4 +1,4 @@
-"""What is refused of a run in rounds before its weights load."""
+"""Checks of a run in rounds before any weights load."""
 
 from collections.abc import Hashable, Sequence
 
@@ -13,39 +13,39 @@ from rlhf_pl.rewards import Sample
 from rlhf_pl.rewards.guard import try_reward
 from rlhf_pl.rollout import Sampler
 from rlhf_pl.rounds.metrics import metric_names
-from rlhf_pl.rounds.settings import RoundOptions, check_noted_logps
+from rlhf_pl.rounds.settings import RoundOptions, check_sampler_logps
 from rlhf_pl.utils.errors import InputError
 
-_LACKING = (
-    "Metrics of answers come from held-out prompts: set `data.val_prompts`. Those of held-out pairs also need "
+_MISSING_HINT = (
+    "Metrics of responses come from held-out prompts: set `data.val_prompts`. Those of held-out pairs also need "
     "`rollout.val_num_responses` of 2 or more."
 )
-_MAX_KINDS = 64  # of conversations that a reward is checked with, each with three responses
+_MAX_KINDS = 64  # of conversations that a reward is tried on, each with three responses
 
 
 def check_round_monitors(
     trainer: L.Trainer, module: L.LightningModule, data: RoundDataModule, options: RoundOptions | None
 ) -> None:
-    """Refuse callbacks and schedules that follow a metric which the run will not have.
+    """Refuse callbacks and schedules that monitor a metric which the run will not have.
 
     Raises:
-        InputError: Lists the metrics that it will have.
+        InputError: A metric is unknown; lists those that the run will have.
     """
     has_pairs = options is None or (data.val_prompts and options.val_sampling.num_responses > 1)
     validates = bool(has_pairs) and data.max_val_pairs > 0 and trainer.limit_val_batches != 0
     measured: list[str] = []
     if options is not None and is_policy_module(module):
         measured = metric_names(options, module.has_reference, bool(data.val_prompts))
-    check_monitors(trainer, module, validates, measured, _LACKING)
+    check_monitors(trainer, module, validates, measured, _MISSING_HINT)
 
 
 def check_sampling(
     trainer: L.Trainer, module: PolicyModule, data: RoundDataModule, sampler: Sampler, options: RoundOptions
 ) -> None:
-    """Whether the sampler can be started, and samples what the policy and the options ask for.
+    """Check that the sampler can start, and that it fits the policy and the options.
 
     Raises:
-        InputError: Says what does not fit together.
+        InputError: Names the options that do not fit together.
     """
     if trainer.world_size % sampler.ranks_per_engine:
         raise InputError(
@@ -55,7 +55,7 @@ def check_sampling(
     sampler.check()
     longest = data.max_prompt_tokens + options.sampling.max_response_tokens
     if options.old_logps == "sampler":
-        check_noted_logps(options.sampling, sampler.reshapes())
+        check_sampler_logps(options.sampling, sampler.reshapes())
     if longest > module.source.max_context_tokens:
         raise InputError(
             f"`data.max_prompt_tokens` + `rollout.sampling.max_response_tokens` = {data.max_prompt_tokens} + "
@@ -65,8 +65,8 @@ def check_sampling(
     sampler.check_rotary(module.source.config, data.longest_tokens)
     if options.reward.by_prompt and data.val_prompts and options.val_sampling.num_responses < 2:
         raise InputError(
-            f"`rollout.val_num_responses` must be 2 or more: {options.reward.name} compares a prompt's answers "
-            "with each other, on held-out prompts too."
+            f"`rollout.val_num_responses` must be 2 or more: {options.reward.name} compares the responses to a "
+            "prompt with each other, on held-out prompts too."
         )
 
 
@@ -74,14 +74,14 @@ def check_reward(trainer: L.Trainer, data: RoundDataModule, options: RoundOption
     """Try the reward on made-up responses to real prompts, on rank 0.
 
     Raises:
-        InputError: It fails.
+        InputError: The reward fails.
     """
     trial = _trial_samples([*data.train_prompts, *data.val_prompts])
     ranks_of(trainer).run_on_rank_zero(lambda: try_reward(options.reward, trial, options.scoring))
 
 
 def _trial_samples(prompts: Sequence[Prompt]) -> list[Sample]:
-    """Real prompts with made-up responses: two, and one of every further kind of conversation."""
+    """Made-up responses to real prompts: to the first two, and to one of every other kind of conversation."""
     responses = ["Yes, of course. Here is what I would do.", "", "word " * 40]
     kinds = {_kind(p): p for p in reversed(prompts)}
     chosen = {p.prompt_id: p for p in [*prompts[:2], *list(kinds.values())[:_MAX_KINDS]]}
@@ -102,7 +102,7 @@ def _trial_samples(prompts: Sequence[Prompt]) -> list[Sample]:
 
 
 def _kind(prompt: Prompt) -> Hashable:
-    """What templates tell conversations apart by: tools, roles with their keys, and who follows whom."""
+    """What chat templates distinguish conversations by: tools, roles with their keys, and the order of roles."""
     turns = frozenset((m["role"], type(m.get("content")), frozenset(m)) for m in prompt.messages)
     roles = [m["role"] for m in prompt.messages]
     return bool(prompt.tools), turns, frozenset(zip(["", *roles], roles, strict=False))

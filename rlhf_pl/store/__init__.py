@@ -1,1 +1,1 @@
-"""What a run keeps on disk: its rounds, as files under manifests."""
+"""The rounds of a run on disk: Parquet files and manifests."""

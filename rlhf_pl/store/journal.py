@@ -1,4 +1,4 @@
-"""The journal of a shard's scores: a line per call, each with a checksum over itself and all lines before it."""
+"""The journal of a shard's scores: a line per reward call, with a checksum over it and all lines before it."""
 
 import json
 import math
@@ -6,74 +6,74 @@ from pathlib import Path
 from typing import Any
 
 from rlhf_pl.store.files import DamagedStoreError, checksum
-from rlhf_pl.utils.disk import naming_a_full_disk, write_atomically
+from rlhf_pl.utils.disk import translate_full_disk, write_atomically
 from rlhf_pl.utils.public_names import with_public_descriptions
 
 Entry = list[Any]  # ["result", reward, components, truncated tokens] or ["failure", kind, detail]
 
 
 class Journal:
-    """What calls of a reward returned, until their shard is written.
+    """The results of reward calls, until their shard is written.
 
-    A line is `<checksum> <JSON>`; the first says what the scores were made of. A checksum covers the line and the
-    checksum before it, so that lines which are changed, missing, repeated or in another order are noticed. A line
-    without an end was torn when its process died, and is dropped. Journals of versions without checksums are taken
-    where every line is what it should be.
+    A line is `<checksum> <JSON>`. The first line holds the inputs of the scores. A checksum covers the line and the
+    checksum before it, so that changed, missing, repeated and reordered lines are detected. An incomplete last line was
+    interrupted when its process died, and is dropped. Journals of versions without checksums are accepted if every line
+    is valid.
 
     Args:
-        path: The file; made by the first `add`.
-        made_of: What the scores are made of: a journal of other answers or of another reward is deleted.
+        path: The file; created by the first `add`.
+        inputs: What the scores depend on: a journal of other responses or of another reward is deleted.
     """
 
-    def __init__(self, path: Path, made_of: list[str]) -> None:
-        self.path, self.made_of = path, made_of
-        self._last = ""
+    def __init__(self, path: Path, inputs: list[str]) -> None:
+        self.path, self.inputs = path, inputs
+        self._last_checksum = ""
 
     def read(self) -> list[Entry]:
-        """What was kept.
+        """The stored results.
 
         Raises:
-            DamagedStoreError: A line is not what was written.
+            DamagedStoreError: A line was changed.
         """
         if not self.path.exists():
             return []
         content = _read(self.path)
-        lines, whole = _lines(content)
-        if _is_damaged(content, whole):
+        lines, size = _parse_lines(content)
+        if _is_damaged(content, size):
             raise DamagedStoreError(
-                f"{self.path} is damaged after {max(0, len(lines) - 1)} calls. The same command with --repair keeps "
-                "these and has the rest scored again."
+                f"{self.path} is damaged after {max(0, len(lines) - 1)} calls. Run the same command with --repair to "
+                "keep these and score the other responses again."
             )
-        if not lines or with_public_descriptions(lines[0]) != self.made_of:
+        if not lines or with_public_descriptions(lines[0]) != self.inputs:
             self.path.unlink()
             return []
-        if whole < len(content) or content.startswith(b"["):
+        if size < len(content) or content.startswith(b"["):
             _rewrite(self.path, lines)
-        self._last = _text(lines)[1]
+        self._last_checksum = _format_lines(lines)[1]
         return [entry for line in lines[1:] for entry in line]
 
     def add(self, entries: list[Entry]) -> None:
-        """Keep the outcomes of a call."""
-        lines = [self.made_of, entries] if self._last == "" else [entries]
-        text, last = _text(lines, self._last)
-        with naming_a_full_disk(self.path):
+        """Append the results of a call."""
+        lines = [self.inputs, entries] if self._last_checksum == "" else [entries]
+        text, last = _format_lines(lines, self._last_checksum)
+        with translate_full_disk(self.path):
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with self.path.open("a", encoding="ascii") as file:
                 file.write(text)
-        self._last = last
+        self._last_checksum = last
 
 
 def is_whole_journal(path: Path) -> bool:
-    """Whether a journal's lines are what was written; a last one that was torn is no damage."""
+    """Whether all complete lines of a journal are valid; an incomplete last line is not damage."""
     if not path.is_file():
         return False
     content = _read(path)
-    return not _is_damaged(content, _lines(content)[1])
+    return not _is_damaged(content, _parse_lines(content)[1])
 
 
-def cut_journal(path: Path) -> None:
-    """Keep the lines before the first that is damaged."""
-    lines, _ = _lines(_read(path))
+def truncate_journal(path: Path) -> None:
+    """Truncate a journal before its first damaged line."""
+    lines, _ = _parse_lines(_read(path))
     if lines:
         _rewrite(path, lines)
     else:
@@ -81,31 +81,31 @@ def cut_journal(path: Path) -> None:
 
 
 def _read(path: Path) -> bytes:
-    return path.read_bytes() if path.is_file() else b"\n"  # a folder, say, is damage
+    return path.read_bytes() if path.is_file() else b"\n"  # a damaged line: a folder, for example, is damage
 
 
-def _is_damaged(content: bytes, whole: int) -> bool:
-    return b"\n" in content[whole:]
+def _is_damaged(content: bytes, valid_size: int) -> bool:
+    return b"\n" in content[valid_size:]
 
 
-def _lines(content: bytes) -> tuple[list[Any], int]:
-    """The lines before the first that is damaged or torn, and how many bytes they have."""
+def _parse_lines(content: bytes) -> tuple[list[Any], int]:
+    """(lines before the first damaged or incomplete one, their size in bytes)."""
     has_checksums = not content.startswith(b"[")
     lines: list[Any] = []
     last, size = "", 0
     for raw in content.split(b"\n")[:-1]:
-        noted, text = raw.split(b" ", 1) if has_checksums and b" " in raw else (b"", raw)
+        expected, text = raw.split(b" ", 1) if has_checksums and b" " in raw else (b"", raw)
         last = checksum(last.encode() + text)
-        value = _parsed(text)
-        if (has_checksums and noted != last.encode()) or not (_is_outcomes(value) if lines else _is_header(value)):
+        value = _parse_json(text)
+        if (has_checksums and expected != last.encode()) or not (_is_outcomes(value) if lines else _is_header(value)):
             break
         lines.append(value)
         size += len(raw) + 1
     return lines, size
 
 
-def _parsed(text: bytes) -> Any:
-    """JSON without NaN and infinities; None where it is not that."""
+def _parse_json(text: bytes) -> Any:
+    """Parse JSON without NaN and infinities; None for anything else."""
     try:
         return json.loads(text, parse_constant=_refuse)
     except (ValueError, RecursionError):
@@ -140,16 +140,16 @@ def _is_number(value: Any) -> bool:
         return False
 
 
-def _text(lines: list[Any], last: str = "") -> tuple[str, str]:
-    """Lines as they stand in the file after one with the checksum `last`, and their own last checksum."""
+def _format_lines(lines: list[Any], last: str = "") -> tuple[str, str]:
+    """(text of lines that follow one with the checksum `last`, checksum of the last line)."""
     text = ""
     for line in lines:
-        written = json.dumps(line)
-        last = checksum((last + written).encode())
-        text += f"{last} {written}\n"
+        encoded = json.dumps(line)
+        last = checksum((last + encoded).encode())
+        text += f"{last} {encoded}\n"
     return text, last
 
 
 def _rewrite(path: Path, lines: list[Any]) -> None:
-    content = _text(lines)[0].encode()
+    content = _format_lines(lines)[0].encode()
     write_atomically(path, lambda file: file.write(content))

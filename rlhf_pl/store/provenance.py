@@ -1,4 +1,4 @@
-"""What every stage of a round was made from, and what becomes of a stored round when that has changed."""
+"""Compares the settings of a stored round with the current ones, and clears the stages that they invalidate."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -8,9 +8,9 @@ from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError
 
 StageSettings = dict[str, dict[str, Any]]
-# These two follow from the training before and say which policy answered; the others are choices of the user.
-OF_POLICY = ("policy_step", "weights")
-# how the report of a changed stage ends: "... is scored again"
+# These two identify the policy that sampled the responses. The other settings are set by the user.
+POLICY_KEYS = ("policy_step", "weights")
+# for reports about a changed stage: "... is scored again"
 REDONE = {
     "responses": "generated",
     "rewards": "scored",
@@ -21,101 +21,101 @@ REDONE = {
 
 
 class ChangedSettingsError(InputError):
-    """A run directory was made with other upstream settings."""
+    """A run directory was made with other settings of an earlier stage."""
 
 
-def differences(before: Mapping[str, Any], now: Mapping[str, Any], *ignore: str) -> list[str]:
-    """`name: before -> now` for each setting that differs; settings of nested groups by their full names."""
+def list_differences(before: Mapping[str, Any], now: Mapping[str, Any], *ignore: str) -> list[str]:
+    """A line `name: before -> now` for each setting that differs; nested settings have dotted names."""
     lines = []
     for name in dict.fromkeys([*before, *now]):
-        old, new = before.get(name), now.get(name)
-        if name in ignore or old == new:
+        previous, current = before.get(name), now.get(name)
+        if name in ignore or previous == current:
             continue
-        if isinstance(old, dict) and isinstance(new, dict):
-            lines += [f"{name}.{line}" for line in differences(old, new)]
+        if isinstance(previous, dict) and isinstance(current, dict):
+            lines += [f"{name}.{line}" for line in list_differences(previous, current)]
         else:
-            lines.append(f"{name}: {_short(old)} -> {_short(new)}")
+            lines.append(f"{name}: {_shorten(previous)} -> {_shorten(current)}")
     return lines
 
 
-def _short(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= 120 else text[:119] + "…"
 
 
-def first_change(before: StageSettings, now: StageSettings, stages: tuple[str, ...] = ORDER) -> str | None:
-    """The first of `stages` whose settings differ, other than in which policy answered."""
+def find_first_change(before: StageSettings, now: StageSettings, stages: tuple[str, ...] = ORDER) -> str | None:
+    """The first stage whose settings differ, apart from the identity of the policy; None if none does."""
     for stage in stages:
-        if stage in before and stage in now and differences(before[stage], now[stage], *OF_POLICY):
+        if stage in before and stage in now and list_differences(before[stage], now[stage], *POLICY_KEYS):
             return stage
     return None
 
 
 def refuse_upstream_change(stored: Round, now: StageSettings) -> None:
-    """Raise unless the round was generated with the present settings.
+    """Raise if the settings of the stage `responses` have changed.
 
     Raises:
-        ChangedSettingsError: Lists the differences and the choices.
+        ChangedSettingsError: Lists the differences and the remedies.
     """
     manifest = stored.manifest
     before = manifest.get("settings", {}).get("responses")
-    if before is None or manifest.get("accepted") == _choices(now):
+    if before is None or manifest.get("accepted") == _user_settings(now):
         return
-    if changed := differences(before, now["responses"], *OF_POLICY):
+    if changed := list_differences(before, now["responses"], *POLICY_KEYS):
         raise ChangedSettingsError(
             f"{stored.path} was made with other settings:\n"
             + "\n".join(f"  {line}" for line in changed)
-            + "\nEither give this run a directory of its own (--trainer.default_root_dir DIR), or give "
-            "--accept_changes to go on here: what is finished stays as it is, and the new settings count from here on."
+            + "\nUse another run directory (--trainer.default_root_dir DIR), or add --accept_changes to continue in "
+            "this one: what is complete is kept, and everything later uses the new settings."
         )
 
 
-def _choices(settings: StageSettings) -> dict[str, Any]:
-    return {k: v for k, v in settings["responses"].items() if k not in OF_POLICY}
+def _user_settings(settings: StageSettings) -> dict[str, Any]:
+    return {k: v for k, v in settings["responses"].items() if k not in POLICY_KEYS}
 
 
 def reconcile_round(stored: Round, now: StageSettings, accept: bool, fresh: Mapping[str, Any]) -> None:
-    """Stamp a round that is about to be made, or keep of a stored one what is still valid.
+    """Write the settings of a new round, or clear the invalid stages of a stored one.
 
-    A changed reward, selector or training setting invalidates its own stage and those after it. Answers of another
-    policy than the present one are useless, unless they were trained on, which only happens when somebody resumes
-    from an older checkpoint on purpose.
+    A changed reward, selector or training setting invalidates its own stage and those after it. Responses of another
+    policy than the current one invalidate the round. If it was already trained on, the user has resumed from an older
+    checkpoint, and must accept the change.
 
     Args:
         stored: The round.
-        now: The present settings.
-        accept: Whether changed upstream settings are accepted.
+        now: The current settings.
+        accept: Whether changed settings of the responses are accepted.
         fresh: Further entries of a new manifest.
 
     Raises:
-        ChangedSettingsError: Upstream settings differ and `accept` is False.
+        ChangedSettingsError: Settings of the responses differ and `accept` is False.
     """
     now = Round.as_stored(now)
     before = stored.manifest.get("settings")
     if before is None:
         stored.update(settings=now, **fresh)
         return
-    moved = any(before["responses"][k] != now["responses"][k] for k in OF_POLICY)
+    is_other_policy = any(before["responses"][k] != now["responses"][k] for k in POLICY_KEYS)
     if not accept:
         refuse_upstream_change(stored, now)
-    elif differences(before["responses"], now["responses"], *OF_POLICY):
-        if stored.is_complete("responses") and not moved:
-            stored.update(accepted=_choices(now))
+    elif list_differences(before["responses"], now["responses"], *POLICY_KEYS):
+        if stored.is_complete("responses") and not is_other_policy:
+            stored.update(accepted=_user_settings(now))
         else:
-            _begin_anew(stored, now, fresh, "its settings have changed")
+            _start_over(stored, now, fresh, "its settings have changed")
             return
-    if moved:
+    if is_other_policy:
         if stored.is_complete("training") and not accept:
             raise ChangedSettingsError(
-                f"{stored.path} was generated and trained on by another policy than this checkpoint's. Give this run "
-                "a directory of its own (--trainer.default_root_dir DIR), resume from the newest checkpoint (no "
-                "--ckpt_path), or give --accept_changes to make this round and those after it anew."
+                f"{stored.path} was sampled and trained on by another policy than that of this checkpoint. Use another "
+                "run directory (--trainer.default_root_dir DIR), resume from the newest checkpoint (no --ckpt_path), "
+                "or add --accept_changes to make this round and those after it again."
             )
-        _begin_anew(stored, now, fresh, "the policy is another one")
+        _start_over(stored, now, fresh, "the policy has changed")
         return
-    changed = first_change(before, now, ORDER[1:])
+    changed = find_first_change(before, now, ORDER[1:])
     if changed is not None:
-        lines = differences(before[changed], now[changed])
+        lines = list_differences(before[changed], now[changed])
         if any(name in stored.manifest["stages"] or stored.shards(name) for name in ORDER[ORDER.index(changed) :]):
             console.print(f"{stored.name} is {REDONE[changed]} again: {'; '.join(lines)}", soft_wrap=True)
         stored.clear(changed)
@@ -123,8 +123,8 @@ def reconcile_round(stored: Round, now: StageSettings, accept: bool, fresh: Mapp
         stored.update(settings={**now, "responses": before["responses"]} if "accepted" in stored.manifest else now)
 
 
-def _begin_anew(stored: Round, now: StageSettings, fresh: Mapping[str, Any], why: str) -> None:
+def _start_over(stored: Round, now: StageSettings, fresh: Mapping[str, Any], reason: str) -> None:
     if stored.manifest["stages"] or stored.shards("responses"):
-        console.print(f"{stored.name} is made anew: {why}.", soft_wrap=True)
+        console.print(f"{stored.name} is made again: {reason}.", soft_wrap=True)
     stored.delete()
     stored.update(settings=now, **fresh)

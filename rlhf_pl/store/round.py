@@ -1,4 +1,4 @@
-"""A round in the store: its stages as Parquet shards, under a manifest."""
+"""A round in the store: the Parquet shards of its stages, and a manifest."""
 
 import os
 import shutil
@@ -23,23 +23,23 @@ from rlhf_pl.store.files import (
     set_aside,
     write_checked,
 )
-from rlhf_pl.store.journal import cut_journal, is_whole_journal
-from rlhf_pl.store.manifest import ORDER, STAGES, Manifest, as_stored, shard_number, shards_by_name
-from rlhf_pl.store.run_identity import HELD_OUT, is_own, name_of
+from rlhf_pl.store.journal import is_whole_journal, truncate_journal
+from rlhf_pl.store.manifest import ORDER, STAGES, Manifest, as_stored, find_shard_names, parse_shard_number
+from rlhf_pl.store.run_identity import HELD_OUT, is_own, round_name
 from rlhf_pl.utils.disk import write_atomically
 from rlhf_pl.utils.errors import InputError
 
 
 class Round:
-    """One folder of the store, such as `rounds/0002` or `heldout/0003`.
+    """One folder of the store, e.g. `rounds/0002` or `heldout/0003`.
 
-    A shard is `<stage>/<number>-<checksum>.parquet`, written under a temporary name and renamed: a file that exists is
-    whole, and its name tells whether it still is. A stage is complete when the manifest says so and lists its shards.
-    Until then a note beside each shard, `_<number>.shard`, names it, the round and the run: it is written before the
-    shard is renamed, so that a file without one is not the round's. Whatever died before goes on from these shards.
+    A shard is `<stage>/<number>-<checksum>.parquet`. It is written atomically, and the checksum in its name detects
+    later damage. A complete stage is marked in the manifest, which lists its shards. Before that, a note for each
+    shard, `_<number>.shard`, names the shard, the round and the run. The note is written before the shard, so a shard
+    without a note is foreign. A stage that was interrupted continues after its existing shards.
 
     Args:
-        path: The folder; created on the first write.
+        path: The folder; created by the first write.
     """
 
     def __init__(self, path: Path) -> None:
@@ -47,8 +47,8 @@ class Round:
 
     @property
     def name(self) -> str:
-        """`rounds/0002`."""
-        return name_of(self.path)
+        """Name of the round, e.g. `rounds/0002`."""
+        return round_name(self.path)
 
     @property
     def run_dir(self) -> Path:
@@ -62,20 +62,20 @@ class Round:
 
     @property
     def manifest(self) -> dict[str, Any]:
-        """Settings, counts, times and per-stage completeness; empty stages if nothing is there yet.
+        """Settings, counts, times and complete stages; without a file, it has no stages.
 
         Raises:
-            DamagedStoreError: The file is damaged, or another run's or round's.
+            DamagedStoreError: The file is damaged, or of another run or round.
         """
         return self._manifest.read()
 
     def is_own(self, content: dict[str, Any], run: str | None) -> bool:
-        """Whether a manifest or note is this round's, of this run; manifests of older versions do not say."""
+        """Whether a manifest or note is of this round and of `run`; always true for manifests of older versions."""
         return is_own(self.path, content, run)
 
     @staticmethod
     def as_stored(content: Any) -> Any:
-        """What `content` is once it went through the manifest's JSON, which has no secrets."""
+        """Convert an object to the form in which a manifest stores it: JSON without secrets."""
         return as_stored(content)
 
     def update(self, **entries: Any) -> None:
@@ -83,89 +83,90 @@ class Round:
         self._manifest.write(self.manifest | entries)
 
     def complete(self, stage: str, **info: Any) -> None:
-        """Mark `stage` complete, with its counts and times."""
+        """Mark a stage complete, with its counts and times."""
         manifest = self.manifest
         shards = {"shards": [file.name for file in self.shards(stage).values()]} if stage in STAGES else {}
         manifest["stages"][stage] = {"complete": True, **info, **shards}
         self._manifest.write(manifest)
         if shards:
-            self._forget_notes(stage)
+            self._remove_notes(stage)
 
     def is_complete(self, stage: str) -> bool:
         return bool(self.manifest["stages"].get(stage, {}).get("complete"))
 
     def info(self, stage: str) -> dict[str, Any]:
-        """What `complete` recorded."""
+        """The counts and times that `complete` recorded."""
         return self.manifest["stages"][stage]
 
     def shards(self, stage: str, number: int | None = None) -> dict[int, Path]:
-        """The round's shards that are there, by number, ascending; or just the one of a number."""
-        return self._there(stage, self.manifest, number)
+        """The existing shards of a stage by number, ascending; only that of `number` if it is given."""
+        return self._existing_shards(stage, self.manifest, number)
 
-    def _there(self, stage: str, manifest: dict[str, Any], number: int | None = None) -> dict[int, Path]:
-        there = {}
-        for name in self._known(stage, manifest, number):
+    def _existing_shards(self, stage: str, manifest: dict[str, Any], number: int | None = None) -> dict[int, Path]:
+        existing = {}
+        for name in self._list_known(stage, manifest, number):
             if (self.path / stage / name).exists():
-                there[shard_number(name)] = self.path / stage / name
-        return dict(sorted(there.items()))
+                existing[parse_shard_number(name)] = self.path / stage / name
+        return dict(sorted(existing.items()))
 
-    def _known(self, stage: str, manifest: dict[str, Any], number: int | None = None) -> list[str]:
-        """Names of a stage's shards, whether they are there or not; of one number the newest comes last."""
+    def _list_known(self, stage: str, manifest: dict[str, Any], number: int | None = None) -> list[str]:
+        """Names of a stage's shards, including missing ones; of shards with one number, the newest is last."""
         info = manifest["stages"].get(stage, {})
         names = [*info.get("shards", []), *info.get("kept", [])]
-        if not info.get("complete") and "run" not in manifest:  # of a version that wrote no notes
-            names += shards_by_name(self.path / stage)
+        if not info.get("complete") and "run" not in manifest:  # written by a version without notes
+            names += find_shard_names(self.path / stage)
         elif not info.get("complete"):
-            notes = (self.path / stage).glob("_*.shard") if number is None else [self._note(stage, number)]
+            notes = (self.path / stage).glob("_*.shard") if number is None else [self._note_path(stage, number)]
             for content in filter(None, map(read_checked, notes)):
                 if content.get("stage") == stage and self.is_own(content, manifest["run"]):
                     names += content["shards"]
-        return [name for name in names if number in (None, shard_number(name))]
+        return [name for name in names if number in (None, parse_shard_number(name))]
 
-    def _note(self, stage: str, number: int) -> Path:
-        """Where the shards of a number are named until their stage is complete."""
+    def _note_path(self, stage: str, number: int) -> Path:
+        """Path of the note that names the shards of a number until their stage is complete."""
         return self.path / stage / f"_{number:05d}.shard"
 
     def known(self, stage: str) -> set[str]:
-        """Names of the stage's shards; by a manifest that is damaged, all that have such names."""
+        """Names of a stage's shards, by the manifest or, if it is damaged, by its copy."""
         try:
-            return set(self._known(stage, self.manifest))
+            return set(self._list_known(stage, self.manifest))
         except DamagedStoreError:
-            return set(self._known(stage, self._manifest.read_copy() or {"stages": {}}))
+            return set(self._list_known(stage, self._manifest.read_copy() or {"stages": {}}))
 
     def await_shards(self, stage: str, count: int, seconds: float = 60.0) -> None:
-        """Wait until all shards of a stage can be seen: a shared file system shows those of other hosts late.
+        """Wait until all shards of a stage are visible: a shared file system shows those of other hosts with a delay.
 
         Raises:
-            InputError: They do not appear.
+            InputError: They do not appear in time.
         """
         end = time.monotonic() + seconds
         while len(found := self.shards(stage)) < count:
             if time.monotonic() > end:
                 raise InputError(
-                    f"`trainer.default_root_dir`: {self.path / stage} shows {len(found)} of {count} files that the "
+                    f"`trainer.default_root_dir`: {self.path / stage} has {len(found)} of the {count} files that the "
                     "ranks wrote. It must be on a file system that all nodes share."
                 )
             time.sleep(0.2)
 
     def write_shard(self, stage: str, number: int, table: pa.Table) -> None:
+        """Write a shard atomically; it replaces an earlier shard with the same number."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
         content = sink.getvalue()
         target = self.path / stage / f"{number:05d}-{checksum(content)}.parquet"
         manifest = self.manifest
-        known = [name for name in self._known(stage, manifest, number) if name != target.name]
-        olds = [self.path / stage / name for name in known]  # of another policy, or under another rule for failures
+        known = [name for name in self._list_known(stage, manifest, number) if name != target.name]
+        replaced = [self.path / stage / name for name in known]  # of another policy or another `on_failure`
         if "run" in manifest:
-            names = [*(old.name for old in olds if old.exists()), target.name]
+            names = [*(file.name for file in replaced if file.exists()), target.name]
             note = {"run": manifest["run"], "round": self.name, "stage": stage, "shards": names}
-            write_checked(self._note(stage, number), note)
+            write_checked(self._note_path(stage, number), note)
         write_atomically(target, lambda file: file.write(content), content.size)
-        for old in olds:
-            old.unlink(missing_ok=True)
+        for file in replaced:
+            file.unlink(missing_ok=True)
 
     def read(self, stage: str, columns: Sequence[str] | None = None) -> pa.Table:
-        """All rows of a stage, in shard order; of these columns alone, where they are named.
+        """Read all rows of a stage in shard order, or only some columns.
 
         Raises:
             DamagedStoreError: A shard is missing or damaged.
@@ -173,7 +174,7 @@ class Round:
         return pa.concat_tables(self.read_shards(stage, columns))
 
     def read_shards(self, stage: str, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The same, shard by shard: never more than one is in memory.
+        """Read the rows of a stage shard by shard, to limit memory.
 
         Raises:
             DamagedStoreError: A shard is missing or damaged.
@@ -181,27 +182,27 @@ class Round:
         manifest = self.manifest
         for name in manifest["stages"].get(stage, {}).get("shards", []):
             if not (self.path / stage / name).exists():
-                raise DamagedStoreError(_damaged(self.path / stage / name))
-        for file in self._there(stage, manifest).values():
+                raise DamagedStoreError(_describe_damage(self.path / stage / name))
+        for file in self._existing_shards(stage, manifest).values():
             yield _read_table(file, columns)
 
     def read_shard(self, stage: str, number: int, columns: Sequence[str] | None = None) -> pa.Table:
-        """One shard.
+        """Read one shard.
 
         Raises:
-            DamagedStoreError: It is missing, or its content does not match its checksum.
+            DamagedStoreError: The shard is missing or damaged.
         """
         file = self.shards(stage, number).get(number)
         if file is None:
-            raise DamagedStoreError(_damaged(self.path / stage / f"{number:05d}-*.parquet"))
+            raise DamagedStoreError(_describe_damage(self.path / stage / f"{number:05d}-*.parquet"))
         return _read_table(file, columns)
 
-    def damage(self, checksums: bool = True) -> list[Path]:
+    def find_damage(self, checksums: bool = True) -> list[Path]:
         """Files that are damaged or missing: the manifest first, then shards.
 
         Args:
-            checksums: Read all shards and journals. Otherwise only what costs nothing is looked at: shards must be
-                there and have a Parquet file's ends, which one that was cut off has not.
+            checksums: Verify the checksums of all shards and journals. Otherwise only check that shards exist and have
+                the first and last bytes of a Parquet file, which is fast and detects truncated files.
         """
         is_whole = is_whole_shard if checksums else has_parquet_ends
         bad: list[Path] = []
@@ -211,25 +212,25 @@ class Round:
             bad.append(self.path / "manifest.json")
             manifest = self._manifest.read_copy() or {"stages": {}}
         for stage in STAGES:
-            files = [self.path / stage / name for name in dict.fromkeys(self._known(stage, manifest))]
+            files = [self.path / stage / name for name in dict.fromkeys(self._list_known(stage, manifest))]
             info = manifest["stages"].get(stage, {})
-            # lost: to a repair that did not finish
-            wanted = {*info.get("shards", []), *info.get("lost", [])}
+            # `lost` lists files that an interrupted repair has dropped
+            expected = {*info.get("shards", []), *info.get("lost", [])}
             files += [self.path / stage / name for name in info.get("lost", [])]
-            bad += sorted({f for f in files if (os.path.lexists(f) or f.name in wanted) and not is_whole(f)})
+            bad += sorted({f for f in files if (os.path.lexists(f) or f.name in expected) and not is_whole(f)})
         if checksums and not manifest["stages"].get("rewards", {}).get("complete"):
             bad += [file for file in sorted((self.path / "rewards").glob("_*.journal")) if not is_whole_journal(file)]
-        there = any(shards_by_name(self.path / stage) for stage in STAGES)
-        if not os.path.lexists(self.path / "manifest.json") and there:
+        has_shards = any(find_shard_names(self.path / stage) for stage in STAGES)
+        if not os.path.lexists(self.path / "manifest.json") and has_shards:
             bad.insert(0, self.path / "manifest.json")
         return bad
 
     def drop(self, file: Path) -> None:
-        """Forget one damaged file, so that it is made again; its neighbours stay. The manifest comes from its copy."""
+        """Drop one damaged file, so that it is made again; a manifest is restored from its copy."""
         if file.is_dir() and not file.is_symlink():
             set_aside(self.run_dir, file)
         elif JOURNAL.fullmatch(file.name):
-            cut_journal(file)
+            truncate_journal(file)
         else:
             file.unlink(missing_ok=True)
         if file.name == "manifest.json" and (copy := self._manifest.read_copy()) is not None:
@@ -245,45 +246,45 @@ class Round:
                 stage[names] = [name for name in stage.get(names, []) if name != file.name]
             self._manifest.write(manifest)
 
-    def tidy(self) -> None:
-        """What a process that died has left behind; and a manifest of an older version says whose it is from here on.
+    def clean_up(self) -> None:
+        """Remove temporary files of interrupted processes, and add the run to a manifest of an older version.
 
-        To be called by the owner of the run directory alone.
+        Only the owner of the run directory may call it.
         """
         manifest = self.manifest
         if not manifest["stages"] and "settings" not in manifest:
             return
         if "run" not in manifest or self._manifest.read_copy() is None:
             self._manifest.write(manifest)
-        for left in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
-            remove(left)
+        for path in [*self.path.glob(".*.tmp"), *self.path.glob("*/.*.tmp")]:
+            remove(path)
         for stage in STAGES:
             if self.is_complete(stage):
-                self._forget_notes(stage)
+                self._remove_notes(stage)
 
-    def _forget_notes(self, stage: str) -> None:
-        """Of a stage that is complete: the manifest has its list."""
+    def _remove_notes(self, stage: str) -> None:
+        """Remove the notes and journals of a complete stage, whose shards the manifest lists."""
         for kind in ("_*.shard", "_*.journal"):
             for file in (self.path / stage).glob(kind):
                 file.unlink()
 
     def reopen(self, stage: str) -> None:
-        """Let `stage` go through its shards again, and make all after it anew."""
+        """Mark a stage incomplete but keep its shards, and delete the stages after it."""
         self.clear(STAGES[STAGES.index(stage) + 1])
         manifest = self.manifest
         if stage in manifest["stages"]:
             info = manifest["stages"][stage]
-            # its shards may get other names, and a kill in between is no damage
+            # its shards may be replaced, and a kill during that must not look like damage
             info |= {"complete": False, "kept": [*info.get("kept", []), *info.get("shards", [])], "shards": []}
             self._manifest.write(manifest)
 
     def clear(self, first: str = "responses") -> None:
-        """Delete the stage `first` and all after it; with `training`, only its entry in the manifest."""
-        gone = ORDER[ORDER.index(first) :]
+        """Delete a stage and all after it; `training` has only an entry in the manifest."""
+        deleted = ORDER[ORDER.index(first) :]
         manifest = self.manifest
-        manifest["stages"] = {name: info for name, info in manifest["stages"].items() if name not in gone}
-        self._manifest.write(manifest)  # first: a stage without its mark is made again
-        for stage in gone:
+        manifest["stages"] = {name: info for name, info in manifest["stages"].items() if name not in deleted}
+        self._manifest.write(manifest)  # first: a stage without an entry is made again
+        for stage in deleted:
             shutil.rmtree(self.path / stage, ignore_errors=True)
 
     def delete(self) -> None:
@@ -294,16 +295,16 @@ class Round:
 
 
 def _read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:
-    """A shard that is what was written, or those columns of it."""
+    """Read a shard, or some of its columns."""
     content = read_shard_file(file)
     if content is None:
-        raise DamagedStoreError(_damaged(file))
+        raise DamagedStoreError(_describe_damage(file))
     try:
         return pq.read_table(pa.BufferReader(content), columns=None if columns is None else list(columns))
     except pa.ArrowException as error:
-        raise DamagedStoreError(_damaged(file)) from error
+        raise DamagedStoreError(_describe_damage(file)) from error
 
 
-def _damaged(file: Path) -> str:
-    what = "its checksum does not match" if os.path.lexists(file) else "it is missing"
-    return f"{file} is damaged: {what}. The same command with --repair makes it again."
+def _describe_damage(file: Path) -> str:
+    reason = "its checksum does not match" if os.path.lexists(file) else "it is missing"
+    return f"{file} is damaged: {reason}. Run the same command with --repair to make it again."

@@ -1,17 +1,17 @@
-"""The round store: the rounds of a run directory, everything they produced as Parquet shards under manifests."""
+"""The round store of a run directory: the data of all rounds, as Parquet shards and manifests."""
 
 from pathlib import Path
 
 from rlhf_pl.store.files import DamagedStoreError, read_checked, write_checked
 from rlhf_pl.store.manifest import ORDER, STAGES
 from rlhf_pl.store.round import Round
-from rlhf_pl.store.run_identity import HELD_OUT, ROUNDS, STORE, identify, noted_run, numbered, run_of
+from rlhf_pl.store.run_identity import HELD_OUT, ROUNDS, STORE, find_round_folders, find_run, identify, recorded_run
 
 __all__ = ["ORDER", "STAGES", "DamagedStoreError", "Round", "RoundStore"]
 
 
 class RoundStore:
-    """The rounds of a run directory, and the evaluations on held-out prompts beside them.
+    """The rounds of a run directory, and the evaluations on held-out prompts.
 
     Args:
         run_dir: The run directory.
@@ -21,58 +21,58 @@ class RoundStore:
         self.run_dir = Path(run_dir)
 
     @property
-    def noted_run(self) -> str | None:
-        """Which run the store is of, as its file says; None if that says nothing."""
-        return noted_run(self.run_dir)
+    def recorded_run(self) -> str | None:
+        """Id of the run that the file of the store records; None if there is none."""
+        return recorded_run(self.run_dir)
 
     @property
     def run(self) -> str | None:
-        """Which run the store is of; where no manifest is of the noted one, as most say. None for older versions."""
-        return run_of(self.run_dir)
+        """Id of the run that the store belongs to: see `find_run`."""
+        return find_run(self.run_dir)
 
     def identify(self) -> str:
-        """Which run the store is of, noted for good."""
+        """Id of the run that the store belongs to; records it in the file of the store."""
         return identify(self.run_dir)
 
     @property
     def given_up(self) -> list[str]:
-        """Names of rounds that are lost, and without which the run goes on."""
+        """Names of lost rounds without which the run continues."""
         return (read_checked(self.run_dir / STORE) or {}).get("given_up", [])
 
     def give_up(self, stored: Round) -> None:
-        """Note that the run goes on without a round that was lost."""
+        """Record that the run continues without a lost round."""
         given_up = sorted({*self.given_up, stored.name})
         write_checked(self.run_dir / STORE, {"run": self.identify(), "given_up": given_up})
 
     def round(self, index: int) -> Round:
-        """What the policy after `index` rounds generated for training."""
+        """The round that the policy after `index` rounds samples for training."""
         return Round(self.run_dir / ROUNDS / f"{index:04d}")
 
     def held_out(self, version: int) -> Round:
-        """What the policy after `version` rounds answered to the held-out prompts."""
+        """The evaluation of the policy after `version` rounds on the held-out prompts."""
         return Round(self.run_dir / HELD_OUT / f"{version:04d}")
 
     def rounds(self) -> dict[int, Round]:
-        """The rounds that are there, ascending."""
+        """The existing rounds by index, ascending."""
         return _rounds_in(self.run_dir / ROUNDS)
 
     def evaluations(self) -> dict[int, Round]:
-        """The evaluations that are there, ascending."""
+        """The existing evaluations by policy version, ascending."""
         return _rounds_in(self.run_dir / HELD_OUT)
 
-    def everything(self) -> list[Round]:
-        """The rounds and evaluations that are there."""
+    def all_rounds(self) -> list[Round]:
+        """All existing rounds and evaluations."""
         return [*self.rounds().values(), *self.evaluations().values()]
 
-    def tidy(self) -> None:
-        """What processes that died have left behind; to be called by the owner of the run directory alone."""
-        for stored in self.everything():
-            stored.tidy()
+    def clean_up(self) -> None:
+        """Remove temporary files of interrupted processes; only the owner of the run directory may call it."""
+        for stored in self.all_rounds():
+            stored.clean_up()
 
-    def damage(self) -> list[tuple[Round, Path]]:
-        """Every damaged or missing file, with its round."""
-        return [(stored, file) for stored in self.everything() for file in stored.damage()]
+    def find_damage(self) -> list[tuple[Round, Path]]:
+        """All damaged or missing files, each with its round."""
+        return [(stored, file) for stored in self.all_rounds() for file in stored.find_damage()]
 
 
 def _rounds_in(folder: Path) -> dict[int, Round]:
-    return {number: Round(path) for number, path in numbered(folder).items()}
+    return {number: Round(path) for number, path in find_round_folders(folder).items()}

@@ -1,1 +1,1 @@
-"""What all other packages use: errors, the terminal, files, secrets."""
+"""Utilities that all other packages use: errors, the terminal, files, secrets."""

@@ -1,9 +1,9 @@
-"""Python files that are named by their path, as modules that every process can import.
+"""Imports Python files by path, as modules that every process can import.
 
-A file becomes the submodule `rlhf_pl.utils.by_path.<name>_<its path in hexadecimal>`. So it is in `sys.modules`, where
-dataclasses look for the names in postponed annotations; two files of the same name, or one that is called like an
-installed module, are told apart; and what is pickled of it is found in processes that start anew (`spawn`,
-`forkserver`), which import this package first.
+A file becomes the submodule `rlhf_pl.utils.by_path.<name>_<its path in hexadecimal>`. It is then in `sys.modules`,
+which dataclasses need to resolve postponed annotations. Its name differs from that of an installed module and of
+another file with the same name. New processes (`spawn`, `forkserver`) import this package first, so they can unpickle
+its objects.
 """
 
 import hashlib
@@ -17,18 +17,18 @@ from importlib.util import spec_from_file_location
 from types import CodeType, ModuleType
 from typing import Any
 
-__path__: list[str] = []  # a package, whose modules the finder below finds
+__path__: list[str] = []  # makes this a package, whose submodules the finder below finds
 _PREFIX = f"{__name__}."
-_sources: dict[str, str] = {}  # hash of the source that each module was made from
-_folders: list[str] = []  # those that were put into sys.path
-_behind: set[str] = set()  # those of them that hold a file which is called like an installed module
-_held: dict[str, dict[str, ModuleType]] = {}  # by folder: modules of it whose names another folder's have now
+_sources: dict[str, str] = {}  # hash of each module's source
+_folders: list[str] = []  # folders that were added to sys.path
+_last_folders: set[str] = set()  # folders with a file named like an installed module: at the end of sys.path
+_displaced: dict[str, dict[str, ModuleType]] = {}  # by folder: modules replaced by those of another folder
 
 
 def import_path(file: str) -> ModuleType:
-    """The module of a Python file; run anew only if the file has changed.
+    """Import a Python file; a file that was imported before is executed again only if it has changed.
 
-    Its `__name__` is not `__main__`, so what a script does under that condition is left out.
+    Its `__name__` is not `__main__`, so code under that condition does not run.
     """
     path = os.path.abspath(file)
     stem = re.sub(r"\W", "_", os.path.basename(path).removesuffix(".py"))
@@ -38,11 +38,11 @@ def import_path(file: str) -> ModuleType:
     return importlib.import_module(name)
 
 
-def look_beside(module: str) -> None:
-    """Before a function of such a module is called: let it import what lies beside its file."""
+def prioritize_folder_of(module: str) -> None:
+    """Let a module of this package import the files in its folder. Called before its functions are."""
     file = getattr(sys.modules.get(module), "__file__", None)
     if module.startswith(_PREFIX) and file is not None and [os.path.dirname(file)] != _folders[:1]:
-        _find_beside(file)
+        _prioritize_folder(file)
 
 
 def _hash(path: str) -> str:
@@ -61,39 +61,39 @@ class _Finder:
 
 class _Loader(SourceFileLoader):
     def get_code(self, fullname: str) -> CodeType:
-        """From the source: bytecode that lies beside it may be of a version from the same second."""
+        """Compile the source: cached bytecode may be of another version from the same second."""
         path = self.get_filename(fullname)
         return self.source_to_code(self.get_data(path), path)
 
     def exec_module(self, module: ModuleType) -> None:
-        _find_beside(self.path)
+        _prioritize_folder(self.path)
         _sources[module.__name__] = _hash(self.path)
         module.__package__ = ""  # so that relative imports fail as they do in `python file.py`
         super().exec_module(module)
 
 
-def _find_beside(file: str) -> None:
-    """Let a file import what lies beside it: its folder is the first of sys.path, as in `python file.py`.
+def _prioritize_folder(file: str) -> None:
+    """Put a file's folder first in sys.path, as `python file.py` does.
 
-    It is the last where the file is called like an installed module, which it would stand in the way of. Modules of
-    other files' folders that are called like some of this one make way until theirs is the first again.
+    Put it last if the file is named like an installed module, which it would hide. Loaded modules of other folders
+    with the name of a module in this folder are removed from `sys.modules`, until their folder is first again.
     """
     folder, name = os.path.split(file)
     others = [other for other in _folders if other != folder]
-    for place in _folders:
-        if place in sys.path:
-            sys.path.remove(place)
+    for added in _folders:
+        if added in sys.path:
+            sys.path.remove(added)
     if _is_installed(name.removesuffix(".py")):
-        _behind.add(folder)
-    sys.path.insert(len(sys.path) if folder in _behind else 0, folder)
+        _last_folders.add(folder)
+    sys.path.insert(len(sys.path) if folder in _last_folders else 0, folder)
     sys.path.extend(others)
     _folders[:] = [folder, *others]
     for module in {name.partition(".")[0] for name in sys.modules}:
-        if module != "rlhf_pl" and _lies_in(folder, module) and _folder_of(module) in others:
-            held = _held.setdefault(_folder_of(module), {})
+        if module != "rlhf_pl" and _has_module(folder, module) and _folder_of(module) in others:
+            displaced = _displaced.setdefault(_folder_of(module), {})
             for loaded in [n for n in sys.modules if n == module or n.startswith(f"{module}.")]:
-                held[loaded] = sys.modules.pop(loaded)
-    sys.modules.update(_held.pop(folder, {}))
+                displaced[loaded] = sys.modules.pop(loaded)
+    sys.modules.update(_displaced.pop(folder, {}))
     importlib.invalidate_caches()
 
 
@@ -102,12 +102,12 @@ def _is_installed(name: str) -> bool:
     return name in sys.stdlib_module_names or PathFinder.find_spec(name, paths) is not None
 
 
-def _lies_in(folder: str, module: str) -> bool:
+def _has_module(folder: str, module: str) -> bool:
     return any(os.path.isfile(os.path.join(folder, *parts)) for parts in ((f"{module}.py",), (module, "__init__.py")))
 
 
 def _folder_of(module: str) -> str:
-    """Where the file or the folder of a module is."""
+    """The folder that contains a module's file or package."""
     file = getattr(sys.modules.get(module), "__file__", None) or ""
     folder = os.path.dirname(file)
     return os.path.dirname(folder) if os.path.basename(file) == "__init__.py" else folder

@@ -8,13 +8,13 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 from rich.segment import Segment
 from rich.text import Text
 
-from rlhf_pl.utils.terminal import printable
+from rlhf_pl.utils.terminal import make_printable
 
 
 class SafeConsole(Console):
-    """Shows texts as they are, whoever wrote them: brackets are no markup, control characters and secrets are escaped.
+    """Prints any text literally: brackets are not markup, control characters are escaped and secrets hidden.
 
-    Styles come from `rich.text.Text`, and `warn` and `note` below.
+    For styles use `rich.text.Text`, or `warn` and `note` below.
     """
 
     def __init__(self) -> None:
@@ -22,15 +22,15 @@ class SafeConsole(Console):
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
         if isinstance(renderable, str):
-            renderable = printable(renderable)
-        elif isinstance(renderable, Text) and (plain := printable(renderable.plain)) != renderable.plain:
+            renderable = make_printable(renderable)
+        elif isinstance(renderable, Text) and (plain := make_printable(renderable.plain)) != renderable.plain:
             renderable = renderable.copy()
             renderable.plain = plain
         return super().render(renderable, options)
 
 
 def make_console() -> Console:
-    """Standard output; 100 columns wide where it is no terminal."""
+    """A console on standard output, 100 columns wide if that is not a terminal."""
     console = SafeConsole()
     if not console.is_terminal:
         console.width = 100
@@ -42,17 +42,17 @@ Advance = Callable[..., None]
 
 
 def warn(text: str) -> None:
-    """Print a line that begins with a yellow `warning`."""
+    """Print a line that starts with a yellow `warning`."""
     console.print(Text.assemble(("warning", "yellow"), ": ", text), soft_wrap=True)
 
 
 def note(text: str) -> None:
-    """Print a line that begins with a yellow `note`."""
+    """Print a line that starts with a yellow `note`."""
     console.print(Text.assemble(("note", "yellow"), ": ", text), soft_wrap=True)
 
 
 def make_progress() -> Progress:
-    """The layout that all bars share."""
+    """A progress bar with the layout that all bars share."""
     return Progress(
         SpinnerColumn(finished_text="✓"),
         TextColumn("{task.description:<34}", markup=False),
@@ -67,13 +67,13 @@ def make_progress() -> Progress:
 
 @contextmanager
 def phase(description: str, total: int = 1, unit: str = "", enabled: bool = True) -> Iterator[Advance]:
-    """A progress bar for one phase.
+    """Show a progress bar for one phase.
 
     Args:
-        description: What is being done.
-        total: How many `unit`s there are.
-        unit: What is counted.
-        enabled: Whether to show it.
+        description: Name of the phase.
+        total: Number of `unit`s.
+        unit: Plural noun of the counted things.
+        enabled: Whether to show the bar.
 
     Yields:
         `advance(count=1, note="")`. A phase of one step advances by itself when the block ends.

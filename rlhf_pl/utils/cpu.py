@@ -1,4 +1,4 @@
-"""What only CPUs need."""
+"""FSDP on CPUs, for tests and for trying a config."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -7,28 +7,28 @@ from typing import Any
 
 @contextmanager
 def cpu_fsdp() -> Iterator[None]:
-    """In which torch's FSDP (FSDP1) gives full state dicts on CPUs, where it crashes otherwise.
+    """Context manager that lets torch's FSDP (FSDP1) build full state dicts on CPUs, where it crashes otherwise.
 
-    torch moves a flattened parameter to the CPU and frees the storage that it came from; on a CPU that is the storage
-    which is about to be read. The command line enters it for runs of FSDP on a CPU. In Python it belongs around
-    `Trainer.fit` with a `CPUFSDPStrategy`. It changes a class of torch, and puts it back at the end.
+    torch moves a flattened parameter to the CPU and frees the source's storage; on a CPU that is the storage which it
+    reads next. The command line uses this context for FSDP on a CPU. In Python, call `Trainer.fit` with a
+    `CPUFSDPStrategy` inside of it. It patches a class of torch, and restores the class at the end.
     """
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
     before = FlatParamHandle.to_cpu
-    FlatParamHandle.to_cpu = _stay  # type: ignore[method-assign,assignment]
+    FlatParamHandle.to_cpu = _keep_in_place  # type: ignore[method-assign,assignment]
     try:
         yield
     finally:
         FlatParamHandle.to_cpu = before  # type: ignore[method-assign]
 
 
-def runs_fsdp() -> bool:
-    """Whether this is inside of `cpu_fsdp`."""
+def is_cpu_fsdp_active() -> bool:
+    """Whether the context manager `cpu_fsdp` is active."""
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
-    return FlatParamHandle.to_cpu is _stay
+    return FlatParamHandle.to_cpu is _keep_in_place
 
 
-def _stay(handle: Any) -> AbstractContextManager[None]:
+def _keep_in_place(handle: Any) -> AbstractContextManager[None]:
     return nullcontext()

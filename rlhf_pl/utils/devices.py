@@ -1,4 +1,4 @@
-"""Which dtypes a device computes in natively."""
+"""Dtypes that a device computes in natively."""
 
 from functools import cache
 
@@ -7,20 +7,25 @@ import torch
 
 @cache
 def cpu_has_bfloat16() -> bool:
-    """Whether this CPU has instructions for bfloat16, or for the fast conversion that libraries emulate them with."""
+    """Whether this CPU has instructions for bfloat16, or for the fast conversion that libraries emulate it with."""
     check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return True if check is None else bool(check())
 
 
 def fast_dtype(name: str | None, device: str) -> str | None:
-    """The dtype to compute in where `name` was asked for; None is that of a checkpoint.
+    """The dtype to compute in, given the requested one.
 
-    Without instructions for it half precision on a CPU is ten times slower than float32, which holds all its values.
+    Half precision on a CPU without instructions for it is ten times slower than float32, which represents all its
+    values.
+
+    Args:
+        name: The requested dtype; None for that of the checkpoint.
+        device: Type of the device, such as `cpu`.
     """
     slow = name is None or name in ("bfloat16", "float16")
     return "float32" if device == "cpu" and slow and not cpu_has_bfloat16() else name
 
 
 def fast_precision(precision: str, on_gpu: bool) -> str:
-    """The Trainer's precision where `precision` was asked for, by the same rule."""
+    """The Trainer's precision, given the requested one; see `fast_dtype`."""
     return "32-true" if not on_gpu and precision.endswith("16-mixed") and not cpu_has_bfloat16() else precision

@@ -1,4 +1,4 @@
-"""Files that are either whole or not there, and clear words when the disk is full."""
+"""Atomic writes of files, and clear errors when the disk is full."""
 
 import errno
 import os
@@ -12,18 +12,18 @@ from rlhf_pl.utils.errors import InputError
 
 
 class DiskFullError(InputError):
-    """The disk has no room for what comes next; everything written before is whole."""
+    """The disk has no space for the next write. Earlier files are intact."""
 
 
 def free_bytes(path: Path) -> int:
-    """Free space where `path` is or will be."""
+    """Free bytes of the file system that `path` is or will be on."""
     while not path.exists() and path != path.parent:
         path = path.parent
     return shutil.disk_usage(path).free
 
 
-def size(count: float) -> str:
-    """Bytes in words: `3.1 GiB`."""
+def format_bytes(count: float) -> str:
+    """A number of bytes with its unit, such as `3.1 GiB`."""
     for unit in ("bytes", "KiB", "MiB"):
         if abs(count) < 1024:
             return f"{count:.0f} {unit}" if unit == "bytes" else f"{count:.1f} {unit}"
@@ -32,50 +32,51 @@ def size(count: float) -> str:
 
 
 def check_space(path: Path, parts: dict[str, int], before: str) -> None:
-    """Refuse to start what would not fit.
+    """Refuse a step whose files would not fit on the disk.
 
     Args:
-        path: The folder to be written to.
-        parts: Bytes by what they are for.
-        before: What comes next, for the message.
+        path: The folder to write to.
+        parts: Bytes by purpose.
+        before: The next step, for the message.
 
     Raises:
-        DiskFullError: Less is free than `parts` sum up to.
+        DiskFullError: The free space is less than the sum of `parts`.
     """
     needed, free = sum(parts.values()), free_bytes(path)
     if free < needed:
-        listed = ", ".join(f"{name} {size(count)}" for name, count in parts.items() if count)
+        listed = ", ".join(f"{name} {format_bytes(count)}" for name, count in parts.items() if count)
         raise DiskFullError(
-            f"`trainer.default_root_dir`: {before} needs about {size(needed)} in {path} ({listed}), and {size(free)} "
-            f"are free. Free {size(needed - free)} more and run the same command again; nothing is lost."
+            f"`trainer.default_root_dir`: {before} needs about {format_bytes(needed)} in {path} ({listed}), and "
+            f"{format_bytes(free)} are free. Free {format_bytes(needed - free)} more and run the same command again. "
+            "Nothing is lost."
         )
 
 
 def full_disk_error(path: Path, error: BaseException, needed: int | None = None) -> DiskFullError | None:
-    """The error to raise instead of `error` if that says that the disk is full, else None."""
+    """The error to raise instead of `error` if the cause is a full disk, else None."""
     full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
     if not full and needed is not None and isinstance(error, OSError | RuntimeError):
-        full = free_bytes(path.parent) < needed  # torch reports a failed write without its cause
+        full = free_bytes(path.parent) < needed  # torch does not report the cause of a failed write
     if not full:
         return None
     free = free_bytes(path.parent)
-    amount = f"it needs {size(needed)}, " if needed is not None else ""
+    amount = f"it needs {format_bytes(needed)}, " if needed is not None else ""
     return DiskFullError(
-        f"The disk is full: writing {path} failed ({amount}{size(free)} are free). What was written before is whole. "
-        "Make room and run the same command again; it goes on from there."
+        f"The disk is full: writing {path} failed ({amount}{format_bytes(free)} are free). Earlier files are intact. "
+        "Free some space and run the same command again to resume."
     )
 
 
 def write_atomically(target: Path, write: Callable[[IO[bytes]], object], needed: int | None = None) -> None:
-    """Write beside `target`, flush to the disk, and rename: a file of that name is always whole.
+    """Write a temporary file beside `target`, flush it to the disk, and rename it, so that `target` is always whole.
 
     Args:
-        target: The file; its folder is made.
+        target: The file. Its folder is created.
         write: Writes the content to an open file.
-        needed: Bytes, if known, for the message when the disk is full.
+        needed: Size in bytes if known, for the message when the disk is full.
 
     Raises:
-        DiskFullError: The disk is full; nothing is left behind.
+        DiskFullError: The disk is full. The temporary file is removed.
     """
     temporary = target.with_name(f".{target.name}.tmp")
     try:
@@ -87,7 +88,7 @@ def write_atomically(target: Path, write: Callable[[IO[bytes]], object], needed:
         os.replace(temporary, target)
         sync_folder(target.parent)
     except BaseException as error:
-        with suppress(OSError):  # of a file system that is read-only by now
+        with suppress(OSError):  # the file system may have become read-only
             temporary.unlink()
         if full := full_disk_error(target, error, needed):
             raise full from error
@@ -95,7 +96,7 @@ def write_atomically(target: Path, write: Callable[[IO[bytes]], object], needed:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames in `folder` outlast a power failure."""
+    """Make renames in `folder` survive a power failure."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -104,8 +105,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def naming_a_full_disk(path: Path) -> Iterator[None]:
-    """Turn a full disk inside the block into the one clear error."""
+def translate_full_disk(path: Path) -> Iterator[None]:
+    """Raise DiskFullError for errors in the block that are caused by a full disk."""
     try:
         yield
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Which of many tensors holds something that is not a finite number."""
+"""Finds tensors with values that are not finite."""
 
 from collections.abc import Iterable
 
@@ -6,25 +6,25 @@ import torch
 from torch import Tensor
 
 
-def first_not_finite(tensors: Iterable[tuple[str, Tensor]], largest: float = torch.finfo().max) -> str:
-    """The name of the first tensor that holds a NaN, or a number beyond +-`largest`; empty if there is none."""
-    return next(iter(not_finite(tensors, largest)), "")
+def find_first_nonfinite(tensors: Iterable[tuple[str, Tensor]], largest: float = torch.finfo().max) -> str:
+    """Name of the first tensor with a NaN or an absolute value above `largest`; empty if there is none."""
+    return next(iter(find_nonfinite(tensors, largest)), "")
 
 
 @torch.no_grad()
-def not_finite(tensors: Iterable[tuple[str, Tensor]], largest: float = torch.finfo().max) -> list[str]:
-    """The names of the tensors that hold a NaN, or a number beyond +-`largest`.
+def find_nonfinite(tensors: Iterable[tuple[str, Tensor]], largest: float = torch.finfo().max) -> list[str]:
+    """Names of the tensors with a NaN or an absolute value above `largest`.
 
-    Each tensor is read once, where it is, and the host waits for a device once. What holds no floats, or has no memory
-    behind it, is passed over.
+    Reads each tensor once, on its device, and waits for a device once. Skips empty tensors, those on the meta device,
+    and those of integers.
     """
     names, peaks = [], []
     for name, tensor in tensors:
         if tensor.is_floating_point() and not tensor.is_meta and tensor.numel():
-            plain = tensor if tensor.element_size() > 1 else tensor.float()  # float8 has no minimum
+            values = tensor if tensor.element_size() > 1 else tensor.float()  # float8 does not implement aminmax
             names.append(name)
-            peaks.append(torch.stack(plain.aminmax()).float())  # a NaN is the minimum and the maximum
+            peaks.append(torch.stack(values.aminmax()).float())  # a NaN is the minimum and the maximum
     if not names:
         return []
-    found = torch.stack([peak.to(peaks[0].device, non_blocking=True) for peak in peaks]).abs() <= largest
-    return [name for name, good in zip(names, found.all(1).tolist(), strict=True) if not good]
+    in_range = torch.stack([peak.to(peaks[0].device, non_blocking=True) for peak in peaks]).abs() <= largest
+    return [name for name, good in zip(names, in_range.all(1).tolist(), strict=True) if not good]

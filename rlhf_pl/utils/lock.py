@@ -1,4 +1,4 @@
-"""One process per run directory: a lock that names its owner and dies with it."""
+"""A lock that allows one process per run directory. It names its owner and ends with the owner's process."""
 
 import contextlib
 import errno
@@ -15,22 +15,23 @@ from weakref import WeakSet
 from rlhf_pl.utils.errors import InputError
 
 NAME = ".lock"
-PATIENCE = 10.0  # seconds that a killed owner may take to leave: freeing a large process's memory takes some
-SETTLING = 0.5  # seconds after which two that start at once, in a file system without locks, see each other
-_ATTEMPTS = 100  # while other owners leave with their file
-_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)  # other errors: no locks in this file system
+EXIT_TIMEOUT_S = 10.0  # to wait for a killed owner: freeing a large process's memory takes time
+SETTLE_S = 0.5  # after which two simultaneous starts on a file system without locks see each other
+_ATTEMPTS = 100  # while previous owners remove their files
+_TAKEN = (errno.EWOULDBLOCK, errno.EACCES)  # other errors: the file system has no locks
 _EXITING = 4  # PF_EXITING in /proc/PID/stat
 _held: WeakSet["RunLock"] = WeakSet()
 
 
 class RunLock:
-    """The lock on a run directory, which the system releases when the process dies, however it dies.
+    """The lock on a run directory. The system releases it when the process ends in any way.
 
-    It is a `flock` on `<run_dir>/.lock`, and one on the directory, which counts where that file was deleted. Other code
-    of the process may open and close both; forked children close them, so that none keeps the lock after its parent.
+    It is a `flock` on `<run_dir>/.lock` and one on the directory, which still holds if the file is deleted. Other code
+    of the process may open and close both. Forked children close them, so that no child holds the lock after its
+    parent has ended.
 
-    The file tells who holds it. On file systems without locks that text decides: an owner on this host is alive if
-    its process is; one on another host, or in a container with processes of its own, is believed.
+    The file names the owner. On file systems without locks its text decides: an owner on this host holds the lock while
+    its process is alive; an owner on another host, or in a container with its own process ids, is assumed alive.
 
     Args:
         run_dir: The run directory.
@@ -39,100 +40,104 @@ class RunLock:
     def __init__(self, run_dir: str | Path) -> None:
         self.folder = Path(run_dir)
         self._open: list[int] = []  # the file and the directory
-        self._made_folder = False
+        self._has_made_folder = False
 
     def check(self) -> None:
-        """Raise InputError if another process has the lock; takes nothing and writes nothing."""
+        """Raise InputError if another process holds the lock. Does not acquire it and writes nothing."""
         if self._open:
             return
-        with self._naming_place(), contextlib.suppress(FileNotFoundError):
-            places = [place for place in (self.folder / NAME, self.folder) if place.exists()]
-            with _opened(places, os.O_RDONLY | os.O_NONBLOCK) as descriptors:
+        with self._translate_os_errors(), contextlib.suppress(FileNotFoundError):
+            paths = [path for path in (self.folder / NAME, self.folder) if path.exists()]
+            with _open_all(paths, os.O_RDONLY | os.O_NONBLOCK) as descriptors:
                 self._refuse_owner(descriptors, fcntl.LOCK_SH)
 
     def acquire(self) -> None:
-        """Take the lock, making the folder if need be.
+        """Acquire the lock. Creates the folder if needed.
 
         Raises:
-            InputError: Another process has it; names its host and process id.
+            InputError: Another process holds it. The message has its host and process id.
         """
         if self._open:
             return
-        self._made_folder = not self.folder.exists()
-        with self._naming_place():
+        self._has_made_folder = not self.folder.exists()
+        with self._translate_os_errors():
             for _ in range(_ATTEMPTS):
-                with contextlib.suppress(FileNotFoundError):  # an owner has just left with a folder that it had made
-                    if self._take():
+                with contextlib.suppress(FileNotFoundError):  # an owner has just removed the folder
+                    if self._try_acquire():
                         return
-            self._take()
+            self._try_acquire()
 
-    def _take(self) -> bool:
-        """Lock file and directory, and write who we are; False if an owner has just left with its file."""
+    def _try_acquire(self) -> bool:
+        """Lock file and directory, and write the owner; False if a previous owner has just removed its file."""
         self.folder.mkdir(parents=True, exist_ok=True)
         os.close(os.open(self.folder / NAME, os.O_RDWR | os.O_CREAT, 0o644))
-        with _opened([self.folder / NAME, self.folder], os.O_RDWR) as descriptors:
+        with _open_all([self.folder / NAME, self.folder], os.O_RDWR) as descriptors:
             try:
-                is_locked = self._refuse_owner(descriptors, fcntl.LOCK_EX)
+                has_locks = self._refuse_owner(descriptors, fcntl.LOCK_EX)
             except InputError:
-                self._remove_nobodys(descriptors[0])
+                self._remove_empty(descriptors[0])
                 raise
             if not _is_at(descriptors[0], self.folder / NAME):
                 return False
-            text = json.dumps(_myself(descriptors[0])).encode()
+            text = json.dumps(_describe_self(descriptors[0])).encode()
             os.ftruncate(descriptors[0], 0)
             os.pwrite(descriptors[0], text, 0)
-            if not is_locked:
-                time.sleep(SETTLING)
+            if not has_locks:
+                time.sleep(SETTLE_S)
                 if (now := (self.folder / NAME).read_bytes()) != text:
-                    raise self._error(_parsed(now), "End that process first")
+                    raise self._error(_parse_owner(now), "End that process first")
             _held.add(self)
             self._open = descriptors.copy()
             descriptors.clear()
         return True
 
-    def _remove_nobodys(self, descriptor: int) -> None:
-        """Remove a file that names nobody: one who is refused has made it, as the owner had just left with its own."""
+    def _remove_empty(self, descriptor: int) -> None:
+        """Remove a lock file without an owner: this process created it after the owner had removed its own."""
         with contextlib.suppress(OSError):
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.fstat(descriptor).st_size == 0 and _is_at(descriptor, self.folder / NAME):
                 (self.folder / NAME).unlink()
 
     def release(self) -> None:
-        """Give the lock back; a folder that was made for it and holds nothing else goes with it."""
+        """Release the lock. Removes the folder if `acquire` created it and it is empty."""
         if not self._open:
             return
         if _is_at(self._open[0], self.folder / NAME):
             (self.folder / NAME).unlink(missing_ok=True)
-        self.forget()
-        if self._made_folder:
+        self.close()
+        if self._has_made_folder:
             with contextlib.suppress(OSError):
                 self.folder.rmdir()
 
-    def forget(self) -> None:
-        """Close what is locked. Closed by a forked child, it stays locked for its parent."""
+    def close(self) -> None:
+        """Close the locked files. If a forked child does, its parent still holds the lock."""
         for descriptor in self._open:
             os.close(descriptor)
         self._open = []
         _held.discard(self)
 
     def _refuse_owner(self, descriptors: list[int], how: int) -> bool:
-        """Lock open files; whether the file system has locks.
+        """Lock open files. Returns whether the file system has locks.
+
+        Args:
+            descriptors: Of the lock file and the directory.
+            how: The kind of lock, `LOCK_SH` or `LOCK_EX`.
 
         Raises:
-            InputError: Another process has one of them, or owns the directory by what the file says.
+            InputError: Another process has locked one of them, or is the owner named in the file.
         """
-        end = time.monotonic() + PATIENCE
+        end = time.monotonic() + EXIT_TIMEOUT_S
         while (is_free := _lock(descriptors, how)) is False:
-            owner = _owner(descriptors)
+            owner = _read_owner(descriptors)
             if _is_alive(owner) is not False:
                 raise self._error(owner, "End that process first")
             if time.monotonic() > end:
-                raise self._error(owner, "That process is dead; end those that it started, which keep the directory")
+                raise self._error(owner, "That process is dead; end its child processes, which still hold the lock")
             time.sleep(0.1)
-        owner = _owner(descriptors)
+        owner = _read_owner(descriptors)
         if is_free is None and owner and _is_alive(owner) is not False:
             raise self._error(owner, "End that process first, or if it is dead delete the file .lock there")
-        # lost by a living owner, to code that closes all files or a server that went down; a copy is another file
+        # a living owner has lost its lock: code closed all files, or a file server failed; in a copy `file` differs
         if is_free and _is_alive(owner) and owner.get("file") == _identity(descriptors[0]):
             raise self._error(owner, "End that process first")
         return bool(is_free)
@@ -145,33 +150,33 @@ class RunLock:
         )
 
     @contextlib.contextmanager
-    def _naming_place(self) -> Any:
+    def _translate_os_errors(self) -> Any:
         try:
             yield
         except OSError as error:
             lock = self.folder / NAME
             if os.path.lexists(lock) and not stat.S_ISREG(lock.lstat().st_mode):
-                raise InputError(f"{lock} is no file, and the lock must be one: move it away.") from error
+                raise InputError(f"{lock} is not a regular file, as the lock must be: move it away.") from error
             raise InputError(
                 f"`trainer.default_root_dir`: cannot write to {self.folder}: {error.strerror}. Give another directory."
             ) from error
 
 
-def _forget_all() -> None:
+def _close_all() -> None:
     for lock in list(_held):
-        lock.forget()
+        lock.close()
 
 
-os.register_at_fork(after_in_child=_forget_all)
+os.register_at_fork(after_in_child=_close_all)
 
 
 @contextlib.contextmanager
-def _opened(places: list[Path], flags: int) -> Any:
-    """Descriptors of files and folders, the file's first; what is left in the list is closed at the end."""
+def _open_all(paths: list[Path], flags: int) -> Any:
+    """Open files and folders. Descriptors that are still in the list at the end of the block are closed."""
     descriptors: list[int] = []
     try:
-        for place in places:
-            descriptors.append(os.open(place, os.O_RDONLY if place.is_dir() else flags))
+        for path in paths:
+            descriptors.append(os.open(path, os.O_RDONLY if path.is_dir() else flags))
         yield descriptors
     finally:
         for descriptor in descriptors:
@@ -179,18 +184,18 @@ def _opened(places: list[Path], flags: int) -> Any:
 
 
 def _lock(descriptors: list[int], how: int) -> bool | None:
-    """Whether all could be locked; None where the first can't be, because the file system has no locks."""
+    """Whether all files are now locked; None if the file system has no locks."""
     if not descriptors:
         return True
-    if _try(fcntl.lockf, descriptors[0], how) is False:  # an earlier version's POSIX lock, which a flock passes by
+    if _try_lock(fcntl.lockf, descriptors[0], how) is False:  # an earlier version's POSIX lock, which flock ignores
         return False
     with contextlib.suppress(OSError):
         fcntl.lockf(descriptors[0], fcntl.LOCK_UN)
-    found = [_try(fcntl.flock, descriptor, how) for descriptor in descriptors]
+    found = [_try_lock(fcntl.flock, descriptor, how) for descriptor in descriptors]
     return False if False in found else found[0]
 
 
-def _try(lock: Any, descriptor: int, how: int) -> bool | None:
+def _try_lock(lock: Any, descriptor: int, how: int) -> bool | None:
     try:
         lock(descriptor, how | fcntl.LOCK_NB)
     except OSError as error:
@@ -199,7 +204,7 @@ def _try(lock: Any, descriptor: int, how: int) -> bool | None:
 
 
 def _is_at(descriptor: int, path: Path) -> bool:
-    """Whether an open file is still the one at `path`."""
+    """Whether an open file is the one at `path`."""
     try:
         return os.path.samestat(os.fstat(descriptor), path.stat())
     except FileNotFoundError:
@@ -211,7 +216,7 @@ def _identity(descriptor: int) -> list[int]:
     return [found.st_dev, found.st_ino]
 
 
-def _myself(descriptor: int) -> dict[str, Any]:
+def _describe_self(descriptor: int) -> dict[str, Any]:
     return {
         "host": socket.gethostname(),
         "pid": os.getpid(),
@@ -222,15 +227,15 @@ def _myself(descriptor: int) -> dict[str, Any]:
     }
 
 
-def _owner(descriptors: list[int]) -> dict[str, Any]:
-    """What the file says; nothing if it is not there."""
+def _read_owner(descriptors: list[int]) -> dict[str, Any]:
+    """The owner that the lock file names; empty if there is none."""
     try:
-        return _parsed(os.pread(descriptors[0], 4096, 0))
+        return _parse_owner(os.pread(descriptors[0], 4096, 0))
     except (OSError, IndexError):
         return {}
 
 
-def _parsed(text: bytes) -> dict[str, Any]:
+def _parse_owner(text: bytes) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except (ValueError, RecursionError):
@@ -239,7 +244,7 @@ def _parsed(text: bytes) -> dict[str, Any]:
 
 
 def _is_alive(owner: dict[str, Any]) -> bool | None:
-    """Whether an owner lives, whose process id may be another's by now; None where that can't be seen from here."""
+    """Whether an owner is alive, and its process id not reused; None if that can't be determined on this host."""
     here = _namespace()
     if owner.get("host") != socket.gethostname() or owner.get("namespace", here) != here:
         return None
@@ -248,7 +253,7 @@ def _is_alive(owner: dict[str, Any]) -> bool | None:
 
 
 def _start_ticks(pid: int) -> str | None:
-    """When a process started, in clock ticks since boot; None for one that has ended, also if nobody has noticed."""
+    """Start time of a process, in clock ticks since boot; None if it has ended, zombies included."""
     try:
         fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
         return None if fields[0] in "ZXx" or int(fields[6]) & _EXITING else fields[19]
@@ -257,7 +262,7 @@ def _start_ticks(pid: int) -> str | None:
 
 
 def _namespace() -> str | None:
-    """In which process ids hold; two containers may have the same host name."""
+    """Namespace of this process's id; two containers may have the same host name."""
     try:
         return os.readlink("/proc/self/ns/pid")
     except OSError:

@@ -1,4 +1,4 @@
-"""Memory of this process: how much it holds, and the C allocator's settings for training on a CPU."""
+"""Memory of this process: its size, and the C allocator's settings for training on a CPU."""
 
 import ctypes
 import os
@@ -9,8 +9,8 @@ _TRIM_THRESHOLD, _TOP_PAD, _MMAP_MAX = -1, -2, -4  # from <malloc.h>
 def keep_freed_memory() -> None:
     """Make glibc keep freed blocks for the next step instead of returning them to the system.
 
-    Every training step allocates the same large tensors; fetching their pages anew cost a fifth of the step (SmolLM2,
-    2 cores). Values that the user has set in the environment stay; other C libraries are left alone.
+    Every training step allocates the same large tensors; new pages for them took a fifth of the step (SmolLM2, 2
+    cores). Does nothing if the user has set malloc options in the environment, or if there is no glibc.
     """
     if any(name.startswith("MALLOC_") for name in os.environ) or "LD_PRELOAD" in os.environ:
         return
@@ -24,7 +24,7 @@ def keep_freed_memory() -> None:
 
 
 def resident_gib() -> float:
-    """Resident memory of this process, GiB; 0 where the system does not tell."""
+    """Resident memory of this process, GiB; 0 if the system does not report it."""
     try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**30

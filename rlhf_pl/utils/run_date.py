@@ -1,4 +1,4 @@
-"""The date that chat templates are told: that on which the run began, also when it goes on after midnight."""
+"""The date for chat templates: the day the run began, also if it continues after midnight."""
 
 import re
 from datetime import datetime
@@ -15,27 +15,27 @@ _used = False
 
 
 def strftime_now(form: str) -> str:
-    """What templates get under this name: the run's date, or outside of runs the present one."""
+    """The templates' function of this name: formats the run's date, or the current date outside of runs."""
     global _used
     _used = True
     return (_date or datetime.now()).strftime(form)
 
 
-def dates_in(template: str) -> list[str]:
-    """What a chat template may be told of the date, for keys of what is kept: it counts as asked for.
+def get_dates(template: str) -> list[str]:
+    """The formatted dates that a chat template uses, for cache keys. The date then counts as used.
 
-    Where a template does not name its formats plainly, that is the date with its time.
+    If the template's formats are not literals, the result is the date with the time.
     """
     calls = template.replace("strftime_now is defined", "").count("strftime_now")
     formats = [form for _, form in re.findall(r"strftime_now\(\s*(['\"])(.*?)\1\s*\)", template)]
     return [strftime_now(form) for form in (formats if len(formats) == calls else ["%c %f"])] if calls else []
 
 
-def take_run_date(trainer: L.Trainer | None = None) -> None:
-    """Fix the date: that of a run that goes on, or now; the same in all processes of a run.
+def set_run_date(trainer: L.Trainer | None = None) -> None:
+    """Set the date to that of the run that is resumed, or to now. It is the same in all processes of a run.
 
     Raises:
-        InputError: The run directory's note of it can't be read.
+        InputError: The date in the run directory can't be read.
     """
     global _date, _used
     _used = False
@@ -49,11 +49,13 @@ def take_run_date(trainer: L.Trainer | None = None) -> None:
     try:
         _date = datetime.fromisoformat(text)
     except ValueError as error:
-        raise InputError(f"{file} should hold when the run began, as in 2026-01-31T12:00:00: {error}.") from error
+        raise InputError(
+            f"{file} must hold the time when the run began, such as 2026-01-31T12:00:00: {error}."
+        ) from error
 
 
-def keep_run_date(trainer: L.Trainer) -> None:
-    """Note the date in the run directory, if a template has asked for it."""
+def save_run_date(trainer: L.Trainer) -> None:
+    """Write the date to the run directory, if a template has used it."""
     file = Path(trainer.default_root_dir) / _FILE
     if trainer.is_global_zero and _used and _date is not None and not file.exists():
         text = _date.isoformat() + "\n"

@@ -1,4 +1,4 @@
-"""Which options, environment variables, headers and query parameters hold secrets, by their names."""
+"""Recognizes options, environment variables, headers and query parameters with secrets by their names."""
 
 import os
 import re
@@ -8,12 +8,12 @@ _ALWAYS = {
     *("password", "passwd", "passphrase", "pwd", "pass", "secret", "credential", "authorization", "cookie", "bearer"),
     *("apikey", "accesskey", "secretkey", "privatekey", "authtoken", "accesstoken", "apitoken"),
 }
-_IN_QUERIES = {"sig", "signature"}  # options of these names are about something else
+_IN_QUERIES = {"sig", "signature"}  # options with these names are not secrets
 _KEYS_OF = {
     *("api", "access", "secret", "private", "auth", "account", "service", "signing", "encryption", "license"),
     *("admin", "master", "subscription", "client", "ssh", "server"),
 }
-# in the names of options about text and limits
+# words before `token` in options about text and limits
 _TOKENS_OF = {
     *("pad", "eos", "bos", "unk", "sep", "cls", "mask", "stop", "start", "begin", "end", "image", "audio", "video"),
     *("think", "special", "max", "min", "num", "per", "new", "first", "last", "next", "user", "system", "assistant"),
@@ -22,19 +22,19 @@ _ENVIRONMENT_NAME = re.compile(r"[A-Z_][A-Z0-9_]*")
 
 
 def is_secret(name: str, value: str, any_key: bool = False) -> bool:
-    """Whether what stands under a name is a secret.
+    """Whether the value under a name is a secret.
 
     Args:
-        name: Of an option (in full, or its last part), an environment variable, a header or a query parameter.
-        value: What stands there.
-        any_key: Whether a name that ends with `key` is enough; otherwise `key` alone is taken for a column or an index
-            unless the value looks random.
+        name: Name of an option (full, or its last part), an environment variable, a header or a query parameter.
+        value: Its value.
+        any_key: Whether every name that ends with `key` is a secret's; otherwise `key` alone is the name of a column or
+            an index unless the value looks random.
     """
     words = [word.lower() for word in _WORDS.findall(name.rpartition(".")[2])]
     if not words or not value:
         return False
     last, before = words[-1], words[-2] if len(words) > 1 else ""
-    if last == "env" and len(words) > 2:  # the key itself, in place of the variable with it
+    if last == "env" and len(words) > 2:  # the key itself instead of the variable's name
         named = _ENVIRONMENT_NAME.fullmatch(value) or value in os.environ
         return not named and is_secret(name.rpartition("_")[0], value)
     single = last.removesuffix("s")
@@ -46,7 +46,7 @@ def is_secret(name: str, value: str, any_key: bool = False) -> bool:
         named = not value.isalpha()  # `basic`, and the user in [user, password]
     else:
         named = last in _ALWAYS or single in _ALWAYS or (any_key and last in _IN_QUERIES)
-    return named and not ("/" in value and os.path.exists(value[:1000]))  # the name of a file with a secret is none
+    return named and not ("/" in value and os.path.exists(value[:1000]))  # the path of a file is not a secret
 
 
 def _looks_random(value: str) -> bool:

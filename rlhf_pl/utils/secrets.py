@@ -1,7 +1,7 @@
-"""Which texts are secrets, and texts without them: whatever a run shows or stores goes through here.
+"""Collects secrets and removes them from all texts that a run shows or stores.
 
-Secrets are known by where they stand: in options and environment variables that are named for keys, tokens or
-passwords, in the environment variables that options name, and between `://` and `@` in URLs.
+Secrets are recognized by their place: options and environment variables named for keys, tokens or passwords,
+environment variables that options name, and URLs between `://` and `@`.
 """
 
 import argparse
@@ -19,14 +19,14 @@ from urllib.parse import quote, unquote
 from rlhf_pl.utils.secret_names import is_secret
 
 HIDDEN = "<secret>"
-MIN_LENGTH = 6  # of what is hidden wherever it stands; shorter ones are hidden in URLs and under their names
-_MIN_WORD = 8  # of letters alone, or of digits
-_LONG = 16  # no word or number is as long by chance
+MIN_LENGTH = 6  # of secrets that are hidden everywhere; shorter ones are hidden in URLs and under their names
+_MIN_WORD = 8  # the same for secrets of letters only, or of digits only
+_LONG = 16  # longer than words and numbers in ordinary texts
 _MAX_FILE_BYTES = 2**20  # of a config file
-_NO_SECRETS = {"password", "passwords", "changeme", "undefined", "disabled", "anonymous", "placeholder"}
+_PLACEHOLDERS = {"password", "passwords", "changeme", "undefined", "disabled", "anonymous", "placeholder"}
 
 _known: set[str] = set()
-_environment: dict[object, object] = {}  # as it was last looked at
+_environment: dict[object, object] = {}  # at the last check
 
 _SCHEMES = re.compile(r"(?i:bearer|basic|token)\s+")  # of authorization
 _SCHEME = r":\\?/\\?/"
@@ -35,24 +35,24 @@ _PLAIN, _WITH_SLASH = r"[^\s/?#\"'<>]*", r"[^\s/?#\"'<>:@\[]+:(?!\d{1,5}(?:[/?#\
 _USERINFO = re.compile(rf"({_SCHEME})(?:{_PLAIN}@{_HOST}|{_WITH_SLASH}@{_HOST}|{_PLAIN}@)")
 _QUERY = re.compile(r"([?&;]([\w.-]+)=)([^&;\s\"'<>#]*[^&;\s\"'<>#)\]}.,])")
 _HEADER = re.compile(r"(authorization\W{1,8}(?:bearer|basic|token)\s+)[^\s\"'<>,;&\\]{4,}", re.IGNORECASE)
-# `name: value` of YAML and JSON, `name=value` of flags; the search goes on behind the name
+# `name: value` of YAML and JSON, `name=value` of flags; the next match may start after the name
 _NAMED = re.compile(
     r"([A-Za-z][\w.-]*)[\"']?\s*[:=]\s*(?=(?:\"((?:[^\"\\]|\\.){0,4096})\"|'([^']{0,4096})'|([^\n]{0,4096})))"
 )
 
 
-def register(secret: object) -> None:
-    """Hide what was sent, or is about to be, from now on."""
+def register_secret(secret: object) -> None:
+    """Hide a secret from now on. Placeholders and short texts are not hidden."""
     text = str(secret).strip()
     if scheme := _SCHEMES.match(text):
-        register(text[scheme.end() :])
-    least = _MIN_WORD if text.isalpha() or text.isdigit() else MIN_LENGTH
-    if len(text) >= least and text.lower() not in _NO_SECRETS and HIDDEN not in text:
+        register_secret(text[scheme.end() :])
+    minimum = _MIN_WORD if text.isalpha() or text.isdigit() else MIN_LENGTH
+    if len(text) >= minimum and text.lower() not in _PLACEHOLDERS and HIDDEN not in text:
         _known.add(text)
 
 
 def register_url(url: str) -> None:
-    """Hide the user and password in a URL; one without a scheme too."""
+    """Hide the user and password in a URL, with or without a scheme."""
     if "@" not in url:
         return
     info = url.partition("://")[2] or url
@@ -60,16 +60,16 @@ def register_url(url: str) -> None:
     user, _, password = (found[0][3:-1] if found else info.rpartition("@")[0]).partition(":")
     for part in (str, unquote):
         if password:
-            register(part(password))
-            register(base64.b64encode(f"{part(user)}:{part(password)}".encode()).decode())
+            register_secret(part(password))
+            register_secret(base64.b64encode(f"{part(user)}:{part(password)}".encode()).decode())
         if len(user) >= _LONG or not password:
-            register(part(user))
+            register_secret(part(user))
 
 
 def environment_key(name: str | None) -> str:
-    """The key in the environment variable that an option names; empty if there is none. It is hidden from now on."""
+    """The key in the environment variable `name`, which is hidden from now on; empty if there is none."""
     key = os.environ.get(name or "", "").strip()
-    register(key)
+    register_secret(key)
     return key
 
 
@@ -90,87 +90,87 @@ def check_environment_key(option: str, name: str | None) -> None:
         raise InputError(f"`{option}`: the key in {name} has characters that no HTTP header may have.")
 
 
-def learn(text: str) -> None:
-    """Hide the secrets in a config's text or a command line's argument."""
-    learn_urls(text)
+def register_text(text: str) -> None:
+    """Hide the secrets in the text of a config or a command-line argument."""
+    register_urls(text)
     for found in _NAMED.finditer(text):
         quoted = found[2] or found[3]
         value = quoted if quoted is not None else (found[4] or "").strip()
         if is_secret(found[1], value):
-            if quoted is None:  # the rest of the line may be something else
+            if quoted is None:  # the rest of the line may not belong to the value
                 value = re.split(r"[,}\]&\s]", _SCHEMES.sub("", value, count=1))[0]
-            register(value)
+            register_secret(value)
 
 
-def learn_urls(text: str) -> None:
-    """Hide the secrets in the URLs of a text."""
+def register_urls(text: str) -> None:
+    """Hide the secrets in a text's URLs."""
     for found in _USERINFO.finditer(text):
         register_url(found[0])
     for found in _QUERY.finditer(text):
         if is_secret(found[2], found[3], any_key=True):
-            register(found[3])
-            register(unquote(found[3]))
+            register_secret(found[3])
+            register_secret(unquote(found[3]))
 
 
-def learn_options(options: Any) -> None:
-    """Hide the secrets among parsed options, by their names."""
+def register_options(options: Any) -> None:
+    """Hide the secrets among parsed options, recognized by name."""
 
     def visit(name: str, value: str) -> None:
-        learn_urls(value)
+        register_urls(value)
         if is_secret(name, value):
-            register(value)
+            register_secret(value)
 
-    _each(options, "", visit)
+    _visit_values(options, "", visit)
 
 
-def learn_arguments(arguments: Sequence[str]) -> None:
-    """Hide the secrets of a command line and of its config files, before anything can be said about them."""
-    learn_environment()
+def register_arguments(arguments: Sequence[str]) -> None:
+    """Hide the secrets of a command line and of its config files, before any message can contain them."""
+    register_environment()
     for argument, following in pairwise([*arguments, ""]):
-        learn(argument)
+        register_text(argument)
         if argument.startswith("-") and "=" not in argument and is_secret(argument, following):
-            register(following)
+            register_secret(following)
         named = following if argument in ("--config", "-c") else argument.rpartition("=")[2]
         is_config = argument.startswith(("--config", "-c")) or Path(named).suffix in (".yaml", ".yml")
         if is_config and os.path.isfile(named) and os.path.getsize(named) < _MAX_FILE_BYTES:
-            learn(Path(named).read_text(encoding="utf-8", errors="replace"))
+            register_text(Path(named).read_text(encoding="utf-8", errors="replace"))
 
 
-def learn_environment() -> None:
-    """Hide the secrets of the environment; quick where it has not changed."""
-    now = dict(getattr(os.environ, "_data", os.environ))  # undecoded, which costs a hundredth
-    if _environment == now:
+def register_environment() -> None:
+    """Hide the secrets of the environment. Fast if it has not changed."""
+    current = dict(getattr(os.environ, "_data", os.environ))  # undecoded: 100 times faster
+    if _environment == current:
         return
     _environment.clear()
-    _environment.update(now)
+    _environment.update(current)
     for name, value in os.environ.items():
         if "://" in value:
-            learn(value)
+            register_text(value)
         if is_secret(name, value, any_key=True):
-            register(value)
+            register_secret(value)
 
 
 def redact(text: object) -> str:
-    """A text without secrets, in whatever encoding they stand in it."""
-    learn_environment()
+    """A text without secrets, in any encoding."""
+    register_environment()
     return redact_known(str(text))
 
 
 def redact_known(text: str) -> str:
-    """`redact` without a look at the environment, for what is drawn many times a second."""
+    """`redact` without a check of the environment, for texts that are printed many times per second."""
     if "@" in text:
         text = _USERINFO.sub(rf"\1{HIDDEN}@", text)
     if "=" in text:
         text = _QUERY.sub(lambda found: found[1] + HIDDEN if is_secret(found[2], found[3], True) else found[0], text)
     text = _HEADER.sub(rf"\1{HIDDEN}", text)
-    for part, pattern in _forms(tuple(sorted(_known))):
+    for part, pattern in _secret_patterns(tuple(sorted(_known))):
         if part in text:
             text = pattern.sub(HIDDEN, text)
     return text
 
 
 def redacted(value: Any, name: str = "") -> Any:
-    """A copy of options, settings or JSON without secrets: those under names of secrets, and those in texts."""
+    """A copy of options, settings or JSON without secrets: neither under names of secrets, nor in texts."""
     if isinstance(value, argparse.Namespace):
         copy = type(value)()
         for key, inner in vars(value).items():
@@ -183,44 +183,45 @@ def redacted(value: Any, name: str = "") -> Any:
         return items if isinstance(value, list) else tuple(items)
     if isinstance(value, str) and is_secret(name, value):
         return HIDDEN
-    if isinstance(value, int) and value >= 1000 and is_secret(name, str(value)):  # no count
+    if isinstance(value, int) and value >= 1000 and is_secret(name, str(value)):  # not a count
         return HIDDEN
     return redact(value) if isinstance(value, str) else value
 
 
 def hidden_options(options: Any) -> list[str]:
-    """The options that hold what a stored config has in place of secrets."""
+    """Names of the options whose secrets were replaced when the config was stored."""
     found: list[str] = []
-    _each(options, "", lambda option, value: found.append(option) if HIDDEN in value else None)
+    _visit_values(options, "", lambda option, value: found.append(option) if HIDDEN in value else None)
     return found
 
 
-def _each(value: Any, name: str, visit: Callable[[str, str], object]) -> None:
-    """Visit every text and number of nested options with its full name."""
+def _visit_values(value: Any, name: str, visit: Callable[[str, str], object]) -> None:
+    """Call `visit` with the full name and the value of every text and number in nested options."""
     if isinstance(value, argparse.Namespace):
         value = vars(value)
     if isinstance(value, dict):
         for key, inner in value.items():
-            _each(inner, f"{name}.{key}" if name else str(key), visit)
+            _visit_values(inner, f"{name}.{key}" if name else str(key), visit)
     elif isinstance(value, list | tuple):
         for inner in value:
-            _each(inner, name, visit)
+            _visit_values(inner, name, visit)
     elif isinstance(value, str | int) and not isinstance(value, bool):
         visit(name, str(value))
 
 
 @lru_cache(maxsize=2)
-def _forms(secrets: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
-    """A part of each spelling of each secret that no encoding changes, and an expression for the whole."""
+def _secret_patterns(secrets: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
+    """For each form of each secret, a substring that all encodings contain, and a pattern of the whole."""
     found: dict[str, re.Pattern[str]] = {}
     for secret in sorted(secrets, key=len, reverse=True):
-        word = (secret.isalpha() or secret.isdigit()) and len(secret) < _LONG
+        is_word = (secret.isalpha() or secret.isdigit()) and len(secret) < _LONG
         for form in (secret, secret.lower(), secret.upper()):
-            spelled = "".join(map(_spelled, form))
-            whole = rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])){spelled}(?![A-Za-z0-9])" if word else spelled
+            spelled = "".join(map(_spelling_pattern, form))
+            whole = rf"(?:(?<![A-Za-z0-9])|(?<=\\[nrt])){spelled}(?![A-Za-z0-9])" if is_word else spelled
             found[form] = re.compile(whole)
         found |= {
-            form: re.compile("".join(map(_spelled, form))) for form in _encoded(secret.encode("utf-8", "replace"))
+            form: re.compile("".join(map(_spelling_pattern, form)))
+            for form in _encode_secret(secret.encode("utf-8", "replace"))
         }
     return [(max(re.findall("[A-Za-z0-9]*", form), key=len), pattern) for form, pattern in found.items()]
 
@@ -228,13 +229,13 @@ def _forms(secrets: tuple[str, ...]) -> list[tuple[str, re.Pattern[str]]]:
 _ESCAPES = r"\\{0,8}"  # of JSON in JSON, `repr` of `repr`
 
 
-def _spelled(character: str) -> str:
-    """A character as it is, or as URLs, JSON, HTML and Python's `repr` write it."""
+def _spelling_pattern(character: str) -> str:
+    """Pattern of a character as it is, and as URLs, JSON, HTML and Python's `repr` write it."""
     if character.isascii() and character.isalnum():
         return character
     number = ord(character)
     escaped = repr(character)[1:-1].lstrip("\\")
-    ways = {
+    spellings = {
         rf"{_ESCAPES}{re.escape(character)}",
         rf"\\{_ESCAPES}{re.escape(escaped)}",
         f"(?i:{re.escape(quote(character.encode('utf-8', 'replace'), safe=''))}|%{number:02x})",
@@ -243,11 +244,11 @@ def _spelled(character: str) -> str:
         re.escape(repr(character.encode("utf-8", "replace"))[2:-1]),
         *([r"\+"] if character == " " else []),
     }
-    return f"(?:{'|'.join(sorted(ways))})"
+    return f"(?:{'|'.join(sorted(spellings))})"
 
 
-def _encoded(secret: bytes) -> list[str]:
-    """In base64, wherever in the encoded text it begins, and in hexadecimal."""
+def _encode_secret(secret: bytes) -> list[str]:
+    """A secret in hexadecimal, and in base64 at any offset of the encoded text."""
     found = [secret.hex(), secret.hex().upper()]
     for before in range(3):
         text = base64.b64encode(b"\0" * before + secret).decode().rstrip("=")

@@ -1,4 +1,4 @@
-"""What reaches the terminal: no secrets, no escape sequences, and of a long message the beginning."""
+"""Safe output on the terminal: no secrets, no escape sequences, and only the beginning of long messages."""
 
 import re
 import sys
@@ -11,26 +11,26 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rlhf_pl.utils.secrets import learn_arguments, redact, redact_known
+from rlhf_pl.utils.secrets import redact, redact_known, register_arguments
 
 MAX_PRINTED = 2000  # characters of an error on the terminal
-MAX_TRACEBACK = 100_000  # of one that was asked for
+MAX_TRACEBACK = 100_000  # characters of a requested traceback
 MAX_LOGGED = 64 * 2**20  # characters that a process writes to its log of long errors
 LOG = "errors.log"
-_LEAST_LOOKED_AT = 2**16
+_MIN_EXAMINED = 2**16  # characters
 
-# control characters but line ends and tabs, what reverses the direction of writing, and halves of surrogate pairs
+# control characters except line ends and tabs, characters that reverse the writing direction, and lone surrogates
 _UNPRINTABLE = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 
-# what progress bars and colours need: those of libraries too
-_DRAWING = re.compile(rf"(\r|\x1b\[(?:[\d;]*m|\d*[AK]|\?25[hl]))|{_UNPRINTABLE.pattern}")
+# escape sequences of progress bars and colours, also of libraries' ones
+_PROGRESS = re.compile(rf"(\r|\x1b\[(?:[\d;]*m|\d*[AK]|\?25[hl]))|{_UNPRINTABLE.pattern}")
 
 
 class _Log:
-    """Where the whole of long errors goes: into the run directory once there is one, else beside other temporary files.
+    """Stores the full text of long errors: in the run directory if it exists, else in a temporary folder.
 
     Attributes:
-        run_dir: The run directory, which may not be there yet.
+        run_dir: The run directory, which may not exist yet.
         written: Characters so far.
     """
 
@@ -40,7 +40,7 @@ class _Log:
         self._temporary: Path | None = None
 
     def add(self, text: str) -> Path | None:
-        """The file that `text` is now in; None if there is no room for it."""
+        """Append `text` to the log and return the file; None if the log is full or can't be written."""
         self.written += len(text)
         if self.written > MAX_LOGGED:
             return None
@@ -58,80 +58,80 @@ class _Log:
 
 
 _log = _Log()
-_tracebacks = False
+_has_tracebacks = False
 
 
-def log_to(run_dir: str | Path) -> None:
-    """Have the whole of long errors in this directory, once it is there."""
+def set_log_folder(run_dir: str | Path) -> None:
+    """Store the full text of long errors in this directory, once it exists."""
     _log.run_dir = Path(run_dir)
 
 
 def escape(text: str) -> str:
-    r"""A text with control characters, those that change the direction of writing included, written as `\x1b`."""
+    r"""Write control characters, including those that change the writing direction, as `\x1b`."""
     return _UNPRINTABLE.sub(lambda found: ascii(found[0])[1:-1], text.replace("\r\n", "\n"))
 
 
-def printable(text: str) -> str:
-    """A text for the terminal."""
+def make_printable(text: str) -> str:
+    """A text for the terminal: escaped, without secrets."""
     return escape(redact_known(text))
 
 
-def shortened(text: str, limit: int) -> str:
-    """A text of at most `limit` characters; a longer one names the file that holds the whole of it."""
+def shorten(text: str, limit: int) -> str:
+    """Shorten a text to `limit` characters. If it is longer, its end names the file with the full text."""
     if len(text) <= limit:
         return text
-    note = f"… [{len(text):,} characters in all{_place(_log.add(text))}]"
+    note = f"… [{len(text):,} characters in total{_describe_file(_log.add(text))}]"
     return text[: max(0, limit - len(note))] + note
 
 
-def summary(text: object, limit: int) -> str:
-    """What is stored of a text: without secrets, and as `shortened`.
+def summarize(text: object, limit: int) -> str:
+    """Shorten a text for storage and remove its secrets.
 
-    Of texts that the log has no room for, no more is looked at than the beginning: there may be many.
+    Only the beginning of a text is examined if the log has no space for the rest: there may be many such texts.
     """
-    looked_at = str(text)[: max(_LEAST_LOOKED_AT, MAX_LOGGED - _log.written)]
-    return shortened(redact(looked_at.encode("utf-8", "backslashreplace").decode()), limit)
+    examined = str(text)[: max(_MIN_EXAMINED, MAX_LOGGED - _log.written)]
+    return shorten(redact(examined.encode("utf-8", "backslashreplace").decode()), limit)
 
 
-def _place(file: Path | None) -> str:
+def _describe_file(file: Path | None) -> str:
     return f", in {file}" if file else ""
 
 
 def print_error(message: object, prefix: str = "error: ") -> None:
-    """An error on standard error."""
-    print(shortened(prefix + escape(redact(message)), MAX_PRINTED), file=sys.stderr, flush=True)
+    """Print an error on standard error."""
+    print(shorten(prefix + escape(redact(message)), MAX_PRINTED), file=sys.stderr, flush=True)
 
 
 def show_tracebacks(wanted: bool) -> None:
-    """Whether wrong inputs are shown with their traceback from here on: `--traceback`."""
-    global _tracebacks
-    _tracebacks = wanted
+    """Set whether wrong inputs are shown with their traceback (`--traceback`)."""
+    global _has_tracebacks
+    _has_tracebacks = wanted
 
 
 def shows_tracebacks() -> bool:
     """Whether `--traceback` was given."""
-    return _tracebacks
+    return _has_tracebacks
 
 
 def print_wrong_input(error: BaseException, message: object = None) -> None:
-    """A wrong input on standard error: one message, after the traceback if that is wanted.
+    """Print a wrong input on standard error: one message, after the traceback if `--traceback` was given.
 
     Args:
-        error: What was raised.
-        message: What is said of it; None for what it says itself.
+        error: The exception that was raised.
+        message: The message to print; None for that of `error`.
     """
-    if _tracebacks:
+    if _has_tracebacks:
         print_traceback(error, MAX_TRACEBACK)
     print_error(error if message is None else message)
 
 
 def print_traceback(error: BaseException, limit: int = MAX_PRINTED) -> None:
-    """A bug on standard error: the message, after as many of the last calls as there is room for."""
+    """Print a bug on standard error: the message, after as many of the last calls as `limit` allows."""
     whole = escape(redact("".join(traceback.format_exception(error))))
     if len(whole) <= limit:
         print(whole, end="", file=sys.stderr, flush=True)
         return
-    note = f"[{len(whole):,} characters in all{_place(_log.add(whole))}]"
+    note = f"[{len(whole):,} characters in total{_describe_file(_log.add(whole))}]"
     message = escape(redact("".join(traceback.format_exception_only(error)))).rstrip("\n")
     if len(message) > limit // 2:
         message = message[: limit // 2] + "…"
@@ -142,14 +142,14 @@ def print_traceback(error: BaseException, limit: int = MAX_PRINTED) -> None:
     print(f"Traceback (most recent call last):\n{calls}{message}\n{note}", file=sys.stderr, flush=True)
 
 
-class _Redacted:
-    """A text stream that gets no secrets, and of escape sequences those of progress bars and colours only."""
+class _RedactedStream:
+    """A text stream that removes secrets and all escape sequences except those of progress bars and colours."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
 
     def write(self, text: str) -> int:
-        self._stream.write(_DRAWING.sub(lambda found: found[1] or ascii(found[0])[1:-1], redact_known(text)))
+        self._stream.write(_PROGRESS.sub(lambda found: found[1] or ascii(found[0])[1:-1], redact_known(text)))
         return len(text)
 
     def writelines(self, lines: Any) -> None:
@@ -162,12 +162,12 @@ class _Redacted:
 
 @contextmanager
 def guarded_terminal(arguments: list[str]) -> Iterator[None]:
-    """In which a command runs: what it, libraries and rewards print is safe, and what ends it is shown as above."""
-    learn_arguments(arguments)
+    """Run a command so that its output, also that of libraries and rewards, is safe, and its final error is short."""
+    register_arguments(arguments)
     sys.excepthook = _on_exception
     threading.excepthook = _on_thread_exception
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = _Redacted(before[0]), _Redacted(before[1])
+    sys.stdout, sys.stderr = _RedactedStream(before[0]), _RedactedStream(before[1])
     try:
         yield
     finally:

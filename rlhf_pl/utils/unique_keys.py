@@ -1,24 +1,24 @@
-"""JSON that users write, in which no object has a key twice."""
+"""Reads JSON that users write, and refuses duplicate keys."""
 
 import json
 from typing import Any
 
 
 class DuplicateKeyError(ValueError):
-    """An object has a key twice: which of its values is meant, nobody can tell."""
+    """An object has a duplicate key, so its value is ambiguous."""
 
 
 def loads(text: str) -> Any:
-    """What JSON text holds.
+    """Parse JSON.
 
     Raises:
-        DuplicateKeyError: An object has a key twice.
-        ValueError: It is no JSON.
+        DuplicateKeyError: An object has a duplicate key.
+        ValueError: The text is not JSON.
     """
-    return json.loads(text, object_pairs_hook=_unique)
+    return json.loads(text, object_pairs_hook=_make_object)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def _make_object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]

@@ -1,1 +1,1 @@
-"""Tests of the mathematics, and of algorithms from outside."""
+"""Tests of the mathematics and of users' algorithms."""

@@ -1,4 +1,4 @@
-"""Losses of a user's own, on pairs, on groups and on tokens, trained for a round by the real command."""
+"""Users' losses on pairs, groups, responses and tokens, trained for a round by the real command."""
 
 import csv
 import json
@@ -132,7 +132,7 @@ Group = list[dict[str, Any]]
 
 
 def stored_prompts() -> list[Group]:
-    """The scored responses by prompt, read from the files."""
+    """The scored responses to each prompt, read from the files."""
     stored = RoundStore("run").round(0)
     groups: dict[str, Group] = {}
     rewards = stored.read("rewards")["reward"].to_pylist()
@@ -142,13 +142,13 @@ def stored_prompts() -> list[Group]:
 
 
 def token_logps(lm: Any, row: dict[str, Any]) -> Tensor:
-    """Of each token of a response, from full logits."""
+    """Log-prob of each token of a response, from full logits."""
     prompt, response = row["prompt_tokens"], row["response_tokens"]
     table = (lm(input_ids=torch.tensor([prompt + response])).logits[0] / TEMPERATURE).log_softmax(-1)
     return torch.stack([table[len(prompt) + i - 1, token] for i, token in enumerate(response)])
 
 
-def naive(name: str, new: dict[int, Tensor], old: dict[int, Tensor], groups: list[Group]) -> Tensor:
+def naive_loss(name: str, new: dict[int, Tensor], old: dict[int, Tensor], groups: list[Group]) -> Tensor:
     """The mean loss over the round, pair by pair and token by token."""
     terms: list[Tensor] = []
     for group in groups:
@@ -173,7 +173,7 @@ def naive(name: str, new: dict[int, Tensor], old: dict[int, Tensor], groups: lis
 
 
 @pytest.mark.parametrize("name", ["Logistic", "AllPairsRebel", "Reinforce", "ClippedTokens"])
-def test_a_round_trains_as_the_naive_computation_does(name: str, command: Callable[..., int], llama: Path) -> None:
+def test_a_round_trains_like_the_naive_computation(name: str, command: Callable[..., int], llama: Path) -> None:
     """Two plain SGD updates over the whole round; the second is off-policy. Micro-batches of 2, 2, 2 and 1 groups."""
     from transformers import AutoModelForCausalLM
 
@@ -187,7 +187,7 @@ def test_a_round_trains_as_the_naive_computation_does(name: str, command: Callab
     for _ in range(2):
         new = {id(row): token_logps(lm, row) for group in groups for row in group}
         old = old or {key: value.detach() for key, value in new.items()}
-        loss = naive(name, new, old, groups)
+        loss = naive_loss(name, new, old, groups)
         lm.zero_grad()
         loss.backward()
         losses.append(loss.item())
@@ -204,31 +204,31 @@ def test_a_round_trains_as_the_naive_computation_does(name: str, command: Callab
         assert (trained[key] - start[key] - moved).norm() < 1e-3 * moved.norm(), key
 
 
-def test_no_more_is_computed_than_a_loss_needs(command: Callable[..., int]) -> None:
+def test_only_the_log_probs_that_a_loss_needs_are_computed(command: Callable[..., int]) -> None:
     assert command("Plain") == 0
     stored = RoundStore("run").round(0)
     assert stored.read("logps").column_names == ["prompt_id", "response_index"]
     assert len(stored.read("logps")) == 21  # 7 prompts, 3 responses each
-    # another loss on the same groups: only the log-probs are made
+    # another loss on the same groups: only the log-probs are computed again
     before = {stage: [file.name for file in stored.shards(stage).values()] for stage in ("responses", "pairs")}
     assert command("ClippedTokens", "--trainer.default_root_dir", "run") == 0
     table = stored.read("logps")
     assert {stage: [file.name for file in stored.shards(stage).values()] for stage in before} == before
     sums = [sum(values) for values in table["old_token_logps"].to_pylist()]
-    assert table["old_logp"].to_pylist() == pytest.approx(sums, abs=1e-5)
+    assert table["old_logp"].to_pylist() == pytest.approx(sums, rel=1e-6)  # sums of float32
 
 
 @pytest.mark.parametrize(
     ("loss", "arguments", "message"),
     [
-        ("AllPairsRebel", ("--rollout.selector", "RandomPair"), "no pairs are picked"),
-        ("Plain", ("--model.kl_coef", "0.1"), "takes no rewards"),
+        ("AllPairsRebel", ("--rollout.selector", "RandomPair"), "no pairs are selected"),
+        ("Plain", ("--model.kl_coef", "0.1"), "reads no rewards"),
         ("Plain", ("--model.reference", "x"), "it would have no effect"),
-        ("Plain", ("--rollout.sampling.temperature", "1", "--rollout.old_logps", "sampler"), "takes no log-probs"),
+        ("Plain", ("--rollout.sampling.temperature", "1", "--rollout.old_logps", "sampler"), "uses no log-probs"),
         ("ClippedTokens", ("--rollout.sampling.temperature", "1", "--rollout.old_logps", "sampler"), "of every token"),
     ],
 )
-def test_options_that_a_loss_has_no_use_for_are_refused(
+def test_options_without_effect_on_a_loss_are_refused(
     command: Callable[..., int], capsys: pytest.CaptureFixture[str], loss: str, arguments: tuple[str, ...], message: str
 ) -> None:
     assert command(loss, *arguments) == 1

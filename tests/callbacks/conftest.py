@@ -1,4 +1,4 @@
-"""One small run in rounds that many tests look at, and what it takes to go on from its rounds."""
+"""A small run in rounds that many tests inspect, and a fixture that trains on its rounds again."""
 
 import contextlib
 import io
@@ -22,12 +22,12 @@ from tests.integration.test_fit import PROMPTS, fit
 
 
 def coarse(response: str) -> float:
-    """A reward that many responses share, so that some prompts give no pair."""
+    """A coarse reward, equal for many responses, so that some prompts give no pair."""
     return float(len(set(response)) // 5)
 
 
 class Log(Logger):
-    """Keeps what is logged, with its step, in order."""
+    """Keeps all logged metrics and texts with their steps, in order."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,19 +58,19 @@ class Log(Logger):
         return [(step, metrics[name]) for step, metrics in self.metrics if name in metrics]
 
 
-class Seen(L.Callback):
-    """The policy's weights at the start of every round, and at the end of the run."""
+class WeightsRecorder(L.Callback):
+    """Records the policy's weights at the start of every round and at the end of the run."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, torch.Tensor]] = []
 
     def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:
-        self._note(module)
+        self._record(module)
 
     def on_fit_end(self, trainer: L.Trainer, module: Any) -> None:
-        self._note(module)
+        self._record(module)
 
-    def _note(self, module: Any) -> None:
+    def _record(self, module: Any) -> None:
         self.weights.append({name: tensor.clone() for name, tensor in module.weights().stream()})
 
 
@@ -78,7 +78,8 @@ class Seen(L.Callback):
 class SmallRun:
     """Two rounds of 10 prompts with 4 responses each; 4 held-out prompts with two responses each before and after.
 
-    Responses are short and likely ones, so that some end, some repeat themselves and some are the same.
+    Responses are short and sampled at a low temperature, so that some finish, some repeat themselves and some are
+    identical.
     """
 
     folder: Path
@@ -95,20 +96,20 @@ class SmallRun:
 
     @property
     def updates(self) -> list[int]:
-        """Of each round."""
+        """Number of updates of each round."""
         first = next(step for step, _ in self.log.of("rollout/pairs")[1:])
         return [first, self.trainer.global_step - first]
 
     def rows(self, which: str, index: int) -> list[dict[str, Any]]:
-        """Responses of round `index`, or of the evaluation after so many rounds, each with its reward."""
+        """Responses of round `index`, or of the evaluation after `index` rounds, each with its reward."""
         stored = self.store.round(index) if which == "rounds" else self.store.held_out(index)
         rewards = stored.read("rewards")["reward"].to_pylist()
         rows = stored.read("responses").to_pylist()
         return [row | {"reward": reward} for row, reward in zip(rows, rewards, strict=True)]
 
 
-def printing(function: Callable[[], Any]) -> tuple[Any, str]:
-    """What it returns, and what it prints."""
+def capture_output(function: Callable[[], Any]) -> tuple[Any, str]:
+    """Call a function; return its result and its printed output."""
     out = io.StringIO()
     with contextlib.redirect_stdout(out):
         result = function()
@@ -120,25 +121,25 @@ def run(tmp_path_factory: pytest.TempPathFactory, llama: Path) -> SmallRun:
     folder = tmp_path_factory.mktemp("callbacks")
     prompts = folder / "prompts.jsonl"
     prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
-    log, seen = Log(), Seen()
+    log, recorder = Log(), WeightsRecorder()
     callbacks = [
         *(RoundProgress(), RunReport(num_samples=2), SampleTable(3), DegenerationGuard(max_kl=1e-6)),
-        *(HFExport(dtype="float32", every_round=True), RoundCheckpoint(every_n_updates=2, keep_rounds=-1), seen),
+        *(HFExport(dtype="float32", every_round=True), RoundCheckpoint(every_n_updates=2, keep_rounds=-1), recorder),
     ]
     options: dict[str, Any] = {"logger": log, "enable_checkpointing": True, "enable_progress_bar": True}
     refresh = {
         "reward": f"{__name__}.coarse",
         "sampling": SamplingConfig(num_responses=4, max_response_tokens=16, temperature=0.1),
     }
-    (trainer, module), printed = printing(
+    (trainer, module), printed = capture_output(
         lambda: fit(folder / "run", llama, str(prompts), callbacks, refresh=refresh, **options)
     )
-    return SmallRun(folder / "run", str(prompts), trainer, module, log, printed, seen.weights)
+    return SmallRun(folder / "run", str(prompts), trainer, module, log, printed, recorder.weights)
 
 
 @pytest.fixture
 def again(run: SmallRun, llama: Path, tmp_path: Path) -> Callable[..., tuple[L.Trainer, RebelModule]]:
-    """Trains on the rounds of `run`, in a directory of its own where no sampler and no reward is needed."""
+    """Trains on copies of the rounds of `run` in another directory; needs no sampler and no reward."""
 
     def train(
         *callbacks: L.Callback, prompts: str = run.prompts, held_out: bool = True, **options: Any

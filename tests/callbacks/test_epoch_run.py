@@ -1,4 +1,4 @@
-"""Runs over fixed data: what is printed of an epoch, the lock, the resume points, and the Trainer given back."""
+"""Runs over fixed data: the printed line of an epoch, the lock, resume points, and the Trainer's restored options."""
 
 import json
 import math
@@ -23,7 +23,7 @@ ROWS = [{"prompt": f"Say {i}", "response": f"I say {i}, of course."} for i in ra
 
 @pytest.fixture
 def train(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> Callable[..., L.Trainer]:
-    """Fits 10 conversations, two at a time; four of them are held out unless it is said otherwise."""
+    """Fits 10 conversations, two a batch; by default four of them are held out."""
 
     def fit(*callbacks: L.Callback, held_out: int = 4, ckpt_path: str | None = None, **options: Any) -> L.Trainer:
         L.seed_everything(2, verbose=False)
@@ -41,7 +41,7 @@ def train(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> Calla
 
 
 class Perplexity(L.Callback):
-    """Of the held-out conversations at every epoch's end, by transformers' own loss over their responses."""
+    """Held-out perplexity at every epoch's end, by the loss of transformers over the responses."""
 
     def __init__(self) -> None:
         self.found: list[float] = []
@@ -57,7 +57,7 @@ class Perplexity(L.Callback):
         self.found.append(math.exp(total / count))
 
 
-def test_a_line_an_epoch_says_how_well_held_out_rows_are_predicted(
+def test_each_epoch_prints_its_held_out_perplexity(
     train: Callable[..., L.Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     independent = Perplexity()
@@ -68,7 +68,7 @@ def test_a_line_an_epoch_says_how_well_held_out_rows_are_predicted(
     begin, *epochs, end = lines
     assert len(set(lengths.values())) == 1
     learned = 6 * next(iter(lengths.values()))
-    assert begin == f"Conversations: 6 for training ({learned} answer tokens), 4 held out. Run directory: {run}"
+    assert begin == f"Conversations: 6 for training ({learned} response tokens), 4 held out. Run directory: {run}"
     assert end == f"Done. The model is in {run}/model; see the curves with tensorboard --logdir {run}"
     assert epochs == [
         f"epoch {number}: held-out perplexity {found:.3f} (loss {math.log(found):.3f} nats a token, 4 conversations)"
@@ -77,10 +77,10 @@ def test_a_line_an_epoch_says_how_well_held_out_rows_are_predicted(
     assert independent.found[1] < independent.found[0]
 
 
-def test_an_epoch_without_validation_tells_its_own_loss(
+def test_an_epoch_without_validation_prints_its_training_loss(
     train: Callable[..., L.Trainer], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Not the held-out metrics of the epoch before, which the Trainer still has."""
+    """The Trainer still has the held-out metrics of the previous epoch, which must not be printed."""
     losses: list[str] = []
 
     class Loss(L.Callback):
@@ -93,8 +93,8 @@ def test_an_epoch_without_validation_tells_its_own_loss(
     assert lines[1].startswith("epoch 2: held-out perplexity")
 
 
-def test_the_run_directory_is_one_processs_while_it_trains(train: Callable[..., L.Trainer], tmp_path: Path) -> None:
-    """And nobody's afterwards, however it ended."""
+def test_the_run_directory_is_locked_while_it_trains(train: Callable[..., L.Trainer], tmp_path: Path) -> None:
+    """The lock is released at the end, also after an error."""
     lock = tmp_path / "run" / ".lock"
     owners: list[int] = []
 
@@ -115,10 +115,10 @@ def test_the_run_directory_is_one_processs_while_it_trains(train: Callable[..., 
     assert owners == [os.getpid()] * 4
 
 
-def test_a_stop_inside_an_epoch_is_a_resume_point_that_says_where_it_is(
+def test_a_stop_inside_an_epoch_writes_a_resume_point_and_prints_its_position(
     train: Callable[..., L.Trainer], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Three updates an epoch: the fourth is the second epoch's first. What goes on ends as what never stopped."""
+    """Three updates an epoch: the fourth is the first of epoch 2. The resumed run equals an uninterrupted one."""
     options: dict[str, Any] = {"enable_checkpointing": True}
     stopped = train(RoundCheckpoint(0), max_steps=4, **options)
     printed = capsys.readouterr().out
@@ -126,7 +126,7 @@ def test_a_stop_inside_an_epoch_is_a_resume_point_that_says_where_it_is(
     assert "epoch 2: " not in printed
     where = "Stopped inside epoch 2 at update 4, after 1 of its 3 micro-batches."
     assert f"{where} `trainer.max_steps` is reached: raise it to go on." in printed
-    assert stopped.max_steps == 4  # the Trainer has its option back
+    assert stopped.max_steps == 4  # the Trainer's option is restored
     saved = tmp_path / "run" / "checkpoints" / "update-00000004.ckpt"
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve() == saved
     resumed = train(RoundCheckpoint(0), ckpt_path=str(saved), **options)
@@ -147,7 +147,7 @@ def test_a_metric_that_needs_held_out_rows_is_refused_without_them(
     train(EarlyStopping("val/loss"), max_epochs=1)
 
 
-def test_a_run_that_ends_before_its_last_epoch_says_why_and_how_it_goes_on(
+def test_a_run_that_ends_early_prints_why_and_how_it_can_continue(
     train: Callable[..., L.Trainer], capsys: pytest.CaptureFixture[str]
 ) -> None:
     early = EarlyStopping("val/loss", patience=1, min_delta=1e9)

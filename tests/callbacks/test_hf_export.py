@@ -1,4 +1,4 @@
-"""The trained model as a folder: after which rounds, with which weights, and whole whatever happened before."""
+"""Exported folders: after which rounds, with which weights, and complete even after damage or a killed run."""
 
 import hashlib
 import json
@@ -32,42 +32,42 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
     return load_file(folder / "model.safetensors")
 
 
-def same_as_policy(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
-    """What is written are the policy's weights in a dtype; tied ones are written once."""
+def assert_exports(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
+    """Check that a folder has the policy's weights in a dtype; tied ones are written once."""
     found = exported(folder)
     assert_same(found, {name: weights[name].to(dtype) for name in found})
     assert set(weights) - set(found) <= {"lm_head.weight"}
 
 
 def test_a_model_after_every_round_and_one_at_the_end(run: SmallRun) -> None:
-    """With the weights that the policy had then, and a note of the update."""
+    """Each has the policy's weights of its round, and a stamp with the update."""
     for name, weights, update in (
         ("model-round-1", run.seen[1], run.updates[0]),
         ("model-round-2", run.seen[2], sum(run.updates)),
         ("model", run.seen[2], sum(run.updates)),
     ):
-        same_as_policy(run.folder / name, weights)
+        assert_exports(run.folder / name, weights)
         stamp = json.loads((run.folder / name / STAMP).read_text())
         assert (stamp["updates"], stamp["dtype"]) == (update, "float32")
     assert sorted(path.name for path in find_exports(run.folder)) == ["model", "model-round-1", "model-round-2"]
     assert exported(run.folder / "model-round-1")["model.norm.weight"].ne(run.seen[0]["model.norm.weight"]).any()
 
 
-def test_another_folder_and_dtype(again: Again, tmp_path: Path) -> None:
-    _, module = again(HFExport("final/half", dtype="bfloat16"))
-    same_as_policy(tmp_path / "run" / "final" / "half", dict(module.weights().stream()), torch.bfloat16)
+def test_another_folder_and_dtype(run: SmallRun, again: Again, tmp_path: Path) -> None:
+    again(HFExport("final/half", dtype="bfloat16"), max_epochs=2)
+    assert_exports(tmp_path / "run" / "final" / "half", run.seen[2], torch.bfloat16)
     assert not (tmp_path / "run" / "model").exists()
 
 
-def test_a_round_that_was_left_inside_has_no_model(again: Again, tmp_path: Path) -> None:
+def test_an_unfinished_round_has_no_model(again: Again, tmp_path: Path) -> None:
     trainer, module = again(HFExport(dtype="float32", every_round=True), max_steps=1)
     assert trainer.global_step == 1
     assert [path.name for path in find_exports(tmp_path / "run")] == ["model"]
-    same_as_policy(tmp_path / "run" / "model", dict(module.weights().stream()))
+    assert_exports(tmp_path / "run" / "model", dict(module.weights().stream()))
 
 
-def test_what_is_there_is_not_written_again(again: Again, tmp_path: Path) -> None:
-    """A finished run started again leaves the files as they are; other weights take their place."""
+def test_an_existing_export_is_not_written_again(again: Again, tmp_path: Path) -> None:
+    """A finished run that is started again leaves the files unchanged; new weights replace them."""
     options: dict[str, Any] = {"enable_checkpointing": True}
     again(HFExport(), RoundCheckpoint(), **options)
     model = tmp_path / "run" / "model"
@@ -81,7 +81,7 @@ def test_what_is_there_is_not_written_again(again: Again, tmp_path: Path) -> Non
     assert not list((tmp_path / "run").glob(".model.*"))
 
 
-def test_modules_that_can_not_be_exported_are_refused_before_they_train(tmp_path: Path) -> None:
+def test_modules_that_cannot_be_exported_are_refused_before_training(tmp_path: Path) -> None:
     trainer = L.Trainer(
         accelerator="cpu", default_root_dir=tmp_path / "run", max_epochs=1, logger=False, enable_checkpointing=False,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[HFExport()],
@@ -92,13 +92,13 @@ def test_modules_that_can_not_be_exported_are_refused_before_they_train(tmp_path
 
 
 @pytest.mark.parametrize("folder", [".", "", "..", "/tmp/x", "checkpoints", "rounds/x", "a/../.."])
-def test_exports_have_a_place_of_their_own(folder: str) -> None:
+def test_folders_outside_the_run_or_in_use_are_refused(folder: str) -> None:
     with pytest.raises(InputError, match=r"`export.folder`"):
         HFExport(folder=folder)
 
 
-def test_a_run_exports_what_save_pretrained_writes(tmp_path: Path, write_jsonl: Any) -> None:
-    """Trained in bf16-mixed from bfloat16 with lr 0: the very same tensors, files and modes; another stage keeps it."""
+def test_a_runs_export_equals_the_folder_of_save_pretrained(tmp_path: Path, write_jsonl: Any) -> None:
+    """Trained in bf16-mixed from bfloat16 with lr 0: identical tensors, files and modes, also after another stage."""
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
     saved = save_in(source, tmp_path / "saved", torch.bfloat16)
     prompts = write_jsonl(PROMPTS)
@@ -118,13 +118,13 @@ def test_a_run_exports_what_save_pretrained_writes(tmp_path: Path, write_jsonl: 
     shutil.rmtree(run / "model")
     (run / "model").mkdir()
     (run / "model" / "thesis.txt").write_text("mine")
-    with pytest.raises(InputError, match="no export of this program"):
+    with pytest.raises(InputError, match="not an export of this program"):
         fit(run, source, prompts, [HFExport()], module, **settings)
     assert (run / "model" / "thesis.txt").exists()
 
 
-def test_a_damaged_export_is_noticed_and_made_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Cut files by their sizes, changed bytes by checksums; the same run writes the same folder once more."""
+def test_a_damaged_export_is_detected_and_written_again(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Truncated files are detected by size, changed bytes by checksum; the same run writes the same folder again."""
     source, run = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16), tmp_path / "run"
     rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -142,7 +142,7 @@ def test_a_damaged_export_is_noticed_and_made_again(tmp_path: Path, capsys: pyte
     assert written[name] == {"size": len(whole[name]), "sha256": hashlib.sha256(whole[name]).hexdigest()}
     assert main(["rounds", str(run), "--verify"]) == 0
 
-    def cut(file: Path) -> None:
+    def truncate(file: Path) -> None:
         file.write_bytes(file.read_bytes()[:-1])
 
     def flip(file: Path) -> None:
@@ -151,11 +151,11 @@ def test_a_damaged_export_is_noticed_and_made_again(tmp_path: Path, capsys: pyte
         file.write_bytes(content)
 
     for file, damage in (
-        (name, cut),
+        (name, truncate),
         (name, flip),
-        ("tokenizer.json", cut),
+        ("tokenizer.json", truncate),
         ("config.json", Path.unlink),
-        (STAMP, cut),
+        (STAMP, truncate),
     ):
         damage(model / file)
         assert [f.name for f in find_damaged_files(model, checksums=True)] == [file]
@@ -168,8 +168,8 @@ def test_a_damaged_export_is_noticed_and_made_again(tmp_path: Path, capsys: pyte
         assert {f.name: f.read_bytes() for f in model.iterdir()} == whole
 
 
-def test_a_damaged_model_of_a_round_is_made_again(tmp_path: Path) -> None:
-    """That of the last round by the same command, an earlier one from its checkpoint in another run directory."""
+def test_a_damaged_model_of_a_round_is_written_again(tmp_path: Path) -> None:
+    """The last round's by the same command, an earlier one's from its checkpoint in another run directory."""
     source, run = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16), tmp_path / "run"
     rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -193,18 +193,18 @@ def test_a_damaged_model_of_a_round_is_made_again(tmp_path: Path) -> None:
     assert (tmp_path / "other" / "model" / "model.safetensors").read_bytes() == before
 
 
-def test_the_average_is_exported_again_and_again(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> None:
-    """e <- 0.5 e + 0.5 w after every update, begun with the first update's weights."""
+def test_averaged_weights_are_exported(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> None:
+    """e <- 0.5 e + 0.5 w after every update, from the first update's weights on; a run started again exports them."""
     seen: list[torch.Tensor] = []
     prompts = write_jsonl(PROMPTS)
 
-    class Note(L.Callback):
+    class Recorder(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, *args: Any) -> None:
             if trainer.global_step > len(seen):
                 seen.append(next(t for n, t in module.weights().stream() if n.endswith("0.mlp.up_proj.weight")).clone())
 
     def run(**more: Any) -> dict[str, torch.Tensor]:
-        callbacks = [Note(), EMAWeightAveraging(decay=0.5), RoundCheckpoint(), HFExport(dtype="float32")]
+        callbacks = [Recorder(), EMAWeightAveraging(decay=0.5), RoundCheckpoint(), HFExport(dtype="float32")]
         fit(tmp_path, llama, prompts, callbacks, enable_checkpointing=True, **more)
         return load_file(tmp_path / "model" / "model.safetensors")
 

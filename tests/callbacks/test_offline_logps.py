@@ -1,6 +1,6 @@
-"""What pairs from elsewhere are compared with: the starting policy by a forward pass, or what came with them.
+"""Log-probs of offline pairs under pi_old: from a forward pass of the starting policy, or from the data.
 
-Seen by the loss that is trained on, against log-probs of plain transformers.
+The tests compare the training loss with log-probs of plain transformers.
 """
 
 import json
@@ -28,7 +28,7 @@ Write = Callable[..., str]
 
 
 class Start(L.Callback):
-    """The policy's weights when an epoch begins."""
+    """Records the policy's weights at the start of each epoch."""
 
     def __init__(self) -> None:
         self.weights: list[dict[str, torch.Tensor]] = []
@@ -40,7 +40,7 @@ class Start(L.Callback):
 def train(
     folder: Path, llama: Path, file: str, module: dict[str, Any] | None = None, epochs: int = 1, **data: Any
 ) -> tuple[list[float], Start]:
-    """The loss of each epoch, which is one update over all pairs; and the weights before it."""
+    """Train; return the loss of each epoch, which is one update over all pairs, and the weights before it."""
     L.seed_everything(4, verbose=False)
     start, log = Start(), Log()
     trainer = L.Trainer(
@@ -56,7 +56,7 @@ def train(
 
 
 def logps(folder: Path, rows: list[dict[str, Any]], weights: Any = None, temperature: float = 1.0) -> torch.Tensor:
-    """(pairs, 2): of chosen and rejected responses, their ends included, by plain transformers."""
+    """Log-probs of chosen and rejected responses with their EOS, by plain transformers; shape (pairs, 2)."""
     from transformers import AutoModelForCausalLM
 
     model, tokenizer = AutoModelForCausalLM.from_pretrained(folder).eval(), make_tokenizer()
@@ -83,39 +83,44 @@ def margins(values: torch.Tensor) -> torch.Tensor:
     return values[:, 0] - values[:, 1]
 
 
-def rebel(now: torch.Tensor, old: torch.Tensor, scores: torch.Tensor) -> float:
-    """The mean squared error of the log-ratio margins against the scaled margins of the scores."""
+def rebel_mean(now: torch.Tensor, old: torch.Tensor, scores: torch.Tensor) -> float:
+    """Mean squared error of the log-ratio margins against the scaled score margins."""
     return ((margins(now - old) - ETA * margins(scores)) ** 2).mean().item()
 
 
-def test_every_epoch_is_compared_with_the_policy_as_it_started(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
-    """At the temperature of the data. The first update has log-ratio 0; the second one has moved."""
+def test_log_ratios_of_every_epoch_are_relative_to_the_starting_policy(
+    llama: Path, tmp_path: Path, write_jsonl: Write
+) -> None:
+    """At the temperature of the data. The log-ratios of the first update are 0, those of the second are not."""
     losses, start = train(tmp_path, llama, write_jsonl(PLAIN), epochs=2, temperature=0.7)
     old = logps(llama, PLAIN, temperature=0.7)
     moved = logps(llama, PLAIN, start.weights[1], temperature=0.7)
     assert (moved - old).abs().max() > 0.1
-    expected = [rebel(now, old, rewards(PLAIN)) for now in (old, moved)]
+    expected = [rebel_mean(now, old, rewards(PLAIN)) for now in (old, moved)]
     assert losses == pytest.approx(expected, rel=1e-4)
 
 
-def test_log_probs_that_came_with_the_data_are_taken_and_doubted(
+def test_given_log_probs_are_used_with_a_warning_if_they_differ(
     llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = write_jsonl([published(row, chosen_logprob=-12.5, reject_logprob=-20.25) for row in PLAIN])
     now, given = logps(llama, PLAIN), torch.tensor([[-12.5, -20.25]]).double()
     (loss,), _ = train(tmp_path / "given", llama, file)
-    assert loss == pytest.approx(rebel(now, given, rewards(PLAIN)), rel=1e-4)
+    assert loss == pytest.approx(rebel_mean(now, given, rewards(PLAIN)), rel=1e-4)
     tokenizer = make_tokenizer()
     tokens = [[len(tokenizer(row[w] + "<|end|>")["input_ids"]) - 1 for w in ("chosen", "rejected")] for row in PLAIN]
-    off = ((now - given).abs() / torch.tensor(tokens))[:4].mean().item()  # of the first pairs
+    difference = ((now - given).abs() / torch.tensor(tokens))[:4].mean().item()  # of the first pairs
     printed = " ".join(capsys.readouterr().out.split())
-    assert f"the log-probs in the data are {off:.2f} nats a token from this policy's at temperature 1." in printed
+    assert (
+        f"the log-probs in the data differ by {difference:.2f} nats a token from this policy's at temperature 1."
+        in printed
+    )
     (own,), _ = train(tmp_path / "own", llama, file, use_logprobs=False)
-    assert own == pytest.approx(rebel(now, now, rewards(PLAIN)), rel=1e-4)
+    assert own == pytest.approx(rebel_mean(now, now, rewards(PLAIN)), rel=1e-4)
     assert "nats a token" not in capsys.readouterr().out
 
 
-def test_given_log_probs_that_are_the_policys_are_not_doubted(
+def test_given_log_probs_of_the_policy_give_no_warning(
     llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     rows = zip(PLAIN, logps(llama, PLAIN).tolist(), strict=True)
@@ -123,18 +128,18 @@ def test_given_log_probs_that_are_the_policys_are_not_doubted(
     assert "nats a token" not in capsys.readouterr().out
 
 
-def test_the_reference_is_a_policy_of_its_own(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
-    """Rewards are less `kl_coef` times log pi_old - log pi_ref, whichever the starting policy is."""
+def test_the_reference_can_be_another_model(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+    """Rewards are reduced by `kl_coef` times log pi_old - log pi_ref."""
     reference = save_llama(tmp_path / "reference", seed=7)
     module = {"kl_coef": 0.05, "reference": str(reference)}
     (loss,), _ = train(tmp_path / "run", llama, write_jsonl(PLAIN), module)
     old, ref = logps(llama, PLAIN), logps(reference, PLAIN)
-    penalised = rewards(PLAIN) - 0.05 * (old - ref)
-    assert loss == pytest.approx(rebel(old, old, penalised), rel=1e-3)
-    assert abs(loss - rebel(old, old, rewards(PLAIN))) > 0.1
+    apply_kl_penalty = rewards(PLAIN) - 0.05 * (old - ref)
+    assert loss == pytest.approx(rebel_mean(old, old, apply_kl_penalty), rel=1e-3)
+    assert abs(loss - rebel_mean(old, old, rewards(PLAIN))) > 0.1
 
 
-def test_what_is_stored_is_not_computed_again(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+def test_stored_log_probs_are_not_computed_again(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
     file = write_jsonl(PLAIN)
     first, _ = train(tmp_path, llama, file, val_pairs=3)
     files = {f: (f.stat().st_mtime_ns, f.read_bytes()) for f in (tmp_path / "rounds").rglob("*") if f.is_file()}
@@ -158,7 +163,7 @@ def test_other_pairs_in_a_run_directory_are_refused(llama: Path, tmp_path: Path,
     }
 
 
-def test_it_works_with_modules_that_train_on_pairs(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+def test_modules_that_do_not_train_on_pairs_are_refused(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
     trainer = L.Trainer(
         accelerator="cpu", default_root_dir=tmp_path / "run", max_epochs=1, logger=False, callbacks=[OfflineLogps()],
         enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
@@ -169,7 +174,7 @@ def test_it_works_with_modules_that_train_on_pairs(llama: Path, tmp_path: Path, 
         OfflineLogps(0)
 
 
-def test_rotary_factors_are_those_of_one_run(tmp_path: Path, write_jsonl: Write) -> None:
+def test_changed_rotary_factors_are_refused(tmp_path: Path, write_jsonl: Write) -> None:
     """Longer held-out pairs would give the stored log-probs, and training, other factors."""
     longrope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 16, "long_factor": [4.0] * 16}
     folder = save_llama(

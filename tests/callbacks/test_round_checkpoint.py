@@ -1,4 +1,4 @@
-"""Which resume points there are at any time, what they hold, and that the newest one is found."""
+"""Resume points: which exist at any time, what they contain, and that the newest one is found."""
 
 import json
 from collections.abc import Callable
@@ -20,12 +20,12 @@ Again = Callable[..., Any]
 
 
 class Listing(L.Callback):
-    """What lies in `checkpoints/` before every update but the first of a round, after every round and at the end."""
+    """Lists `checkpoints/` before every update but the first of a round, after every round and at the end."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, list[str], str]] = []
 
-    def _note(self, trainer: L.Trainer, when: str) -> None:
+    def _list(self, trainer: L.Trainer, when: str) -> None:
         folder = Path(trainer.default_root_dir) / "checkpoints"
         names = sorted(f.name for f in folder.iterdir() if f.name != "last.ckpt") if folder.exists() else []
         last = (folder / "last.ckpt").resolve().name if names else ""
@@ -33,21 +33,21 @@ class Listing(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
         if batch_idx % 2 == 0 and batch_idx > 0:
-            self._note(trainer, f"update {trainer.global_step}")
+            self._list(trainer, f"update {trainer.global_step}")
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._note(trainer, f"round trained at {trainer.global_step}")
+        self._list(trainer, f"round trained at {trainer.global_step}")
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.current_epoch > 0:
-            self._note(trainer, f"round {trainer.current_epoch}")
+            self._list(trainer, f"round {trainer.current_epoch}")
 
     def on_fit_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._note(trainer, "end")
+        self._list(trainer, "end")
 
 
 def expected_files(updates: list[int], every: int, keep: int) -> list[tuple[str, list[str], str]]:
-    """By the rules: the newest update's in place of the one before; after a round's end only the rounds' stay."""
+    """By the rules: the newest update's checkpoint replaces the previous one; after a round only the rounds' stay."""
     listed, rounds, step = [], [], 0
     for number, count in enumerate(updates, 1):
         newest: list[str] = []
@@ -64,7 +64,7 @@ def expected_files(updates: list[int], every: int, keep: int) -> list[tuple[str,
 
 
 @pytest.mark.parametrize(("every", "keep"), [(1, 1), (2, 2), (0, -1)])
-def test_the_files_there_are_at_any_time(run: SmallRun, again: Again, every: int, keep: int) -> None:
+def test_the_files_at_any_time(run: SmallRun, again: Again, every: int, keep: int) -> None:
     listing = Listing()
     again(RoundCheckpoint(every, keep), listing, max_epochs=2, enable_checkpointing=True)
     assert listing.found == expected_files(run.updates, every, keep)
@@ -76,17 +76,17 @@ def test_all_rounds_can_be_kept(run: SmallRun) -> None:
     assert (run.folder / "checkpoints" / "last.ckpt").resolve().name == "after-round-0002.ckpt"
 
 
-def test_a_checkpoint_holds_the_policy_and_where_it_came_to(run: SmallRun) -> None:
+def test_a_checkpoint_has_the_policy_and_its_position(run: SmallRun) -> None:
     for number, expected in ((1, run.seen[1]), (2, run.seen[2])):
         saved = torch.load(run.folder / "checkpoints" / f"after-round-000{number}.ckpt", weights_only=True)
         assert (saved["global_step"], saved["epoch"]) == (sum(run.updates[:number]), number - 1)
         held = {name.removeprefix("policy.lm."): tensor for name, tensor in saved["state_dict"].items()}
         assert_same({name: held[name] for name in expected if name in held}, {n: expected[n] for n in held})
-        assert len(held) >= len(expected) - 1  # tied embeddings may be there once
+        assert len(held) >= len(expected) - 1  # tied embeddings may be saved once
 
 
-class Ends(L.Callback):
-    """Counts the rounds' ends that it has seen."""
+class EndCounter(L.Callback):
+    """Counts the ends of rounds."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -98,20 +98,22 @@ class Ends(L.Callback):
         return {"seen": self.seen}
 
 
-def test_what_is_saved_after_a_round_holds_what_other_callbacks_did_at_its_end(again: Again, tmp_path: Path) -> None:
-    """Wherever they stand in the list; and Lightning's own, as they are after the round."""
+def test_a_rounds_checkpoint_has_the_states_of_other_callbacks_after_the_round(again: Again, tmp_path: Path) -> None:
+    """In any order of the callbacks, and also of Lightning's own."""
     best = ModelCheckpoint(tmp_path / "best", monitor="train/round_loss", save_top_k=2)
-    again(RoundCheckpoint(), Ends(), best, max_epochs=2, enable_checkpointing=True)
+    again(RoundCheckpoint(), EndCounter(), best, max_epochs=2, enable_checkpointing=True)
     for number in (1, 2):
         file = tmp_path / "run" / "checkpoints" / f"after-round-000{number}.ckpt"
         states = torch.load(file, weights_only=True)["callbacks"]
-        assert states["Ends"] == {"seen": number}
+        assert states["EndCounter"] == {"seen": number}
         (state,) = (state for key, state in states.items() if "ModelCheckpoint" in key)
         assert len(state["best_k_models"]) == number
     assert state["best_model_path"] == best.best_model_path
 
 
-def test_a_run_goes_on_from_any_of_them_to_the_same_weights(run: SmallRun, again: Again, tmp_path: Path) -> None:
+def test_a_run_resumed_from_any_checkpoint_ends_with_the_same_weights(
+    run: SmallRun, again: Again, tmp_path: Path
+) -> None:
     class Stop(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
             if trainer.global_step == 2:
@@ -134,7 +136,7 @@ def test_what_a_killed_process_left_half_written_is_removed(again: Again, tmp_pa
 
 
 class Secretive(BoringModel):
-    """A module of someone else, whose hyper-parameters hold a key."""
+    """A user's module whose hyperparameters contain a key."""
 
     def __init__(self, api_key: str, width: int) -> None:
         super().__init__()
@@ -162,6 +164,6 @@ def test_a_users_own_trainer_and_module_are_saved_without_their_secrets(tmp_path
         ({"keep_rounds": 0}, r"`checkpoint\.keep_rounds` must be -1 \(all\), or 1 or more, got 0"),
     ],
 )
-def test_wrong_options_are_refused_when_it_is_made(options: dict[str, int], message: str) -> None:
+def test_wrong_options_are_refused_at_construction(options: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RoundCheckpoint(**options)

@@ -1,4 +1,4 @@
-"""The bars of a run: what they count, what they say beside it, and that none stays open."""
+"""Progress bars of a run: their counts, their notes, and that none stays open."""
 
 import re
 from collections.abc import Callable
@@ -18,14 +18,14 @@ OURS = ("loading the model", "training", "validating")
 
 
 def bars(printed: str) -> list[tuple[str, str, str, str, str]]:
-    """What, done, total, unit and note of the finished bars that this callback shows, in order."""
+    """Description, done, total, unit and note of this callback's finished bars, in order."""
     found = [match for line in printed.splitlines() if (match := BAR.match(line))]
     rows = [tuple(text.strip() for text in match.group("what", "done", "total", "unit", "note")) for match in found]
     return [row for row in rows if row[0] in OURS]  # type: ignore[misc]
 
 
-def test_every_phase_of_lightnings_has_its_bar(run: SmallRun) -> None:
-    """Micro-batches of two pairs, counted to the last; beside them the loss of the last update."""
+def test_every_phase_of_lightning_has_a_bar(run: SmallRun) -> None:
+    """Bars count micro-batches of two pairs to the last one, and show the last update's loss."""
     losses = [value for _, value in run.log.of("train/loss")]
     last = [losses[run.updates[0] - 1], losses[-1]]
     expected = [("loading the model", "1", "1", "", "")]
@@ -39,7 +39,7 @@ def test_every_phase_of_lightnings_has_its_bar(run: SmallRun) -> None:
 
 @pytest.fixture
 def made(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
-    """All bars that the callback opens."""
+    """Bars that the callback opens."""
     everything: list[Progress] = []
     plain = round_progress.make_progress
 
@@ -52,7 +52,7 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[Progress]:
 
 
 class Counts(L.Callback):
-    """What the bar shows after every micro-batch."""
+    """Records the bar's count after every micro-batch."""
 
     def __init__(self, made: list[Progress]) -> None:
         self.made, self.found = made, []  # type: ignore[var-annotated]
@@ -62,7 +62,7 @@ class Counts(L.Callback):
         self.found.append((task.completed, task.total))
 
 
-def test_it_counts_while_it_trains_and_goes_on_where_a_run_was_left(
+def test_bars_count_micro_batches_and_resume_their_count(
     run: SmallRun, again: Again, made: list[Progress], tmp_path: Path
 ) -> None:
     pairs = run.store.round(0).info("pairs")["pairs"]
@@ -88,9 +88,7 @@ def test_an_error_closes_the_bar(again: Again, made: list[Progress]) -> None:
     assert not any(bar.live.is_started for bar in made)
 
 
-def test_a_bar_that_is_switched_off_shows_nothing(
-    again: Again, made: list[Progress], capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_disabled_bar_shows_nothing(again: Again, made: list[Progress], capsys: pytest.CaptureFixture[str]) -> None:
     bar = RoundProgress()
     bar.disable()
     again(bar, enable_progress_bar=True)

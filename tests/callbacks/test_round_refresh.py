@@ -1,4 +1,4 @@
-"""Rounds are made, measured and logged in their order, whoever built the Trainer."""
+"""Rounds are made, measured and logged in order, with any Trainer."""
 
 import json
 import os
@@ -34,7 +34,7 @@ def without_times(metrics: dict[str, float]) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_rounds_metrics_are_those_of_its_responses(run: SmallRun, index: int) -> None:
+def test_a_rounds_metrics_are_computed_from_its_responses(run: SmallRun, index: int) -> None:
     rows = run.rows("rounds", index)
     rewards, groups = [row["reward"] for row in rows], by_prompt(rows)
     step, logged = [(s, m) for s, m in run.log.metrics if "rollout/pairs" in m][index]
@@ -57,12 +57,12 @@ def test_a_rounds_metrics_are_those_of_its_responses(run: SmallRun, index: int) 
 
 
 @pytest.mark.parametrize("version", [0, 1, 2])
-def test_the_policy_is_compared_with_the_first_one_prompt_by_prompt(run: SmallRun, version: int) -> None:
+def test_the_policy_is_compared_with_the_starting_one_prompt_by_prompt(run: SmallRun, version: int) -> None:
     rows = run.rows("heldout", version)
     now, before = ([statistics.mean(g) for g in by_prompt(run.rows("heldout", v))] for v in (version, 0))
     gains = [a - b for a, b in zip(now, before, strict=True)]
     step, logged = [(s, m) for s, m in run.log.metrics if "val/reward_mean" in m][version]
-    assert step == max(0, sum(run.updates[:version]) - 1)  # the last update of the policy that responds
+    assert step == max(0, sum(run.updates[:version]) - 1)  # the last update of that policy
     found = without_times(logged)
     kl = {name: found.pop(name) for name in ("val/kl_new_old", "val/kl_new_old_se") if name in found}
     assert found == pytest.approx(
@@ -79,7 +79,7 @@ def test_the_policy_is_compared_with_the_first_one_prompt_by_prompt(run: SmallRu
 
 
 def test_a_rounds_summary_is_the_mean_over_its_pairs(run: SmallRun) -> None:
-    """Updates of 4 pairs and of what is left, weighted by their pairs; noted in the manifest too."""
+    """Updates of 4 pairs and one of the remaining pairs, weighted by their pairs; also stored in the manifest."""
     updates = iter(run.log.of("train/loss"))
     for index, (step, loss) in enumerate(run.log.of("train/round_loss")):
         pairs = run.store.round(index).info("pairs")["pairs"]
@@ -90,7 +90,7 @@ def test_a_rounds_summary_is_the_mean_over_its_pairs(run: SmallRun) -> None:
         assert run.store.round(index).info("training")["loss"] == pytest.approx(loss)
 
 
-def test_things_happen_in_the_order_of_a_round(run: SmallRun) -> None:
+def test_metrics_are_logged_in_the_order_of_a_round(run: SmallRun) -> None:
     marks = ("val/reward_mean", "rollout/pairs", "train/loss", "val/loss", "train/round_loss")
     order = [mark for _, metrics in run.log.metrics for mark in marks if mark in metrics]
     once = [mark for i, mark in enumerate(order) if i == 0 or order[i - 1] != mark]  # updates count as one
@@ -99,15 +99,15 @@ def test_things_happen_in_the_order_of_a_round(run: SmallRun) -> None:
     assert run.printed.index("\nRound 1 of 2\n") < run.printed.index("\nRound 2 of 2\n")
 
 
-def test_each_round_is_sampled_from_the_policy_as_it_is_then(run: SmallRun) -> None:
-    noted = [run.store.round(i).manifest["settings"]["responses"] for i in range(2)]
-    assert [settings["policy_step"] for settings in noted] == [0, run.updates[0]]
-    assert noted[0]["weights"] != noted[1]["weights"]
+def test_each_round_is_sampled_from_the_current_policy(run: SmallRun) -> None:
+    stored = [run.store.round(i).manifest["settings"]["responses"] for i in range(2)]
+    assert [settings["policy_step"] for settings in stored] == [0, run.updates[0]]
+    assert stored[0]["weights"] != stored[1]["weights"]
     assert [row["prompt_id"] for row in run.rows("rounds", 0)] == [i for i in training_ids(run) for _ in range(4)]
 
 
 def training_ids(run: SmallRun) -> list[str]:
-    """Of all prompts those that are not held out, in the order of the first round."""
+    """Ids of the prompts that are not held out, in the order of the first round."""
     held_out = {row["prompt_id"] for row in run.rows("heldout", 0)}
     asked = list(dict.fromkeys(row["prompt_id"] for row in run.rows("rounds", 0)))
     assert sorted(asked) == sorted({str(row["prompt_id"]) for row in PROMPTS} - held_out)
@@ -119,14 +119,14 @@ def test_prepared_rounds_train_without_a_sampler(run: SmallRun, again: Again) ->
     assert_same(weights(module), run.seen[-1])
 
 
-def test_a_prepared_round_that_is_not_there_ends_the_run(run: SmallRun, again: Again) -> None:
+def test_a_missing_prepared_round_ends_the_run(run: SmallRun, again: Again) -> None:
     reached: list[int] = []
 
     class Steps(L.Callback):
         def on_train_epoch_end(self, trainer: L.Trainer, *_: Any) -> None:
             reached.append(trainer.global_step)
 
-    with pytest.raises(InputError, match=r"Round \d is not in .*run, and no `rollout\.reward` is there to make it"):
+    with pytest.raises(InputError, match=r"Round \d is not in .*run, and can't be prepared without `rollout\.reward`"):
         again(Steps(), max_epochs=3)
     assert reached == [run.updates[0], sum(run.updates)]
 
@@ -135,13 +135,13 @@ class OverTwoRanks(TransformersSampler):
     ranks_per_engine = 2
 
 
-def test_engines_over_more_ranks_than_there_are_are_refused(run: SmallRun, llama: Path, tmp_path: Path) -> None:
+def test_engines_over_more_ranks_than_the_run_has_are_refused(run: SmallRun, llama: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"engines of 2 ranks each do not divide the 1 ranks of this run"):
         fit(tmp_path / "run", llama, run.prompts, refresh={"sampler": OverTwoRanks()})
     assert not (tmp_path / "run" / "rounds").exists()
 
 
-def test_a_run_from_python_locks_its_directory_too(again: Again, tmp_path: Path) -> None:
+def test_a_run_from_python_locks_its_directory(again: Again, tmp_path: Path) -> None:
     class Second(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
             owner = json.loads((tmp_path / "run" / ".lock").read_text())
@@ -155,8 +155,8 @@ def test_a_run_from_python_locks_its_directory_too(again: Again, tmp_path: Path)
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_the_trainer_has_its_options_back(run: SmallRun, again: Again) -> None:
-    """Which are not Lightning's to count while a round trains: it stops after two micro-batches, one update."""
+def test_the_trainers_options_are_restored(run: SmallRun, again: Again) -> None:
+    """Lightning does not see the limits while a round trains: the run stops after two micro-batches, one update."""
     trainer, _ = again(limit_train_batches=2, max_steps=100)
     assert trainer.global_step == 1
     assert (trainer.limit_train_batches, trainer.max_steps) == (2, 100)
@@ -194,13 +194,13 @@ def test_other_modules_and_data_are_refused_by_name(llama: Path, tmp_path: Path,
         ({"sampling": SamplingConfig(num_responses=1)}, r"`rollout\.sampling\.num_responses` must be 2 or more, got 1"),
     ],
 )
-def test_wrong_options_are_refused_when_it_is_made(options: dict[str, Any], message: str) -> None:
+def test_wrong_options_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RoundRefresh(reward, **options)
 
 
 def test_log_probs_of_another_policy_are_refused(run: SmallRun, llama: Path, tmp_path: Path) -> None:
-    """A round's log-probs that were not this policy's would train on wrong log-ratios."""
+    """If a round's log-probs were not the policy's, it would train on wrong log-ratios."""
 
     class Change(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, module: Any) -> None:

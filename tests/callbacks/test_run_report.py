@@ -1,4 +1,4 @@
-"""What a run prints says what its store holds."""
+"""The printed report of a run agrees with its store."""
 
 import json
 import statistics
@@ -32,7 +32,7 @@ def kl_of(run: SmallRun, version: int) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("index", [0, 1])
-def test_a_rounds_line_holds_its_numbers(run: SmallRun, index: int) -> None:
+def test_a_rounds_line_has_its_numbers(run: SmallRun, index: int) -> None:
     rows, after = run.rows("rounds", index), mean_reward(run.rows("heldout", index + 1))
     groups, kl = by_prompt(rows), kl_of(run, index + 1)
     (line,) = [text for text in run.printed.splitlines() if text.startswith(f"round {index + 1}: ")]
@@ -50,11 +50,11 @@ def test_a_rounds_line_holds_its_numbers(run: SmallRun, index: int) -> None:
     assert parts[4].startswith("seconds: generate ")
 
 
-def test_the_table_at_the_end_has_a_line_a_round(run: SmallRun) -> None:
+def test_the_final_table_has_a_line_for_each_round(run: SmallRun) -> None:
     lines = run.printed.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith("round  reward"))
     assert lines[start].split() == [
-        *("round", "reward", "best", "worst", "tokens", "ended", "pairs", "old||new", "loss", "time"),
+        *("round", "reward", "best", "worst", "tokens", "finished", "pairs", "old||new", "loss", "time"),
         *("before", "after", "new||old"),
     ]
     for index in range(2):
@@ -77,7 +77,7 @@ def test_the_table_at_the_end_has_a_line_a_round(run: SmallRun) -> None:
         ]
 
 
-def test_the_gain_comes_with_its_error_over_prompts(run: SmallRun) -> None:
+def test_the_gain_is_printed_with_its_standard_error_over_prompts(run: SmallRun) -> None:
     before, after = ([statistics.mean(g) for g in by_prompt(run.rows("heldout", v))] for v in (0, 2))
     gains = [b - a for a, b in zip(before, after, strict=True)]
     gain, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
@@ -87,32 +87,32 @@ def test_the_gain_comes_with_its_error_over_prompts(run: SmallRun) -> None:
     assert f"{expected}. The new policy wins on {wins:.0%} of the prompts." in run.printed.splitlines()
 
 
-def test_responses_before_and_after_stand_side_by_side(run: SmallRun) -> None:
-    """Of two prompts from all over the held-out ones: the first and the third of four."""
+def test_responses_before_and_after_are_shown_side_by_side(run: SmallRun) -> None:
+    """For two prompts spread over the held-out ones: the first and the third of four."""
     before, after = ([r for r in run.rows("heldout", v) if r["response_index"] == 0] for v in (0, 2))
     for position, (one, other) in enumerate(zip(before, after, strict=True)):
         question = json.loads(one["prompt"])[-1]["content"]
-        shown = f"─ {question} ─" in run.printed
-        assert shown == (position in (0, 2))
-        if shown:
+        is_shown = f"─ {question} ─" in run.printed
+        assert is_shown == (position in (0, 2))
+        if is_shown:
             panel = run.printed.split(f"─ {question} ─")[1].split("╰")[0]
             assert f"before: reward {one['reward']:.3f} " in panel
             assert f"after: reward {other['reward']:.3f} " in panel
 
 
-def test_it_begins_and_ends_with_where_things_are(run: SmallRun) -> None:
+def test_the_report_starts_with_the_run_directory_and_ends_with_next_steps(run: SmallRun) -> None:
     lines = run.printed.splitlines()
     assert f"Prompts: 10 for training, 10 a round; 4 held out. Run directory: {run.folder}" in lines
     assert lines[lines.index("Next:") :] == [
         "Next:",
         f"  see the curves:  tensorboard --logdir {run.folder}",
-        f"  read answers:    {run.folder}/samples.html, and {run.folder}/rounds/*/ (Parquet)",
+        f"  read responses:  {run.folder}/samples.html, and {run.folder}/rounds/*/ (Parquet)",
         f"  use the model:   {run.folder}/model, with transformers or `vllm serve {run.folder}/model`",
         f"  change the run:  {run.folder}/config.yaml holds every setting; `rlhf-pl fit --help` explains them",
     ]
 
 
-def test_prompts_left_out_and_repeated_are_counted(
+def test_prompts_that_are_too_long_or_repeated_are_counted(
     again: Again, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     repeated = [*PROMPTS, PROMPTS[3] | {"prompt_id": "p3 again"}, {"prompt_id": "long", "prompt": "why? " * 70}]
@@ -135,7 +135,7 @@ def test_without_held_out_prompts_there_is_no_before_and_after(
     assert not any(word in printed.lower() for word in ("held-out", "before", "new||old"))
 
 
-def test_nothing_is_said_of_a_round_that_was_left_inside(again: Again, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unfinished_round_is_not_reported(again: Again, capsys: pytest.CaptureFixture[str]) -> None:
     again(RunReport(), max_steps=1)
     printed = capsys.readouterr().out
     assert printed.startswith("Prompts: 10 for training")

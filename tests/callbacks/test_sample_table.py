@@ -1,4 +1,4 @@
-"""The same held-out prompts with a response from every round, as a page and in the loggers."""
+"""The table of held-out prompts with a response from every round, as a page and in the loggers."""
 
 import html
 import json
@@ -19,7 +19,7 @@ Again = Callable[..., Any]
 
 
 class Cells(HTMLParser):
-    """The rows of a page's table, as a browser shows their text."""
+    """Rows of a page's table, as a browser shows their text."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -43,14 +43,14 @@ class Cells(HTMLParser):
 
 
 def cells_of(markdown: str) -> list[list[str]]:
-    """The rows of a Markdown table, line breaks and escaped characters taken back."""
+    """Rows of a Markdown table, with line breaks and escaped characters restored."""
     lines = [line.strip("|").split("|") for line in markdown.split("\n")]
     assert lines.pop(1) == [" --- "] * len(lines[0])
     return [[html.unescape(cell[1:-1].replace("<br>", "\n")) for cell in line] for line in lines]
 
 
 def expected(run: SmallRun, versions: int, prompts: int) -> list[list[str]]:
-    """From the store: the first response of every version to the first prompts."""
+    """The expected table from the store: the first response of every version to the first prompts."""
     versions_rows = [run.rows("heldout", v) for v in range(versions)]
     ids = list(dict.fromkeys(row["prompt_id"] for row in versions_rows[0]))[:prompts]
     asked = {row["prompt_id"]: row["prompt"] for row in versions_rows[0]}
@@ -67,7 +67,7 @@ def expected(run: SmallRun, versions: int, prompts: int) -> list[list[str]]:
     return table
 
 
-def test_the_page_holds_every_version_of_the_first_prompts(run: SmallRun) -> None:
+def test_the_page_has_every_version_of_the_first_prompts(run: SmallRun) -> None:
     page = (run.folder / "samples.html").read_bytes().decode()
     assert Cells(page).rows == expected(run, versions=3, prompts=3)
     assert not (run.folder / "samples.tmp").exists()
@@ -81,7 +81,7 @@ def test_loggers_get_the_table_after_every_round_at_its_last_update(run: SmallRu
 
 
 class Tables(Log):
-    """A logger of tables, as Weights & Biases' is."""
+    """A logger of tables, like that of Weights & Biases."""
 
     experiment = None  # type: ignore[assignment]
 
@@ -100,7 +100,7 @@ def test_loggers_of_tables_get_columns_and_rows(run: SmallRun, again: Again) -> 
     assert log.tables == [("samples", header, rows, run.updates[0] - 1)]
 
 
-def test_versions_that_are_gone_are_left_out(run: SmallRun, again: Again, tmp_path: Path) -> None:
+def test_missing_versions_are_left_out(run: SmallRun, again: Again, tmp_path: Path) -> None:
     shutil.copytree(run.folder / "heldout" / "0001", tmp_path / "run" / "heldout" / "0001")
     again(SampleTable(4))
     header, *rows = Cells((tmp_path / "run" / "samples.html").read_bytes().decode()).rows
@@ -109,13 +109,13 @@ def test_versions_that_are_gone_are_left_out(run: SmallRun, again: Again, tmp_pa
 
 
 @pytest.mark.parametrize("options", [{"max_steps": 1}, {"held_out": False}], ids=["stopped", "nothing held out"])
-def test_nothing_is_shown_of_what_is_not_there(again: Again, tmp_path: Path, options: dict[str, Any]) -> None:
+def test_without_an_evaluation_there_is_no_table(again: Again, tmp_path: Path, options: dict[str, Any]) -> None:
     again(SampleTable(2), logger=(log := Log()), **options)
     assert log.texts == []
     assert not (tmp_path / "run" / "samples.html").exists()
 
 
-def test_no_prompts_make_no_table(again: Again, tmp_path: Path) -> None:
+def test_zero_prompts_give_no_table(again: Again, tmp_path: Path) -> None:
     again(SampleTable(0), logger=(log := Log()))
     assert log.texts == []
     assert not (tmp_path / "run" / "samples.html").exists()
@@ -123,7 +123,7 @@ def test_no_prompts_make_no_table(again: Again, tmp_path: Path) -> None:
         SampleTable(-1)
 
 
-def test_sample_pages_run_and_load_nothing() -> None:
+def test_sample_pages_run_no_scripts_and_load_no_images() -> None:
     text = "<script>alert(1)</script> ![x](http://evil/i.png) [y](javascript:z) <img src=x onerror=y> a|b\nc"
     page = to_html(["prompt"], [[text]])
     assert "<script>" not in page

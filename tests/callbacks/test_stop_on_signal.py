@@ -1,4 +1,4 @@
-"""A signal ends a run after the update in progress, which is saved first."""
+"""A signal ends a run after the update in progress is saved."""
 
 import os
 import signal
@@ -25,8 +25,8 @@ def prompts(write_jsonl: Callable[..., str]) -> str:
     return write_jsonl(PROMPTS)
 
 
-class Sends(L.Callback):
-    """Sends a signal to this process inside a micro-batch, and notes the process's handlers there."""
+class SignalSender(L.Callback):
+    """Sends a signal to this process inside a micro-batch, and records the process's handlers there."""
 
     def __init__(self, number: int, inside: int, times: int = 1) -> None:
         self.number, self.inside, self.times = number, inside, times
@@ -45,19 +45,19 @@ def checkpoints(run: Path) -> list[str]:
 
 @pytest.mark.parametrize("number", SIGNALS)
 def test_a_signal_in_an_update_ends_the_run_after_it(tmp_path: Path, llama: Path, prompts: str, number: int) -> None:
-    """Two micro-batches are an update: the second update is under way."""
+    """An update has two micro-batches: the second update is in progress."""
     before = [signal.getsignal(n) for n in SIGNALS]
-    sends = Sends(number, inside=2)
+    sender = SignalSender(number, inside=2)
     with pytest.raises(RunStopped) as stopped:
-        fit(tmp_path / "run", llama, prompts, [sends, RoundCheckpoint(0), StopOnSignal()])
+        fit(tmp_path / "run", llama, prompts, [sender, RoundCheckpoint(0), StopOnSignal()])
     assert stopped.value.signum == number
     saved = tmp_path / "run" / "checkpoints" / "update-00000002.ckpt"
     assert str(stopped.value) == (
-        f"Stopped by {signal.Signals(number).name}. The training up to update 2 is in {saved}. The same command goes "
-        "on from there."
+        f"Stopped by {signal.Signals(number).name}. The training up to update 2 is in {saved}. Run the same "
+        "command again to resume."
     )
     assert checkpoints(tmp_path / "run") == ["last.ckpt", "update-00000002.ckpt"]
-    assert all(isinstance(handler.__self__, StopOnSignal) for handler in sends.handlers)
+    assert all(isinstance(handler.__self__, StopOnSignal) for handler in sender.handlers)
     assert [signal.getsignal(n) for n in SIGNALS] == before
     _, resumed = fit(tmp_path / "run", llama, prompts, [RoundCheckpoint()], ckpt_path=str(saved))
     _, whole = fit(tmp_path / "whole", llama, prompts)
@@ -65,8 +65,9 @@ def test_a_signal_in_an_update_ends_the_run_after_it(tmp_path: Path, llama: Path
 
 
 def test_a_second_ctrl_c_does_not_wait(tmp_path: Path, llama: Path, prompts: str) -> None:
+    sender = SignalSender(signal.SIGINT, inside=0, times=2)
     with pytest.raises(RunStopped, match=r"Stopped by SIGINT. No resume point was written"):
-        fit(tmp_path, llama, prompts, [Sends(signal.SIGINT, inside=0, times=2), RoundCheckpoint(), StopOnSignal()])
+        fit(tmp_path, llama, prompts, [sender, RoundCheckpoint(), StopOnSignal()])
     assert checkpoints(tmp_path) == []
 
 
@@ -81,21 +82,21 @@ def test_without_round_checkpoint_the_update_is_finished_and_nothing_saved(
 
     counts = Counts()
     with pytest.raises(RunStopped, match=r"Stopped by SIGTERM. No resume point was written"):
-        fit(tmp_path, llama, prompts, [Sends(signal.SIGTERM, inside=0), StopOnSignal(), counts])
+        fit(tmp_path, llama, prompts, [SignalSender(signal.SIGTERM, inside=0), StopOnSignal(), counts])
     assert counts.batches == 2
 
 
 @pytest.mark.parametrize(("inside", "updates"), [(2, 1), (3, 2)])
-def test_without_it_signals_are_lightnings_and_sigterm_is_saved(
+def test_without_it_lightning_handles_signals_and_sigterm_is_saved(
     tmp_path: Path, llama: Path, prompts: str, inside: int, updates: int
 ) -> None:
     """Lightning ends the run after the micro-batch: the third is half of the second update, the fourth ends it."""
     outside = signal.getsignal(signal.SIGINT)
-    sends = Sends(signal.SIGTERM, inside)
+    sender = SignalSender(signal.SIGTERM, inside)
     with pytest.raises(SIGTERMException):
-        fit(tmp_path / "run", llama, prompts, [sends, RoundCheckpoint(0)])
-    assert type(sends.handlers[0]).__module__.startswith("lightning.")
-    assert sends.handlers[1] == outside
+        fit(tmp_path / "run", llama, prompts, [sender, RoundCheckpoint(0)])
+    assert type(sender.handlers[0]).__module__.startswith("lightning.")
+    assert sender.handlers[1] == outside
     assert checkpoints(tmp_path / "run") == ["last.ckpt", f"update-{updates:08d}.ckpt"]
     last = tmp_path / "run" / "checkpoints" / "last.ckpt"
     _, resumed = fit(tmp_path / "run", llama, prompts, [RoundCheckpoint()], ckpt_path=str(last))
@@ -103,14 +104,14 @@ def test_without_it_signals_are_lightnings_and_sigterm_is_saved(
     assert_same(weights(resumed), weights(whole))
 
 
-def test_a_request_waits_for_what_is_under_way(tmp_path: Path) -> None:
+def test_a_request_waits_for_a_save_in_progress(tmp_path: Path) -> None:
     request = StopRequest(tmp_path)
 
     def save() -> None:
-        with request.postponed():
+        with request.postpone():
             request.receive(signal.SIGTERM)
             with request.postponed():
-                request.receive(signal.SIGTERM)  # a second SIGTERM waits, too
+                request.receive(signal.SIGTERM)  # a second SIGTERM also waits
             reached.append(True)
 
     reached: list[bool] = []
@@ -118,7 +119,7 @@ def test_a_request_waits_for_what_is_under_way(tmp_path: Path) -> None:
         save()
     assert reached
     inside = StopRequest(tmp_path)
-    inside.at_once = False
+    inside.can_stop = False
     inside.receive(signal.SIGINT)
     with pytest.raises(RunStopped):
         inside.receive(signal.SIGINT)

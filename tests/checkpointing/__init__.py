@@ -1,1 +1,1 @@
-"""Resume points, and runs that go on from those of earlier versions."""
+"""Tests of checkpoints, and of runs resumed from those of earlier versions."""

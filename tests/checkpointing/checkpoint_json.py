@@ -1,4 +1,4 @@
-"""Checkpoints as JSON text and back: what `torch.save` wrote, without a pickle in the repository."""
+"""Converts checkpoints to JSON and back, so that the repository needs no pickles."""
 
 import json
 from collections import OrderedDict
@@ -10,15 +10,15 @@ import torch
 
 
 def to_json(value: Any) -> Any:
-    """A checkpoint's content as JSON; numbers have as many digits as it takes to get the same ones back.
+    """A checkpoint's content as JSON. Numbers have enough digits to be restored exactly.
 
     Raises:
-        TypeError: A value of a kind that is not known here.
+        TypeError: A value has an unknown type.
     """
     if isinstance(value, torch.Tensor):
         numbers = value.flatten().numpy()
         return {"dtype": str(value.dtype), "shape": list(value.shape), "values": [_number(n) for n in numbers]}
-    if isinstance(value, dict):  # as pairs: keys need not be texts
+    if isinstance(value, dict):  # as pairs, since keys may not be strings
         pairs = [[to_json(key), to_json(item)] for key, item in value.items()]
         return {"ordered" if isinstance(value, OrderedDict) else "dict": pairs}
     if type(value) is tuple:
@@ -37,7 +37,7 @@ def _number(value: Any) -> Any:
 
 
 def from_json(value: Any) -> Any:
-    """What `to_json` was given."""
+    """The inverse of `to_json`."""
     if isinstance(value, list):
         return [from_json(item) for item in value]
     if not isinstance(value, dict):
@@ -55,10 +55,10 @@ def from_json(value: Any) -> Any:
 
 
 def write_json(content: Any, file: Path) -> None:
-    """Keep a checkpoint's content as text."""
+    """Write a checkpoint's content as JSON."""
     file.write_text(json.dumps(to_json(content), separators=(",", ":")) + "\n")
 
 
 def read_json(file: Path) -> Any:
-    """The content that `write_json` kept."""
+    """Read a checkpoint's content from a file of `write_json`."""
     return from_json(json.loads(file.read_text()))

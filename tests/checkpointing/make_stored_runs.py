@@ -1,8 +1,8 @@
-"""Makes `stored_runs/`: runs of a tiny model that were stopped, as text, and what they end with when they go on.
+"""Creates `stored_runs/`: stopped runs of a tiny model as text, and the results of the resumed runs.
 
     python -m tests.checkpointing.make_stored_runs KIND...
 
-To be run once, by the version whose run directories are to be kept. It uses the command line alone.
+Run it once, with the version whose run directories are to be kept. It uses only the command line.
 """
 
 import json
@@ -20,7 +20,7 @@ import torch
 from tests.checkpointing.checkpoint_json import write_json
 
 HERE = Path(__file__).parent / "stored_runs"
-LINKED = ("between", "lora", "offline", "reward_model", "sft")  # stopped when the first round or epoch is saved
+LINKED = ("between", "lora", "offline", "reward_model", "sft")  # stopped after the first round or epoch is saved
 TEMPLATE = (
     "{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
@@ -63,8 +63,8 @@ def make_model(folder: Path) -> None:
     wrapped.save_pretrained(folder)
 
 
-def stop_at(kind: str) -> None:
-    """Have this process stopped: where a round or epoch is saved, in the middle of a round, or while it scores."""
+def schedule_stop(kind: str) -> None:
+    """Make this process stop after a round or epoch is saved, in the middle of a round, or during scoring."""
     if kind in LINKED:
         plain = os.replace
 
@@ -77,13 +77,15 @@ def stop_at(kind: str) -> None:
     elif kind == "scoring":
         from rlhf_pl.store.journal import Journal
 
-        at_call(Journal, "add", 6, signal.SIGKILL)  # after three calls for the held-out prompts, and two for the round
+        signal_at_call(
+            Journal, "add", 6, signal.SIGKILL
+        )  # after three calls for held-out prompts and two for the round
     else:
-        at_call(torch.optim.AdamW, "step", 6, signal.SIGTERM)
+        signal_at_call(torch.optim.AdamW, "step", 6, signal.SIGTERM)
 
 
-def at_call(kind: Any, method: str, number: int, stop: signal.Signals) -> None:
-    """Send this process a signal when a method is called for the `number`-th time."""
+def signal_at_call(kind: Any, method: str, number: int, stop: signal.Signals) -> None:
+    """Send this process a signal at the `number`-th call of a method."""
     plain: Callable[..., Any] = getattr(kind, method)
     count = 0
 
@@ -98,7 +100,7 @@ def at_call(kind: Any, method: str, number: int, stop: signal.Signals) -> None:
 
 
 def run(kind: str, stops: bool) -> int:
-    """`rlhf-pl fit` in a child process."""
+    """Run `rlhf-pl fit` in a child process. Return its exit code."""
     pid = os.fork()
     if pid == 0:
         from rlhf_pl.__main__ import main
@@ -106,14 +108,14 @@ def run(kind: str, stops: bool) -> int:
         status = 99
         try:
             if stops:
-                stop_at(kind)
+                schedule_stop(kind)
             status = main(["fit", "--config", "run.yaml"])
         finally:
             os._exit(status)
     return os.waitstatus_to_exitcode(os.wait()[1])
 
 
-def keep(kind: str) -> None:
+def store_run(kind: str) -> None:
     """Copy a stopped run as text."""
     target = HERE / kind / "run"
     shutil.rmtree(target, ignore_errors=True)
@@ -127,11 +129,11 @@ def keep(kind: str) -> None:
         elif file.suffix in (".json", ".parquet", ".yaml", ".shard", ".journal", ".jsonl", ".csv", ".md"):
             shutil.copyfile(file, kept)
         else:
-            print("left out:", file)
+            print("skipped:", file)
 
 
-def ends(kind: str) -> None:
-    """What the run ends with: files of its store, and weights."""
+def store_results(kind: str) -> None:
+    """Write the results of the resumed run: the files of its store, and the weights."""
     from safetensors.torch import load_file
 
     files = sorted(str(path) for path in Path("run").rglob("*.parquet"))
@@ -157,16 +159,16 @@ def main(kinds: list[str]) -> None:
             for file in Path(folder).iterdir():
                 if file.suffix != ".safetensors":
                     shutil.copyfile(file, model / file.name)
-    from tests.checkpointing.stored_run import lay_out_inputs
+    from tests.checkpointing.stored_run import restore_inputs
 
     for kind in kinds:
         with tempfile.TemporaryDirectory() as folder:
-            lay_out_inputs(kind, Path(folder))
+            restore_inputs(kind, Path(folder))
             os.chdir(folder)
             print(kind, "stopped:", run(kind, stops=True))
-            keep(kind)
-            print(kind, "went on:", run(kind, stops=False))
-            ends(kind)
+            store_run(kind)
+            print(kind, "resumed:", run(kind, stops=False))
+            store_results(kind)
             os.chdir("/")
 
 

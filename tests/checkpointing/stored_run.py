@@ -1,4 +1,4 @@
-"""Lays a stored run out as it was when it was stopped."""
+"""Restores a stored run to its state when it was stopped."""
 
 import os
 import shutil
@@ -11,8 +11,8 @@ from tests.checkpointing.checkpoint_json import read_json
 STORED = Path(__file__).parent / "stored_runs"
 
 
-def lay_out_inputs(kind: str, folder: Path) -> None:
-    """The model, the data, the user's own code and the config that the run was started with."""
+def restore_inputs(kind: str, folder: Path) -> None:
+    """Restore the run's model, data, user code and config."""
     from safetensors.torch import save_file
 
     shutil.copytree(STORED / "model", folder / "model", ignore=shutil.ignore_patterns("weights.json"))
@@ -21,8 +21,8 @@ def lay_out_inputs(kind: str, folder: Path) -> None:
     shutil.copyfile(STORED / kind / "run.yaml", folder / "run.yaml")
 
 
-def lay_out_run(kind: str, folder: Path) -> Path:
-    """The run directory, its checkpoints made from their text; returns where it is."""
+def restore_run(kind: str, folder: Path) -> Path:
+    """Restore the run directory, with checkpoints from their JSON. Return its path."""
     run = folder / "run"
     shutil.copytree(STORED / kind / "run", run)
     for file in sorted(run.rglob("*.ckpt.json")):

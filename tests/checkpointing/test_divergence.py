@@ -1,4 +1,4 @@
-"""A run whose numbers are not finite ends with an error; nothing of it is saved, exported or sampled from."""
+"""A diverged run ends with an error; its weights are not saved, exported or sampled from."""
 
 import json
 import math
@@ -30,7 +30,7 @@ from rlhf_pl.models.policy import load_lm
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.optim import AdamW
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.finite import first_not_finite
+from rlhf_pl.utils.finite import find_first_nonfinite
 from tests.conftest import save_llama
 from tests.integration.test_fit import PROMPTS, fit
 
@@ -75,7 +75,7 @@ def command(
 
 
 @pytest.mark.parametrize("kind", list(KINDS))
-def test_no_model_is_written_of_a_run_that_has_diverged(
+def test_a_diverged_run_writes_no_model(
     command: Callable[..., list[str]], kind: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(command(kind, "--model.optimizer.lr", "1e30")) == 1
@@ -89,10 +89,10 @@ def test_no_model_is_written_of_a_run_that_has_diverged(
         assert "training" not in json.loads(Path("run/rounds/0000/manifest.json").read_text())["stages"]
 
 
-def test_a_single_update_that_throws_the_weights_away(
+def test_a_single_update_with_a_huge_learning_rate_is_an_error(
     command: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Adam's first step is of about the learning rate: 1e6 everywhere, which is finite, and no model any more."""
+    """Adam's first step is about the learning rate: weights of 1e6 are finite, but useless."""
     assert main(command("sft", "--model.optimizer.lr", "1e6", "--trainer.max_steps", "1")) == 1
     assert "holds numbers that are not finite, or beyond 65504" in capsys.readouterr().err
     assert not list(Path("run").rglob("*.ckpt"))
@@ -145,15 +145,15 @@ def test_rewards_whose_margin_overflows_are_refused(
 
 
 class PoisonAt(L.Callback):
-    """Makes a weight NaN in the optimizer's step number `step` of a process."""
+    """Sets a weight to NaN in a process's optimizer step number `step`."""
 
     def __init__(self, step: int) -> None:
-        self.left = step
+        self.remaining = step
 
     def on_train_start(self, trainer: L.Trainer, module: L.LightningModule) -> None:
         def poison(*_: Any) -> None:
-            self.left -= 1
-            if self.left == 0:
+            self.remaining -= 1
+            if self.remaining == 0:
                 with torch.no_grad():
                     next(p for n, p in module.named_parameters() if n.endswith("layers.1.mlp.up_proj.weight"))[0, 0] = (
                         math.nan
@@ -185,19 +185,19 @@ def tune(
 
 
 @pytest.fixture
-def talks(write_jsonl: Callable[..., str]) -> str:
-    return write_jsonl([{"prompt": f"Is {i} even?", "response": "Yes."} for i in range(36)])  # three in a row
+def conversations(write_jsonl: Callable[..., str]) -> str:
+    return write_jsonl([{"prompt": f"Is {i} even?", "response": "Yes."} for i in range(36)])  # three in a packed row
 
 
 @pytest.mark.parametrize("averaged", [False, True])
-def test_weights_that_the_last_update_breaks_are_not_saved(
-    tmp_path: Path, llama: Path, talks: str, averaged: bool
+def test_weights_broken_by_the_last_update_are_not_saved(
+    tmp_path: Path, llama: Path, conversations: str, averaged: bool
 ) -> None:
-    """The loss of the sixth and last update is finite; every file is as it was after the fourth."""
+    """The loss of the sixth and last update is finite; all files are those of the fourth."""
     keep = ModelCheckpoint(tmp_path / "kept", every_n_train_steps=1, save_weights_only=True, save_top_k=-1)
     others: list[L.Callback] = [keep, *([EMAWeightAveraging(decay=0.5)] if averaged else [])]
     with pytest.raises(DivergedError, match=r"update 6.*`policy.lm.model.layers.1.mlp.up_proj.weight`") as stopped:
-        tune(tmp_path / "run", llama, talks, [PoisonAt(6), *others])
+        tune(tmp_path / "run", llama, conversations, [PoisonAt(6), *others])
     good = tmp_path / "run" / "checkpoints" / "update-00000004.ckpt"
     assert str(good) in str(stopped.value)
     assert [f.name for f in good.parent.glob("u*.ckpt")] == [good.name]
@@ -206,14 +206,12 @@ def test_weights_that_the_last_update_breaks_are_not_saved(
         assert all(t.isfinite().all() for t in state.values())
     assert len(list((tmp_path / "kept").glob("*.ckpt"))) == 5
     assert not (tmp_path / "run" / "model").exists()
-    tune(tmp_path / "run", llama, talks, others[1:], ckpt_path=str(good))  # and the run goes on from there
+    tune(tmp_path / "run", llama, conversations, others[1:], ckpt_path=str(good))  # the run can resume from it
     assert all(t.isfinite().all() for t in load_file(tmp_path / "run/model/model.safetensors").values())
 
 
-def test_weights_that_are_not_finite_are_not_validated(
-    tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]
-) -> None:
-    """The calibration error of a reward model can't be told of scores that are NaN."""
+def test_diverged_weights_are_not_validated(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> None:
+    """A reward model's calibration error can't be computed from NaN scores."""
     rows = write_jsonl([{"prompt": f"Is {i} even?", "chosen": "Yes.", "rejected": "No."} for i in range(4)])
     trainer = quiet_trainer(tmp_path, [EpochRun(), RoundCheckpoint(), PoisonAt(1)], num_sanity_val_steps=0)
     data = PreferenceDataModule(rows, val_preferences=2, max_tokens=64, batch_size=2)
@@ -222,10 +220,8 @@ def test_weights_that_are_not_finite_are_not_validated(
     assert "val/loss" not in trainer.callback_metrics
 
 
-def test_a_checkpoint_that_holds_nan_is_neither_trained_from_nor_exported(
-    tmp_path: Path, llama: Path, talks: str
-) -> None:
-    tune(tmp_path, llama, talks, [])
+def test_a_checkpoint_with_nan_is_neither_resumed_nor_exported(tmp_path: Path, llama: Path, conversations: str) -> None:
+    tune(tmp_path, llama, conversations, [])
     folder = tmp_path / "checkpoints"
     last, other = folder / "after-round-0001.ckpt", folder / "update-00000004.ckpt"
     content = torch.load(last, weights_only=True)
@@ -234,64 +230,64 @@ def test_a_checkpoint_that_holds_nan_is_neither_trained_from_nor_exported(
     content["global_step"] += 1
     torch.save(content, last)
     shutil.rmtree(tmp_path / "model")
-    with pytest.raises(DivergedError, match=r"norm.weight.*go on from it with --ckpt_path .*update-00000004.ckpt"):
-        tune(tmp_path, llama, talks, [], ckpt_path=str(last))
+    with pytest.raises(DivergedError, match=r"norm.weight.*resume with --ckpt_path .*update-00000004.ckpt"):
+        tune(tmp_path, llama, conversations, [], ckpt_path=str(last))
     assert not (tmp_path / "model").exists()
 
 
-class Strange(PairwiseLoss):
-    """Finite for some calls, then with an infinite `loss` or `gradient`."""
+class DivergingLoss(PairwiseLoss):
+    """Finite before call number `at`, then with an infinite `loss` or `gradient`."""
 
-    def __init__(self, what: str, at: int = 1) -> None:
-        self.what, self.at = what, at
+    def __init__(self, part: str, at: int = 1) -> None:
+        self.part, self.at = part, at
         self.calls = 0
 
     def __call__(self, chosen: Tensor, rejected: Tensor, margins: Tensor) -> Tensor:
         losses = (chosen - rejected - margins) ** 2
-        if not losses.requires_grad:  # of the check before the round
+        if not losses.requires_grad:  # in the check before the round
             return losses
         self.calls += 1
-        if self.calls == self.at and self.what == "loss":
-            losses = losses + math.inf  # whose gradient is finite: no weight shows it
-        if self.calls >= self.at and self.what == "gradient":
+        if self.calls == self.at and self.part == "loss":
+            losses = losses + math.inf  # its gradient is finite, so the weights are too
+        if self.calls >= self.at and self.part == "gradient":
             losses = losses + (chosen - chosen.detach()).sqrt()  # 0 + sqrt(0)
         return losses
 
 
 @pytest.mark.parametrize("at", [1, 4, 5])
-def test_the_loss_of_every_micro_batch_counts(
+def test_the_loss_of_every_micro_batch_is_checked(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], at: int
 ) -> None:
-    """Two micro-batches an update: the first of all, the last of update 2, and one of the round's last update."""
+    """Two micro-batches per update: the first one, the last of update 2, and one of the round's last update."""
     with pytest.raises(DivergedError, match=rf"at update {(at + 1) // 2}, .*the loss is not finite"):
-        fit(tmp_path, llama, write_jsonl(PROMPTS), [HFExport(), RoundCheckpoint()], {"loss": Strange("loss", at)},
+        fit(tmp_path, llama, write_jsonl(PROMPTS), [HFExport(), RoundCheckpoint()], {"loss": DivergingLoss("loss", at)},
             {"val_prompts": 0, "prompts_per_round": 10}, enable_checkpointing=True, max_epochs=1)  # fmt: skip
     assert not list(tmp_path.rglob("*.ckpt"))
     assert not (tmp_path / "model").exists()
 
 
-def test_the_norm_that_clipping_computes_counts(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> None:
+def test_the_norm_of_clipping_is_checked(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> None:
     with pytest.raises(DivergedError, match=r"at update 1, .*the norm of the gradients is not finite"):
-        fit(tmp_path, llama, write_jsonl(PROMPTS), None, {"loss": Strange("gradient")},
+        fit(tmp_path, llama, write_jsonl(PROMPTS), None, {"loss": DivergingLoss("gradient")},
             {"val_prompts": 0}, max_epochs=1, gradient_clip_val=1.0)  # fmt: skip
 
 
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-125])
-def test_a_scaler_may_meet_infinite_gradients_but_not_for_ever(
+def test_a_scaler_may_skip_infinite_gradients_but_not_all(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], scale: float
 ) -> None:
-    """In the first case update 3 overflows alone; in the second every one, and the scale falls below 2^-126."""
+    """In the first case only update 3 overflows; in the second all do, and the scale falls below 2^-126."""
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=scale))
     settings: dict[str, Any] = {"data": {"val_prompts": 0}, "max_epochs": 1, "plugins": [plugin]}
     if scale < 1:
         with pytest.raises(DivergedError, match="gradients are not finite at any scale"):
-            fit(tmp_path, llama, write_jsonl(PROMPTS), None, {"loss": Strange("gradient")}, **settings)
+            fit(tmp_path, llama, write_jsonl(PROMPTS), None, {"loss": DivergingLoss("gradient")}, **settings)
         return
-    _, module = fit(tmp_path, llama, write_jsonl(PROMPTS), None, {"loss": Strange("gradient", 7)}, **settings)
+    _, module = fit(tmp_path, llama, write_jsonl(PROMPTS), None, {"loss": DivergingLoss("gradient", 7)}, **settings)
     assert module.optimization.skipped.in_run > 0
 
 
-def test_a_policy_that_diverged_is_named_before_any_sampler_is_blamed(
+def test_a_diverged_policy_is_reported_before_the_sampler_is_checked(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]
 ) -> None:
     """Weights of 6e4 are finite and give infinite activations; the next round's sampler never sees them."""
@@ -313,7 +309,7 @@ def test_a_policy_that_diverged_is_named_before_any_sampler_is_blamed(
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_folder_with_nan_in_it_is_refused(tmp_path: Path, dtype: str) -> None:
+def test_a_folder_with_nan_is_refused(tmp_path: Path, dtype: str) -> None:
     folder = save_llama(tmp_path / "damaged")
     state = load_file(folder / "model.safetensors")
     state["model.layers.1.self_attn.q_proj.weight"][1, 2] = math.nan
@@ -325,7 +321,7 @@ def test_a_folder_with_nan_in_it_is_refused(tmp_path: Path, dtype: str) -> None:
         module.configure_model()
 
 
-def test_an_export_holds_what_its_dtype_can(tmp_path: Path, llama: Path) -> None:
+def test_weights_beyond_the_exports_dtype_are_refused(tmp_path: Path, llama: Path) -> None:
     module = RebelModule(str(llama))
     module.configure_model()
     assert module.policy is not None
@@ -337,19 +333,19 @@ def test_an_export_holds_what_its_dtype_can(tmp_path: Path, llama: Path) -> None
     module.export(str(tmp_path / "whole"), "float32")
 
 
-def test_the_first_tensor_that_is_not_finite() -> None:
+def test_the_first_nonfinite_tensor_is_found() -> None:
     good = [("i", torch.tensor([2**40])), ("none", torch.zeros(0)), ("b", torch.ones(3, dtype=torch.bfloat16))]
-    assert first_not_finite(good) == ""
+    assert find_first_nonfinite(good) == ""
     for dtype in (torch.float32, torch.float16, torch.bfloat16, torch.float64, torch.float8_e4m3fn):
         for wrong in (math.nan, math.inf, -math.inf):
             if dtype != torch.float8_e4m3fn or math.isnan(wrong):
                 tensor = torch.tensor([0.0, wrong, 1.0]).to(dtype)
-                assert first_not_finite([*good, ("x", tensor), ("y", tensor)]) == "x"
-    assert first_not_finite([("x", torch.tensor([-3.0, 1.0]))], largest=2.0) == "x"
+                assert find_first_nonfinite([*good, ("x", tensor), ("y", tensor)]) == "x"
+    assert find_first_nonfinite([("x", torch.tensor([-3.0, 1.0]))], largest=2.0) == "x"
 
 
-def test_what_a_model_comes_with_has_not_diverged(tmp_path: Path, llama: Path, talks: str) -> None:
-    """Weights beyond float16's range, and buffers that mark with infinity or NaN what is not known yet."""
+def test_initial_values_of_a_model_have_not_diverged(tmp_path: Path, llama: Path, conversations: str) -> None:
+    """Weights beyond float16's range, and buffers with infinity or NaN for unknown values."""
 
     class Large(SFTModule):
         def configure_model(self) -> None:
@@ -364,14 +360,14 @@ def test_what_a_model_comes_with_has_not_diverged(tmp_path: Path, llama: Path, t
             del self.table
             super().export(folder, dtype)
 
-    tune(tmp_path, llama, talks, [], module=Large)
+    tune(tmp_path, llama, conversations, [], module=Large)
     assert (tmp_path / "model").exists()
 
 
-def test_a_run_without_an_update_says_so(
+def test_a_run_without_an_update_reports_it(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))
-    fit(tmp_path, llama, write_jsonl(PROMPTS), None, {"loss": Strange("gradient")},
+    fit(tmp_path, llama, write_jsonl(PROMPTS), None, {"loss": DivergingLoss("gradient")},
         {"val_prompts": 0}, max_epochs=1, plugins=[plugin])  # fmt: skip
     assert "No update was made" in " ".join(capsys.readouterr().out.split())

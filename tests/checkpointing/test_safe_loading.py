@@ -1,4 +1,4 @@
-"""No pickle in a checkpoint runs: not in a sharded one's parts, not in a file, whoever of Lightning asks for it."""
+"""No pickle in a checkpoint runs, in files and sharded folders, in any of Lightning's ways to load them."""
 
 import json
 import pickle
@@ -10,14 +10,22 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.distributed.checkpoint import FileSystemReader, load, save
 
 from rlhf_pl import CPUFSDPStrategy, FSDP2Strategy
 from rlhf_pl.checkpointing.checkpoints import CONTENTS, META, is_whole, read_progress, read_weights
-from rlhf_pl.checkpointing.safe_loading import DamagedError, UnsafeError, check_checkpoint, check_folder, guard_loads
+from rlhf_pl.checkpointing.safe_loading import (
+    DamagedError,
+    UnsafeError,
+    check_checkpoint,
+    check_folder,
+    guard_loads,
+    unguard_loads,
+)
 from rlhf_pl.modules import SFTModule
 from rlhf_pl.utils.errors import InputError
-from tests import planted
+from tests import pickles
 
 STATE = {
     "state_dict": {"policy.lm.w": torch.arange(12.0).view(3, 4), "policy.lm.half": torch.ones(2, dtype=torch.bfloat16)},
@@ -32,18 +40,18 @@ def folder(tmp_path: Path) -> Path:
     save(STATE, checkpoint_id=path, no_dist=True)
     epochs = {"current": {"processed": 1, "started": 1}}
     torch.save({"global_step": 3, "loops": {"fit_loop": {"epoch_progress": epochs}}}, path / META)
-    return note_sizes(path)
+    return write_sizes(path)
 
 
-def note_sizes(path: Path) -> Path:
-    """As an attacker would, who can write the list of sizes too."""
+def write_sizes(path: Path) -> Path:
+    """Write the list of sizes, as an attacker could."""
     sizes = {f.name: f.stat().st_size for f in path.iterdir() if f.name != CONTENTS}
     (path / CONTENTS).write_text(json.dumps(sizes))
     return path
 
 
 def put_entry(folder: Path, name: str, content: bytes) -> None:
-    """Have an entry of the parts be other bytes, and `.metadata` say where."""
+    """Replace an entry's bytes, and update `.metadata`."""
     metadata = FileSystemReader(folder).read_metadata()
     index = next(i for i in metadata.storage_data if i.fqn == name)
     part = folder / metadata.storage_data[index].relative_path
@@ -54,29 +62,29 @@ def put_entry(folder: Path, name: str, content: bytes) -> None:
 
 
 def plant_in_metadata(folder: Path, mark: Path) -> None:
-    (folder / ".metadata").write_bytes(planted.raw(mark))
+    (folder / ".metadata").write_bytes(pickles.make_pickle(mark))
 
 
 def plant_beside_metadata(folder: Path, mark: Path) -> None:
-    (folder / "__0.metadata").write_bytes(planted.raw(mark))
+    (folder / "__0.metadata").write_bytes(pickles.make_pickle(mark))
 
 
 def plant_inside_metadata(folder: Path, mark: Path) -> None:
     metadata = FileSystemReader(folder).read_metadata()
-    metadata.planner_data = planted.evil(mark)
+    metadata.planner_data = pickles.make_evil_object(mark)
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
 
 
 def plant_in_bytes(folder: Path, mark: Path) -> None:
-    put_entry(folder, "optimizer_0.lr", planted.saved(mark))
+    put_entry(folder, "optimizer_0.lr", pickles.make_torch(mark))
 
 
 def plant_as_raw_bytes(folder: Path, mark: Path) -> None:
-    put_entry(folder, "optimizer_0.lr", planted.raw(mark))
+    put_entry(folder, "optimizer_0.lr", pickles.make_pickle(mark))
 
 
 def plant_in_meta(folder: Path, mark: Path) -> None:
-    (folder / META).write_bytes(planted.saved(mark, torch.load(folder / META)))
+    (folder / META).write_bytes(pickles.make_torch(mark, torch.load(folder / META)))
 
 
 PLANTS = [
@@ -89,7 +97,7 @@ PLANTS = [
 ]
 
 
-def test_a_sound_folder_is_read_as_torch_reads_it(folder: Path) -> None:
+def test_a_valid_folder_is_read_as_torch_reads_it(folder: Path) -> None:
     names = set(check_folder(folder).state_dict_metadata)
     assert names == set(FileSystemReader(folder).read_metadata().state_dict_metadata)
     assert is_whole(folder)
@@ -105,14 +113,14 @@ def test_a_folder_with_a_pickle_is_refused_and_nothing_runs(
 ) -> None:
     mark = tmp_path / "ran"
     plant(folder, mark)
-    note_sizes(folder)
+    write_sizes(folder)
     with pytest.raises(InputError, match="loaded safely" if plant is not plant_as_raw_bytes else "read|safely"):
         check_checkpoint(folder)
     assert not mark.exists()
 
 
 def test_torch_itself_would_run_them(folder: Path, tmp_path: Path) -> None:
-    """What is planted above is live."""
+    """The planted pickles work."""
     mark = tmp_path / "ran"
     plant_in_bytes(folder, mark)
     load({"optimizer_0": {"lr": 0.0}}, checkpoint_id=folder, no_dist=True)
@@ -127,7 +135,7 @@ def test_a_tensor_that_is_bytes_in_the_metadata_is_not_unpickled(folder: Path, t
     from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
     mark = tmp_path / "ran"
-    put_entry(folder, "state_dict.policy.lm.w", planted.saved(mark))
+    put_entry(folder, "state_dict.policy.lm.w", pickles.make_torch(mark))
     metadata = FileSystemReader(folder).read_metadata()
     metadata.state_dict_metadata["state_dict.policy.lm.w"] = BytesStorageMetadata()
     (folder / ".metadata").write_bytes(pickle.dumps(metadata))
@@ -147,14 +155,14 @@ def test_a_part_outside_of_the_folder_is_refused(folder: Path) -> None:
 @pytest.mark.parametrize("content", [b"", b"garbage" * 99, pickle.dumps({"a": 1}), pickle.dumps([1] * 1000)[:-9]])
 def test_damaged_metadata_is_damage(folder: Path, content: bytes) -> None:
     (folder / ".metadata").write_bytes(content)
-    note_sizes(folder)
+    write_sizes(folder)
     assert not is_whole(folder)
     with pytest.raises(DamagedError, match=r"\.metadata"):
         check_folder(folder)
 
 
 class _Tiny(SFTModule):
-    """A module of this package without a model, so that Lightning's own loads are what is seen."""
+    """A module of this package without a model, so that only Lightning loads files."""
 
     def setup(self, stage: str) -> None:
         guard_loads(self.trainer)
@@ -172,13 +180,13 @@ class _Tiny(SFTModule):
 
 @pytest.mark.parametrize("stage", ["fit", "validate"])
 @pytest.mark.parametrize("form", ["zip", "raw", "folder"])
-def test_trainers_used_from_python_load_no_pickle(tmp_path: Path, folder: Path, stage: str, form: str) -> None:
+def test_trainers_in_python_load_no_pickle(tmp_path: Path, folder: Path, stage: str, form: str) -> None:
     mark, file = tmp_path / "ran", tmp_path / "x.ckpt"
     if form == "folder":
         plant_in_metadata(folder, mark)
         file = folder
     else:
-        file.write_bytes(planted.saved(mark, {"state_dict": {}}) if form == "zip" else planted.raw(mark))
+        file.write_bytes(pickles.make_torch(mark, {"state_dict": {}}) if form == "zip" else pickles.make_pickle(mark))
     trainer = L.Trainer(accelerator="cpu", max_epochs=1, logger=False, enable_checkpointing=False,
                         enable_progress_bar=False, default_root_dir=tmp_path)  # fmt: skip
     loader = torch.utils.data.DataLoader(torch.zeros(1, 1))  # type: ignore[arg-type]
@@ -198,8 +206,8 @@ def test_our_strategies_load_no_pickle(tmp_path: Path, folder: Path, kind: type)
     assert not mark.exists()
 
 
-def test_a_trainer_gets_its_own_way_to_load_back(tmp_path: Path) -> None:
-    """Another module's checkpoint may hold what is only loaded with its user's consent."""
+def test_a_trainers_checkpoint_io_is_restored(tmp_path: Path) -> None:
+    """Checkpoints of another module may hold objects that its user allows to load."""
     trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
                         limit_train_batches=1, max_epochs=1, default_root_dir=tmp_path)  # fmt: skip
     plain = trainer.strategy.checkpoint_io
@@ -209,19 +217,35 @@ def test_a_trainer_gets_its_own_way_to_load_back(tmp_path: Path) -> None:
 
 def test_load_from_checkpoint_loads_no_pickle(tmp_path: Path) -> None:
     mark, file = tmp_path / "ran", tmp_path / "x.ckpt"
-    file.write_bytes(planted.saved(mark, {"state_dict": {}}))
+    file.write_bytes(pickles.make_torch(mark, {"state_dict": {}}))
     with pytest.raises(pickle.UnpicklingError):
         _Tiny.load_from_checkpoint(file, policy="nowhere")
     assert not mark.exists()
 
 
 @pytest.mark.parametrize("form", ["zip", "raw", "array"])
-def test_a_resume_point_that_is_a_pickle_is_refused_or_passed_over(tmp_path: Path, form: str) -> None:
+def test_a_resume_point_that_is_a_pickle_is_refused_or_skipped(tmp_path: Path, form: str) -> None:
     mark, file = tmp_path / "ran", tmp_path / "update-00000001.ckpt"
-    file.write_bytes({"zip": planted.saved, "raw": planted.raw, "array": planted.array}[form](mark))
+    file.write_bytes({"zip": pickles.make_torch, "raw": pickles.make_pickle, "array": pickles.make_npy}[form](mark))
     if form == "zip":
         with pytest.raises(UnsafeError, match=str(file)):
             read_progress(file)
     else:
         assert read_progress(file) is None
+    assert not mark.exists()
+
+
+def test_lightnings_own_sharding_strategies_get_their_checkpoint_checked(tmp_path: Path) -> None:
+    """They load without a CheckpointIO, so the checkpoint that a fit goes on from is checked in `setup`."""
+    mark = tmp_path / "mark"
+    file = tmp_path / "planted.ckpt"
+    file.write_bytes(pickles.make_pickle(mark))
+    trainer = L.Trainer(strategy=ModelParallelStrategy(), accelerator="cpu", devices=1, logger=False)
+    load = trainer.strategy.load_checkpoint
+    guard_loads(trainer)  # nothing to go on from
+    trainer.ckpt_path = str(file)
+    with pytest.raises(InputError, match=r"planted\.ckpt"):
+        guard_loads(trainer)
+    unguard_loads(trainer)
+    assert trainer.strategy.load_checkpoint == load
     assert not mark.exists()

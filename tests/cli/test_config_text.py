@@ -1,4 +1,4 @@
-"""Config files that can't mean what they say."""
+"""Strict reading of config files."""
 
 import json
 import time
@@ -23,10 +23,10 @@ WRONG = {
     '{"model": {"policy": "a"},\n "model": {"policy": "b"}}': "line 2: `model` is given twice",
     "a: 1\n? a\n: 2\n": "line 2: `a` is given twice",
     "trainer:\n- {a: 1, 'a': 2}\n": "line 2: `a` is given twice",
-    "model: &a\n  policy: *a\n": "line 2: the alias `*a` stands inside of what it means",
-    "model: &a [1, [*a]]\n": "line 1: the alias `*a` stands inside",
-    "? &a {*a : 1}\n: 2\n": "line 1: the alias `*a` stands inside",
-    LAUGHS: "aliases stand for more than 10,000 values",
+    "model: &a\n  policy: *a\n": "line 2: the alias `*a` is inside of the value that it refers to",
+    "model: &a [1, [*a]]\n": "line 1: the alias `*a` is inside",
+    "? &a {*a : 1}\n: 2\n": "line 1: the alias `*a` is inside",
+    LAUGHS: "aliases expand to more than 10,000 values",
     "model: " + "[" * 100_000: "line 1: values are nested more than 100 deep",
     "model: *nowhere\n": "line 1: found undefined alias",
     "model:\n\tpolicy: m\n": "line 2: found character",
@@ -38,7 +38,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("text", list(WRONG), ids=range(len(WRONG)))
-def test_what_is_wrong_with_a_config_file_is_told_with_its_line(
+def test_the_error_for_a_config_file_names_its_line(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "wrong.yaml"
@@ -75,11 +75,11 @@ def test_a_file_within_a_config_is_named_too(tmp_path: Path, capsys: pytest.Capt
         "12",
     ],
 )
-def test_what_is_right_is_read_as_before(text: str) -> None:
+def test_valid_text_is_read_as_jsonargparse_does(text: str) -> None:
     assert load_yaml(text) == _loaders_dumpers.yaml_load(text)
 
 
-def test_texts_of_options_that_only_look_like_yaml_are_left_to_their_types() -> None:
+def test_invalid_yaml_in_an_option_is_left_to_its_type() -> None:
     with pytest.raises(yaml.YAMLError):
         load_yaml("User: hello\nUser: again")
 
@@ -93,7 +93,7 @@ def test_several_config_files_may_set_the_same_option(tmp_path: Path, capsys: py
     assert yaml.safe_load(capsys.readouterr().out)["data"]["init_args"]["batch_size"] == 2
 
 
-def test_an_object_with_a_key_twice_is_a_wrong_row(tmp_path: Path) -> None:
+def test_an_object_with_a_duplicate_key_is_a_wrong_row(tmp_path: Path) -> None:
     assert loads('{"a": {"b": 1}, "c": [{"b": 1}, {"b": 2}]}') == {"a": {"b": 1}, "c": [{"b": 1}, {"b": 2}]}
     with pytest.raises(DuplicateKeyError, match="'b' is given twice"):
         loads('{"a": [{"b": 1, "b": 2}]}')

@@ -1,4 +1,4 @@
-"""NaN and infinity are no options, no arguments and no rewards."""
+"""NaN and infinity are refused as options, arguments and rewards."""
 
 import math
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from rlhf_pl.algorithms.pair_selection import BestWorst
 from rlhf_pl.algorithms.reward_shaping import RewardShaping
 from rlhf_pl.callbacks import DegenerationGuard, RoundRefresh
 from rlhf_pl.cli.option_numbers import refuse_not_finite
-from rlhf_pl.data.preferences import number_of
+from rlhf_pl.data.preferences import read_number
 from rlhf_pl.models.lora import LoRA
 from rlhf_pl.optim import AdamW
 from rlhf_pl.rewards import (
@@ -25,7 +25,7 @@ from rlhf_pl.rewards import (
     WeightedReward,
     as_reward,
 )
-from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.rewards.guard import score_samples
 from rlhf_pl.utils.errors import InputError
 
 MAKERS: dict[str, Callable[[float], Any]] = {
@@ -52,7 +52,7 @@ def test_arguments_are_finite(name: str, value: float) -> None:
         MAKERS[name](value)
 
 
-def test_infinity_is_no_limit_where_it_is_documented() -> None:
+def test_infinity_means_no_limit_for_documented_options() -> None:
     DegenerationGuard(max_kl=math.inf, max_length_ratio=math.inf)
     refuse_not_finite(Namespace(guards=Namespace(max_kl=math.inf, max_length_ratio=math.inf)))
     refuse_not_finite({"reward": _chosen("mine.Reward", cap=math.inf, part={"x": [math.inf]})})
@@ -75,12 +75,12 @@ def test_the_largest_reward_is_a_reward() -> None:
     """With an eta of 1e6 the loss of the widest margin is (1e6 * 2e12)^2 = 4e36, below float32's 3.4e38."""
     scores = {"1e12": True, "-1e12": True, "1.1e12": False, "-inf": False, "nan": False}
     samples = [Sample("p", [{"role": "user", "content": "?"}], text) for text in scores]
-    found = guarded_scores(as_reward(_as_number), samples, ScoringConfig(retries=0, on_failure="drop"))
+    found = score_samples(as_reward(_as_number), samples, ScoringConfig(retries=0, on_failure="drop"))
     assert [isinstance(outcome, RewardResult) for outcome in found] == list(scores.values())
     widest = RebelLoss(1e6)(torch.zeros(1), torch.zeros(1), torch.tensor([1e12]) - torch.tensor([-1e12]))
     assert widest.item() == pytest.approx(4e36)
-    with pytest.raises(InputError, match=r"`margin` is '1.1e12'; expected a number of at most 1e[+]12"):
-        number_of({"margin": "1.1e12"}, "margin", 0.0)
+    with pytest.raises(InputError, match=r"`margin` is '1.1e12'; expected a number of absolute value at most 1e[+]12"):
+        read_number({"margin": "1.1e12"}, "margin", 0.0)
 
 
 def _as_number(response: str) -> float:

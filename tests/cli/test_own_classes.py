@@ -1,4 +1,4 @@
-"""The classes that the command line makes in place of Lightning's, by what a config says."""
+"""The classes that replace Lightning's in a config."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from rlhf_pl import CPUFSDPStrategy, FSDP2Strategy
-from rlhf_pl.cli.own_classes import with_own_classes
+from rlhf_pl.cli.own_classes import replace_classes
 from rlhf_pl.cli.run_loggers import RunCSVLogger, RunLogger
 
 
@@ -30,8 +30,8 @@ def own(strategy: Any = "auto", logger: Any = None, gpu: bool = False) -> Any:
     before = str(config)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.cuda, "is_available", lambda: gpu)
-        found = with_own_classes(config)
-    assert str(config) == before  # what is written to config.yaml is the user's
+        found = replace_classes(config)
+    assert str(config) == before  # config.yaml keeps the user's classes
     return found.fit.trainer
 
 
@@ -55,11 +55,11 @@ def test_a_model_parallel_strategy_without_sizes_is_fsdp2(gpu: bool) -> None:
 
 
 @pytest.mark.parametrize("given", ["auto", "ddp", "fsdp2", named(DDPStrategy), named(MyFSDP)])
-def test_other_strategies_stay(given: Any) -> None:
+def test_other_strategies_are_not_replaced(given: Any) -> None:
     assert own(given).strategy == given
 
 
-def test_loggers_go_on_with_what_is_there() -> None:
+def test_loggers_that_continue_files_replace_lightnings() -> None:
     csv, board = named(CSVLogger, save_dir="logs"), named(TensorBoardLogger, save_dir="logs")
     assert own(logger=csv).logger == named(RunCSVLogger, save_dir="logs")
     assert own(logger=[board, csv]).logger == [

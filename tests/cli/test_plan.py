@@ -1,4 +1,4 @@
-"""`rlhf-pl plan`: what it says of a config, against models that are built and steps that are measured."""
+"""`rlhf-pl plan`: its estimates, compared with built models and measured steps."""
 
 import json
 import os
@@ -35,14 +35,14 @@ def watch():
 threading.Thread(target=watch, daemon=True).start()
 module.configure_model()
 optimizer = AdamW(module.parameters(), lr=1e-5)
-tree = PrefixGroup([5] * 128, ([7] * 64, [8] * 64))
-def backward(trees):
-    module.policy(**pack(trees).inputs()).sum().backward()
-backward([tree])  # then the optimizer has its moments
+group = PrefixGroup([5] * 128, ([7] * 64, [8] * 64))
+def backward(groups):
+    module.policy(**pack(groups).inputs()).sum().backward()
+backward([group])  # the optimizer's moments are created in the next step
 optimizer.step()
 optimizer.zero_grad()
-backward([tree])  # then there are gradients to add to
-backward([tree] * 6)
+backward([group])  # creates gradients that the next call accumulates to
+backward([group] * 6)
 optimizer.step()
 done.set()
 print(json.dumps(peak[0] - before))
@@ -58,7 +58,7 @@ def test_memory_of_a_training_step_is_within_8_percent(tmp_path: Path, checkpoin
         capture_output=True,
         text=True,
         timeout=300,
-        # glibc gives what is freed back at once: how full of holes its heap is differs from run to run
+        # glibc returns freed memory at once, as the fragmentation of its heap varies between runs
         env=os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**17)},
     )
     assert done.returncode == 0, done.stderr
@@ -76,7 +76,7 @@ def test_memory_of_a_training_step_is_within_8_percent(tmp_path: Path, checkpoin
     [(22.2, 8, True), (26.9, 8, False), (33.7, 4 + 2 + 4 + 8, True)],
     ids=["bfloat16 weights", "without liger-kernel", "bf16-mixed"],
 )
-def test_peaks_on_a_gpu_are_those_measured(measured: float, bytes_a_parameter: int, liger: bool) -> None:
+def test_peaks_on_a_gpu_match_measured_ones(measured: float, bytes_a_parameter: int, liger: bool) -> None:
     """GiB on an H100 (benchmarks/README.md): 1.24 B, micro-batches of 8 chat pairs, the largest of 9,533 tokens."""
     from transformers import LlamaConfig
 
@@ -90,7 +90,7 @@ def test_peaks_on_a_gpu_are_those_measured(measured: float, bytes_a_parameter: i
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_parameters_are_counted_as_they_train(tmp_path: Path, tied: bool) -> None:
+def test_trainable_parameters_are_counted(tmp_path: Path, tied: bool) -> None:
     source = ModelSource(str(save_llama(tmp_path / "llama", tie_word_embeddings=tied)))
 
     def trainable(lm: Any) -> int:
@@ -107,7 +107,7 @@ def test_parameters_are_counted_as_they_train(tmp_path: Path, tied: bool) -> Non
     assert model_size(source.config, trainable_layers=1).trainable == trainable(lm) - norm
 
 
-def test_sharding_divides_what_is_held(capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path) -> None:
+def test_sharding_divides_the_parameters(capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path) -> None:
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     arguments = ["plan", "--model.policy", str(llama), "--data.prompts", str(tmp_path / "prompts.jsonl")]
     arguments += ["--rollout.reward", "examples.short_answer.score", "--trainer.accelerator", "cpu"]
@@ -121,9 +121,9 @@ def test_sharding_divides_what_is_held(capsys: pytest.CaptureFixture[str], llama
     assert "gathered unit" in tables[4]
     checkpoint = float(_cell(tables[1], "a checkpoint").split()[0])
     assert checkpoint == pytest.approx(3 * parameters[1], rel=0.01)
-    most = _cell(tables[1], "checkpoints at a round's end, at most 4").split()
-    assert most[1] == "MiB", "the other is in KiB"
-    assert float(most[0]) == pytest.approx(4 * checkpoint / 1024, abs=0.06)
+    total = _cell(tables[1], "checkpoints at a round's end, at most 4").split()
+    assert total[1] == "MiB", "the other is in KiB"
+    assert float(total[0]) == pytest.approx(4 * checkpoint / 1024, abs=0.06)
     accumulate = ["--trainer.accumulate_grad_batches", "4"]
     activations = []
     for budget in ("1", "1000000"):  # a pair, and all 16 of an update
@@ -144,12 +144,15 @@ def test_other_modules_are_refused(capsys: pytest.CaptureFixture[str], llama: Pa
     assert "is for REBEL in rounds" in capsys.readouterr().err
 
 
-def test_the_engine_gets_what_the_trainer_leaves(llama: Path) -> None:
-    """Float32 weights, two moments of those that train, and bfloat16 copies; an eighth of a GPU of 80 GiB and 4 GiB."""
+def test_the_engine_gets_the_memory_that_the_trainer_leaves(llama: Path) -> None:
+    """The trainer needs float32 weights, two moments of the trainable ones, and bfloat16 copies.
+
+    Of a GPU of 80 GiB, 10 GiB are the trainer's and 4 GiB are a margin.
+    """
     from rlhf_pl.models.compute import Compute
     from rlhf_pl.models.footprint import trainer_bytes
     from rlhf_pl.models.policy import PolicyLM
-    from rlhf_pl.rollout.vllm_checks import engine_share
+    from rlhf_pl.rollout.vllm_checks import compute_engine_share
 
     source = ModelSource(str(llama))
     cpu = torch.device("cpu")
@@ -164,6 +167,6 @@ def test_the_engine_gets_what_the_trainer_leaves(llama: Path) -> None:
         module.policy = PolicyLM(load_lm(source), compute=compute).requires_grad_(trained)
         assert trainer_bytes(module, cpu) == bytes_a_weight * total
         assert trainer_bytes(module, torch.device("cuda")) == 0
-    assert engine_share(80 * 2**30, 10 * 2**30) == pytest.approx(1 - 14 / 80, abs=1e-3)
+    assert compute_engine_share(80 * 2**30, 10 * 2**30) == pytest.approx(1 - 14 / 80, abs=1e-3)
     with pytest.raises(InputError, match="leaves no room for an engine"):
-        engine_share(80 * 2**30, 74 * 2**30)
+        compute_engine_share(80 * 2**30, 74 * 2**30)

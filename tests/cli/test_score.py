@@ -1,4 +1,4 @@
-"""`rlhf-pl score`, called as a user does."""
+"""`rlhf-pl score`, called as a user calls it."""
 
 import json
 import math
@@ -34,7 +34,7 @@ def run(*arguments: str) -> int:
 def test_pairs_give_accuracy_margin_and_calibration(
     write_jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Margins 2, -1, 0 and a tie that does not count: (1 + 0 + 0.5) / 3 right, a mean margin of 1/3."""
+    """Margins 2, -1, 0 and a tie that does not count: an accuracy of (1 + 0 + 0.5) / 3, a mean margin of 1/3."""
     output = tmp_path / "scored.jsonl"
     data = write_jsonl(PAIRS)
     assert run("--reward", "tests.cli.test_score.words", "--data", data, "--output", str(output)) == 0
@@ -42,7 +42,7 @@ def test_pairs_give_accuracy_margin_and_calibration(
     assert "words on 3 pairs" in text
     assert "0.5000 (95%: " in text
     assert "0.3333" in text
-    assert "1 pairs with equal scores count as half right." in text
+    assert "1 pairs with equal scores count as half correct." in text
     assert "1 ties are scored, but not counted." in text
     rows = [json.loads(line) for line in output.read_text().splitlines()]
     assert [(r["chosen_reward"], r["rejected_reward"]) for r in rows] == [(3, 1), (1, 2), (2, 2), (2, 2)]
@@ -82,7 +82,7 @@ def test_a_reward_model_by_name(reward_model: Path, write_jsonl: Write, capsys: 
     assert run("--reward", "ClassifierReward", "--reward.model", str(reward_model), "--data", data) == 0
     assert "calibration error" in capsys.readouterr().out
     for model, message in (
-        (["ClassifierReward", "--reward.model", str(reward_model)], "gives 'enable_thinking', which the chat template"),
+        (["ClassifierReward", "--reward.model", str(reward_model)], "sets 'enable_thinking', which the chat template"),
         (["tests.cli.test_score.words"], "words has no chat template"),
     ):
         arguments = ["--reward", *model, "--data", data, "--chat_template_kwargs.enable_thinking", "false"]
@@ -115,53 +115,56 @@ def test_wrong_inputs_are_one_message(
 
 
 def test_calibration_of_a_coin() -> None:
-    """A scorer that is 73% sure and right half of the time is off by 23%."""
+    """A scorer with a confidence of 73% that is right half of the time has an error of 23%."""
     from rlhf_pl.algorithms.agreement import pair_metrics
 
     metrics = pair_metrics([1.0, -1.0] * 50, [0.5] * 100)
     assert metrics.calibration_error == pytest.approx(1 / (1 + math.exp(-1)) - 0.5, abs=1e-4)
 
 
-ENDS = """
+REWARDS = """
 import os, sys
 calls = []
-def leaves(response):
+def exits(response):
     calls.append(response)
     if len(calls) == 8:
         sys.exit(0)
     return 1.0
-def moves(response):
+def changes_folder(response):
     os.chdir("/")
     return float(len(response))
-def late(responses):
+def returns_dict(responses):
     return {i: 1.0 for i in range(len(responses))}
 """
 
 
-@pytest.mark.parametrize("reward", ["leaves", "late"])
-def test_a_reward_cannot_end_the_command_as_if_all_were_well(
+@pytest.mark.parametrize("reward", ["exits", "returns_dict"])
+def test_a_reward_cannot_end_the_command_without_an_error(
     reward: str, write_jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    (tmp_path / "ends.py").write_text(ENDS)
+    (tmp_path / "user_rewards.py").write_text(REWARDS)
     output = tmp_path / "out.jsonl"
-    assert run("--reward", f"{tmp_path}/ends.py:{reward}", "--data", write_jsonl(PAIRS), "--output", str(output)) == 1
-    assert f"ends.py:{reward}` failed for prompt_id" in capsys.readouterr().err
+    assert (
+        run("--reward", f"{tmp_path}/user_rewards.py:{reward}", "--data", write_jsonl(PAIRS), "--output", str(output))
+        == 1
+    )
+    assert f"user_rewards.py:{reward}` failed for prompt_id" in capsys.readouterr().err
     assert not output.exists()
 
 
-def test_a_reward_that_changes_the_folder_has_its_output_where_it_was_asked_for(
+def test_the_output_is_in_the_given_folder_if_a_reward_changes_the_working_directory(
     write_jsonl: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (tmp_path / "ends.py").write_text(ENDS)
+    (tmp_path / "user_rewards.py").write_text(REWARDS)
     monkeypatch.chdir(tmp_path)
-    assert run("--reward", "ends.py:moves", "--data", write_jsonl(PAIRS), "--output", "out.jsonl") == 0
+    assert run("--reward", "user_rewards.py:changes_folder", "--data", write_jsonl(PAIRS), "--output", "out.jsonl") == 0
     assert (tmp_path / "out.jsonl").exists()
 
 
-def test_an_exit_without_an_error_is_one_before_the_work_is_done(
+def test_an_exit_with_code_0_before_the_end_is_an_error(
     write_jsonl: Write, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Also outside of calls: in a constructor. `--help` goes on to end with 0."""
+    """Also in a constructor. `--help` still exits with 0."""
     (tmp_path / "leaving_reward.py").write_text(
         "import sys\nfrom rlhf_pl import Reward\nclass Leaving(Reward):\n"
         "    def __init__(self):\n        sys.exit(0)\n    def score(self, batch):\n        return []\n"

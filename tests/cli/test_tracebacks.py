@@ -1,4 +1,4 @@
-"""Which errors are shortened is decided by the calls that led to them."""
+"""User errors are separated from bugs by the calls in their tracebacks."""
 
 import json
 import os
@@ -17,21 +17,21 @@ from rlhf_pl.utils.errors import InputError
 PACKAGE = Path(rlhf_pl.__file__).parent
 
 
-def module(name: str, source: str, file: str) -> Any:
+def make_module(name: str, source: str, file: str) -> Any:
     """A module whose calls have this name and file."""
-    made = ModuleType(name)
-    exec(compile(source, file, "exec"), vars(made))
-    return made
+    module = ModuleType(name)
+    exec(compile(source, file, "exec"), vars(module))
+    return module
 
 
 LIGHTNING = "def refuse(error):\n    raise error\n"
 VIA = "def via(function, error):\n    function(error)\n"
 
 
-def raised(error: Exception, *, by: str, through: tuple[str, str] | None = None) -> Exception:
-    """An error from a line of the module `by`, called by the module `through`, if any."""
-    refuse = module(by, LIGHTNING, f"/site-packages/{by}.py").refuse
-    via = (lambda refuse, error: refuse(error)) if through is None else module(through[0], VIA, through[1]).via
+def raise_in(error: Exception, *, by: str, through: tuple[str, str] | None = None) -> Exception:
+    """Raise an error in the module `by`, called by the module `through` if given, and catch it."""
+    refuse = make_module(by, LIGHTNING, f"/site-packages/{by}.py").refuse
+    via = (lambda refuse, error: refuse(error)) if through is None else make_module(through[0], VIA, through[1]).via
     with pytest.raises(type(error)) as caught:
         via(refuse, error)
     trace = caught.tb
@@ -41,31 +41,31 @@ def raised(error: Exception, *, by: str, through: tuple[str, str] | None = None)
 
 
 OURS = ("rlhf_pl.data.anything", str(PACKAGE / "anything.py"))
-OWN_FILE = ("rlhf_pl.utils.by_path.mine_00", "/home/me/mine.py")  # a user's file that is named by its path
+OWN_FILE = ("rlhf_pl.utils.by_path.mine_00", "/home/me/mine.py")  # a user's file that is given by its path
 
 
 @pytest.mark.parametrize("error", [ValueError("x"), TypeError("x"), MisconfigurationException("x")])
-def test_what_lightning_refuses_by_itself_is_the_configs(error: Exception) -> None:
-    assert isinstance(find_user_error(raised(error, by="lightning.pytorch.trainer")), InputError)
+def test_an_error_raised_by_lightning_alone_is_a_user_error(error: Exception) -> None:
+    assert isinstance(find_user_error(raise_in(error, by="lightning.pytorch.trainer")), InputError)
     through = ("rlhf_pl.cli.fit", str(PACKAGE / "cli.py"))
-    assert isinstance(find_user_error(raised(error, by="lightning.pytorch.trainer", through=through)), InputError)
+    assert isinstance(find_user_error(raise_in(error, by="lightning.pytorch.trainer", through=through)), InputError)
 
 
 @pytest.mark.parametrize("through", [("mine", "/home/me/mine.py"), OWN_FILE, ("installed", "/site-packages/i.py")])
-def test_what_lightning_refuses_of_users_code_is_a_bug(through: tuple[str, str]) -> None:
+def test_an_error_of_lightning_in_users_code_is_a_bug(through: tuple[str, str]) -> None:
     for error in (ValueError("x"), MisconfigurationException("x")):
-        assert find_user_error(raised(error, by="lightning.pytorch.core", through=through)) is None
+        assert find_user_error(raise_in(error, by="lightning.pytorch.core", through=through)) is None
 
 
-def test_of_our_own_code_only_misconfigurations_are_the_configs() -> None:
-    assert find_user_error(raised(ValueError("x"), by="lightning.pytorch.core", through=OURS)) is None
-    error = raised(MisconfigurationException("x"), by="lightning.pytorch.core", through=OURS)
+def test_of_calls_from_this_package_only_misconfigurations_are_user_errors() -> None:
+    assert find_user_error(raise_in(ValueError("x"), by="lightning.pytorch.core", through=OURS)) is None
+    error = raise_in(MisconfigurationException("x"), by="lightning.pytorch.core", through=OURS)
     assert isinstance(find_user_error(error), InputError)
 
 
 def test_a_bug_of_lightning_or_torch_is_a_bug() -> None:
-    assert find_user_error(raised(KeyError("x"), by="lightning.pytorch.core")) is None
-    assert find_user_error(raised(ValueError("x"), by="torch.nn")) is None
+    assert find_user_error(raise_in(KeyError("x"), by="lightning.pytorch.core")) is None
+    assert find_user_error(raise_in(ValueError("x"), by="torch.nn")) is None
 
 
 def test_an_error_in_the_handling_of_another_counts_for_itself() -> None:
@@ -124,7 +124,7 @@ def sft(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> list[st
     ]
 
 
-def test_a_bug_in_a_callback_is_shown_whole(sft: list[str]) -> None:
+def test_a_bug_in_a_callback_is_raised(sft: list[str]) -> None:
     with pytest.raises(KeyError, match="missing"):
         main([*sft, "--trainer.callbacks", "guest_callbacks.Broken"])
     with pytest.raises(Exception, match="log") as error:
@@ -132,7 +132,7 @@ def test_a_bug_in_a_callback_is_shown_whole(sft: list[str]) -> None:
     assert not isinstance(error.value, InputError)
 
 
-def test_what_lightning_refuses_has_a_traceback_behind_an_option(
+def test_an_option_shows_the_traceback_of_an_error_of_lightning(
     sft: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = [*sft, "--trainer.gradient_clip_algorithm", "nonsense"]
@@ -167,6 +167,6 @@ def test_every_command_has_the_option(command: str, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out.count("--traceback") == 1
 
 
-def test_the_help_names_it(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_help_names_the_option(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--help"]) == 0
     assert "--traceback" in capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""Errors of the system that are told in one line, with the way out."""
+"""Errors of the system, which are reported in one line with a remedy."""
 
 import errno
 import os
@@ -12,26 +12,26 @@ from rlhf_pl.cli.user_errors import find_user_error
     ("number", "says"),
     [
         (errno.EROFS, "run/x: Read-only file system. Make that file system writable"),
-        (errno.EACCES, "run/x: Permission denied. Give this user the right"),
+        (errno.EACCES, "run/x: Permission denied. Give this user the permission"),
         (errno.EIO, "run/x: Input/output error. The disk or its connection fails"),
-        (errno.EISDIR, "run/x: Is a directory. A folder stands in the place of a file"),
-        (errno.EEXIST, "run/x: File exists. A file or a link to nothing stands"),
+        (errno.EISDIR, "run/x: Is a directory. A folder is in the place of a file"),
+        (errno.EEXIST, "run/x: File exists. A file or a broken link is in"),
     ],
 )
-def test_what_a_file_system_refuses_is_told_with_the_file(number: int, says: str) -> None:
+def test_errors_of_a_file_system_name_the_file(number: int, says: str) -> None:
     found = find_user_error(OSError(number, os.strerror(number), "run/x"))
     assert str(found).startswith(says)
 
 
-def test_of_a_rename_the_target_is_named() -> None:
+def test_an_error_of_a_rename_names_the_target() -> None:
     found = find_user_error(OSError(errno.EISDIR, "Is a directory", "run/.x.tmp", None, "run/x"))
     assert str(found).startswith("run/x: ")
 
 
 @pytest.mark.parametrize("text", ["(pid 12) is killed by signal: Killed. ", "(pid(s) 12, 13) exited unexpectedly"])
-def test_a_killed_loader_process_is_told_with_its_option(text: str) -> None:
+def test_the_error_of_a_killed_loader_process_names_its_option(text: str) -> None:
     found = find_user_error(RuntimeError(f"DataLoader worker {text}"))
     assert str(found).startswith(f"DataLoader worker {text.strip()}")
     assert "`data.num_workers`" in str(found)
-    assert "goes on from the newest checkpoint" in str(found)
+    assert "to resume from the newest checkpoint" in str(found)
     assert find_user_error(RuntimeError("something else")) is None

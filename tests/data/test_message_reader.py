@@ -1,4 +1,4 @@
-"""One reader for all stages: lists, JSON text, dialogues, tables with None under missing keys."""
+"""All loaders read messages in the same way: lists, JSON text, dialogues, tables with None under missing keys."""
 
 import csv
 import json
@@ -18,12 +18,12 @@ from tests.models.test_chat_template import RESULT, TOOLS, call, plain, tokenize
 
 Write = Callable[..., str]
 SYSTEM, ASK = {"role": "system", "content": "Be brief."}, {"role": "user", "content": "Why?"}
-SAID, OTHER = {"role": "assistant", "content": "Because."}, {"role": "assistant", "content": "No."}
+RESPONSE, OTHER = {"role": "assistant", "content": "Because."}, {"role": "assistant", "content": "No."}
 HH = "\n\nHuman: Why?\n\nAssistant:"
 
 
 def write(folder: Path, suffix: str, rows: list[dict[str, Any]], as_text: bool) -> str:
-    """The rows as a file, lists as JSON text if wanted."""
+    """Write rows to a file, with lists as JSON text if `as_text`."""
     file = folder / f"rows.{suffix}"
     if as_text:
         rows = [{k: json.dumps(v) if isinstance(v, list) else v for k, v in row.items()} for row in rows]
@@ -44,11 +44,11 @@ FORMATS = [("jsonl", False), ("jsonl", True), ("parquet", False), ("parquet", Tr
 
 @pytest.mark.parametrize(("suffix", "as_text"), FORMATS)
 def test_every_file_format_gives_every_stage_the_same_messages(tmp_path: Path, suffix: str, as_text: bool) -> None:
-    """Nested calls and tools: tables fill missing keys with None, and none of those is left."""
+    """Nested calls and tools: tables fill missing keys with None, which is removed."""
     rows: list[dict[str, Any]] = [
-        {"messages": [SYSTEM, ASK, SAID], "tools": TOOLS},
-        {"messages": [ASK, call({"city": "Paris"}), RESULT, SAID | {"weight": 0}], "tools": TOOLS},
-        {"messages": [ASK, call({"zip": "7"}), RESULT, SAID], "tools": []},
+        {"messages": [SYSTEM, ASK, RESPONSE], "tools": TOOLS},
+        {"messages": [ASK, call({"city": "Paris"}), RESULT, RESPONSE | {"weight": 0}], "tools": TOOLS},
+        {"messages": [ASK, call({"zip": "7"}), RESULT, RESPONSE], "tools": []},
     ]
     file = write(tmp_path, suffix, rows, as_text)
     conversations = load_conversations(file)
@@ -65,7 +65,7 @@ def test_every_file_format_gives_every_stage_the_same_messages(tmp_path: Path, s
     assert [(p.chosen, p.rejected) for p in found] == [("", "No.")] * 3
 
 
-def test_a_table_reaches_the_template_as_the_rows_it_was_made_of(tmp_path: Path) -> None:
+def test_a_table_is_rendered_like_the_rows_it_was_made_of(tmp_path: Path) -> None:
     rows = [
         {"prompt": [ASK, call({"city": "Paris"}), RESULT], "tools": TOOLS},
         {"prompt": [ASK, call({"zip": "7"}), RESULT], "tools": TOOLS},
@@ -80,7 +80,7 @@ def test_a_table_reaches_the_template_as_the_rows_it_was_made_of(tmp_path: Path)
     assert [p.messages for p in again] == [row["prompt"] for row in rows]
 
 
-def test_a_null_that_a_model_wrote_stays(write_jsonl: Write) -> None:
+def test_a_null_in_the_arguments_of_a_tool_call_is_kept(write_jsonl: Write) -> None:
     messages = [ASK, call({"city": "Paris", "unit": None}), RESULT]
     assert load_prompts(write_jsonl([{"prompt": messages}]))[0].messages == messages
 
@@ -89,80 +89,80 @@ def test_dialogues_are_the_same_messages_in_all_stages(write_jsonl: Write, capsy
     rows = [{"prompt": HH, "response": " Because.", "chosen": " Because.", "rejected": " No."}] * 3
     file = write_jsonl([*rows, {**rows[0], "prompt": "Why?"}])
     assert [p.messages for p in load_prompts(file)] == [[ASK]] * 4
-    said = "data.prompts: 3 rows are dialogues of Human and Assistant, read as messages (data.parse_dialogues: false"
-    assert said in capsys.readouterr().out
+    report = "data.prompts: 3 rows are dialogues of Human and Assistant, read as messages (data.parse_dialogues: false"
+    assert report in capsys.readouterr().out
     assert [c.messages[:-1] for c in load_conversations(file)] == [[ASK]] * 4
     assert [p.messages for p in load_preferences(file).pairs] == [[ASK]] * 4
     whole = write_jsonl([{"messages": HH + " Because.", "chosen": HH + " Because.", "rejected": HH + " No."}])
     assert load_prompts(whole)[0].messages == [ASK]
-    assert load_conversations(whole)[0].messages == [ASK, SAID]
+    assert load_conversations(whole)[0].messages == [ASK, RESPONSE]
     (pair,) = load_preferences(whole).pairs
-    assert (pair.messages, *pair.responses) == ([ASK], SAID, OTHER)
+    assert (pair.messages, *pair.responses) == ([ASK], RESPONSE, OTHER)
 
 
-def test_whole_dialogues_beside_a_prompt(write_jsonl: Write) -> None:
+def test_whole_dialogues_with_a_prompt_column(write_jsonl: Write) -> None:
     row = {"prompt": "Why?", "response": HH + " Because.", "chosen": HH + " Because.", "rejected": HH + " No."}
     (pair,) = load_preferences(write_jsonl([row])).pairs
-    assert (pair.messages, *pair.responses) == ([ASK], SAID, OTHER)
-    assert load_conversations(write_jsonl([row]))[0].messages == [ASK, SAID]
+    assert (pair.messages, *pair.responses) == ([ASK], RESPONSE, OTHER)
+    assert load_conversations(write_jsonl([row]))[0].messages == [ASK, RESPONSE]
 
 
-def test_text_beside_a_dialogue_is_what_it_would_be_inside_of_it(write_jsonl: Write) -> None:
+def test_responses_to_a_dialogue_are_stripped_as_inside_a_dialogue(write_jsonl: Write) -> None:
     row = {"prompt": HH, "response": " Because.", "chosen": " Because.\n", "rejected": " No."}
     (pair,) = load_preferences(write_jsonl([row])).pairs
-    assert (pair.messages, *pair.responses) == ([ASK], SAID, OTHER)
-    assert load_conversations(write_jsonl([row]))[0].messages == [ASK, SAID]
+    assert (pair.messages, *pair.responses) == ([ASK], RESPONSE, OTHER)
+    assert load_conversations(write_jsonl([row]))[0].messages == [ASK, RESPONSE]
     assert load_conversations(write_jsonl([row | {"prompt": "Why?"}]))[0].messages == [
         ASK,
-        SAID | {"content": " Because."},
+        RESPONSE | {"content": " Because."},
     ]
 
 
-def test_a_dialogue_beside_text_that_is_none_is_refused(write_jsonl: Write) -> None:
+def test_a_dialogue_and_other_text_as_a_pair_are_refused(write_jsonl: Write) -> None:
     row = {"chosen": HH + " Because.", "rejected": HH + " No.\n\nHuman: Thanks."}
     with pytest.raises(
-        InputError, match="`chosen` is a dialogue that ends with a turn of Assistant, and `rejected` is"
+        InputError, match="`chosen` is a dialogue that ends with a turn of Assistant, but `rejected` is not"
     ):
         load_preferences(write_jsonl([row]))
 
 
-def test_answers_of_several_messages_follow_their_prompt(write_jsonl: Write) -> None:
+def test_responses_of_several_messages_follow_their_prompt(write_jsonl: Write) -> None:
     start = [call({"city": "Paris"}), RESULT]
-    row = {"prompt": "Why?", "response": [*start, SAID], "chosen": [*start, SAID], "rejected": [*start, OTHER]}
+    row = {"prompt": "Why?", "response": [*start, RESPONSE], "chosen": [*start, RESPONSE], "rejected": [*start, OTHER]}
     (pair,) = load_preferences(write_jsonl([row])).pairs
-    assert (pair.messages, *pair.responses) == ([ASK, *start], SAID, OTHER)
-    assert load_conversations(write_jsonl([row]))[0].messages == [ASK, *start, SAID]
+    assert (pair.messages, *pair.responses) == ([ASK, *start], RESPONSE, OTHER)
+    assert load_conversations(write_jsonl([row]))[0].messages == [ASK, *start, RESPONSE]
 
 
 @pytest.mark.parametrize("prompt", ["Why?", [ASK], [SYSTEM, ASK]])
-def test_whole_conversations_beside_a_prompt_have_it_once(write_jsonl: Write, prompt: Any) -> None:
-    row = {"prompt": prompt, "response": [ASK, SAID], "chosen": [ASK, SAID], "rejected": [ASK, OTHER]}
+def test_whole_conversations_with_a_prompt_column_have_the_prompt_once(write_jsonl: Write, prompt: Any) -> None:
+    row = {"prompt": prompt, "response": [ASK, RESPONSE], "chosen": [ASK, RESPONSE], "rejected": [ASK, OTHER]}
     before = prompt if isinstance(prompt, list) else [ASK]
     (pair,) = load_preferences(write_jsonl([row])).pairs
-    assert (pair.messages, *pair.responses) == (before, SAID, OTHER)
-    assert load_conversations(write_jsonl([row]))[0].messages == [*before, SAID]
+    assert (pair.messages, *pair.responses) == (before, RESPONSE, OTHER)
+    assert load_conversations(write_jsonl([row]))[0].messages == [*before, RESPONSE]
     row |= {"response": HH + " Because.", "chosen": HH + " Because.", "rejected": HH + " No."}
     assert load_preferences(write_jsonl([row])).pairs[0].messages == before
-    assert load_conversations(write_jsonl([row]))[0].messages == [*before, SAID]
+    assert load_conversations(write_jsonl([row]))[0].messages == [*before, RESPONSE]
 
 
 def test_calls_as_json_text_without_a_prompt_are_refused(write_jsonl: Write) -> None:
-    said = [{key: value for key, value in call({"n": i}).items() if key != "content"} for i in range(2)]
-    row = {"chosen": json.dumps(said[0]), "rejected": json.dumps(said[1])}
-    with pytest.raises(InputError, match="no column `prompt`, and the answers share no beginning"):
+    calls = [{key: value for key, value in call({"n": i}).items() if key != "content"} for i in range(2)]
+    row = {"chosen": json.dumps(calls[0]), "rejected": json.dumps(calls[1])}
+    with pytest.raises(InputError, match="no column `prompt`, and the responses have no common beginning"):
         load_preferences(write_jsonl([row]))
 
 
-def test_columns_that_are_null_give_way_to_others(write_jsonl: Write) -> None:
-    rows = [{"prompt": None, "response": None, "messages": [ASK, SAID]}, {"prompt": "Why?", "response": "Because."}]
+def test_columns_that_are_null_are_ignored(write_jsonl: Write) -> None:
+    rows = [{"prompt": None, "response": None, "messages": [ASK, RESPONSE]}, {"prompt": "Why?", "response": "Because."}]
     rows[1]["messages"] = None
     file = write_jsonl(rows)
     assert [p.messages for p in load_prompts(file)] == [[ASK], [ASK]]
-    assert [c.messages for c in load_conversations(file)] == [[ASK, SAID], [ASK, SAID]]
+    assert [c.messages for c in load_conversations(file)] == [[ASK, RESPONSE], [ASK, RESPONSE]]
 
 
 def test_json_text_in_a_table_keeps_its_nulls(tmp_path: Path) -> None:
-    """They are what was written, and no missing keys."""
+    """The nulls were written by the user; they don't stand for missing keys."""
     schema = {"type": "object", "properties": {"city": {"type": "string", "default": None}}}
     tools = [{"type": "function", "function": {"name": "weather", "parameters": schema}}]
     messages = [ASK, call({"city": None}), RESULT]
@@ -170,24 +170,24 @@ def test_json_text_in_a_table_keeps_its_nulls(tmp_path: Path) -> None:
     assert (prompt.messages, prompt.tools) == (messages, tools)
 
 
-def test_tools_of_a_table_that_was_written_as_json_lose_their_gaps(write_jsonl: Write) -> None:
+def test_none_is_removed_from_tools_of_a_table_that_was_written_as_json(write_jsonl: Write) -> None:
     filled = json.loads(json.dumps(TOOLS))
     filled[0]["function"]["parameters"]["properties"]["zone"] = None
     filled[1]["function"]["parameters"]["properties"]["city"] = None
     assert load_prompts(write_jsonl([{"prompt": "Why?", "tools": filled}]))[0].tools == TOOLS
 
 
-def test_messages_that_are_json_text_twice(write_jsonl: Write) -> None:
+def test_messages_that_were_encoded_as_json_twice_are_read(write_jsonl: Write) -> None:
     assert load_prompts(write_jsonl([{"prompt": json.dumps(json.dumps([ASK]))}]))[0].messages == [ASK]
     for text in ('"Why?" she said.', '"Why?"', json.dumps(ASK) + " Explain this."):
         assert load_prompts(write_jsonl([{"prompt": text}]))[0].messages == [{"role": "user", "content": text}]
 
 
-def test_prompts_that_end_with_a_response_are_told_of(write_jsonl: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_prompts_that_end_with_a_response_are_reported(write_jsonl: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_jsonl([{"chosen": HH + " Because."}])
     assert load_prompts(file, columns={"prompt": "chosen"})[0].messages[0]["content"] == HH + " Because."
-    said = "data.prompts: one prompt looks like a dialogue that ends with a response: taken as text. Name the column"
-    assert said in capsys.readouterr().out
+    report = "data.prompts: one prompt looks like a dialogue that ends with a response: read as text. Name the column"
+    assert report in capsys.readouterr().out
     assert load_prompts(file, columns={"messages": "chosen"})[0].messages == [ASK]
 
 
@@ -199,7 +199,7 @@ def test_a_prompt_that_only_looks_like_a_dialogue_is_text(write_jsonl: Write, te
     assert load_prompts(write_jsonl([{"prompt": text}]))[0].messages == [{"role": "user", "content": text}]
 
 
-def test_dialogues_can_be_text(write_jsonl: Write, capsys: pytest.CaptureFixture[str]) -> None:
+def test_dialogues_can_be_read_as_text(write_jsonl: Write, capsys: pytest.CaptureFixture[str]) -> None:
     file = write_jsonl([{"prompt": HH, "response": "Because.", "chosen": "Because.", "rejected": "No."}])
     user = [{"role": "user", "content": HH}]
     assert load_prompts(file, parse_dialogues=False)[0].messages == user
@@ -211,41 +211,41 @@ def test_dialogues_can_be_text(write_jsonl: Write, capsys: pytest.CaptureFixture
 def test_responses_at_the_end_are_left_out_of_prompts_and_counted(
     write_jsonl: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    rows = [{"prompt": [ASK, SAID]}, {"prompt": [ASK]}, {"messages": [ASK, SAID, ASK, call({})]}]
-    assert [p.messages for p in load_prompts(write_jsonl(rows))] == [[ASK], [ASK], [ASK, SAID, ASK]]
+    rows = [{"prompt": [ASK, RESPONSE]}, {"prompt": [ASK]}, {"messages": [ASK, RESPONSE, ASK, call({})]}]
+    assert [p.messages for p in load_prompts(write_jsonl(rows))] == [[ASK], [ASK], [ASK, RESPONSE, ASK]]
     assert "data.prompts: 2 conversations end with a response, which is left out." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "looks like messages, but is no JSON"),
+        ({"messages": "[{'role': 'user', 'content': 'Hi'}]"}, "looks like messages, but is not JSON"),
         ({"prompt": [{"role": "user", "content": [{"type": "image"}]}]}, "content part of type `image`"),
         ({"prompt": [{"role": "user", "content": ["Hi"]}]}, "content part that is not an object with a `type`"),
         ({"prompt": [ASK, {"role": "assistant", "content": None}, ASK]}, "NoneType under `content`"),
-        ({"prompt": [ASK, SAID | {"weight": 0.5}, ASK]}, "has the weight 0.5, expected 1 (train on it) or 0"),
+        ({"prompt": [ASK, RESPONSE | {"weight": 0.5}, ASK]}, "has the weight 0.5, expected 1 (train on it) or 0"),
         ({"prompt": "Hi", "tools": "hammer"}, "`tools` is 'hammer'; expected a list of tools"),
-        ({"prompt": [SAID]}, "empty but for a response"),
+        ({"prompt": [RESPONSE]}, "holds only a response"),
     ],
 )
-def test_wrong_rows_are_named(write_jsonl: Write, row: Any, message: str) -> None:
+def test_invalid_rows_are_named(write_jsonl: Write, row: Any, message: str) -> None:
     with pytest.raises(InputError) as error:
         load_prompts(write_jsonl([{"prompt": "fine"}, row]))
     assert "line 2: " in str(error.value)
     assert message in str(error.value)
 
 
-def test_a_tools_column_of_another_meaning_is_named_away(write_jsonl: Write) -> None:
+def test_a_tools_column_with_another_meaning_can_be_ignored(write_jsonl: Write) -> None:
     (prompt,) = load_prompts(write_jsonl([{"prompt": "Hi", "tools": "hammer"}]), {"tools": "none"})
     assert (prompt.tools, prompt.columns) == (None, {"tools": "hammer"})
 
 
-def test_text_that_is_json_of_its_own_stays_text(write_jsonl: Write) -> None:
+def test_text_that_is_other_json_stays_text(write_jsonl: Write) -> None:
     texts = ["[1, 2]", '{"role": "admin"}', "[{", '{"a": 1}']
     assert [p.messages[0]["content"] for p in load_prompts(write_jsonl([{"prompt": t} for t in texts]))] == texts
-    answer = json.dumps({"role": "admin", "content": "x"})
-    (conversation,) = load_conversations(write_jsonl([{"prompt": "Hi", "response": answer}]))
-    assert conversation.messages[-1] == {"role": "assistant", "content": answer}
+    response = json.dumps({"role": "admin", "content": "x"})
+    (conversation,) = load_conversations(write_jsonl([{"prompt": "Hi", "response": response}]))
+    assert conversation.messages[-1] == {"role": "assistant", "content": response}
 
 
 def test_rows_that_cannot_be_rendered_are_listed(write_jsonl: Write) -> None:

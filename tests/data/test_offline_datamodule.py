@@ -1,4 +1,4 @@
-"""Training on pairs that someone else sampled and scored."""
+"""Training on pairs that were sampled and scored elsewhere."""
 
 import json
 from collections.abc import Callable
@@ -31,9 +31,9 @@ PLAIN = [
 
 
 def published(row: dict[str, Any], **more: Any) -> dict[str, Any]:
-    """A row as the authors publish it: other names, padded token columns."""
+    """A row as published by REBEL's authors: other column names, padded token columns."""
     tokenizer = make_tokenizer()
-    pad = len(tokenizer)  # an id outside of the vocabulary, as their [PAD]
+    pad = len(tokenizer)  # an id outside the vocabulary, like their [PAD]
 
     def ids(text: str) -> list[int]:
         return tokenizer(text, add_special_tokens=False)["input_ids"]
@@ -87,7 +87,7 @@ def test_updates_divided_by_tokens_are_the_same(llama: Path, tmp_path: Path, wri
     file = write_jsonl(PLAIN)
     plain = fit(tmp_path / "pairs", llama, file, max_epochs=1)
     split = fit(tmp_path / "tokens", llama, file, {"max_tokens_per_batch": 60}, max_epochs=1)
-    assert split.trainer.accumulate_grad_batches > plain.trainer.accumulate_grad_batches
+    assert split.trainer.num_training_batches > plain.trainer.num_training_batches
     assert split.trainer.global_step == plain.trainer.global_step
     expected = plain.state_dict()
     for name, tensor in split.state_dict().items():
@@ -104,7 +104,7 @@ def test_published_columns_give_the_same_pairs_as_plain_ones(llama: Path, tmp_pa
         assert plain == theirs
 
 
-def test_a_run_goes_on_and_other_pairs_are_refused(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+def test_a_run_is_resumed_and_other_settings_are_refused(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
     from safetensors.torch import load_file
 
     file = write_jsonl(PLAIN)
@@ -113,9 +113,9 @@ def test_a_run_goes_on_and_other_pairs_are_refused(llama: Path, tmp_path: Path, 
     class Stop(L.Callback):
         def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
             if trainer.current_epoch == 1:
-                raise KeyError("power cut")
+                raise KeyError("killed")
 
-    settings: dict[str, Any] = {"accelerator": "cpu", "default_root_dir": tmp_path / "cut", "logger": False}
+    settings: dict[str, Any] = {"accelerator": "cpu", "default_root_dir": tmp_path / "resumed", "logger": False}
     for stop in (True, False):
         L.seed_everything(4, verbose=False)
         callbacks = [EpochRun(), OfflineLogps(), RoundCheckpoint(), HFExport(dtype="float32")]
@@ -127,18 +127,18 @@ def test_a_run_goes_on_and_other_pairs_are_refused(llama: Path, tmp_path: Path, 
             callbacks=[*callbacks, *([Stop()] if stop else [])],
         )
         module = RebelModule(str(llama), loss=RebelLoss(2.0), optimizer=lambda p: AdamW(p, lr=1e-3))
-        last = None if stop else str(tmp_path / "cut" / "checkpoints" / "last.ckpt")
+        last = None if stop else str(tmp_path / "resumed" / "checkpoints" / "last.ckpt")
         try:
             trainer.fit(module, datamodule=OfflineDataModule(file, val_pairs=3), ckpt_path=last)
         except KeyError:
             assert stop
-    whole, again = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("whole", "cut"))
-    assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
+    whole, resumed = (load_file(tmp_path / n / "model" / "model.safetensors") for n in ("whole", "resumed"))
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
     with pytest.raises(ChangedSettingsError, match=r"temperature: 1\.0 -> 0\.5"):
         fit(tmp_path / "whole", llama, file, {"temperature": 0.5})
 
 
-def test_useless_pairs_are_counted_and_wrong_rows_named(
+def test_useless_pairs_are_counted_and_invalid_rows_named(
     llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     same = PLAIN[0] | {"rejected": PLAIN[0]["chosen"]}
@@ -146,24 +146,24 @@ def test_useless_pairs_are_counted_and_wrong_rows_named(
     long = PLAIN[2] | {"prompt": "word " * 100}
     file = write_jsonl([*PLAIN, same, equal, long])
     fit(tmp_path / "run", llama, file, {"max_prompt_tokens": 40}, max_epochs=1)
-    assert "left out: 1 of equal answers, 1 of equal rewards, 1 of long prompts" in " ".join(
+    assert "left out: 1 of equal responses, 1 of equal rewards, 1 of long prompts" in " ".join(
         capsys.readouterr().out.split()
     )
     row = dict(PLAIN[0])
     del row["chosen_reward"]
-    foreign = published(PLAIN[0]) | {"llama_chosen_tokens": [10, 11, 12]}
+    other_tokens = published(PLAIN[0]) | {"llama_chosen_tokens": [10, 11, 12]}
     for rows, message in (
         ([row], "no `chosen_reward`; found prompt"),
         ([PLAIN[0] | {"chosen_reward": "NaN"}], "`chosen_reward` is 'NaN'; expected a number"),
-        ([PLAIN[0] | {"chosen": ""}], "the answer in `chosen` is empty"),
-        ([foreign], "it is of another model. `data.use_tokens: false`"),
-        ([same], "no row of .* is left to train on: 1 of equal answers"),
+        ([PLAIN[0] | {"chosen": ""}], "the response in `chosen` is empty"),
+        ([other_tokens], "the ids are of another model. `data.use_tokens: false`"),
+        ([same], "no row of .* is left to train on; left out: 1 of equal responses"),
     ):
         with pytest.raises(InputError, match=message):
             fit(tmp_path / "other", llama, write_jsonl(rows), {"val_pairs": 0})
 
 
-def test_manifest_notes_what_the_round_was_made_of(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+def test_manifest_holds_the_settings_of_the_round(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
     fit(tmp_path, llama, write_jsonl(PLAIN), max_epochs=1)
     manifest = json.loads((tmp_path / "rounds" / "0000" / "manifest.json").read_text())
     assert manifest["settings"]["pairs"]["temperature"] == 1.0

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_pl.data.files import read_rows
-from rlhf_pl.data.prompts import Prompt, load_prompts, prompts_of_round, tokenize_prompts
+from rlhf_pl.data.prompts import Prompt, load_prompts, select_prompts, tokenize_prompts
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
 
@@ -40,7 +40,7 @@ def test_all_file_formats_give_the_same_prompts(write_jsonl: Write, tmp_path: Pa
     assert load_prompts(str(tmp_path / "p.csv")) == as_text
 
 
-def test_messages_lose_the_answer_at_their_end(write_jsonl: Write) -> None:
+def test_a_response_at_the_end_of_messages_is_dropped(write_jsonl: Write) -> None:
     chat = [*user("Hi"), {"role": "assistant", "content": "Hello"}]
     assert load_prompts(write_jsonl([{"messages": chat}]))[0].messages == user("Hi")
     longer = [*chat, *user("Bye"), {"role": "assistant", "content": "See you"}]
@@ -67,12 +67,12 @@ def test_every_prompt_has_the_same_columns(write_jsonl: Write) -> None:
         ({"prompt": None}, "found NoneType"),
         ({"prompt": []}, "the message list is empty"),
         ({"prompt": [{"role": "user", "content": ""}]}, "message 0 (user) is empty"),
-        ({"messages": [{"role": "assistant", "content": "Ho"}]}, "the message list is empty"),
+        ({"messages": [{"role": "assistant", "content": "Ho"}]}, "the message list holds only a response"),
         ({"prompt": "Hi", "prompt_id": 1.5}, "`prompt_id` is 1.5"),
         (["Hi"], "found list"),
     ],
 )
-def test_wrong_rows_are_named(write_jsonl: Write, row: Any, message: str) -> None:
+def test_invalid_rows_are_named(write_jsonl: Write, row: Any, message: str) -> None:
     with pytest.raises(InputError) as error:
         load_prompts(write_jsonl([{"prompt": "fine"}, row]))
     assert "line 2" in str(error.value)
@@ -83,11 +83,11 @@ def test_up_to_ten_problems_are_listed(write_jsonl: Write) -> None:
     with pytest.raises(InputError) as error:
         load_prompts(write_jsonl([{"prompt": i} if i % 2 else {"prompt": ""} for i in range(30)]))
     assert str(error.value).count("\n  line ") == 10
-    with pytest.raises(InputError, match="line 1 to line 10 and perhaps on: `prompt` is empty"):
+    with pytest.raises(InputError, match="line 1 to line 10 and perhaps further: `prompt` is empty"):
         load_prompts(write_jsonl([{"prompt": ""}] * 30))
 
 
-def test_wrong_files_are_refused(write_jsonl: Write, tmp_path: Path) -> None:
+def test_invalid_files_are_refused(write_jsonl: Write, tmp_path: Path) -> None:
     (tmp_path / "broken.jsonl").write_text('{"prompt": "Hi"}\n{"prompt": \n')
     (tmp_path / "broken.json").write_text("{")
     (tmp_path / "object.json").write_text("{}")
@@ -98,44 +98,44 @@ def test_wrong_files_are_refused(write_jsonl: Write, tmp_path: Path) -> None:
     (tmp_path / "other.txt").write_text("Hi")
     for name, message in {
         "missing.jsonl": "no file",
-        "broken.jsonl": "line 2: found no JSON",
-        "broken.json": "is no JSON",
+        "broken.jsonl": "line 2: not JSON",
+        "broken.json": "is not JSON",
         "object.json": "expected a list",
-        "broken.parquet": "no readable Parquet",
+        "broken.parquet": "not a readable Parquet file",
         "empty.jsonl": "has no rows",
         "latin.jsonl": "not UTF-8",
         "short.csv": "line 2: found 1 fields; expected 2",
-        "other.txt": "ends in none of",
+        "other.txt": "has none of the suffixes",
     }.items():
         with pytest.raises(InputError, match=message):
             load_prompts(str(tmp_path / name))
-    with pytest.raises(InputError, match="also that of line 1"):
+    with pytest.raises(InputError, match="as in line 1; expected a unique id"):
         load_prompts(write_jsonl([ROWS[0], ROWS[0]]))
-    with pytest.raises(InputError, match="not ours"):
+    with pytest.raises(InputError, match="has unknown keys"):
         load_prompts(write_jsonl(ROWS), {"question": "prompt"})
 
 
-def test_long_prompts_are_left_out_and_counted(source: ModelSource) -> None:
+def test_long_prompts_are_dropped_and_counted(source: ModelSource) -> None:
     prompts = [Prompt("short", user("Hi")), Prompt("long", user("Hi " * 100))]
     kept, dropped = tokenize_prompts(prompts, source.tokenizer, 20)
     assert ([p.prompt_id for p in kept], dropped) == (["short"], 1)
     assert source.tokenizer.decode(kept[0].token_ids) == "<s><|user|>Hi<|end|><|assistant|>"
 
 
-def test_rounds_use_every_prompt_before_any_twice() -> None:
+def test_rounds_use_every_prompt_before_one_is_repeated() -> None:
     prompts = [Prompt(f"p{i}", user("Hi")) for i in range(12)]
-    rounds = [[p.prompt_id for p in prompts_of_round(prompts, r, 4, seed=1)] for r in range(6)]
+    rounds = [[p.prompt_id for p in select_prompts(prompts, r, 4, seed=1)] for r in range(6)]
     assert sorted(rounds[0] + rounds[1] + rounds[2]) == sorted(p.prompt_id for p in prompts)
     assert rounds[:3] != rounds[3:]
-    assert rounds[1] == [p.prompt_id for p in prompts_of_round(prompts, 1, 4, seed=1)]
-    assert rounds[1] != [p.prompt_id for p in prompts_of_round(prompts, 1, 4, seed=2)]
-    assert all(len(set(prompts_of_round_ids)) == 4 for prompts_of_round_ids in rounds)
-    everything = prompts_of_round(prompts, 3, None, seed=1)
+    assert rounds[1] == [p.prompt_id for p in select_prompts(prompts, 1, 4, seed=1)]
+    assert rounds[1] != [p.prompt_id for p in select_prompts(prompts, 1, 4, seed=2)]
+    assert all(len(set(round_ids)) == 4 for round_ids in rounds)
+    everything = select_prompts(prompts, 3, None, seed=1)
     assert sorted(p.prompt_id for p in everything) == sorted(p.prompt_id for p in prompts)
 
 
 def test_parquet_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """2,500 rows in one row group: no more than 1,024 of them are Python objects at a time."""
+    """2,500 rows in one row group: at most 1,024 of them are converted to Python objects at a time."""
     rows = [{"prompt_id": str(i), "prompt": f"Question {i}"} for i in range(2500)]
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "p.parquet")
     monkeypatch.setattr(pq.ParquetFile, "read", lambda *arguments, **options: pytest.fail("read as a whole"))

@@ -1,4 +1,4 @@
-"""Who prepares the rounds that a DataModule serves: any object with the two methods of `RoundSource`."""
+"""Any object with the two methods of `RoundSource` can prepare the rounds of a DataModule."""
 
 import shutil
 from collections.abc import Callable
@@ -13,8 +13,8 @@ from rlhf_pl.store.round_store import RoundStore
 from tests.integration.test_fit import PROMPTS, assert_same, fit, weights
 
 
-class Copies(L.Callback):
-    """Takes rounds from another run's directory, when they are asked for."""
+class CopiedRounds(L.Callback):
+    """Copies requested rounds from the directory of another run."""
 
     def __init__(self, made: Path, run: Path) -> None:
         self.made, self.run = RoundStore(made), RoundStore(run)
@@ -34,12 +34,12 @@ class Copies(L.Callback):
         self.finished.append(rounds)
 
 
-def test_rounds_of_another_source_train_alike(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> None:
+def test_copied_rounds_train_the_same_weights(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> None:
     prompts, none_held_out = write_jsonl(PROMPTS), {"val_prompts": 0}
     _, made = fit(tmp_path / "made", llama, prompts, data=none_held_out)
 
-    def run(**more: Any) -> tuple[Copies, L.Trainer, Any]:
-        copies = Copies(tmp_path / "made", tmp_path / "run")
+    def run(**more: Any) -> tuple[CopiedRounds, L.Trainer, Any]:
+        copies = CopiedRounds(tmp_path / "made", tmp_path / "run")
         options = {"refresh": {"reward": None}, "data": none_held_out, "enable_checkpointing": True}
         return copies, *fit(tmp_path / "run", llama, prompts, [copies, RoundCheckpoint()], **options, **more)
 

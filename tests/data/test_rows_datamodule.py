@@ -1,4 +1,4 @@
-"""What all DataModules do alike."""
+"""The common behaviour of all DataModules."""
 
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +14,7 @@ HELD_OUT = ["val_prompts", "val_pairs", "val_preferences", "val_conversations"]
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_seed_is_the_runs_unless_one_is_given(kind: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_seed_defaults_to_that_of_the_run(kind: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PL_GLOBAL_SEED", "41")
     data = kind("rows.jsonl")
     assert data.seed == 41
@@ -25,20 +25,20 @@ def test_the_seed_is_the_runs_unless_one_is_given(kind: Callable[..., Any], monk
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("option", "least"), [("batch_size", 1), ("num_workers", 0)])
-def test_options_that_all_have_are_checked_by_name(kind: Callable[..., Any], option: str, least: int) -> None:
+def test_common_options_are_checked_by_name(kind: Callable[..., Any], option: str, least: int) -> None:
     with pytest.raises(InputError, match=f"`data.{option}` must be {least} or more, got {least - 1}"):
         kind("rows.jsonl", **{option: least - 1})
 
 
 @pytest.mark.parametrize(("kind", "option"), zip(KINDS, HELD_OUT, strict=True))
-def test_what_is_held_out_is_checked_before_rows_are_read(kind: Callable[..., Any], option: str) -> None:
+def test_the_number_of_held_out_rows_is_checked_before_rows_are_read(kind: Callable[..., Any], option: str) -> None:
     with pytest.raises(InputError, match=f"`data.{option}` must be a share below 1 or a whole number, got 1.5"):
         kind("rows.jsonl", **{option: 1.5})
     kind("rows.jsonl", **{option: "held_out.jsonl"})
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_rows_are_read_inside_of_a_trainer_alone(kind: Callable[..., Any]) -> None:
+def test_setup_requires_a_trainer(kind: Callable[..., Any]) -> None:
     data = kind("rows.jsonl")
     assert isinstance(data, L.LightningDataModule)
     with pytest.raises(RuntimeError, match="works inside a Trainer"):

@@ -8,8 +8,8 @@ import pyarrow as pa
 import pytest
 import torch
 
-from rlhf_pl.data.pair_batches import GroupDataset
-from rlhf_pl.data.stored_groups import GROUPS, PAIRS, stored_groups, stored_numbers
+from rlhf_pl.data.group_batches import GroupDataset
+from rlhf_pl.data.stored_groups import GROUPS, PAIRS, read_stored_groups, read_stored_logps
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.packed_batch import PackedBatch
 from rlhf_pl.rounds.stages import store_logps
@@ -71,9 +71,9 @@ class Counting:
 def test_batches_are_the_same_from_indices_and_from_copies(tmp_path: Path, copies: bool) -> None:
     stored = store(tmp_path, pairs_table(copies))
     store_logps(stored, {"old": Counting()}, steps_by_length(8, Ranks()), 1.0, needs={"old_token_logps"})
-    groups = stored_groups(stored)
+    groups = read_stored_groups(stored)
     assert groups.lengths() == [4, 5, 6]
-    dataset = GroupDataset(groups, stored_numbers(stored.read("logps"), groups), 1.0)
+    dataset = GroupDataset(groups, read_stored_logps(stored.read("logps"), groups), 1.0)
     batch = dataset.batch([2, 0])
     assert batch.rows.input_ids.tolist() == [[1, 2, 13, 14, 15, 10, 3, 17, 18, 16]]
     assert batch.rewards.tolist() == [2.0, 0.0, 1.5, 0.5]
@@ -108,7 +108,7 @@ def test_a_response_in_two_pairs_is_stored_once(tmp_path: Path) -> None:
 
 def test_whole_groups(tmp_path: Path) -> None:
     rows = [{"prompt_id": p, "response_index": i, "reward": reward(p, i)} for p, i, _ in RESPONSES]
-    groups = stored_groups(store(tmp_path, pa.Table.from_pylist(rows, schema=GROUPS)))
+    groups = read_stored_groups(store(tmp_path, pa.Table.from_pylist(rows, schema=GROUPS)))
     assert not groups.pairs
     assert [tuple(map(list, (t.prompt, *t.answers))) for t in map(groups.tree, range(2))] == [
         ([1, 2], [10], [11, 12], [13, 14, 15]),
@@ -120,4 +120,4 @@ def test_whole_groups(tmp_path: Path) -> None:
 def test_a_response_that_is_gone_is_damage(tmp_path: Path) -> None:
     rows = [{"prompt_id": "a", "response_index": i, "reward": 0.0} for i in (0, 3)]
     with pytest.raises(DamagedStoreError, match=r"names responses that .* lacks"):
-        stored_groups(store(tmp_path, pa.Table.from_pylist(rows, schema=GROUPS)))
+        read_stored_groups(store(tmp_path, pa.Table.from_pylist(rows, schema=GROUPS)))

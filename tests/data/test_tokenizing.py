@@ -1,4 +1,4 @@
-"""Token ids are the same however many threads make them, and are kept until something that they are made of changes."""
+"""Token ids do not depend on the number of threads, and are cached until something that they depend on changes."""
 
 import multiprocessing
 import time
@@ -13,7 +13,7 @@ import pytest
 from rlhf_pl.data import tokenizing
 from rlhf_pl.data.prompts import Prompt, tokenize_prompts
 from rlhf_pl.data.token_cache import cache_folder
-from rlhf_pl.data.tokenizing import Recipe, cache_key, token_lists, token_table
+from rlhf_pl.data.tokenizing import Recipe, cache_key, iterate_token_lists, make_token_table
 from rlhf_pl.models.chat import encode_prompt
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils import run_date
@@ -37,7 +37,7 @@ def prompts(count: int, start: int = 0) -> list[Prompt]:
 
 
 class Counted:
-    """Encodes prompts, and counts how many."""
+    """Encodes prompts and counts the calls."""
 
     def __init__(self, tokenizer: Any) -> None:
         self.tokenizer, self.calls = tokenizer, 0
@@ -49,21 +49,21 @@ class Counted:
 
 def table_of(rows: list[Prompt], encode: Counted, settings: Any = None) -> list[list[int]]:
     recipe = Recipe(encode.tokenizer, settings, "data.prompts")
-    table = token_table(rows, encode, ["ids"], recipe, lambda prompt: [prompt.messages])
-    return [ids.tolist() for ids in token_lists(table, "ids")]
+    table = make_token_table(rows, encode, ["ids"], recipe, lambda prompt: [prompt.messages])
+    return [ids.tolist() for ids in iterate_token_lists(table, "ids")]
 
 
 @pytest.mark.parametrize("cores", [1, 4])
 @pytest.mark.parametrize("kept", [10**9, 1])
-def test_ids_are_those_of_one_prompt_after_the_other(
+def test_ids_equal_those_of_prompts_encoded_one_by_one(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, cores: int, kept: int
 ) -> None:
     monkeypatch.setattr(tokenizing.os, "sched_getaffinity", lambda process: range(cores))
-    monkeypatch.setattr(tokenizing, "MIN_KEPT", kept)
+    monkeypatch.setattr(tokenizing, "MIN_CACHED_ROWS", kept)
     rows = prompts(300)
     expected = [encode_prompt(tokenizer, p.messages) for p in rows]
     longest = sorted(set(map(len, expected)))[-2]
-    for _ in range(2):  # made, and where tables are kept read
+    for _ in range(2):  # the second time from the cache, if the table is cached
         found, too_long = tokenize_prompts(rows, tokenizer, longest)
         assert [list(p.token_ids) for p in found] == [ids for ids in expected if len(ids) <= longest]
         assert too_long == sum(len(ids) > longest for ids in expected) > 0
@@ -71,7 +71,7 @@ def test_ids_are_those_of_one_prompt_after_the_other(
 
 
 @pytest.mark.parametrize("cores", [1, 4])
-def test_the_first_ten_rows_that_are_refused_are_named_in_their_order(
+def test_the_first_ten_refused_rows_are_named_in_order(
     tokenizer: Any, monkeypatch: pytest.MonkeyPatch, cores: int
 ) -> None:
     monkeypatch.setattr(tokenizing.os, "sched_getaffinity", lambda process: range(cores))
@@ -89,20 +89,18 @@ def test_the_first_ten_rows_that_are_refused_are_named_in_their_order(
     assert str(caught.value).splitlines()[1:11] == [f"  prompt_id '{name}': no {name}" for name in named]
 
 
-def test_a_large_set_is_tokenised_once_and_a_small_one_never_kept(
-    tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_only_large_sets_are_cached(tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encode = Counted(tokenizer)
     first = table_of(prompts(999), encode)
     assert encode.calls == 999
     assert not folder.exists()
-    monkeypatch.setattr(tokenizing, "MIN_KEPT", 100)
+    monkeypatch.setattr(tokenizing, "MIN_CACHED_ROWS", 100)
     assert table_of(prompts(999), encode) == table_of(prompts(999), encode) == first
     assert encode.calls == 2 * 999
 
 
 def test_a_damaged_file_is_made_again(tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tokenizing, "MIN_KEPT", 1)
+    monkeypatch.setattr(tokenizing, "MIN_CACHED_ROWS", 1)
     encode = Counted(tokenizer)
     expected = table_of(prompts(50), encode)
     (file,) = folder.glob("*.parquet")
@@ -114,7 +112,7 @@ def test_a_damaged_file_is_made_again(tokenizer: Any, folder: Path, monkeypatch:
     assert encode.calls == 4 * 50
 
 
-def test_the_key_changes_with_all_that_ids_are_made_of(tokenizer: Any, llama: Path) -> None:
+def test_the_key_depends_on_everything_that_ids_depend_on(tokenizer: Any, llama: Path) -> None:
     rows = prompts(3)
 
     def key(of: Any = tokenizer, settings: Any = None, rows: list[Prompt] = rows) -> str:
@@ -138,19 +136,19 @@ def test_the_key_changes_with_all_that_ids_are_made_of(tokenizer: Any, llama: Pa
     assert len({key(), *others}) == 1 + len(others)
 
 
-def test_the_key_has_the_date_as_the_template_writes_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    told = {"%d %b": "26 Nov", "%Y": "2026", "%c %f": "a moment"}
-    monkeypatch.setattr(run_date, "strftime_now", told.__getitem__)
-    assert run_date.dates_in("{{ messages }}") == []
+def test_the_key_includes_the_date_in_the_format_of_the_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    dates = {"%d %b": "26 Nov", "%Y": "2026", "%c %f": "a moment"}
+    monkeypatch.setattr(run_date, "strftime_now", dates.__getitem__)
+    assert run_date.get_dates("{{ messages }}") == []
     plain = "{% if strftime_now is defined %}{{ strftime_now('%d %b') }}{{ strftime_now( \"%Y\" ) }}{% endif %}"
-    assert run_date.dates_in(plain) == ["26 Nov", "2026"]
-    assert run_date.dates_in("{% set form = '%Y' %}{{ strftime_now(form) }}") == ["a moment"]
+    assert run_date.get_dates(plain) == ["26 Nov", "2026"]
+    assert run_date.get_dates("{% set form = '%Y' %}{{ strftime_now(form) }}") == ["a moment"]
 
 
-def test_a_folder_that_can_not_be_written_to_keeps_nothing(
+def test_without_a_writable_folder_nothing_is_cached(
     tokenizer: Any, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "MIN_KEPT", 1)
+    monkeypatch.setattr(tokenizing, "MIN_CACHED_ROWS", 1)
     folder.parent.write_text("a file")
     encode = Counted(tokenizer)
     assert table_of(prompts(50), encode) == table_of(prompts(50), encode)
@@ -160,14 +158,14 @@ def test_a_folder_that_can_not_be_written_to_keeps_nothing(
 def test_processes_of_one_machine_wait_for_the_first(
     tokenizer: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(tokenizing, "MIN_KEPT", 1)
+    monkeypatch.setattr(tokenizing, "MIN_CACHED_ROWS", 1)
     monkeypatch.setattr(tokenizing.os, "sched_getaffinity", lambda process: range(1))
     made = tmp_path / "made"
 
     class Slow(Counted):
         def __call__(self, prompt: Prompt) -> list[list[int]]:
             if prompt.prompt_id == "0":
-                time.sleep(0.3)  # so that the other one comes meanwhile
+                time.sleep(0.3)  # the other process starts meanwhile
                 with made.open("a") as file:
                     file.write("x")
             return super().__call__(prompt)

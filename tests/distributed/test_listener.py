@@ -1,4 +1,4 @@
-"""Who is let in at a port of a run, and that strangers neither come in nor hold anybody up."""
+"""A listener accepts a run's peers; unknown clients are rejected and delay nobody."""
 
 import random
 import socket
@@ -11,14 +11,14 @@ import pytest
 
 from rlhf_pl.distributed import listener as module
 from rlhf_pl.distributed.listener import Listener, join, make_token
-from tests.strangers import KINDS, is_rejected, visit
+from tests.unknown_clients import KINDS, is_rejected, visit
 
 A, B = make_token(), make_token()
 
 
 @contextmanager
 def welcoming(tokens: list[str], within: float = 20.0) -> Iterator[tuple[Listener, list[socket.socket]]]:
-    """A listener that waits in a thread; the peers come into the list, which is full when the block has ended."""
+    """A listener that accepts peers in a thread. At the end of the block all peers are in the list."""
     listener, peers = Listener("127.0.0.1", "the tests"), []
     thread = threading.Thread(target=lambda: peers.extend(listener.accept_peers(tokens, within)))
     thread.start()
@@ -31,7 +31,7 @@ def welcoming(tokens: list[str], within: float = 20.0) -> Iterator[tuple[Listene
             peer.close()
 
 
-def test_peers_come_in_the_order_of_their_tokens_and_the_rest_is_theirs() -> None:
+def test_peers_are_in_the_order_of_their_tokens() -> None:
     with ExitStack() as stack, welcoming([A, B, B]) as (listener, peers):
         links = [stack.enter_context(join("127.0.0.1", listener.port, token)) for token in (B, A, B)]
         for link, more in zip(links, (b"one", b"two", b"three"), strict=True):
@@ -44,30 +44,30 @@ def test_peers_come_in_the_order_of_their_tokens_and_the_rest_is_theirs() -> Non
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_stranger_delays_nobody_and_is_rejected(
+def test_an_unknown_client_delays_nobody_and_is_rejected(
     kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(module, "HELLO_SECONDS", 1.0)
     with welcoming([A, B]) as (listener, peers):
-        stranger = visit(kind, listener.port, A, random.Random(0))
+        client = visit(kind, listener.port, A, random.Random(0))
         time.sleep(0.1)
         start = time.monotonic()
         first = join("127.0.0.1", listener.port, A)
         again = visit(kind, listener.port, A, random.Random(1))
-        if stranger.fileno() >= 0:  # with one deadline, however slowly it speaks
-            assert is_rejected(stranger, 2.5)
+        if client.fileno() >= 0:  # the deadline does not depend on how slowly it sends
+            assert is_rejected(client, 2.5)
         assert time.monotonic() - start < 2.5
         start = time.monotonic()
         second = join("127.0.0.1", listener.port, B)
         while len(peers) < 2:
             assert time.monotonic() - start < 1
             time.sleep(0.01)
-        for connection in (stranger, again, first, second):
+        for connection in (client, again, first, second):
             connection.close()
     assert listener.rejected == 2
-    said = capsys.readouterr().out
-    assert said.count("127.0.0.1 was rejected") + said.count("unknown address was rejected") == 1
-    assert "2 connections were rejected in all" in said
+    output = capsys.readouterr().out
+    assert output.count("127.0.0.1 was rejected") + output.count("unknown address was rejected") == 1
+    assert "2 connections were rejected in all" in output
 
 
 def test_a_token_lets_one_peer_in() -> None:
@@ -81,8 +81,8 @@ def test_a_token_lets_one_peer_in() -> None:
     assert listener.rejected == 1
 
 
-def test_a_flood_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """Silent connections by the hundred: of more than may wait the oldest go, and two lines are printed."""
+def test_a_flood_excludes_no_peer(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """Hundreds of silent connections: the oldest ones beyond the limit are closed, and two lines are printed."""
     monkeypatch.setattr(module, "MAX_WAITING", 70)
     waited = []
     plain = module._PendingConnections.reject_overdue
@@ -99,12 +99,12 @@ def test_a_flood_keeps_nobody_out(monkeypatch: pytest.MonkeyPatch, capsys: pytes
                 time.sleep(0.01)
     assert max(waited) <= 70
     assert listener.rejected == 300
-    said = capsys.readouterr().out
-    assert said.count("warning") == 2
-    assert "300 connections were rejected in all" in said
+    output = capsys.readouterr().out
+    assert output.count("warning") == 2
+    assert "300 connections were rejected in all" in output
 
 
-def test_a_process_that_may_open_no_more_files_lets_the_peer_in(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_peer_is_accepted_if_the_process_reaches_its_limit_of_open_files(monkeypatch: pytest.MonkeyPatch) -> None:
     plain, refusals = socket.socket.accept, [OSError(24, "Too many open files")] * 2
 
     def accept(listener: socket.socket) -> tuple[socket.socket, object]:
@@ -122,18 +122,18 @@ def test_a_process_that_may_open_no_more_files_lets_the_peer_in(monkeypatch: pyt
     assert len(peers) == 1
 
 
-def test_it_listens_at_the_address_that_is_asked_for_alone() -> None:
+def test_it_listens_only_at_the_given_address() -> None:
     listener = Listener("127.0.0.1", "the tests")
     with pytest.raises(ConnectionRefusedError):
         socket.create_connection(("127.0.0.2", listener.port), timeout=5)
     socket.create_connection(("127.0.0.1", listener.port), timeout=5).close()
     listener.close()
-    for address in ("192.0.2.1", "no-such-host.invalid", "127.0.0.9:1"):  # the first is nobody's (RFC 5737)
+    for address in ("192.0.2.1", "no-such-host.invalid", "127.0.0.9:1"):  # the first is reserved (RFC 5737)
         with pytest.raises(OSError):  # noqa: PT011 - the system's own words
             Listener(address, "the tests")
 
 
-def test_it_listens_at_addresses_of_ipv6() -> None:
+def test_it_listens_at_ipv6_addresses() -> None:
     try:
         listener = Listener("::1", "the tests")
     except OSError:
@@ -142,7 +142,7 @@ def test_it_listens_at_addresses_of_ipv6() -> None:
         listener.close()
 
 
-def test_who_does_not_come_is_missed_in_time_and_the_others_are_released() -> None:
+def test_a_missing_peer_is_an_error_in_time_and_the_others_are_closed() -> None:
     listener = Listener("127.0.0.1", "the tests")
     with join("127.0.0.1", listener.port, A) as link:
         start = time.monotonic()
@@ -153,9 +153,9 @@ def test_who_does_not_come_is_missed_in_time_and_the_others_are_released() -> No
     listener.close()
 
 
-def test_waiting_ends_with_what_the_check_raises() -> None:
+def test_an_exception_of_the_check_ends_the_wait() -> None:
     def check() -> None:
-        raise InterruptedError("they cannot come")
+        raise InterruptedError("the peers have ended")
 
     listener = Listener("127.0.0.1", "the tests")
     with pytest.raises(InterruptedError):
@@ -164,8 +164,8 @@ def test_waiting_ends_with_what_the_check_raises() -> None:
 
 
 @pytest.mark.parametrize("token", ["", "GET / HTTP/1.1\r\n\r\n", "A" * 32, "0" * 33])
-def test_what_is_not_a_token_is_sent_nowhere(token: str) -> None:
-    """A server can be told any address: it sends hexadecimal digits there, not commands."""
+def test_only_tokens_are_sent(token: str) -> None:
+    """A server may get any address to connect to: it sends only hexadecimal digits there, no commands."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         server.settimeout(0.2)
         with pytest.raises(ValueError, match="32 hexadecimal digits"):

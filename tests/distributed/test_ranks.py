@@ -1,4 +1,4 @@
-"""What ranks share, and what they are told of each other."""
+"""Communication between ranks, and their errors about each other."""
 
 import json
 import os
@@ -31,7 +31,7 @@ if what == "share":
     ranks.close()
 elif what == "late":
     if rank == 1:
-        with ranks.phase("scoring answers"):
+        with ranks.phase("scoring responses"):
             time.sleep(8)
     else:
         try:
@@ -47,12 +47,12 @@ elif what == "fails":
     time.sleep(40)
 elif what == "dies":
     if rank == int(sys.argv[4]):
-        with ranks.phase("scoring answers"):
+        with ranks.phase("scoring responses"):
             time.sleep(1)
             os.kill(os.getpid(), 9)
     try:
         if rank == 2:
-            dist.barrier()  # fails of the death before anybody has said so
+            dist.barrier()  # fails because of the death, before it is reported
     except RuntimeError:
         ranks.fail("its collective failed", 3)
         sys.exit(3)
@@ -80,7 +80,7 @@ def launch(what: str, size: int, *more: str) -> list[tuple[int, str, str]]:
     return [(process.returncode, *text) for process, text in zip(processes, texts, strict=True)]
 
 
-def test_ranks_share_what_they_have() -> None:
+def test_ranks_exchange_values() -> None:
     for code, output, errors in launch("share", 3):
         assert code == 0, errors
         assert json.loads(output) == [0, [0, 1, 2], 6.0, 0, "rank 0 refuses"]
@@ -89,7 +89,7 @@ def test_ranks_share_what_they_have() -> None:
 def test_a_late_rank_is_named_with_its_phase() -> None:
     (_, output, errors), _ = launch("late", 2)
     assert "Rank 0 waited 0.05 minutes for the others in the phase 'waiting'" in output, errors
-    assert "rank 1 is at 'scoring answers'" in output
+    assert "rank 1 is at 'scoring responses'" in output
     assert "rollout.timeout_minutes" in output
 
 
@@ -104,14 +104,14 @@ def test_a_rank_that_fails_ends_the_others_with_its_reason() -> None:
 def test_a_rank_that_dies_ends_the_others(dead: int) -> None:
     outcomes = launch("dies", 3, str(dead))
     assert [code for code, _, _ in outcomes] == [-9 if rank == dead else 1 for rank in range(3)]
-    said = [errors for _, _, errors in outcomes if "has died" in errors]
-    assert len(said) == 1
-    assert f"rank {dead}" in said[0]
-    assert dead == 0 or "in the phase 'scoring answers'" in said[0]
+    messages = [errors for _, _, errors in outcomes if "has died" in errors]
+    assert len(messages) == 1
+    assert f"rank {dead}" in messages[0]
+    assert dead == 0 or "in the phase 'scoring responses'" in messages[0]
     assert not any("its collective failed" in errors for _, _, errors in outcomes)
 
 
-def test_one_process_needs_nothing_of_it() -> None:
+def test_one_process_does_not_communicate() -> None:
     ranks = Ranks()
     ranks.barrier()
     assert (ranks.broadcast(3), ranks.all_gather(3), ranks.run_on_rank_zero(lambda: 4), ranks.is_first) == (

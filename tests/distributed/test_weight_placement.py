@@ -1,4 +1,4 @@
-"""Two processes of which only the first can read the weights."""
+"""Two processes, of which only the first can read the weights."""
 
 import os
 import socket
@@ -35,8 +35,8 @@ class Module(RebelModule):
 for kind in ("tied", "untied"):
     folder = f"{out}/{kind}" + ("-without-weights" if rank else "")  # with a config and a tokenizer, and no weights
     for lora in (None, LoRA(rank=2)):
-        made = FSDP2Strategy() if strategy == "fsdp2" else strategy
-        trainer = L.Trainer(accelerator="cpu", devices=2, strategy=made, max_steps=2, logger=False,
+        chosen = FSDP2Strategy() if strategy == "fsdp2" else strategy
+        trainer = L.Trainer(accelerator="cpu", devices=2, strategy=chosen, max_steps=2, logger=False,
                             enable_checkpointing=False, enable_progress_bar=False, enable_model_summary=False)
         module = Module(folder, lora=lora, optimizer=lambda p: torch.optim.SGD(p, lr=0.1))
         trainer.fit(module, torch.utils.data.DataLoader(range(8)))
@@ -49,8 +49,8 @@ for kind in ("tied", "untied"):
 
 @pytest.mark.slow(minutes=0.5)
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_the_first_rank_alone_reads_weights(tmp_path: Path, strategy: str) -> None:
-    """Of models with tied embeddings and without, trained whole and by adapters, one after the other."""
+def test_only_the_first_rank_reads_weights(tmp_path: Path, strategy: str) -> None:
+    """Models with and without tied embeddings, with full training and with adapters."""
     for kind in ("tied", "untied"):
         save_llama(tmp_path / kind, tie_word_embeddings=kind == "tied")
         bare = save_llama(tmp_path / f"{kind}-without-weights", tie_word_embeddings=kind == "tied")

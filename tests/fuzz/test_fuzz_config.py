@@ -1,4 +1,4 @@
-"""No option and no config file leads to a library's traceback, a hang or a half-written run directory."""
+"""No option and no config file causes a library's traceback, a hang or an incomplete run directory."""
 
 import contextlib
 import io
@@ -13,7 +13,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rlhf_pl.__main__ import main
-from rlhf_pl.rewards.time_limit import call_limited
+from rlhf_pl.rewards.time_limit import call_with_time_limit
 from rlhf_pl.store.round_store import RoundStore
 
 OPTIONS = [
@@ -86,16 +86,16 @@ def base(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     }
 
 
-def accepted_or_refused(arguments: list[str]) -> None:
-    """Exit code 0; or 1 or 2 with one error of a few lines. No traceback; a run directory that is valid or absent."""
+def assert_accepted_or_refused(arguments: list[str]) -> None:
+    """Exit code 0, or 1 or 2 with one error of a few lines; no traceback; a valid run directory or none."""
     shutil.rmtree("run", ignore_errors=True)
     out, err = io.StringIO(), io.StringIO()
     with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
-        ended = call_limited(lambda: main(arguments), 120, "fit")
-    assert not ended.timed_out
-    if ended.error is not None and not isinstance(ended.error, SystemExit):
-        raise ended.error
-    code = ended.value if ended.error is None else ended.error.code
+        result = call_with_time_limit(lambda: main(arguments), 120, "fit")
+    assert not result.timed_out
+    if result.error is not None and not isinstance(result.error, SystemExit):
+        raise result.error
+    code = result.value if result.error is None else result.error.code
     text = err.getvalue()
     assert "Traceback" not in text
     if code != 0:
@@ -104,7 +104,7 @@ def accepted_or_refused(arguments: list[str]) -> None:
         assert len(text.splitlines()) < 25, text
     if Path("run").exists():
         store = RoundStore("run")
-        assert store.damage() == []
+        assert store.find_damage() == []
         assert not list(Path("run").rglob("*.tmp"))
         assert not (Path("run") / ".lock").exists()
         assert code == 0 or store.rounds() or store.evaluations(), (arguments, text)
@@ -121,7 +121,7 @@ def test_any_value_of_any_option(base: dict[str, str]) -> None:
     @settings(FUZZ, max_examples=120)
     @given(st.dictionaries(st.sampled_from(OPTIONS), VALUES, min_size=1, max_size=2))
     def check(changes: dict[str, str]) -> None:
-        accepted_or_refused(["fit", *(f"--{name}={value}" for name, value in (base | changes).items())])
+        assert_accepted_or_refused(["fit", *(f"--{name}={value}" for name, value in (base | changes).items())])
 
     check()
 
@@ -137,7 +137,7 @@ def test_any_config_file(base: dict[str, str]) -> None:
     def check(content: bytes) -> None:
         Path("fuzz.yaml").write_bytes(content)
         given: list[Any] = [f"--{name}={value}" for name, value in base.items()]
-        accepted_or_refused(["fit", "--config", "fuzz.yaml", *given])
+        assert_accepted_or_refused(["fit", "--config", "fuzz.yaml", *given])
 
     check()
 

@@ -1,4 +1,4 @@
-"""Damaged model folders: each loads as it was, or gives one message that names the file, before anything is written."""
+"""Damaged model folders: each loads unchanged, or one message names the file before anything is written."""
 
 import json
 import shutil
@@ -18,10 +18,10 @@ from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama, save_reward_model
 
-Damage = Callable[[Path], object]
+Fault = Callable[[Path], object]
 MESSAGES = [{"role": "user", "content": "Tell me: 3 < 5?"}]
 
-EVERY_FILE: dict[str, Damage] = {
+EVERY_FILE: dict[str, Fault] = {
     "empty": lambda f: f.write_bytes(b""),
     "zeros": lambda f: f.write_bytes(bytes(f.stat().st_size)),
     "garbage": lambda f: f.write_bytes(bytes(range(256)) * 20),
@@ -34,27 +34,27 @@ EVERY_FILE: dict[str, Damage] = {
 }
 EVERY_JSON = {"list": "[]", "null": "null", "text": '"x"', "nan": "NaN", "deep": '{"a":' + "[" * 100_000}
 NUMBERS: list[Any] = [0, -1, "x", 1e30, float("nan"), float("inf"), [], {}, 2**40, 1.5]
-SAME_BY_DESIGN = (  # what nobody could tell from what was meant
+VALID_CHANGES = (  # indistinguishable from an intended value
     *(("config.json", "eos_token_id", 0), ("generation_config.json", "eos_token_id", 0)),
     *(("generation_config.json", "eos_token_id", []), ("generation_config.json", "eos_token_id", 2**40)),
     *(("tokenizer_config.json", name, "x") for name in ("bos_token", "eos_token")),
 )
 
 
-def without(name: str) -> Damage:
+def remove_tensor(name: str) -> Fault:
     return lambda f: save_file({n: t for n, t in load_file(f).items() if n != name}, f, metadata={"format": "pt"})
 
 
-def reshaped(name: str, shape: tuple[int, ...]) -> Damage:
+def reshape_tensor(name: str, shape: tuple[int, ...]) -> Fault:
     return lambda f: save_file({**load_file(f), name: torch.ones(shape)}, f, metadata={"format": "pt"})
 
 
-def longer_header(file: Path) -> None:
+def lengthen_header(file: Path) -> None:
     content = file.read_bytes()
     file.write_bytes((2**60).to_bytes(8, "little") + content[8:])
 
 
-def other_offsets(file: Path) -> None:
+def change_offsets(file: Path) -> None:
     content = file.read_bytes()
     size = int.from_bytes(content[:8], "little")
     header = json.loads(content[8 : 8 + size])
@@ -63,17 +63,17 @@ def other_offsets(file: Path) -> None:
     file.write_bytes(len(text).to_bytes(8, "little") + text + content[8 + size :])
 
 
-WEIGHTS: dict[str, Damage] = {
-    "lacks a layer's tensor": without("model.layers.1.mlp.up_proj.weight"),
-    "lacks the embeddings": without("model.embed_tokens.weight"),
-    "lacks the norm": without("model.norm.weight"),
-    "another shape": reshaped("model.layers.0.mlp.up_proj.weight", (7, 64)),
-    "a scalar": reshaped("model.norm.weight", ()),
+WEIGHTS: dict[str, Fault] = {
+    "lacks a layer's tensor": remove_tensor("model.layers.1.mlp.up_proj.weight"),
+    "lacks the embeddings": remove_tensor("model.embed_tokens.weight"),
+    "lacks the norm": remove_tensor("model.norm.weight"),
+    "another shape": reshape_tensor("model.layers.0.mlp.up_proj.weight", (7, 64)),
+    "a scalar": reshape_tensor("model.norm.weight", ()),
     "a layer more": lambda f: save_file(
         load_file(f) | {n.replace("layers.1", "layers.2"): t for n, t in load_file(f).items() if "layers.1" in n},
         f, metadata={"format": "pt"}),
-    "a longer header": longer_header,
-    "offsets beyond the end": other_offsets,
+    "a longer header": lengthen_header,
+    "offsets beyond the end": change_offsets,
 }  # fmt: skip
 
 
@@ -84,7 +84,7 @@ def sound(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def sharded(tmp_path_factory: pytest.TempPathFactory, sound: Path) -> Path:
-    """The same in two files under an index."""
+    """The same model in two files with an index."""
     folder = tmp_path_factory.mktemp("fuzz") / "sharded"
     shutil.copytree(sound, folder)
     state = load_file(folder / "model.safetensors")
@@ -99,8 +99,8 @@ def sharded(tmp_path_factory: pytest.TempPathFactory, sound: Path) -> Path:
     return folder
 
 
-def damages(folder: Path) -> Iterator[tuple[str, str, Damage]]:
-    """(file, what is done to it, does it) of a model folder."""
+def list_faults(folder: Path) -> Iterator[tuple[str, str, Fault]]:
+    """List (file name, name of the fault, fault) for a model folder."""
     for file in sorted(folder.iterdir()):
         for what, damage in EVERY_FILE.items():
             yield file.name, what, damage
@@ -113,19 +113,19 @@ def damages(folder: Path) -> Iterator[tuple[str, str, Damage]]:
             content = {key: value for key, value in content.items() if type(value) in (int, float, list)}
         for key in content:
             for number in NUMBERS:
-                if not any(name == n and key == k and number == v for n, k, v in SAME_BY_DESIGN):
-                    yield name, f"{key}={number!r}", changed(key, number)
-    yield "config.json", "rope_theta", changed("rope_parameters", {"rope_type": "default", "rope_theta": 0.0})
-    yield "config.json", "more layers", changed("num_hidden_layers", 3)
-    yield "config.json", "fewer layers", changed("num_hidden_layers", 1)
+                if not any(name == n and key == k and number == v for n, k, v in VALID_CHANGES):
+                    yield name, f"{key}={number!r}", set_value(key, number)
+    yield "config.json", "rope_theta", set_value("rope_parameters", {"rope_type": "default", "rope_theta": 0.0})
+    yield "config.json", "more layers", set_value("num_hidden_layers", 3)
+    yield "config.json", "fewer layers", set_value("num_hidden_layers", 1)
 
 
-def changed(key: str, value: Any) -> Damage:
+def set_value(key: str, value: Any) -> Fault:
     return lambda f: f.write_text(json.dumps(json.loads(f.read_text()) | {key: value}))
 
 
-def behaviour(folder: Path) -> tuple[str, torch.Tensor]:
-    """What a run looks at before it writes anything: the text of a prompt, and the model's logits for some tokens."""
+def load_all(folder: Path) -> tuple[str, torch.Tensor]:
+    """Load everything that a run reads before it writes; returns a rendered prompt and the logits of a row."""
     source = ModelSource(str(folder))
     template = ChatTemplate(source.tokenizer)
     text = template.render(template.prepare(MESSAGES), None, True)
@@ -135,25 +135,27 @@ def behaviour(folder: Path) -> tuple[str, torch.Tensor]:
         return text, load_lm(source)(torch.tensor([[1, 5, 9, 33]])).logits
 
 
-def test_a_damaged_folder_loads_as_it_was_or_is_refused_by_the_files_name(
+def test_a_damaged_folder_loads_unchanged_or_is_refused_by_the_files_name(
     tmp_path: Path, sound: Path, sharded: Path
 ) -> None:
-    text, logits = behaviour(sound)
+    text, logits = load_all(sound)
     wrong, tried, refused = [], 0, 0
-    every = [(sound, *damage) for damage in damages(sound)]
+    every = [(sound, *damage) for damage in list_faults(sound)]
     every += [(sound, "model.safetensors", what, damage) for what, damage in WEIGHTS.items()]
-    every += [(sharded, n, what, d) for n, what, d in damages(sharded) if n.endswith((".index.json", ".safetensors"))]
+    every += [
+        (sharded, n, what, d) for n, what, d in list_faults(sharded) if n.endswith((".index.json", ".safetensors"))
+    ]
     every += [(sharded, "one.safetensors", "gone", Path.unlink)]
     for weight_map in ({}, {"model.norm.weight": "../one.safetensors"}, {"x": "one.safetensors"}, []):
         index = "model.safetensors.index.json"
-        every.append((sharded, index, f"weight_map {weight_map}", changed("weight_map", weight_map)))
+        every.append((sharded, index, f"weight_map {weight_map}", set_value("weight_map", weight_map)))
     for source, name, what, damage in every:
         folder = tmp_path / "model"
         shutil.copytree(source, folder)
         damage(folder / name)
         tried += 1
         try:
-            found_text, found = behaviour(folder)
+            found_text, found = load_all(folder)
             if found_text != text or not torch.allclose(found, logits):
                 wrong.append(f"{name}, {what}: loads as another model")
         except InputError as error:
@@ -202,7 +204,7 @@ def test_every_command_refuses_before_a_run_directory_exists(
     bad = (save_reward_model if kind == "score" else save_llama)(tmp_path / "bad")
     good = save_llama(tmp_path / "good") if kind == "reference" else bad
     file = bad / ("config.json" if damage == "config" else "model.safetensors")
-    (changed("hidden_size", 96) if damage == "config" else {**WEIGHTS, **EVERY_FILE}[damage])(file)
+    (set_value("hidden_size", 96) if damage == "config" else {**WEIGHTS, **EVERY_FILE}[damage])(file)
     rounds = ["--data.prompts=p.jsonl", "--data.max_prompt_tokens=40", "--rollout.reward=folder_reward.score",
               "--rollout.sampler=TransformersSampler", "--rollout.sampling.max_response_tokens=4"]  # fmt: skip
     arguments = {

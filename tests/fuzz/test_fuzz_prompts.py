@@ -1,4 +1,4 @@
-"""No prompt file leads to anything but prompts or one clear error."""
+"""Every prompt file gives prompts or one clear error."""
 
 import csv
 import io
@@ -37,8 +37,8 @@ ROWS = st.dictionaries(
 )
 
 
-def accepted_or_refused(file: Path, source: ModelSource, columns: dict[str, str] | None = None) -> None:
-    """Loads, tokenizes and writes as a run would; only an InputError may come out, and it names the file."""
+def assert_accepted_or_refused(file: Path, source: ModelSource, columns: dict[str, str] | None = None) -> None:
+    """Load, tokenize and write the prompts like a run; only an InputError that names the file may be raised."""
     try:
         prompts = load_prompts(str(file), columns)
         kept, _ = tokenize_prompts(prompts, source.tokenizer, 10_000)
@@ -77,7 +77,7 @@ def test_any_bytes(tmp_path: Path, source: ModelSource, suffix: str) -> None:
     def check(content: bytes) -> None:
         file = tmp_path / f"any{suffix}"
         file.write_bytes(content)
-        accepted_or_refused(file, source)
+        assert_accepted_or_refused(file, source)
 
     check()
 
@@ -93,7 +93,7 @@ def test_any_bytes(tmp_path: Path, source: ModelSource, suffix: str) -> None:
 def test_any_json(tmp_path: Path, source: ModelSource, rows: list[Any], as_lines: bool) -> None:
     file = tmp_path / ("any.jsonl" if as_lines else "any.json")
     file.write_text("\n".join(map(json.dumps, rows)) if as_lines else json.dumps(rows))
-    accepted_or_refused(file, source)
+    assert_accepted_or_refused(file, source)
 
 
 @pytest.mark.parametrize("depth", [100, 300, 480, 700, 990, 3000])
@@ -103,7 +103,7 @@ def test_deep_rows(tmp_path: Path, source: ModelSource, depth: int) -> None:
     for row in (f'{{"prompt": [{{"role": "user", "content": "Hi", "x": {nested}}}]}}',
                 f'{{"prompt": "Hi", "tools": [{nested}]}}'):  # fmt: skip
         file.write_text(row)
-        accepted_or_refused(file, source)
+        assert_accepted_or_refused(file, source)
 
 
 @FUZZ
@@ -111,7 +111,7 @@ def test_deep_rows(tmp_path: Path, source: ModelSource, depth: int) -> None:
 def test_any_column_names(tmp_path: Path, source: ModelSource, rows: list[Any], columns: dict[str, str]) -> None:
     file = tmp_path / "any.jsonl"
     file.write_text("\n".join(map(json.dumps, rows)))
-    accepted_or_refused(file, source, columns)
+    assert_accepted_or_refused(file, source, columns)
 
 
 @FUZZ
@@ -125,7 +125,7 @@ def test_any_csv(tmp_path: Path, source: ModelSource, header: list[str], rows: l
     csv.writer(text).writerows([header, *rows])
     file = tmp_path / "any.csv"
     file.write_bytes(text.getvalue().encode("utf-8", "surrogatepass"))
-    accepted_or_refused(file, source)
+    assert_accepted_or_refused(file, source)
 
 
 @FUZZ
@@ -155,4 +155,4 @@ def test_any_csv(tmp_path: Path, source: ModelSource, header: list[str], rows: l
 def test_any_parquet(tmp_path: Path, source: ModelSource, columns: dict[str, pa.Array]) -> None:
     file = tmp_path / "any.parquet"
     pq.write_table(pa.table(columns), file)
-    accepted_or_refused(file, source)
+    assert_accepted_or_refused(file, source)

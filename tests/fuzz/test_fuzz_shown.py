@@ -1,4 +1,4 @@
-"""Whatever is said around a secret, and however it is spelled, it is not shown; no text moves the cursor."""
+"""Secrets are hidden in any context and encoding, and no text moves the cursor."""
 
 import base64
 import html
@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from rich.panel import Panel
 from rich.text import Text
 
-from rlhf_pl.rewards.json_schema import schema_validator
+from rlhf_pl.rewards.json_schema import make_schema_validator
 from rlhf_pl.utils import secrets
 from rlhf_pl.utils.console import SafeConsole
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.secrets import redact, register
+from rlhf_pl.utils.secrets import redact, register_secret
 from rlhf_pl.utils.terminal import escape
 
 FUZZ = settings(
@@ -51,21 +51,21 @@ def test_secrets_are_not_shown(secret: str, before: str, after: str, encode: obj
     assume(len(secret) >= 8 and not secret.isalpha() and not secret.isdigit() and len(set(secret)) > 4)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(secrets, "_known", set())
-        register(secret)
-        spelled = encode(secret)  # type: ignore[operator]
-        shown = redact(f"{before}[{spelled}]{after}")
-        assert spelled[1:-1] not in shown
+        register_secret(secret)
+        encoded = encode(secret)  # type: ignore[operator]
+        shown = redact(f"{before}[{encoded}]{after}")
+        assert encoded[1:-1] not in shown
         assert secret not in shown
         assert redact(shown) == shown
 
 
 @FUZZ
 @given(TEXT)
-def test_what_nobody_sent_is_shown_as_it_is(text: str) -> None:
+def test_text_without_secrets_is_unchanged(text: str) -> None:
     assume("@" not in text and "=" not in text)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(secrets, "_known", set())
-        register("sk-live_0123456789abcdefXYZ")
+        register_secret("sk-live_0123456789abcdefXYZ")
         assert redact(text) == text
 
 
@@ -101,9 +101,9 @@ SCHEMAS = st.recursive(
 
 @FUZZ
 @given(SCHEMAS)
-def test_any_schema_is_taken_or_refused(schema: object) -> None:
+def test_any_schema_is_accepted_or_refused(schema: object) -> None:
     try:
-        validator = schema_validator(schema)
+        validator = make_schema_validator(schema)
     except InputError:
         return
     assert validator.is_valid({"a": [1]}) in (True, False)

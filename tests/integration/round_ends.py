@@ -1,4 +1,4 @@
-"""A user's callback for runs that are killed."""
+"""A callback of a user, for runs that are killed."""
 
 import json
 from pathlib import Path
@@ -7,8 +7,8 @@ from typing import Any
 import lightning as L
 
 
-class Ends(L.Callback):
-    """Writes down what it finds at every round's end, and how many ends it has seen by its state."""
+class RoundEndRecorder(L.Callback):
+    """Records the metrics at every round's end, and the number of ends so far, which is part of its state."""
 
     def __init__(self) -> None:
         self.seen = 0

@@ -1,4 +1,4 @@
-"""The command line, called as users call it."""
+"""The command line, called as by users."""
 
 import csv
 import json
@@ -30,7 +30,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.fixture
 def shortest(llama: Path) -> list[str]:
-    """The least a user has to say, and what makes it quick here."""
+    """The required options, and options for a fast test."""
     return [
         *(
             "fit",
@@ -54,7 +54,7 @@ def printed_config(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> 
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_fit_leaves_a_whole_run_directory(
+def test_fit_writes_a_complete_run_directory(
     folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = [*shortest, "--data.val_prompts", "3", "--trainer.max_epochs", "2", "--model.optimizer.lr", "1e-3"]
@@ -70,10 +70,10 @@ def test_fit_leaves_a_whole_run_directory(
         assert (run / name).exists(), name
     assert list((run / "tensorboard").glob("events*"))
     torch.load(run / "checkpoints" / "last.ckpt", weights_only=True)
-    # the same command again finds the run finished, and does nothing twice
+    # the same command again finds the run finished and repeats nothing
     before = (run / "rounds" / "0001" / "manifest.json").read_text()
     assert main(arguments) == 0
-    assert "Going on from" in capsys.readouterr().out
+    assert "Resuming from" in capsys.readouterr().out
     assert (run / "rounds" / "0001" / "manifest.json").read_text() == before
     assert not (run / "rounds" / "0002").exists()
 
@@ -101,7 +101,7 @@ def test_fit_leaves_a_whole_run_directory(
         ),
     ],
 )
-def test_wrong_inputs_end_with_one_error(
+def test_user_errors_end_with_one_message(
     folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     assert main([*shortest, *arguments]) == 1
@@ -123,7 +123,7 @@ def test_wrong_inputs_end_with_one_error(
         (["--nonsense", "1"], "nonsense"),
     ],
 )
-def test_wrong_options_end_with_a_short_error(
+def test_unknown_options_end_with_a_short_error(
     folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], arguments: list[str], message: str
 ) -> None:
     with pytest.raises(SystemExit) as stop:
@@ -140,7 +140,7 @@ def test_missing_policy_is_named(folder: Path, capsys: pytest.CaptureFixture[str
     assert "required: --model.policy" in capsys.readouterr().err
 
 
-def test_flags_beat_files_beat_the_environment(
+def test_flags_override_files_which_override_the_environment(
     folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (folder / "c.yaml").write_text("model: {policy: from-file}\ndata: {prompts: f.jsonl, batch_size: 7}\n")
@@ -161,7 +161,7 @@ def test_flags_beat_files_beat_the_environment(
 
 
 def test_printed_config_runs(folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]) -> None:
-    """What --print_config writes is a config that does the same."""
+    """The output of --print_config is an equivalent config."""
     config = printed_config(capsys, shortest)
     (folder / "printed.yaml").write_text(yaml.safe_dump(config))
     assert printed_config(capsys, ["fit", "--config", "printed.yaml"]) == config
@@ -169,7 +169,7 @@ def test_printed_config_runs(folder: Path, shortest: list[str], capsys: pytest.C
 
 
 def test_other_classes_by_yaml(folder: Path, shortest: list[str]) -> None:
-    """Optimizer and schedule of torch, a logger of Lightning, a selector and a reward class of the user's own."""
+    """Optimizer and schedule of torch, a logger of Lightning, a selector and a reward class of the user."""
     (folder / "own_classes.py").write_text(
         "from rlhf_pl import PairSelector, Reward, RewardResult\n"
         "class Length(Reward):\n"
@@ -200,7 +200,7 @@ rollout:
 
 
 def test_lightnings_own_callbacks_see_the_evaluation(folder: Path, shortest: list[str]) -> None:
-    """The best by a metric, a checkpoint after every update, early stopping; beside the points to resume from."""
+    """The best checkpoint by a metric, one after every update, early stopping; beside the resume points."""
     (folder / "callbacks.yaml").write_text(
         """
 trainer:
@@ -225,7 +225,7 @@ trainer:
 
 
 def test_one_run_stays_one_run_in_its_loggers(folder: Path, shortest: list[str]) -> None:
-    """The file of the CSVLogger goes on; only rows that are logged again leave it, and are kept beside it."""
+    """The CSVLogger continues its file; only rows that are logged again move to a file beside it."""
     one = "{class_path: lightning.pytorch.loggers.%s, init_args: {save_dir: logs}}"
     run = [*shortest, "--trainer.logger", f"[{one % 'CSVLogger'}, {one % 'TensorBoardLogger'}]"]
 
@@ -246,16 +246,16 @@ def test_one_run_stays_one_run_in_its_loggers(folder: Path, shortest: list[str])
 
 
 @pytest.mark.parametrize("how", ["flag", "config"])
-def test_a_logger_that_can_not_be_made_says_why(
+def test_a_logger_that_can_not_be_built_reports_why(
     folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], how: str
 ) -> None:
     (folder / "logger.yaml").write_text("trainer: {logger: {class_path: lightning.pytorch.loggers.MLFlowLogger}}\n")
     arguments = ["--trainer.logger", "MLFlowLogger"] if how == "flag" else ["--config", "logger.yaml"]
     assert main([*shortest, *arguments]) == 1
-    said = capsys.readouterr().err
-    assert "MLFlowLogger" in said
-    assert "mlflow" in said.replace("MLFlowLogger", "")
-    assert "Union" not in said
+    error = capsys.readouterr().err
+    assert "MLFlowLogger" in error
+    assert "mlflow" in error.replace("MLFlowLogger", "")
+    assert "Union" not in error
     assert not (folder / "runs").exists()
 
 
@@ -266,12 +266,12 @@ def test_a_precision_plugin_counts_as_the_precision(
     assert "`trainer.precision`: '64-true' casts" in capsys.readouterr().err
 
 
-def test_a_logger_whose_folder_can_not_be_made_is_named(
+def test_a_logger_whose_folder_can_not_be_created_is_named(
     folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "taken").write_text("")
     assert main([*shortest, "--trainer.logger=CSVLogger", "--trainer.logger.save_dir=taken"]) == 1
-    assert "`trainer.logger`: CSVLogger can't make its files: " in capsys.readouterr().err
+    assert "`trainer.logger`: CSVLogger can't create its files: " in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("sign", ["distinct", "all"])
@@ -287,11 +287,11 @@ def test_guards_can_stop_a_run(
         "--guards.stop_on",
         f"[{sign}]",
     ]
-    answers = ["--rollout.sampling.max_response_tokens", "40", "--rollout.sampling.temperature", "0.3"]  # that loop
-    assert main([*arguments, *answers]) == 1
+    repetitive = ["--rollout.sampling.max_response_tokens", "40", "--rollout.sampling.temperature", "0.3"]
+    assert main([*arguments, *repetitive]) == 1
     captured = capsys.readouterr()
-    assert "Stopped in round 1 (`guards.stop_on`): the answers repeat themselves" in captured.err
-    assert "warning: round 1: the answers repeat" in " ".join(captured.out.split())
+    assert "Stopped in round 1 (`guards.stop_on`): the responses repeat themselves" in captured.err
+    assert "warning: round 1: the responses repeat" in " ".join(captured.out.split())
     assert not (folder / "runs" / "cli" / "checkpoints" / "last.ckpt").exists()
 
 
@@ -312,7 +312,7 @@ def test_printed_config_shows_the_recipes_defaults(capsys: pytest.CaptureFixture
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[str(c.relative_to(ROOT)) for c in CONFIGS])
 def test_every_shipped_config_parses(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """What a config sets is what the program takes; one with a policy to improve names a reward."""
+    """The program accepts every setting of a config; a config with rollouts names a reward."""
     given, parsed = yaml.safe_load(config.read_text()), printed_config(capsys, ["fit", "--config", str(config)])
     assert parsed["trainer"]["default_root_dir"] == given["trainer"]["default_root_dir"]
     if "rollout" in given:
@@ -333,7 +333,7 @@ def test_help_lists_every_group(capsys: pytest.CaptureFixture[str]) -> None:
         assert option in text
 
 
-def test_module_and_help_import_nothing_heavy() -> None:
+def test_module_and_help_import_no_heavy_packages() -> None:
     code = (
         "import sys; from rlhf_pl.__main__ import main; main(['--help']); "
         "print(sorted({'torch', 'vllm'} & set(sys.modules)))"
@@ -351,6 +351,6 @@ def test_module_and_help_import_nothing_heavy() -> None:
 
 
 def test_plain_callbacks_is_refused() -> None:
-    """Imported from the repository's root it would be a second copy of every class."""
+    """Imported from the repository's root, `callbacks` would be a second copy of every class."""
     done = subprocess.run([sys.executable, "-c", "import callbacks"], capture_output=True, text=True, cwd=ROOT)
     assert "rlhf_pl.callbacks" in done.stderr

@@ -1,4 +1,4 @@
-"""Whole runs of a real Trainer on a small random model, with the transformers sampler."""
+"""Complete runs of a real Trainer on a small random model, with the transformers sampler."""
 
 import csv
 import json
@@ -23,18 +23,18 @@ from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama
-from tests.stored_pairs import pair_rows
+from tests.stored_pairs import read_pairs
 
 PROMPTS = [{"prompt_id": f"p{i}", "prompt": f"What is {i} plus {i + 1}?", "answer": 2 * i + 1} for i in range(14)]
 
 
 def reward(response: str, answer: int) -> float:
-    """Something that differs between answers and sees a column."""
+    """A reward that differs between responses and reads a column."""
     return len(set(response)) / 10 + answer / 1000
 
 
 class Recorder(L.Callback):
-    """Notes the log-ratios of every round's first batch before its update, and every update's loss and rate."""
+    """Records the log-ratios of every round's first batch before its update, and every update's loss and rate."""
 
     def __init__(self) -> None:
         self.first_logratios: list[float] = []
@@ -43,9 +43,9 @@ class Recorder(L.Callback):
 
     def on_train_batch_start(self, trainer: L.Trainer, module: L.LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx == 0:
-            rows = batch.rows
+            packed = batch.rows
             with torch.no_grad():
-                logps = rows.sum_per_response(module(**rows.inputs(), temperature=batch.temperature))
+                logps = packed.sum_per_response(module(**packed.inputs(), temperature=batch.temperature))
             self.first_logratios.append((logps - batch.stored["old_logps"]).abs().max().item())
 
     def on_train_batch_end(self, trainer: L.Trainer, module: L.LightningModule, *args: Any) -> None:
@@ -125,7 +125,7 @@ def assert_same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) ->
 def test_run_trains_logs_and_exports(tmp_path: Path, llama: Path, prompts: str) -> None:
     recorder = Recorder()
     _, module = fit(tmp_path, llama, prompts, [recorder, SampleTable(2), HFExport(dtype="float32")])
-    # the policy before its first update of a round is the one that generated it
+    # before a round's first update the policy is pi_old
     assert len(recorder.first_logratios) == 2
     assert max(recorder.first_logratios) < 1e-4
     store = RoundStore(tmp_path)
@@ -139,7 +139,7 @@ def test_run_trains_logs_and_exports(tmp_path: Path, llama: Path, prompts: str) 
         "time/generate_s", "time/sync_s",
     } <= columns  # fmt: skip
     assert "after round 2" in (tmp_path / "samples.html").read_text()
-    # plain transformers loads the export: same weights, same answer-ending ids, a chat template
+    # plain transformers loads the export: same weights, same EOS ids, a chat template
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
@@ -167,14 +167,14 @@ def test_same_seed_gives_the_same_rounds_and_weights(tmp_path: Path, llama: Path
     for stage in ("rounds/0000/responses", "rounds/0001/responses", "rounds/0001/logps", "heldout/0002/responses"):
         one, other = (sorted(file.name for file in (tmp_path / name / stage).iterdir()) for name in ("a", "b"))
         assert one
-        assert one == other, stage  # the names hold the checksums
+        assert one == other, stage  # the names have the checksums
 
 
 def test_accumulation_equals_one_large_batch(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """10 pairs: 2 x 2 against 1 x 4 pairs an update, the last update being one of 2 pairs; also divided by tokens."""
-    start = weights(_loaded(llama))
+    """10 pairs: 2 x 2 against 1 x 4 pairs per update, the last update with 2 pairs; also divided by tokens."""
+    start = weights(_load_module(llama))
     ends, during = [], []
-    note = LambdaCallback(on_train_start=lambda trainer, _: during.append(trainer.accumulate_grad_batches))
+    recorder = LambdaCallback(on_train_start=lambda trainer, _: during.append(trainer.accumulate_grad_batches))
     for name, batch, accumulate, tokens in (
         ("small", 2, 2, None),
         ("large", 4, 1, None),
@@ -185,7 +185,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path, llama: Path, prompt
             tmp_path / name,
             llama,
             prompts,
-            [note],
+            [recorder],
             module={"optimizer": lambda p: torch.optim.SGD(p, lr=1e-3)},
             data={"batch_size": batch, "max_tokens_per_batch": tokens},
             accumulate_grad_batches=accumulate,
@@ -193,7 +193,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path, llama: Path, prompt
         )
         ends.append(weights(module))
         assert trainer.global_step == 3
-        assert trainer.accumulate_grad_batches == accumulate  # as it was given
+        assert trainer.accumulate_grad_batches == accumulate  # restored after the fit
     assert during[:3] == [2, 1, 4]
     assert during[3] > 1
     for other in ends[1:]:
@@ -202,7 +202,7 @@ def test_accumulation_equals_one_large_batch(tmp_path: Path, llama: Path, prompt
     assert max((ends[0][k] - start[k]).abs().max().item() for k in start) > 1e-4
 
 
-def _loaded(llama: Path) -> RebelModule:
+def _load_module(llama: Path) -> RebelModule:
     module = RebelModule(str(llama))
     module.configure_model()
     return module
@@ -215,30 +215,30 @@ def test_gradient_checkpointing_changes_nothing(tmp_path: Path, llama: Path, pro
         torch.testing.assert_close(saving[name], plain[name], atol=1e-5, rtol=1e-4)
 
 
-def test_eos_is_part_of_the_answer_and_its_logp(tmp_path: Path, llama: Path, prompts: str) -> None:
+def test_eos_is_part_of_the_response_and_its_logp(tmp_path: Path, llama: Path, prompts: str) -> None:
     sampling = SamplingConfig(num_responses=6, max_response_tokens=40, temperature=0.9)
     fit(tmp_path, llama, prompts, refresh={"sampling": sampling}, max_epochs=1)
     stored = RoundStore(tmp_path).round(0)
     rows = stored.read("responses").to_pylist()
     finished = [r for r in rows if r["finished"]]
-    cut = [r for r in rows if not r["finished"]]
+    truncated = [r for r in rows if not r["finished"]]
     assert finished
-    assert cut
+    assert truncated
     assert all(r["response_tokens"][-1] in (1, 2) for r in finished)
-    assert all(not {1, 2} & set(r["response_tokens"]) and len(r["response_tokens"]) == 40 for r in cut)
-    start = _loaded(llama)
-    for pair in pair_rows(stored):
+    assert all(not {1, 2} & set(r["response_tokens"]) and len(r["response_tokens"]) == 40 for r in truncated)
+    start = _load_module(llama)
+    for pair in read_pairs(stored):
         ids = torch.tensor([pair["prompt_tokens"] + pair["chosen_tokens"]])
         assert start.policy is not None
         with torch.no_grad():
-            everything = (start.policy.lm(input_ids=ids).logits[0].double() / 0.9).log_softmax(-1)
+            logps = (start.policy.lm(input_ids=ids).logits[0].double() / 0.9).log_softmax(-1)
         first = len(pair["prompt_tokens"])
-        expected = sum(everything[t - 1, ids[0, t]].item() for t in range(first, ids.shape[1]))
+        expected = sum(logps[t - 1, ids[0, t]].item() for t in range(first, ids.shape[1]))
         assert pair["chosen_old_logp"] == pytest.approx(expected, abs=1e-4)
 
 
 def test_kl_penalty_enters_the_margins(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """In round 2 the policy has left the reference, and the loss at log-ratio 0 is that of the penalised rewards."""
+    """In round 2 the policy differs from the reference, and the loss at log-ratio 0 uses the apply_kl_penalty rewards."""
     recorder = Recorder()
     fit(
         tmp_path,
@@ -252,7 +252,7 @@ def test_kl_penalty_enters_the_margins(tmp_path: Path, llama: Path, prompts: str
     for index, loss in enumerate(recorder.losses):
         stored = RoundStore(tmp_path).round(index)
         expected = 0.0
-        pairs = pair_rows(stored)
+        pairs = read_pairs(stored)
         for pair in pairs:
             margin = 0.0
             for which, sign in (("chosen", 1.0), ("rejected", -1.0)):
@@ -264,24 +264,24 @@ def test_kl_penalty_enters_the_margins(tmp_path: Path, llama: Path, prompts: str
         assert moved < 1e-4 if index == 0 else moved > 1e-3
 
 
-def test_the_samplers_own_logps_can_be_taken(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """The same rounds and weights as with a forward pass, up to rounding, and the difference is told."""
+def test_the_samplers_own_logps_can_be_used(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """The same rounds and weights as with a forward pass, up to rounding; the difference is reported."""
     sampling = SamplingConfig(num_responses=3, max_response_tokens=8)
-    for whose in ("policy", "sampler"):
-        refresh = {"sampling": sampling, "old_logps": whose}
-        fit(tmp_path / whose, llama, prompts, module={"kl_coef": 0.1}, refresh=refresh)
-    policy, sampler = (RoundStore(tmp_path / whose).round(1) for whose in ("policy", "sampler"))
+    for origin in ("policy", "sampler"):
+        refresh = {"sampling": sampling, "old_logps": origin}
+        fit(tmp_path / origin, llama, prompts, module={"kl_coef": 0.1}, refresh=refresh)
+    policy, sampler = (RoundStore(tmp_path / origin).round(1) for origin in ("policy", "sampler"))
     for name in policy.read("logps").column_names[2:]:
         found, expected = (r.read("logps")[name].to_pylist() for r in (sampler, policy))
         assert found == pytest.approx(expected, abs=1e-3)
     assert 0 < sampler.info("logps")["sampler_difference"] < 1e-4
     assert "sampler_difference" not in policy.info("logps")
-    with pytest.raises(InputError, match="what samplers note is at temperature 1"):
+    with pytest.raises(InputError, match="samplers report log-probs at temperature 1"):
         RoundRefresh(reward, sampling=SamplingConfig(temperature=0.5), old_logps="sampler")
 
 
 def test_learning_rate_warms_up_and_falls_over_the_run(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """3 updates a round, 2 rounds: the middles of 6 slices, warm-up over the first tenth."""
+    """3 updates per round, 2 rounds: the rates at the middles of 6 slices, warm-up over the first tenth."""
     recorder = Recorder()
     fit(tmp_path, llama, prompts, [recorder])
     updates = [(k + 0.5) / 6 for k in range(6)]
@@ -290,10 +290,10 @@ def test_learning_rate_warms_up_and_falls_over_the_run(tmp_path: Path, llama: Pa
 
 
 @pytest.mark.parametrize("tokens", [None, 90])
-def test_run_goes_on_from_a_checkpoint_inside_a_round(
+def test_a_run_resumes_from_a_checkpoint_inside_a_round(
     tmp_path: Path, llama: Path, prompts: str, tokens: int | None
 ) -> None:
-    """Stopped after 2 of 6 updates and started anew: the same batches, rates and weights as without the stop."""
+    """Stopped after 2 of 6 updates and started again: the same batches, rates and weights as without the stop."""
 
     class Stop(L.Callback):
         def on_train_batch_start(self, trainer: L.Trainer, *args: Any) -> None:
@@ -312,7 +312,7 @@ def test_run_goes_on_from_a_checkpoint_inside_a_round(
     assert_same(weights(whole), weights(resumed))
 
 
-def test_rounds_made_with_other_settings_are_refused(tmp_path: Path, llama: Path, prompts: str) -> None:
+def test_rounds_prepared_with_other_settings_are_refused(tmp_path: Path, llama: Path, prompts: str) -> None:
     fit(tmp_path, llama, prompts, max_epochs=1)
     with pytest.raises(InputError, match="other settings") as error:
         fit(tmp_path, llama, prompts, refresh={"sampling": SamplingConfig(3, 0.5, max_response_tokens=8)})
@@ -340,8 +340,8 @@ def test_changed_settings_are_refused_on_resume(tmp_path: Path, llama: Path, pro
     assert_same(weights(whole), weights(resumed))
 
 
-class DeafSampler(TransformersSampler):
-    """Ignores the second policy it is given."""
+class StaleSampler(TransformersSampler):
+    """Ignores the second weight sync."""
 
     def start(self, spec: EngineSpec) -> None:
         super().start(spec)
@@ -359,7 +359,7 @@ def test_stale_sampler_stops_the_run(tmp_path: Path, llama: Path, prompts: str) 
             tmp_path,
             llama,
             prompts,
-            refresh={"sampler": DeafSampler()},
+            refresh={"sampler": StaleSampler()},
             module={"optimizer": lambda p: AdamW(p, lr=0.05)},
         )
 
@@ -380,13 +380,13 @@ def test_stale_sampler_stops_the_run(tmp_path: Path, llama: Path, prompts: str) 
         ({"precision": "bf16-true"}, "32-true"),
     ],
 )
-def test_wrong_inputs_are_refused_before_the_model_loads(
+def test_user_errors_are_refused_before_the_model_loads(
     tmp_path: Path, llama: Path, prompts: str, monkeypatch: pytest.MonkeyPatch, settings: dict[str, Any], message: str
 ) -> None:
-    def must_not_load(self: RebelModule) -> None:
+    def fail(self: RebelModule) -> None:
         raise AssertionError("the model was loaded")
 
-    monkeypatch.setattr(RebelModule, "configure_model", must_not_load)
+    monkeypatch.setattr(RebelModule, "configure_model", fail)
     with pytest.raises(InputError, match=message):
         fit(tmp_path / "run", llama, prompts, **{"logger": False} | settings)
     assert not (tmp_path / "run").exists()
@@ -402,20 +402,26 @@ def test_nan_reward_in_the_middle_names_its_prompt(tmp_path: Path, llama: Path, 
         fit(tmp_path, llama, prompts, refresh={"reward": sometimes}, data={"val_prompts": 0})
 
 
-def test_round_without_usable_pairs_is_passed_over_with_a_warning(
+def test_a_round_without_usable_pairs_is_skipped_with_a_warning(
     tmp_path: Path, llama: Path, prompts: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Round 1 has equal rewards for all answers; round 2 trains."""
+    """Round 1 has equal rewards for all responses; round 2 trains."""
     calls: list[str] = []
 
-    def later(response: str, prompt_id: str) -> float:
+    def constant_at_first(response: str, prompt_id: str) -> float:
         calls.append(prompt_id)
         return 1.0 if len(calls) <= 6 + 15 else float(len(set(response)))  # after the trial and the first round
 
     data = {"prompts_per_round": 5, "val_prompts": 0}
     recorder = Recorder()
     _, module = fit(
-        tmp_path, llama, prompts, [DegenerationGuard(), recorder], refresh={"reward": later}, data=data, max_epochs=2
+        tmp_path,
+        llama,
+        prompts,
+        [DegenerationGuard(), recorder],
+        refresh={"reward": constant_at_first},
+        data=data,
+        max_epochs=2,
     )
     assert "round 1: 0 of 5 prompts give a usable pair (5 no reward difference)" in " ".join(
         capsys.readouterr().out.split()
@@ -427,7 +433,7 @@ def test_round_without_usable_pairs_is_passed_over_with_a_warning(
     before, after = (store.round(i).manifest["settings"]["responses"] for i in (0, 1))
     assert (before["policy_step"], before["weights"]) == (after["policy_step"], after["weights"])
     assert len(recorder.losses) > 0
-    start, end = weights(_loaded(llama)), weights(module)
+    start, end = weights(_load_module(llama)), weights(module)
     assert any(not torch.equal(start[name], end[name]) for name in start)
 
 
@@ -457,7 +463,7 @@ def test_other_model_sizes_and_system_prompts(tmp_path: Path, write_jsonl: Calla
 def test_log_ratios_before_the_first_update_are_zero(
     tmp_path: Path, llama: Path, prompts: str, precision: str, data: dict[str, Any]
 ) -> None:
-    """The log-prob pass computes what training computes, to the last digit, in every round."""
+    """The log-prob pass and training compute the same log-probs, to the last digit, in every round."""
     fit(tmp_path, llama, prompts, data=data, module={"kl_coef": 0.1}, precision=precision)
     with (tmp_path / "csv" / "metrics.csv").open() as file:
         first = [row["train/first_logratio"] for row in csv.DictReader(file)]
@@ -472,9 +478,9 @@ def test_log_ratios_before_the_first_update_are_zero(
 def test_gradients_are_clipped_in_mixed_precision_with_a_fused_optimizer(
     tmp_path: Path, llama: Path, prompts: str, clip: dict[str, Any]
 ) -> None:
-    """The update after the clip: SGD at rate 1 moves the weights by the gradient."""
+    """SGD with rate 1 moves the weights by the clipped gradient."""
 
-    class Watch(L.Callback):
+    class MoveRecorder(L.Callback):
         moved: list[torch.Tensor]
 
         def on_train_batch_start(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
@@ -485,16 +491,19 @@ def test_gradients_are_clipped_in_mixed_precision_with_a_fused_optimizer(
                 self.moved = [p.detach() - b for p, b in zip(module.parameters(), self.before, strict=True)]
                 self.fused = trainer.optimizers[0].defaults["fused"]
 
-    watch = Watch()
-    module = {"optimizer": lambda p: torch.optim.SGD(list(p), lr=1.0, fused=True), "lr_scheduler": constant}
-    fit(tmp_path, llama, prompts, callbacks=[watch], module=module, precision="bf16-mixed", max_steps=1, **clip)
-    assert watch.fused
-    moved = torch.cat([m.flatten() for m in watch.moved])
+    recorder = MoveRecorder()
+    module = {
+        "optimizer": lambda p: torch.optim.SGD(list(p), lr=1.0, fused=True),
+        "lr_scheduler": make_constant_schedule,
+    }
+    fit(tmp_path, llama, prompts, callbacks=[recorder], module=module, precision="bf16-mixed", max_steps=1, **clip)
+    assert recorder.fused
+    moved = torch.cat([m.flatten() for m in recorder.moved])
     size = moved.abs().max() if "gradient_clip_algorithm" in clip else moved.norm()
     assert size.item() == pytest.approx(clip["gradient_clip_val"], rel=1e-3)
 
 
-def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
+def make_constant_schedule(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
@@ -503,8 +512,8 @@ def test_float16_weights_in_bf16_mixed_are_refused(tmp_path: Path, llama: Path, 
         fit(tmp_path, llama, prompts, module={"dtype": "float16"}, precision="bf16-mixed")
 
 
-def test_averaged_weights_do_not_linger_in_the_copies(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """They are swapped in for validation behind torch's back, and out again."""
+def test_averaged_weights_do_not_remain_in_the_copies(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """They replace the weights for validation without torch noticing, and are replaced again."""
     from lightning.pytorch.callbacks import EMAWeightAveraging
 
     recorder = Recorder()

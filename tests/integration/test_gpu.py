@@ -1,4 +1,4 @@
-"""What only a GPU can show. Run with `make test-gpu`; elsewhere these are skipped."""
+"""Tests that need a GPU. Run them with `make test-gpu`; without a GPU they are skipped."""
 
 import os
 import signal
@@ -38,7 +38,7 @@ pytestmark = [
     pytest.mark.xdist_group("gpu"),
 ]
 CUDA = torch.device("cuda", 0)
-TREES = [
+GROUPS = [
     PrefixGroup([5, 6, 7, 8] * 9, ([9, 10, 11] * 5, [30, 31, 32, 33, 34, 35])),
     PrefixGroup([5], ([12], [13, 14])),
     PrefixGroup([20, 21, 22], ([23, 24, 25, 26, 27], [28])),
@@ -47,7 +47,7 @@ TREES = [
 
 @pytest.fixture(scope="module")
 def wide(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama with heads of 64, which all kernels take."""
+    """A Llama with heads of 64, which all kernels support."""
     sizes = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 512}
     return save_llama(tmp_path_factory.mktemp("models") / "wide", initializer_range=0.05, **sizes)
 
@@ -57,7 +57,7 @@ def prompts(write_jsonl: Callable[..., str]) -> str:
     return write_jsonl(PROMPTS)
 
 
-def on_gpu(folder: Path, llama: Path, prompts: str, **options: Any) -> tuple[L.Trainer, RebelModule]:
+def fit_on_gpu(folder: Path, llama: Path, prompts: str, **options: Any) -> tuple[L.Trainer, RebelModule]:
     return fit(folder, llama, prompts, accelerator="gpu", use_distributed_sampler=False, **options)
 
 
@@ -68,7 +68,9 @@ def test_head_is_as_exact_as_float64_allows() -> None:
 @pytest.mark.parametrize("size", [64, 128, 256])
 @pytest.mark.parametrize("window", [None, 4])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_attention_of_trees(size: int, window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_attention_of_prefix_groups(
+    size: int, window: int | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(HEADS, "size", size)
     inputs = [t.detach().cuda().requires_grad_() for t in states(dtype)]
     found, _ = _attention(None, *inputs, None, fast=True, layout=Layout(LENGTHS).to("cuda"), sliding_window=window)
@@ -91,13 +93,13 @@ def test_liger_is_as_exact_as_plain_layers(wide: Path, dtype: torch.dtype) -> No
     assert all(is_as_exact(*parts) for parts in zip(found, plain, exact, strict=True))
 
 
-def update(folder: Path, device: torch.device, compute: Compute, dtype: str = "float32") -> dict[str, Tensor]:
-    """Loss, gradients and weights of one update."""
+def run_update(folder: Path, device: torch.device, compute: Compute, dtype: str = "float32") -> dict[str, Tensor]:
+    """Run one update; returns its loss, gradients and weights."""
     lm = load_lm(ModelSource(str(folder)), dtype, compute=compute).to(device)
     policy = PolicyLM(lm, 16, compute)
-    rows: PackedBatch = pack(TREES).to(device)
+    packed: PackedBatch = pack(GROUPS).to(device)
     optimizer = torch.optim.SGD(policy.parameters(), lr=1e-3)
-    loss = rows.sum_per_response(policy(**rows.inputs(), temperature=0.9)).mul(0.01).sub(0.5).square().mean()
+    loss = packed.sum_per_response(policy(**packed.inputs(), temperature=0.9)).mul(0.01).sub(0.5).square().mean()
     loss.backward()
     found = {"loss": loss.detach().cpu()}
     found |= {f"gradient of {n}": p.grad.float().cpu() for n, p in policy.named_parameters()}
@@ -105,22 +107,22 @@ def update(folder: Path, device: torch.device, compute: Compute, dtype: str = "f
     return found | {f"weight {n}": p.detach().float().cpu() for n, p in policy.named_parameters()}
 
 
-def test_an_update_in_float32_is_the_cpus(wide: Path) -> None:
-    ours, cpu = update(wide, CUDA, Compute(CUDA)), update(wide, torch.device("cpu"), Compute())
+def test_an_update_in_float32_equals_the_cpus(wide: Path) -> None:
+    ours, cpu = run_update(wide, CUDA, Compute(CUDA)), run_update(wide, torch.device("cpu"), Compute())
     for name, value in ours.items():
         assert (value - cpu[name]).norm() <= 1e-4 * cpu[name].norm() + 1e-7, name
 
 
 def test_an_update_in_mixed_precision_is_within_bfloat16s_error(wide: Path) -> None:
-    """Not further from float32 than twice what a CPU makes of it in the same precision."""
-    exact = update(wide, torch.device("cpu"), Compute())
-    plain = update(wide, torch.device("cpu"), Compute(dtype=torch.bfloat16))
-    ours = update(wide, CUDA, Compute(CUDA, torch.bfloat16))
+    """At most twice the distance from float32 that a CPU has in the same precision."""
+    exact = run_update(wide, torch.device("cpu"), Compute())
+    plain = run_update(wide, torch.device("cpu"), Compute(dtype=torch.bfloat16))
+    ours = run_update(wide, CUDA, Compute(CUDA, torch.bfloat16))
     for name, value in exact.items():
         assert (ours[name] - value).norm() <= 2 * (plain[name] - value).norm() + 0.02 * value.norm(), name
 
 
-def test_the_fast_attention_is_taken(wide: Path) -> None:
+def test_the_fast_attention_is_used(wide: Path) -> None:
     lm = load_lm(ModelSource(str(wide)), "bfloat16", compute=Compute(CUDA))
     assert lm.config._attn_implementation == FAST
 
@@ -129,11 +131,11 @@ def test_a_step_does_not_wait_for_the_device(wide: Path) -> None:
     compute = Compute(CUDA, torch.bfloat16)
     policy = PolicyLM(load_lm(ModelSource(str(wide)), compute=compute).cuda(), 16, compute)
     for trial in range(2):
-        rows = pack(TREES).to(CUDA)
+        packed = pack(GROUPS).to(CUDA)
         torch.cuda.set_sync_debug_mode("warn" if trial else "default")
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            rows.sum_per_response(policy(**rows.inputs())).square().mean().backward()
+            packed.sum_per_response(policy(**packed.inputs())).square().mean().backward()
         torch.cuda.set_sync_debug_mode("default")
     assert [str(w.message) for w in waits] == []
 
@@ -142,7 +144,7 @@ def test_a_step_does_not_wait_for_the_device(wide: Path) -> None:
 @pytest.mark.parametrize("strategy", ["auto", "fsdp", "fsdp2"])
 def test_rounds_under_every_strategy(tmp_path: Path, wide: Path, prompts: str, precision: str, strategy: str) -> None:
     given = FSDP2Strategy() if strategy == "fsdp2" else strategy
-    trainer, module = on_gpu(tmp_path, wide, prompts, precision=precision, strategy=given)
+    trainer, module = fit_on_gpu(tmp_path, wide, prompts, precision=precision, strategy=given)
     assert trainer.global_step > 0
     assert all(p.isfinite().all() for _, p in module.weights().stream())
 
@@ -150,12 +152,12 @@ def test_rounds_under_every_strategy(tmp_path: Path, wide: Path, prompts: str, p
 def test_log_ratios_before_the_first_update_are_zero(tmp_path: Path, wide: Path, prompts: str) -> None:
     seen: list[float] = []
 
-    class Watch(L.Callback):
+    class LogRatioRecorder(L.Callback):
         def on_train_batch_end(self, trainer: L.Trainer, module: Any, *_: Any) -> None:
             if "train/first_logratio" in trainer.callback_metrics and trainer.global_step == 1:
                 seen.append(float(trainer.callback_metrics["train/first_logratio"]))
 
-    on_gpu(tmp_path, wide, prompts, precision="bf16-mixed", callbacks=[Watch()], max_epochs=1)
+    fit_on_gpu(tmp_path, wide, prompts, precision="bf16-mixed", callbacks=[LogRatioRecorder()], max_epochs=1)
     assert seen[0] == 0.0
 
 
@@ -163,19 +165,19 @@ def test_log_ratios_before_the_first_update_are_zero(tmp_path: Path, wide: Path,
 def test_adapters(tmp_path: Path, wide: Path, prompts: str, lora: LoRA) -> None:
     if lora.base_dtype is not None:
         pytest.importorskip("bitsandbytes")
-    trainer, _ = on_gpu(tmp_path, wide, prompts, precision="bf16-mixed", module={"lora": lora})
+    trainer, _ = fit_on_gpu(tmp_path, wide, prompts, precision="bf16-mixed", module={"lora": lora})
     assert trainer.global_step > 0
 
 
 def test_deterministic_runs_give_the_same_weights(tmp_path: Path, wide: Path, prompts: str) -> None:
-    """Flash attention adds gradients in any order otherwise."""
+    """Without this, flash attention sums gradients in a varying order."""
     environment = os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     assert environment
     options: dict[str, Any] = {"precision": "bf16-mixed", "deterministic": True, "enable_checkpointing": True}
     found = []
     for name in ("a", "b"):
         saved = RoundCheckpoint(every_n_updates=2)
-        _, module = on_gpu(tmp_path / name, wide, prompts, callbacks=[saved], **options)
+        _, module = fit_on_gpu(tmp_path / name, wide, prompts, callbacks=[saved], **options)
         found.append({n: p.cpu() for n, p in module.weights().stream()})
     torch.use_deterministic_algorithms(False)
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
@@ -185,12 +187,12 @@ def test_deterministic_runs_give_the_same_weights(tmp_path: Path, wide: Path, pr
 @pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM")
 def test_vllm_sleeps_and_wakes_over_two_rounds(tmp_path: Path, wide: Path, prompts: str) -> None:
     refresh = {"sampler": VLLMSampler(gpu_memory_utilization=0.2, engine_args={"enforce_eager": True})}
-    on_gpu(tmp_path, wide, prompts, precision="bf16-mixed", refresh=refresh)
+    fit_on_gpu(tmp_path, wide, prompts, precision="bf16-mixed", refresh=refresh)
     store = RoundStore(tmp_path)
     assert [store.round(i).is_complete("training") for i in (0, 1)] == [True, True]
 
 
-def test_a_killed_run_goes_on(tmp_path: Path, wide: Path, prompts: str) -> None:
+def test_a_killed_run_resumes(tmp_path: Path, wide: Path, prompts: str) -> None:
     command = [
         *(sys.executable, "-m", "rlhf_pl", "fit", "--model.policy", str(wide), "--data.prompts", prompts),
         *("--rollout.reward", "tests.integration.test_fit.reward", "--rollout.sampler", "TransformersSampler"),

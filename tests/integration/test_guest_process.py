@@ -1,4 +1,4 @@
-"""The package in somebody's notebook, beside another LightningModule: the process stays as it was."""
+"""The package in a notebook, beside another LightningModule: the process stays unchanged."""
 
 import contextlib
 import json
@@ -28,8 +28,8 @@ LOGGERS = ("", *PACKAGES, "lightning.pytorch", "vllm", "filelock", "huggingface_
 model, prompts, folder = sys.argv[1:]
 
 
-def attributes():
-    # functions of modules, and of their classes
+def read_attributes():
+    # functions of modules and of their classes
     found = {}
     for name, module in list(sys.modules.items()):
         if name.partition(".")[0] not in PACKAGES or module is None:
@@ -44,7 +44,7 @@ def attributes():
     return found
 
 
-def state():
+def read_state():
     return {
         "signal handlers": {number: signal.getsignal(number) for number in signal.valid_signals()},
         "environment": dict(os.environ),
@@ -75,19 +75,19 @@ def fit(module, **data):
 
 
 tempfile.gettempdir()
-fit(BoringModel())  # what Lightning itself changes
-before, known = state(), attributes()
+fit(BoringModel())  # makes the changes of Lightning itself
+before, known = read_state(), read_attributes()
 
 import rlhf_pl
 from rlhf_pl import *
 assert {name for name in rlhf_pl.__all__ if name not in globals()} == set()
 from rlhf_pl.callbacks import HFExport, RoundRefresh, RunReport, SampleTable, DegenerationGuard
 
-for module in pkgutil.walk_packages(rlhf_pl.__path__, "rlhf_pl."):  # the command line's too, which runs nothing
+for module in pkgutil.walk_packages(rlhf_pl.__path__, "rlhf_pl."):  # also the command line's
     if not any(part in module.name for part in ("vllm_", "kernels", "by_path", "worker")):
         importlib.import_module(module.name)
 
-after_import = state()
+after_import = read_state()
 rebel = RebelModule(model)
 trainer = fit(
     rebel,
@@ -102,7 +102,7 @@ trainer = fit(
 )
 assert trainer.global_step >= 1
 fit(BoringModel())
-after, now = state(), attributes()
+after, now = read_state(), read_attributes()
 changed = [
     f"{key} by {what}: {value} is {then[key]}"
     for what, then in (("import", after_import), ("fit", after)) for key, value in before.items() if then[key] != value
@@ -115,7 +115,7 @@ print(json.dumps(changed))
 """
 
 
-def test_nothing_of_the_process_changes(tmp_path: Path, llama: Path) -> None:
+def test_the_process_stays_unchanged(tmp_path: Path, llama: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"What is {i} plus {i}?"}) + "\n" for i in range(8)))
     names = ("RLHF_PL_VERBOSE", "TOKENIZERS_PARALLELISM")
@@ -129,7 +129,7 @@ def test_nothing_of_the_process_changes(tmp_path: Path, llama: Path) -> None:
     assert not changed, "\n".join(changed)
 
 
-def test_what_torch_lacks_on_cpus_is_changed_inside_of_a_block_only() -> None:
+def test_torchs_fsdp_is_patched_inside_a_block_only() -> None:
     from torch.distributed.fsdp._flat_param import FlatParamHandle
 
     before = FlatParamHandle.to_cpu
@@ -140,7 +140,7 @@ def test_what_torch_lacks_on_cpus_is_changed_inside_of_a_block_only() -> None:
     assert FlatParamHandle.to_cpu is before
 
 
-def test_fsdp_on_a_cpu_says_what_it_needs() -> None:
+def test_fsdp_on_a_cpu_names_the_context_manager() -> None:
     strategy = CPUFSDPStrategy(parallel_devices=[torch.device("cpu")])
     strategy.cluster_environment = type("One", (), {"local_rank": lambda self: 0})()  # type: ignore[assignment]
     with pytest.raises(InputError, match=r"rlhf_pl\.utils\.cpu\.cpu_fsdp"):

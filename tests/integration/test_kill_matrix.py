@@ -1,4 +1,4 @@
-"""A run that is killed at any moment and started again ends as if nothing had happened."""
+"""A run that is killed at any moment and started again ends like a run without kills."""
 
 import json
 import random
@@ -20,13 +20,13 @@ from tests.conftest import save_llama
 DRIVER = Path(__file__).with_name("kill_driver.py")
 TRANSFORMERS = ["--rollout.sampler", "TransformersSampler", "--rollout.sampler.dtype", "float32"]
 REWARD = "def score(response):\n    return len(set(response)) / 10\n"
-VARYING = ("train/pairs_per_s", "rollout/sampler_logp_error")  # times, and what is logged at every hand-over
+VARYING = ("train/pairs_per_s", "rollout/sampler_logp_error")  # times, and a metric that is logged at every weight sync
 AT_ENDS = [
     *("--export.every_round", "true", "--checkpoint.every_n_updates", "0"),
     *("--trainer.callbacks+=EarlyStopping", "--trainer.callbacks.monitor=val/reward_mean"),
-    *("--trainer.callbacks.patience=9", "--trainer.callbacks+=round_ends.Ends"),
+    *("--trainer.callbacks.patience=9", "--trainer.callbacks+=round_ends.RoundEndRecorder"),
 ]
-TRIAL_CALLS = 6  # on made-up answers, at every start
+TRIAL_CALLS = 6  # on made-up responses, at every start
 
 
 def make_plan(folder: Path, sampler: list[str], prompts: int = 12) -> dict[str, Any]:
@@ -47,13 +47,13 @@ def make_plan(folder: Path, sampler: list[str], prompts: int = 12) -> dict[str, 
     return {"arguments": arguments, "runs": []}
 
 
-def drive(folder: Path, plan: dict[str, Any], runs: list[dict[str, Any]]) -> list[int]:
-    """Exit codes of the runs."""
+def run_driver(folder: Path, plan: dict[str, Any], runs: list[dict[str, Any]]) -> list[int]:
+    """Carry out the runs; returns their exit codes."""
     return [outcome["status"] for outcome in outcomes(folder, plan, runs)]
 
 
 def outcomes(folder: Path, plan: dict[str, Any], runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """How the runs ended, as the driver tells."""
+    """Carry out the runs; returns the driver's report of each."""
     (folder / "plan.json").write_text(json.dumps({**plan, "runs": runs}))
     done = subprocess.run(
         [sys.executable, str(DRIVER), str(folder / "plan.json")], capture_output=True, text=True, cwd=folder
@@ -63,9 +63,9 @@ def outcomes(folder: Path, plan: dict[str, Any], runs: list[dict[str, Any]]) -> 
 
 
 def run_reference(folder: Path, plan: dict[str, Any]) -> list[tuple[float, str, int]]:
-    """A run without a kill; its trace."""
+    """Carry out a run without a kill; returns its trace."""
     trace = folder / "reference.trace"
-    statuses = drive(folder, plan, [{"dir": str(folder / "reference"), "trace": str(trace)}])
+    statuses = run_driver(folder, plan, [{"dir": str(folder / "reference"), "trace": str(trace)}])
     assert statuses == [0], (folder / "reference.log").read_text()[-3000:]
     return read_trace(trace)
 
@@ -74,8 +74,8 @@ def read_trace(file: Path) -> list[tuple[float, str, int]]:
     return [tuple(json.loads(line)) for line in file.read_text().splitlines()]
 
 
-def result(run: Path) -> dict[str, Any]:
-    """Everything that has to be the same: round files (their names hold checksums), loss curve, weights, table."""
+def read_result(run: Path) -> dict[str, Any]:
+    """Read everything that must be equal: round files (their names have checksums), loss curve, weights, table."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     files = sorted(
@@ -111,7 +111,7 @@ def result(run: Path) -> dict[str, Any]:
 
 
 def assert_same_result(run: Path, expected: dict[str, Any], what: str) -> None:
-    found = result(run)
+    found = read_result(run)
     assert found["files"] == expected["files"], what
     assert found["leftovers"] == [], what
     assert found["training"] == expected["training"], what
@@ -128,10 +128,10 @@ AFTER = ("rename", "reward call", "weight sync", "optimizer step", "checkpoint w
          "write responses of rounds", "write rewards of rounds", "complete training of rounds")  # fmt: skip
 
 
-def boundaries(counts: Counter[str]) -> list[dict[str, Any]]:
-    """An occurrence of every kind of event; where little lies between, only of its beginning.
+def boundary_points(counts: Counter[str]) -> list[dict[str, Any]]:
+    """Choose one occurrence of every kind of event, or only its beginning for short events.
 
-    Files of held-out prompts and of rounds are written by the same code, so that they take turns.
+    The same code writes files of held-out prompts and of rounds, so only one of the two is used for each event.
     """
     rng = random.Random(1)
     points = [{"event": name, "count": rng.randint(1, count), "delay": 0.0} for name, count in counts.items()]
@@ -142,11 +142,11 @@ def boundaries(counts: Counter[str]) -> list[dict[str, Any]]:
     return [p for p in kept if p["event"] not in left_out]
 
 
-def in_turn(points: list[dict[str, Any]], trace: list[tuple[float, str, int]], length: int) -> list[list[dict]]:
-    """Kills for one run directory each, in the order of the run: the second hits the process that goes on.
+def make_chains(points: list[dict[str, Any]], trace: list[tuple[float, str, int]], length: int) -> list[list[dict]]:
+    """Arrange the kills in chains, one per run directory, in the order of the run: each hits the resumed process.
 
-    That process has at least the events that the reference has after the kill before, so counted from its start all
-    kills hit, if perhaps a little earlier.
+    That process has at least the events that the reference has after the previous kill. Counted from its start, all
+    kills hit, though perhaps slightly earlier.
     """
     position = {(name, count): i for i, (_, name, count) in enumerate(trace)}
     ordered = sorted(points, key=lambda p: position[p["event"], p["count"]])
@@ -162,8 +162,8 @@ def in_turn(points: list[dict[str, Any]], trace: list[tuple[float, str, int]], l
     return chains
 
 
-def rounds_end(trace: list[tuple[float, str, int]]) -> list[dict[str, Any]]:
-    """One event of every kind between a round's last update and its end."""
+def round_end_points(trace: list[tuple[float, str, int]]) -> list[dict[str, Any]]:
+    """Choose one event of every kind between a round's last update and its end."""
     names = [name for _, name, _ in trace]
     end = len(names) - names[::-1].index("after round checkpoint")
     begin = max(i for i, name in enumerate(names[:end]) if name == "after optimizer step")
@@ -171,8 +171,8 @@ def rounds_end(trace: list[tuple[float, str, int]]) -> list[dict[str, Any]]:
     return [{"event": name, "count": count, "delay": 0.0} for name, count in first.items()]
 
 
-def moments(trace: list[tuple[float, str, int]], number: int, seed: int) -> list[dict[str, Any]]:
-    """Random moments, as many in short phases as in long ones: after a random event of a random kind."""
+def random_moments(trace: list[tuple[float, str, int]], number: int, seed: int) -> list[dict[str, Any]]:
+    """Choose random moments after random events, all kinds equally likely, so that short phases count as well."""
     rng = random.Random(seed)
     kinds = sorted({name for _, name, _ in trace})
     points = []
@@ -185,14 +185,14 @@ def moments(trace: list[tuple[float, str, int]], number: int, seed: int) -> list
 
 
 def run_matrix(folder: Path, plan: dict[str, Any], chains: list[list[dict[str, Any]]], reference: Path) -> int:
-    """Kill a run at every point of a chain, start it again each time, compare. Returns how many kills hit."""
+    """Kill a run at every point of a chain, start it again each time, compare. Returns the number of kills that hit."""
     runs = [
         {"dir": f"{folder}/run{i}", "kill": kill, "trace": f"{folder}/run{i}.{start}"}
         for i, chain in enumerate(chains)
         for start, kill in enumerate([*chain, None])
     ]
-    statuses = iter(drive(folder, plan, runs))
-    expected = result(reference)
+    statuses = iter(run_driver(folder, plan, runs))
+    expected = read_result(reference)
     rewards = Counter(n for _, n, _ in read_trace(folder / "reference.trace"))["after reward call"] - TRIAL_CALLS
     hits = 0
     for i, chain in enumerate(chains):
@@ -208,7 +208,7 @@ def run_matrix(folder: Path, plan: dict[str, Any], chains: list[list[dict[str, A
     return hits
 
 
-def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None:
+def test_a_signal_saves_the_run_and_ends_it_with_a_message(tmp_path: Path) -> None:
     """SIGTERM and Ctrl-C, in training (in the middle of an update), generation and evaluation."""
     plan = make_plan(tmp_path, TRANSFORMERS)
     run_reference(tmp_path, plan)
@@ -220,7 +220,11 @@ def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None
             "update-00000002",
         ),
         ({"event": "after training step", "count": 3, "signal": signal.SIGINT}, "Stopped by SIGINT", "update-00000002"),
-        ({"event": "answers to a prompt", "count": 12, "signal": signal.SIGTERM}, "Stopped by SIGTERM", "Nothing was"),
+        (
+            {"event": "responses to a prompt", "count": 12, "signal": signal.SIGTERM},
+            "Stopped by SIGTERM",
+            "Nothing was",
+        ),
         (
             {"event": "before write responses of heldout", "count": 2, "signal": signal.SIGTERM},
             "SIGTERM",
@@ -228,12 +232,12 @@ def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None
         ),
     ]
     runs = [{"dir": str(tmp_path / f"run{i}"), "kill": stop | {"delay": 0.0}} for i, (stop, *_) in enumerate(stops)]
-    statuses = drive(tmp_path, plan, [run for r in runs for run in (r, {"dir": r["dir"]})])
-    expected = result(tmp_path / "reference")
+    statuses = run_driver(tmp_path, plan, [run for r in runs for run in (r, {"dir": r["dir"]})])
+    expected = read_result(tmp_path / "reference")
     for i, (stop, *texts) in enumerate(stops):
         log = (tmp_path / f"run{i}.log").read_text()
         assert statuses[2 * i : 2 * i + 2] == [128 + stop["signal"], 0], log[-2000:]
-        assert "The same command goes on from there." in log
+        assert "Run the same command again to resume." in log
         assert all(text in log for text in texts), log[-2000:]
         assert "Traceback" not in log
         assert_same_result(tmp_path / f"run{i}", expected, str(stop))
@@ -243,32 +247,34 @@ def test_told_to_stop_it_saves_and_leaves_with_a_message(tmp_path: Path) -> None
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(2))
 def test_killed_anywhere_and_started_again(tmp_path: Path, part: int) -> None:
-    """At an event of every kind and at random moments; every run directory three times, as it goes on."""
+    """At an event of every kind and at random moments; every run directory is killed three times."""
     plan = make_plan(tmp_path, TRANSFORMERS, prompts=8)
     trace = run_reference(tmp_path, plan)
     counts = Counter(name for _, name, _ in trace)
-    points = (boundaries(counts) + moments(trace, 6, seed=2))[part::2]
-    hits = run_matrix(tmp_path, plan, in_turn(points, trace, 3), tmp_path / "reference")
-    assert hits >= 2 * len(points) // 3  # after a random moment a run may be over
+    points = (boundary_points(counts) + random_moments(trace, 6, seed=2))[part::2]
+    hits = run_matrix(tmp_path, plan, make_chains(points, trace, 3), tmp_path / "reference")
+    assert hits >= 2 * len(points) // 3  # a run may end before a random moment
 
 
 @pytest.mark.slow(minutes=0.8)
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("part", range(2))
 def test_killed_at_a_rounds_end_and_started_again(tmp_path: Path, part: int) -> None:
-    """With callbacks that follow metrics, a user's own, samples and an export of every round.
+    """With callbacks that monitor metrics, a user's callback, samples and an export of every round.
 
-    At half of the points, by turns at the first round's end and, of the run that goes on, at the second's;
+    Half of the points are tried, alternately at the first round's end and, in the resumed run, at the second's;
     `python -m tests.soak.kills --rounds_end` tries them all.
     """
     plan = make_plan(tmp_path, TRANSFORMERS, prompts=8)
     plan["arguments"] += AT_ENDS
     trace = run_reference(tmp_path, plan)
-    points = rounds_end(trace)
-    assert {"before evaluation", "before draw", "before reward call", "after samples"} <= {p["event"] for p in points}
+    points = round_end_points(trace)
+    assert {"before evaluation", "before generation", "before reward call", "after samples"} <= {
+        p["event"] for p in points
+    }
     marks = [name for _, name, _ in trace if name in ("after optimizer step", "before samples")]
     updates = marks.index("before samples")
-    assert marks == [*["after optimizer step"] * updates, "before samples"] * 2  # as many in both rounds
+    assert marks == [*["after optimizer step"] * updates, "before samples"] * 2  # the same number in both rounds
     last_update = ("after optimizer step", updates)
     kills = [point | {"count": 1, "since": last_update} for point in points[part::4]]
     chains = [kills[i : i + 2] for i in range(0, len(kills), 2)]
@@ -279,13 +285,13 @@ def test_killed_at_a_rounds_end_and_started_again(tmp_path: Path, part: int) -> 
 
 @pytest.mark.slow(minutes=1)
 def test_killed_with_loader_workers_alive_and_started_again_at_once(tmp_path: Path) -> None:
-    """They outlive it for some seconds, and do not keep its lock."""
+    """The workers outlive the run for some seconds, and do not hold its lock."""
     plan = make_plan(tmp_path, [*TRANSFORMERS, "--data.num_workers", "2"])
     run_reference(tmp_path, plan)
     kill = {"event": "after optimizer step", "count": 3, "delay": 0.0}
     run = str(tmp_path / "run")
-    assert drive(tmp_path, plan, [{"dir": run, "kill": kill}, {"dir": run}]) == [-9, 0]
-    assert_same_result(tmp_path / "run", result(tmp_path / "reference"), "workers")
+    assert run_driver(tmp_path, plan, [{"dir": run, "kill": kill}, {"dir": run}]) == [-9, 0]
+    assert_same_result(tmp_path / "run", read_result(tmp_path / "reference"), "workers")
 
 
 @pytest.mark.slow(minutes=1.8)
@@ -293,14 +299,14 @@ def test_killed_with_loader_workers_alive_and_started_again_at_once(tmp_path: Pa
 @pytest.mark.skipif(find_spec("vllm") is None, reason="no vLLM")
 @pytest.mark.timeout(900)
 def test_killed_and_started_again_with_vllm(tmp_path: Path) -> None:
-    """Fewer points, because the engine takes seconds to start; they lie where the engine is at work or just was."""
+    """Fewer points, because the engine takes seconds to start: while it samples, or shortly after."""
     plan = make_plan(tmp_path, ["--rollout.sampler", "VLLMSampler", "--rollout.sampler.kv_cache_gib", "0.1"])
     trace = run_reference(tmp_path, plan)
     points = [
         {"event": "after weight sync", "count": 1, "delay": 0.0},
-        {"event": "answers to a prompt", "count": 15, "delay": 0.0},
+        {"event": "responses to a prompt", "count": 15, "delay": 0.0},
         {"event": "after write responses of rounds", "count": 2, "delay": 0.01},
         {"event": "before optimizer step", "count": 2, "delay": 0.0},
-        {"event": "answers to a prompt", "count": 32, "delay": 0.0},
+        {"event": "responses to a prompt", "count": 32, "delay": 0.0},
     ]
-    assert run_matrix(tmp_path, plan, in_turn(points, trace, 3), tmp_path / "reference") == len(points)
+    assert run_matrix(tmp_path, plan, make_chains(points, trace, 3), tmp_path / "reference") == len(points)

@@ -1,4 +1,4 @@
-"""Many short rounds in one process: memory stays flat, and nothing is left behind."""
+"""Many short rounds in one process: memory stays constant, and the run leaves nothing behind."""
 
 import json
 import os
@@ -41,30 +41,32 @@ def command(
     return [sys.executable, "-m", "rlhf_pl", "fit", *listed, *sampler]
 
 
-class Watched:
-    """A run whose processes and files can be told from those of other runs on the machine.
+class WatchedRun:
+    """A run whose processes and files are distinguishable from those of other runs on the machine.
 
     Args:
-        folder: For the run.
-        model: Its policy.
+        folder: The folder of the run.
+        model: The policy.
     """
 
     def __init__(self, folder: Path, model: Path) -> None:
         self.temporary = folder / "tmp"
         self.temporary.mkdir()
         self._mark = f"RLHF_PL_WATCHED={folder}"
-        self._shared = self._shared_memory()
+        self._shared = self._list_shared_memory()
         name, value = self._mark.split("=")
         environment = os.environ | {name: value, "TMPDIR": str(self.temporary)}
         self.process = subprocess.Popen(command(folder, model), cwd=folder, env=environment)
 
-    def left_behind(self) -> list[str]:
-        """Live processes that came of it, whatever sessions they are in; memory nobody maps;
-        temporary files, but for torch's cache."""
-        files = [str(file) for file in self.temporary.iterdir() if not file.name.startswith("torchinductor_")]
-        return [*self._processes(), *files, *(self._shared_memory() - self._shared - self._mapped())]
+    def find_leftovers(self) -> list[str]:
+        """Find the run's live processes in any session, its unmapped shared memory, and its temporary files.
 
-    def _processes(self) -> list[str]:
+        Files of torch's cache do not count.
+        """
+        files = [str(file) for file in self.temporary.iterdir() if not file.name.startswith("torchinductor_")]
+        return [*self._find_processes(), *files, *(self._list_shared_memory() - self._shared - self._list_mapped())]
+
+    def _find_processes(self) -> list[str]:
         found = []
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -73,11 +75,11 @@ class Watched:
         return found
 
     @staticmethod
-    def _shared_memory() -> set[str]:
+    def _list_shared_memory() -> set[str]:
         return {str(file) for file in Path("/dev/shm").iterdir()}
 
     @staticmethod
-    def _mapped() -> set[str]:
+    def _list_mapped() -> set[str]:
         found: set[str] = set()
         for maps in Path("/proc").glob("[0-9]*/maps"):
             with suppress(OSError):
@@ -93,23 +95,23 @@ def memory_by_round(run: Path) -> list[float]:
     return [event.value for event in events.Scalars("system/resident_gib")]
 
 
-def test_memory_is_flat_and_nothing_is_left(tmp_path: Path) -> None:
+def test_memory_is_constant_and_nothing_is_left(tmp_path: Path) -> None:
     model = save_llama(tmp_path / "llama", hidden_size=256, intermediate_size=512, num_hidden_layers=4)
-    run = Watched(tmp_path, model)
+    run = WatchedRun(tmp_path, model)
     assert run.process.wait() == 0
     memory = memory_by_round(tmp_path / "run")
     assert len(memory) == ROUNDS
     assert memory[ROUNDS - 1] <= 1.05 * memory[4], memory
-    assert run.left_behind() == []
+    assert run.find_leftovers() == []
 
 
 def test_nothing_is_left_after_a_kill(tmp_path: Path) -> None:
-    run = Watched(tmp_path, save_llama(tmp_path / "llama"))
+    run = WatchedRun(tmp_path, save_llama(tmp_path / "llama"))
     while not list((tmp_path / "run" / "rounds").glob("0001/pairs/*.parquet")):
         assert run.process.poll() is None
         time.sleep(0.05)
-    assert run.left_behind() != [], "it can be seen while it lives"
+    assert run.find_leftovers() != [], "the processes must be visible while the run lives"
     os.kill(run.process.pid, signal.SIGKILL)
     run.process.wait()
     time.sleep(1)
-    assert run.left_behind() == []
+    assert run.find_leftovers() == []

@@ -1,4 +1,4 @@
-"""Tools, calls, thoughts and the date, from a file's rows to tokens, rewards and manifests, in every stage."""
+"""Tools, calls, thinking and the date, from a file's rows to tokens, rewards and manifests, in every stage."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime
@@ -28,12 +28,12 @@ from tests.integration.test_fit import fit
 from tests.models.test_chat_template import ASK, RESULT, TOOLS, call, plain, tokenizer
 
 Write = Callable[..., str]
-SAID = {"role": "assistant", "content": "22 degrees."}
-SEEN: list[Sample] = []
+RESPONSE = {"role": "assistant", "content": "22 degrees."}
+SCORED: list[Sample] = []
 
 
 def reward(samples: Sequence[Sample]) -> list[float]:
-    SEEN.extend(samples)
+    SCORED.extend(samples)
     return [float(i % 7) for i in range(len(samples))]
 
 
@@ -57,7 +57,7 @@ def set_up(module: L.LightningModule, data: Any, folder: Path) -> Any:
 def test_rounds_of_a_policy_that_thinks_and_calls(
     tmp_path: Path, write_jsonl: Write, template: Callable[[str], str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Prompts are what transformers renders, rewards see no thought, and the next day changes nothing."""
+    """Prompts equal the rendering of transformers, rewards see no thinking, and the next day changes nothing."""
     rows: list[dict[str, Any]] = [
         {"prompt_id": str(i), "prompt": [ASK, call('{"city": "Paris"}'), RESULT | {"content": str(i)}]}
         for i in range(6)
@@ -69,18 +69,18 @@ def test_rounds_of_a_policy_that_thinks_and_calls(
         "refresh": {"reward": reward, "scoring": ScoringConfig(strip_thinking=True), "val_num_responses": 1},
         "max_epochs": 1,
     }
-    SEEN.clear()
+    SCORED.clear()
     fit(tmp_path / "run", llama, write_jsonl(rows), **options)
     stored = RoundStore(tmp_path / "run").round(0)
     today = datetime.now().strftime("%A")
-    for answer in stored.read("responses").to_pylist():
-        messages = rows[int(answer["prompt_id"])]["prompt"]
-        text = tokenizer("DEEPSEEK").decode(answer["prompt_tokens"])
+    for row in stored.read("responses").to_pylist():
+        messages = rows[int(row["prompt_id"])]["prompt"]
+        text = tokenizer("DEEPSEEK").decode(row["prompt_tokens"])
         assert text == today + plain("DEEPSEEK", messages)
         assert text.endswith("<think>\n")
-        assert answer["response_tokens"]
-    assert {tuple(m["role"] for m in s.messages) for s in SEEN} == {("user", "assistant", "tool")}
-    sampled = [s for s in SEEN if s.response_tokens or not s.finished][-18:]
+        assert row["response_tokens"]
+    assert {tuple(m["role"] for m in s.messages) for s in SCORED} == {("user", "assistant", "tool")}
+    sampled = [s for s in SCORED if s.response_tokens or not s.finished][-18:]
     assert {(s.response, len(s.response_tokens), s.finished) for s in sampled} == {("", 0, False)}
     settings = stored.manifest["settings"]["rewards"]
     assert settings["strip_thinking"] == ["<think>", "</think>"]
@@ -96,7 +96,7 @@ def test_rounds_of_a_policy_that_thinks_and_calls(
     fit(tmp_path / "run", llama, write_jsonl(rows), **options)
     assert stored.manifest["settings"]["responses"]["prompts"] == before
     for row in rows:
-        row["prompt"][0] = ASK | {"name": "Ann"}  # which this template leaves out, and rewards see
+        row["prompt"][0] = ASK | {"name": "Ann"}  # the template ignores the name, rewards see it
     fit(tmp_path / "run", llama, write_jsonl(rows), **options)
     assert stored.manifest["settings"]["rewards"]["messages"] != settings["messages"]
     options["module"]["chat_template"] = template("QWEN")
@@ -107,11 +107,11 @@ def test_rounds_of_a_policy_that_thinks_and_calls(
         )
 
 
-def test_sft_learns_calls_and_follows_weights(
+def test_sft_learns_calls_and_respects_weights(
     llama: Path, tmp_path: Path, write_jsonl: Write, template: Callable[[str], str]
 ) -> None:
-    talk = [ASK, call({"city": "Paris"}) | {"weight": 0}, RESULT, SAID | {"weight": 1}]
-    rows = [{"messages": talk, "tools": TOOLS}, {"messages": [ASK, SAID | {"weight": 0}]}]
+    talk = [ASK, call({"city": "Paris"}) | {"weight": 0}, RESULT, RESPONSE | {"weight": 1}]
+    rows = [{"messages": talk, "tools": TOOLS}, {"messages": [ASK, RESPONSE | {"weight": 0}]}]
     module = SFTModule(str(save_llama(tmp_path / "m", max_position_embeddings=1024)), chat_template=template("QWEN"))
     data = set_up(module, SFTDataModule(write_jsonl(rows), val_conversations=0, max_tokens=1000), tmp_path)
     (example,) = data.examples
@@ -121,7 +121,7 @@ def test_sft_learns_calls_and_follows_weights(
     assert "1 left out, with nothing to learn (weight 0)" in data.describe()
 
 
-def test_comparisons_of_calls_are_rendered_and_scored_as_transformers_does(
+def test_comparisons_of_calls_are_rendered_and_scored_as_by_transformers(
     reward_model: Path, tmp_path: Path, write_jsonl: Write, template: Callable[[str], str]
 ) -> None:
     from transformers import AutoModelForSequenceClassification
@@ -145,9 +145,9 @@ def test_comparisons_of_calls_are_rendered_and_scored_as_transformers_does(
 def test_template_variables_in_every_data_module(
     llama: Path, reward_model: Path, tmp_path: Path, write_jsonl: Write, template: Callable[[str], str]
 ) -> None:
-    closed, said = {"enable_thinking": False}, [ASK, SAID]
+    closed, conversation = {"enable_thinking": False}, [ASK, RESPONSE]
     chat_template = template("THINKING")
-    row = {"prompt": [ASK], "response": [SAID], "chosen": [SAID], "rejected": [SAID | {"content": "No."}]}
+    row = {"prompt": [ASK], "response": [RESPONSE], "chosen": [RESPONSE], "rejected": [RESPONSE | {"content": "No."}]}
     file = write_jsonl([row | {"chosen_reward": 1, "rejected_reward": 0}])
     sft = SFTDataModule(file, chat_template_kwargs=closed, val_conversations=0, max_tokens=256)
     offline = OfflineDataModule(file, chat_template_kwargs=closed)
@@ -159,7 +159,7 @@ def test_template_variables_in_every_data_module(
     (example,) = set_up(wrong[0][0], sft, tmp_path).examples
     learned = [token for token, learn in zip(example.ids, example.mask, strict=True) if learn]
     assert tokenizer("THINKING").decode(learned) == "22 degrees.<|end|>"
-    assert tokenizer("THINKING").decode(example.ids) == plain("THINKING", said, False)
+    assert tokenizer("THINKING").decode(example.ids) == plain("THINKING", conversation, False)
     (pair,) = set_up(wrong[1][0], offline, tmp_path).train_set
     assert tokenizer("THINKING").decode(pair.prompt_tokens) == plain("THINKING", [ASK], enable_thinking=False)
     assert tokenizer("THINKING").decode(pair.tokens[0]) == "22 degrees.<|end|>"
@@ -171,7 +171,7 @@ def test_template_variables_in_every_data_module(
 def test_rewards_are_tried_on_every_kind_of_conversation(
     reward_model: Path, llama: Path, tmp_path: Path, write_jsonl: Write, template: Callable[[str], str]
 ) -> None:
-    """A reward model that refuses a late row says so before any model loads."""
+    """A reward model that refuses a late row is an error before any model loads."""
     rows = [{"prompt": "Hi"}] * 40 + [{"prompt": [{"role": "system", "content": "Be kind."}, ASK]}]
     scorer = ClassifierReward(str(reward_model), chat_template=template("GEMMA"))
     with pytest.raises(InputError, match=r"System role not supported.*`system_prompt: drop`"):

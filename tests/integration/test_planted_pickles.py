@@ -1,4 +1,4 @@
-"""Pickles in every kind of file that a command may be pointed at: none runs, by the real commands."""
+"""Pickles in every kind of file that a command may read: the real commands run none of them."""
 
 import json
 import shutil
@@ -13,11 +13,11 @@ import pytest
 from rlhf_pl.__main__ import main
 from rlhf_pl.data.files import read_rows
 from rlhf_pl.utils.errors import InputError
-from tests import planted
+from tests import pickles
 from tests.conftest import save_llama, save_reward_model
 
 REWARD = "def score(response):\n    return float(len(set(response)))\n"
-ASIDE = [  # what trainers leave in model folders, and transformers has no use for
+EXTRA_FILES = [  # files that trainers leave in model folders and transformers does not read
     *("training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "pytorch_model.bin", "tokenizer.pkl"),
     *("adapter_model.bin", "vocab.pkl", "model.pt", "model.joblib", "model.npy", "model.ckpt", "trainer_state.pkl"),
 ]
@@ -26,7 +26,7 @@ CODE = "open({mark!r}, 'w')\n"
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with a reward, prompts and conversations, which commands are given from."""
+    """A working directory with a reward, prompts and conversations."""
     (tmp_path / "planted_reward.py").write_text(REWARD)
     rows = [{"prompt": f"What is {i}?", "response": f"It is {i}."} for i in range(4)]
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -51,11 +51,13 @@ def score(reward: str, data: str = "rows.jsonl") -> int:
     return main(["score", f"--reward={reward}", f"--data={data}"])
 
 
-def surround(folder: Path, mark: Path) -> None:
-    """Put pickles and code beside a model, under all names that something might look for."""
-    for name in ASIDE:
-        content = planted.saved(mark) if name.endswith((".bin", ".pt", ".pth", ".ckpt")) else planted.raw(mark)
-        (folder / name).write_bytes(planted.array(mark) if name.endswith(".npy") else content)
+def plant_beside_model(folder: Path, mark: Path) -> None:
+    """Write pickles and code beside a model, under all names that a library might load."""
+    for name in EXTRA_FILES:
+        content = (
+            pickles.make_torch(mark) if name.endswith((".bin", ".pt", ".pth", ".ckpt")) else pickles.make_pickle(mark)
+        )
+        (folder / name).write_bytes(pickles.make_npy(mark) if name.endswith(".npy") else content)
     for name in ("modeling_evil.py", "configuration_evil.py", "tokenization_evil.py", "custom_generate/generate.py"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(CODE.format(mark=str(mark)) + "class Evil: ...\n")
@@ -70,11 +72,11 @@ def surround(folder: Path, mark: Path) -> None:
         (folder / name).write_text(json.dumps(content))
 
 
-def test_pickles_beside_a_policy_and_a_reward_model_are_left_alone(place: Path) -> None:
+def test_pickles_beside_a_policy_and_a_reward_model_are_not_loaded(place: Path) -> None:
     mark = place / "ran"
     policy, reward = save_llama(place / "policy"), save_reward_model(place / "reward")
-    surround(policy, mark)
-    surround(reward, mark)
+    plant_beside_model(policy, mark)
+    plant_beside_model(reward, mark)
     assert fit(policy) == 0
     assert (place / "run" / "model" / "model.safetensors").is_file()
     assert score(f"{{class_path: ClassifierReward, init_args: {{model: {reward}, device: cpu}}}}") == 0
@@ -99,11 +101,11 @@ def test_a_pickle_in_place_of_a_file_of_a_model_does_not_run(
         if name in ("pytorch_model.bin", "model.safetensors.index.json", "model.gguf"):
             (model / "model.safetensors").unlink()
         as_torch = name == "pytorch_model.bin"
-        (model / name).write_bytes(planted.saved(mark) if as_torch else planted.raw(mark))
+        (model / name).write_bytes(pickles.make_torch(mark) if as_torch else pickles.make_pickle(mark))
         code = command(model)
         error = capsys.readouterr().err
         if (model.name, name) != ("reward", "chat_template.jinja"):
-            # a reward model has no generation config of its own, and one beside it is read by nobody
+            # a reward model has no generation config, and nothing reads one beside it
             assert code == 1
         assert code == 0 or (error.startswith("error: ") and error.count("error: ") == 1)
         assert not mark.exists()
@@ -111,43 +113,43 @@ def test_a_pickle_in_place_of_a_file_of_a_model_does_not_run(
 
 
 def plant_ckpt_zip(run: Path, mark: Path) -> None:
-    _newest(run).write_bytes(planted.saved(mark, {"global_step": 9}))
+    _find_newest(run).write_bytes(pickles.make_torch(mark, {"global_step": 9}))
 
 
 def plant_ckpt_raw(run: Path, mark: Path) -> None:
-    _newest(run).write_bytes(planted.raw(mark))
+    _find_newest(run).write_bytes(pickles.make_pickle(mark))
 
 
 def plant_folder(run: Path, mark: Path) -> None:
-    """Newer than what is there, and whole by its own list."""
+    """Plant a checkpoint folder that is newer than the others and complete by its own list."""
     import torch
 
-    content = torch.load(_newest(run), weights_only=True)
+    content = torch.load(_find_newest(run), weights_only=True)
     folder = run / "checkpoints" / "after-round-0002.ckpt"
     folder.mkdir()
     content["global_step"] += 100
     torch.save({k: v for k, v in content.items() if k not in ("state_dict", "optimizer_states")}, folder / "meta.pt")
-    (folder / ".metadata").write_bytes(planted.raw(mark))
-    (folder / "__0_0.distcp").write_bytes(planted.raw(mark))
+    (folder / ".metadata").write_bytes(pickles.make_pickle(mark))
+    (folder / "__0_0.distcp").write_bytes(pickles.make_pickle(mark))
     (folder / "files.json").write_text(json.dumps({f.name: f.stat().st_size for f in folder.iterdir()}))
 
 
 def plant_everywhere_else(run: Path, mark: Path) -> None:
     for file in sorted(run.rglob("*")):
         if file.is_file() and "checkpoints" not in file.parts:
-            file.write_bytes(planted.raw(mark))
+            file.write_bytes(pickles.make_pickle(mark))
     for name in ("hparams.yaml", "evil.pkl", "checkpoints/evil.ckpt", "rounds/0000/evil.pkl", "rounds/evil.npy"):
-        (run / name).write_bytes(planted.raw(mark))
+        (run / name).write_bytes(pickles.make_pickle(mark))
     (run / "hparams.yaml").write_text(f"!!python/object/apply:builtins.open ['{mark}', w]\n")
 
 
-def _newest(run: Path) -> Path:
+def _find_newest(run: Path) -> Path:
     return (run / "checkpoints" / "last.ckpt").resolve()
 
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A place with a model and a run of one round."""
+    """A folder with a model and a run of one round."""
     folder = tmp_path_factory.mktemp("finished")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
@@ -211,10 +213,14 @@ SUFFIXES = [
 @pytest.mark.parametrize("suffix", SUFFIXES)
 def test_data_files_that_are_pickles_are_refused(tmp_path: Path, suffix: str) -> None:
     mark, file = tmp_path / "ran", tmp_path / f"data.{suffix}"
-    for content in (planted.raw(mark), planted.saved(mark), planted.array(mark)):
+    for content in (
+        pickles.make_pickle(mark),
+        pickles.make_torch(mark),
+        pickles.make_npy(mark),
+    ):
         file.write_bytes(content)
         with pytest.raises(InputError, match="data"):
-            [r for _, row in read_rows(str(file), "train", "data.prompts") for r in _good(row)]
+            [r for _, row in read_rows(str(file), "train", "data.prompts") for r in _check_row(row)]
     (tmp_path / "set").mkdir(exist_ok=True)
     file.rename(tmp_path / "set" / file.name)
     with pytest.raises(InputError, match="folder"):
@@ -222,7 +228,7 @@ def test_data_files_that_are_pickles_are_refused(tmp_path: Path, suffix: str) ->
     assert not mark.exists()
 
 
-def _good(row: Any) -> list[Any]:
+def _check_row(row: Any) -> list[Any]:
     if isinstance(row, InputError):
         raise row
     if not isinstance(row, dict) or "prompt" not in row:
@@ -232,9 +238,15 @@ def _good(row: Any) -> list[Any]:
 
 def test_a_parquet_file_with_a_pickled_type_gives_its_plain_values(tmp_path: Path) -> None:
     mark, file = tmp_path / "ran", tmp_path / "data.parquet"
-    note = {b"ARROW:extension:name": b"arrow.py_extension_type", b"ARROW:extension:metadata": planted.raw(mark)}
+    note = {
+        b"ARROW:extension:name": b"arrow.py_extension_type",
+        b"ARROW:extension:metadata": pickles.make_pickle(mark),
+    }
     field = pa.field("prompt", pa.string(), metadata=note)
-    schema = pa.schema([field], metadata={b"pandas": planted.raw(mark), b"huggingface": planted.raw(mark)})
+    schema = pa.schema(
+        [field],
+        metadata={b"pandas": pickles.make_pickle(mark), b"huggingface": pickles.make_pickle(mark)},
+    )
     pq.write_table(pa.table([pa.array(["What?"])], schema=schema), file)
     assert [row for _, row in read_rows(str(file), "train", "data.prompts")] == [{"prompt": "What?"}]
     assert not mark.exists()

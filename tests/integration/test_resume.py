@@ -1,4 +1,4 @@
-"""What is done again when a run directory is used again: only what changed, what is damaged, or nothing."""
+"""A run directory that is used again repeats only changed or damaged stages, or nothing."""
 
 import json
 import shutil
@@ -24,23 +24,23 @@ TRIAL = ("Yes, of course. Here is what I would do.", "", "word " * 40)
 Fit = Callable[..., int]
 
 
-class Draws:
-    """Counts the prompts that samplers answer, hand-over checks left out."""
+class PromptCounter:
+    """Counts the prompts that samplers receive, without the checks of weight syncs."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.prompts = 0
-        plain = TransformersSampler.generate
+        original = TransformersSampler.generate
 
         def generate(sampler: TransformersSampler, prompts: list, sampling: object):
             self.prompts += len(prompts) if prompts[0].seed > 1000 else 0
-            return plain(sampler, prompts, sampling)
+            return original(sampler, prompts, sampling)
 
         monkeypatch.setattr(TransformersSampler, "generate", generate)
 
 
 @pytest.fixture
-def draws(monkeypatch: pytest.MonkeyPatch) -> Draws:
-    return Draws(monkeypatch)
+def counter(monkeypatch: pytest.MonkeyPatch) -> PromptCounter:
+    return PromptCounter(monkeypatch)
 
 
 @pytest.fixture
@@ -67,15 +67,15 @@ def fit(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
     return run
 
 
-def files(folder: str, kind: str = "rounds") -> dict[str, list[str]]:
-    """Shards by round and stage; their names hold checksums."""
+def list_shards(folder: str, kind: str = "rounds") -> dict[str, list[str]]:
+    """List the shards by round and stage; their names have checksums."""
     found: dict[str, list[str]] = {}
     for file in sorted((Path(folder) / kind).rglob("*.parquet")):
         found.setdefault(f"{file.parts[-3]}/{file.parts[-2]}", []).append(file.name)
     return found
 
 
-def exported(folder: str) -> bytes:
+def read_export(folder: str) -> bytes:
     return (Path(folder) / "model" / "model.safetensors").read_bytes()
 
 
@@ -83,18 +83,20 @@ def changed_stages(before: dict[str, list[str]], after: dict[str, list[str]]) ->
     return {stage for stage in before.keys() | after.keys() if before.get(stage) != after.get(stage)}
 
 
-def test_a_finished_run_started_again_does_nothing(fit: Fit, draws: Draws, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_finished_run_started_again_does_nothing(
+    fit: Fit, counter: PromptCounter, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert fit("run") == 0
-    before, model, drawn = files("run"), exported("run"), draws.prompts
-    assert drawn == 2 * 8 + 3 * 4
+    before, model, sampled = list_shards("run"), read_export("run"), counter.prompts
+    assert sampled == 2 * 8 + 3 * 4
     assert fit("run") == 0
     assert fit("run", "--ckpt_path", "last") == 0
-    assert (files("run"), exported("run"), draws.prompts) == (before, model, drawn)
-    assert "Going on from run/checkpoints/after-round-0002.ckpt" in capsys.readouterr().out
+    assert (list_shards("run"), read_export("run"), counter.prompts) == (before, model, sampled)
+    assert "Resuming from run/checkpoints/after-round-0002.ckpt" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("change", "stages", "says"),
+    ("change", "stages", "message"),
     [
         (
             {"model__loss__eta": 3.0},
@@ -106,35 +108,40 @@ def test_a_finished_run_started_again_does_nothing(fit: Fit, draws: Draws, capsy
         ({"rollout__reward": "resume_rewards.length"}, {"rewards", "pairs", "logps"}, "Round 2 is scored again"),
     ],
 )
-def test_a_change_downstream_redoes_only_what_follows(
-    fit: Fit, draws: Draws, capsys: pytest.CaptureFixture[str], change: dict[str, object], stages: set[str], says: str
+def test_a_change_downstream_repeats_only_the_later_stages(
+    fit: Fit,
+    counter: PromptCounter,
+    capsys: pytest.CaptureFixture[str],
+    change: dict[str, object],
+    stages: set[str],
+    message: str,
 ) -> None:
     assert fit("run") == 0
-    before, model, drawn = files("run"), exported("run"), draws.prompts
+    before, model, sampled = list_shards("run"), read_export("run"), counter.prompts
     capsys.readouterr()
     assert fit("run", **change) == 0
-    assert says in " ".join(capsys.readouterr().out.split())
-    assert changed_stages(before, files("run")) == {f"0001/{stage}" for stage in stages}
-    assert draws.prompts == drawn + 4  # the newly trained policy answers the held-out prompts, and no others
-    assert exported("run") != model
+    assert message in " ".join(capsys.readouterr().out.split())
+    assert changed_stages(before, list_shards("run")) == {f"0001/{stage}" for stage in stages}
+    assert counter.prompts == sampled + 4  # the newly trained policy gets the held-out prompts, and no others
+    assert read_export("run") != model
     assert len(list(Path("run/checkpoints/superseded").iterdir())) == 1
-    # and once more changes nothing
-    after = exported("run")
+    # the same command again changes nothing
+    after = read_export("run")
     assert fit("run", **change) == 0
-    assert exported("run") == after
+    assert read_export("run") == after
 
 
-def test_a_round_trained_again_ends_as_if_it_had_been_trained_so_at_once(fit: Fit) -> None:
-    """One round: the whole run follows from the starting policy."""
+def test_a_round_trained_again_equals_a_run_with_the_new_settings(fit: Fit) -> None:
+    """With one round, the whole run depends on the starting policy."""
     assert fit("changed", trainer__max_epochs=1) == 0
     assert fit("changed", trainer__max_epochs=1, model__loss__eta=4.0, model__optimizer__lr=5e-4) == 0
     assert fit("direct", trainer__max_epochs=1, model__loss__eta=4.0, model__optimizer__lr=5e-4) == 0
-    assert files("changed") == files("direct")
-    assert exported("changed") == exported("direct")
+    assert list_shards("changed") == list_shards("direct")
+    assert read_export("changed") == read_export("direct")
 
 
-def test_the_configs_learning_rate_counts_after_a_resume(fit: Fit) -> None:
-    """A run that goes on with another rate uses it, though the checkpoint brings its own."""
+def test_the_configs_learning_rate_applies_after_a_resume(fit: Fit) -> None:
+    """A run resumed with another rate uses it instead of the checkpoint's."""
     assert fit("run", trainer__max_epochs=1) == 0
     assert fit("run", trainer__max_epochs=2, model__optimizer__lr=0.0) == 0
     first, second = (RoundStore("run").held_out(v).manifest["settings"]["responses"]["weights"] for v in (1, 2))
@@ -142,7 +149,7 @@ def test_the_configs_learning_rate_counts_after_a_resume(fit: Fit) -> None:
 
 
 @pytest.mark.parametrize(
-    ("change", "says"),
+    ("change", "message"),
     [
         ({"rollout__sampling__temperature": 0.5}, "sampling.temperature: 1.0 -> 0.5"),
         ({"data__prompts_per_round": 4}, "prompts_per_round: 8 -> 4"),
@@ -151,14 +158,14 @@ def test_the_configs_learning_rate_counts_after_a_resume(fit: Fit) -> None:
     ],
 )
 def test_a_change_upstream_is_refused_with_the_choices(
-    fit: Fit, capsys: pytest.CaptureFixture[str], change: dict[str, object], says: str
+    fit: Fit, capsys: pytest.CaptureFixture[str], change: dict[str, object], message: str
 ) -> None:
     assert fit("run", trainer__max_epochs=1) == 0
     everything = {str(f): f.stat().st_mtime_ns for f in Path("run").rglob("*") if f.is_file()}
     capsys.readouterr()
     assert fit("run", trainer__max_epochs=1, **change) == 1
     error = capsys.readouterr().err
-    assert says in error
+    assert message in error
     assert "--trainer.default_root_dir" in error
     assert "--accept_changes" in error
     assert everything == {str(f): f.stat().st_mtime_ns for f in Path("run").rglob("*") if f.is_file()}
@@ -175,12 +182,12 @@ def test_another_policy_is_refused(fit: Fit, tmp_path: Path, capsys: pytest.Capt
     assert "The checkpoint is of another model" in capsys.readouterr().err
 
 
-def test_accepted_changes_count_from_the_next_round_on(fit: Fit) -> None:
+def test_accepted_changes_apply_from_the_next_round_on(fit: Fit) -> None:
     assert fit("run", trainer__max_epochs=1) == 0
-    before = files("run")
+    before = list_shards("run")
     changed = {"rollout__sampling__temperature": 0.5, "model__loss__eta": 2.0}
     assert fit("run", "--accept_changes", **changed) == 0
-    assert files("run") | before == files("run")
+    assert list_shards("run") | before == list_shards("run")
     settings = [stored.manifest["settings"]["responses"]["sampling"]["temperature"] for stored in
                 RoundStore("run").rounds().values()]  # fmt: skip
     assert settings == [1.0, 0.5]
@@ -188,16 +195,19 @@ def test_accepted_changes_count_from_the_next_round_on(fit: Fit) -> None:
 
 @pytest.mark.parametrize("kind", ["rounds/0000", "rounds/0001", "heldout/0000", "heldout/0001", "heldout/0002"])
 def test_damaged_files_are_named_and_repaired_one_by_one(
-    fit: Fit, draws: Draws, capsys: pytest.CaptureFixture[str], kind: str
+    fit: Fit, counter: PromptCounter, capsys: pytest.CaptureFixture[str], kind: str
 ) -> None:
     assert fit("run") == 0
-    before, held_out, model, drawn = files("run"), files("run", "heldout"), exported("run"), draws.prompts
-    hurt = []
+    before, held_out, model, sampled = (
+        list_shards("run"),
+        list_shards("run", "heldout"),
+        read_export("run"),
+        counter.prompts,
+    )
     for stage in ("responses", "rewards", "pairs", "logps"):
         shards = sorted(Path("run", kind, stage).glob("*.parquet"))
         if shards:
             shards[-1].write_bytes(shards[-1].read_bytes()[:-20])
-            hurt.append(str(shards[-1]))
     Path("run", kind, "manifest.json").write_text('{"stages": {}}')
     capsys.readouterr()
     assert fit("run") == 1
@@ -207,16 +217,14 @@ def test_damaged_files_are_named_and_repaired_one_by_one(
     assert main(["rounds", "run", "--verify"]) == 1
     assert "damaged or missing" in capsys.readouterr().out
     assert fit("run", "--repair") == 0
-    assert (files("run"), files("run", "heldout"), exported("run")) == (before, held_out, model)
-    assert draws.prompts == drawn + 2  # the prompts of one shard
+    assert (list_shards("run"), list_shards("run", "heldout"), read_export("run")) == (before, held_out, model)
+    assert counter.prompts == sampled + 2  # the prompts of one shard
     assert main(["rounds", "run", "--verify"]) == 0
     assert "repair: false" in Path("run/config.yaml").read_text()
 
 
-def test_a_shard_that_is_changed_inside_is_refused_where_it_is_read(
-    fit: Fit, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """One of a round that was trained on is not read again: the run goes on, and `--verify` finds it."""
+def test_a_changed_shard_is_refused_when_it_is_read(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    """A shard of a trained round is not read again: the run continues, and `--verify` finds the damage."""
 
     def flip(stage: str) -> Path:
         shard = sorted(Path("run", stage).glob("*.parquet"))[-1]
@@ -226,27 +234,27 @@ def test_a_shard_that_is_changed_inside_is_refused_where_it_is_read(
         return shard
 
     assert fit("run", trainer__max_epochs=1) == 0
-    before = files("run")
+    before = list_shards("run")
     flip("rounds/0000/responses")
     assert fit("run", trainer__max_epochs=2) == 0
     capsys.readouterr()
     assert main(["rounds", "run", "--verify"]) == 1
-    read_again = flip("heldout/0000/rewards")  # to tell what was gained
+    read_again = flip("heldout/0000/rewards")  # read to measure the gain
     assert fit("run", trainer__max_epochs=3) == 1
     assert f"{read_again} is damaged" in capsys.readouterr().err
     assert fit("run", "--repair", trainer__max_epochs=3) == 0
-    assert files("run") | before == files("run")
+    assert list_shards("run") | before == list_shards("run")
     assert main(["rounds", "run", "--verify"]) == 0
 
 
-def test_a_foreign_shard_is_refused_moved_aside_and_the_real_one_made_again(
-    fit: Fit, draws: Draws, capsys: pytest.CaptureFixture[str]
+def test_a_foreign_shard_is_refused_and_moved_aside_and_the_real_one_restored(
+    fit: Fit, counter: PromptCounter, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Its name carries its own checksum, and sorts after that of the real one or stands alone."""
+    """Its name has its own valid checksum, and sorts after the real shard or is the only one."""
     assert fit("run") == 0
-    before, model, drawn = files("run"), exported("run"), draws.prompts
-    own, others = (Path("run/rounds", name, "responses") for name in ("0001", "0000"))
-    real, foreign = sorted(own.glob("00001-*"))[0], sorted(others.glob("00001-*"))[0]
+    before, model, sampled = list_shards("run"), read_export("run"), counter.prompts
+    own, other = (Path("run/rounds", name, "responses") for name in ("0001", "0000"))
+    real, foreign = sorted(own.glob("00001-*"))[0], sorted(other.glob("00001-*"))[0]
     shutil.copy(foreign, own)
     assert fit("run") == 1
     error = capsys.readouterr().err
@@ -255,48 +263,46 @@ def test_a_foreign_shard_is_refused_moved_aside_and_the_real_one_made_again(
     real.unlink()
     assert main(["rounds", "run", "--verify"]) == 1
     assert fit("run", "--repair") == 0
-    assert (files("run"), exported("run")) == (before, model)
-    assert draws.prompts == drawn + 2  # the prompts of the real shard
+    assert (list_shards("run"), read_export("run")) == (before, model)
+    assert counter.prompts == sampled + 2  # the prompts of the real shard
     assert Path("run/set_aside/rounds/0001/responses", foreign.name).exists()
 
 
-@pytest.mark.parametrize("gone", ["rounds/0000", "rounds/0001", "heldout"])
-def test_rounds_that_are_gone_are_named_and_made_again(fit: Fit, gone: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """Those of policies that are the starting model or in a checkpoint."""
+@pytest.mark.parametrize("missing", ["rounds/0000", "rounds/0001", "heldout"])
+def test_missing_rounds_are_named_and_restored(fit: Fit, missing: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Rounds whose policy is the starting model or in a checkpoint."""
     assert fit("run") == 0
-    before, held_out, model = files("run"), files("run", "heldout"), exported("run")
-    shutil.rmtree(Path("run", gone))
+    before, held_out, model = list_shards("run"), list_shards("run", "heldout"), read_export("run")
+    shutil.rmtree(Path("run", missing))
     assert fit("run") == 1
-    assert f"missing: run/{gone}" in capsys.readouterr().err
+    assert f"missing: run/{missing}" in capsys.readouterr().err
     assert fit("run", "--repair") == 0
-    assert (files("run"), files("run", "heldout"), exported("run")) == (before, held_out, model)
+    assert (list_shards("run"), list_shards("run", "heldout"), read_export("run")) == (before, held_out, model)
     assert fit("run") == 0
 
 
-def test_the_run_goes_on_without_a_round_whose_policy_is_gone(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_run_continues_without_a_round_whose_policy_is_gone(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("run", checkpoint__keep_rounds=1) == 0
     for folder in ("rounds/0001", "heldout/0001"):
         shutil.rmtree(Path("run", folder))
     assert fit("run", checkpoint__keep_rounds=1) == 1
     assert fit("run", "--repair", checkpoint__keep_rounds=1) == 0
-    assert "run/rounds/0001 is lost; the run has trained on it and goes on without it." in capsys.readouterr().out
+    assert "run/rounds/0001 is lost; the run has trained on it and continues without it." in capsys.readouterr().out
     assert fit("run", trainer__max_epochs=3) == 0
     assert main(["rounds", "run", "--verify"]) == 0
 
 
-def test_a_lost_manifest_is_made_from_its_neighbour(fit: Fit, draws: Draws) -> None:
+def test_a_lost_manifest_is_restored_from_another_round(fit: Fit, counter: PromptCounter) -> None:
     assert fit("run") == 0
-    before, drawn = files("run"), draws.prompts
+    before, sampled = list_shards("run"), counter.prompts
     for name in ("manifest.json", ".manifest.copy.json"):
         (Path("run/rounds/0001") / name).unlink()
     assert fit("run") == 1
     assert fit("run", "--repair") == 0
-    assert (files("run"), draws.prompts) == (before, drawn)
+    assert (list_shards("run"), counter.prompts) == (before, sampled)
 
 
-def test_scores_survive_a_failure_and_a_change_of_the_policy_for_failures(
-    fit: Fit, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_scores_survive_a_failure_and_a_change_of_on_failure(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     import resume_rewards  # type: ignore[import-not-found]
 
     arguments = {"rollout__reward": "resume_rewards.nan_sometimes", "trainer__max_epochs": 1, "data__val_prompts": 0}
@@ -306,43 +312,43 @@ def test_scores_survive_a_failure_and_a_change_of_the_policy_for_failures(
     assert "prompt_id 'p3'" in capsys.readouterr().err
     assert fit("run", rollout__scoring__on_failure="drop", **arguments) == 0
     scored = [call for call in resume_rewards.calls if call != "p3"]
-    assert len(scored) == 6 + 11 * 3  # the trial, and every other answer once
+    assert len(scored) == 6 + 11 * 3  # the trial calls, and every other response once
     stored = RoundStore("run").round(0)
-    assert stored.info("rewards")["failures"] == {"not_finite": 3}
+    assert stored.info("rewards")["failures"] == {"find_nonfinite": 3}
     assert stored.info("pairs")["dropped"]["not_scored"] == 1
     assert stored.read("rewards")["reward"].null_count == 3
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "garbage"])
-def test_a_damaged_checkpoint_is_told_and_the_one_before_it_is_taken(
-    fit: Fit, capsys: pytest.CaptureFixture[str], harm: str
+@pytest.mark.parametrize("fault", ["truncated", "flipped", "garbage"])
+def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(
+    fit: Fit, capsys: pytest.CaptureFixture[str], fault: str
 ) -> None:
     assert fit("run") == 0
-    before, model = files("run"), exported("run")
+    before, model = list_shards("run"), read_export("run")
     newest = Path("run/checkpoints/after-round-0002.ckpt")
     content = newest.read_bytes()
     middle = len(content) // 2
     flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    newest.write_bytes({"cut": content[:-100], "flip": flipped, "garbage": b"nothing"}[harm])
+    newest.write_bytes({"truncated": content[:-100], "flipped": flipped, "garbage": b"nothing"}[fault])
     capsys.readouterr()
     assert fit("run") == 0
     out = capsys.readouterr().out
-    assert "after-round-0002.ckpt is damaged; going on without it." in out
-    assert "Going on from run/checkpoints/after-round-0001.ckpt" in out
-    assert (files("run"), exported("run")) == (before, model)
+    assert "after-round-0002.ckpt is damaged; it is skipped." in out
+    assert "Resuming from run/checkpoints/after-round-0001.ckpt" in out
+    assert (list_shards("run"), read_export("run")) == (before, model)
 
 
-def test_going_back_by_hand_puts_later_checkpoints_aside(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_earlier_checkpoint_moves_the_later_ones_aside(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert fit("run") == 0
-    before, model = files("run"), exported("run")
+    before, model = list_shards("run"), read_export("run")
     assert fit("run", "--ckpt_path", "run/checkpoints/after-round-0001.ckpt") == 0
     assert "Later training is kept in run/checkpoints/superseded/after-round-0002.ckpt" in capsys.readouterr().out
-    assert (files("run"), exported("run")) == (before, model)
+    assert (list_shards("run"), read_export("run")) == (before, model)
     assert fit("run", "--ckpt_path", "run/config.yaml") == 1
-    assert "no readable checkpoint" in capsys.readouterr().err
+    assert "is not a readable checkpoint" in capsys.readouterr().err
 
 
-def test_rounds_command(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_rounds_command_only_reads(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["rounds", "run"]) == 1
     assert "no folder" in capsys.readouterr().err
     assert fit("run") == 0

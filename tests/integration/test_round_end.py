@@ -1,4 +1,4 @@
-"""A run that dies between a round's last update and the end of all that follows it does what is left of that."""
+"""A run that dies between a round's last update and its end repeats the round's end when it resumes."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -26,11 +26,11 @@ EPOCHS = 3
 
 
 class Killed(BaseException):
-    """In place of a signal that nobody can handle."""
+    """Raised in place of SIGKILL, which can't be handled."""
 
 
-class Ends(L.Callback):
-    """What a user's callback finds at an epoch's end, and how many ends it has seen in its life."""
+class EndRecorder(L.Callback):
+    """Records the metrics at every epoch's end, and the number of ends so far, which is part of its state."""
 
     def __init__(self) -> None:
         self.seen = 0
@@ -43,7 +43,10 @@ class Ends(L.Callback):
         self.seen += 1
         metrics = {n: float(v) for n, v in trainer.callback_metrics.items() if not n.startswith(("time/", "system/"))}
         metrics |= {"seen": self.seen, "steps": trainer.fit_loop.epoch_loop._batches_that_stepped}
-        for varying in ("train/pairs_per_s", "rollout/sampler_logp_error"):  # times; and logged at every hand-over
+        for varying in (
+            "train/pairs_per_s",
+            "rollout/sampler_logp_error",
+        ):  # times, and a metric that is logged at every weight sync
             metrics.pop(varying, None)
         self.found.setdefault(trainer.current_epoch, []).append(metrics)
 
@@ -54,28 +57,28 @@ class Ends(L.Callback):
         self.seen = state["seen"]
 
 
-class Dies(L.Callback):
-    """At a hook of an epoch, where one is given."""
+class Killer(L.Callback):
+    """Raises `Killed` at a hook of an epoch, if one is given."""
 
     def __init__(self, hook: str | None, epoch: int = 1) -> None:
         self.epoch = epoch
         if hook is not None:
-            setattr(self, hook, self._die)
+            setattr(self, hook, self._raise)
 
-    def _die(self, trainer: L.Trainer, *args: Any) -> None:
+    def _raise(self, trainer: L.Trainer, *args: Any) -> None:
         if trainer.current_epoch == self.epoch and trainer.global_step > 0:
             raise Killed
 
 
-def _patched(owner: Any, name: str, at: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = getattr(owner, name)
+def _kill_at(owner: Any, name: str, condition: Callable[..., bool], monkeypatch: pytest.MonkeyPatch) -> None:
+    original = getattr(owner, name)
 
-    def dies(*args: Any, **kwargs: Any) -> Any:
-        if at(*args):
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if condition(*args):
             raise Killed
-        return plain(*args, **kwargs)
+        return original(*args, **kwargs)
 
-    monkeypatch.setattr(owner, name, dies)
+    monkeypatch.setattr(owner, name, wrapped)
 
 
 POINTS: dict[str, Callable[[pytest.MonkeyPatch], None] | None] = {
@@ -83,19 +86,19 @@ POINTS: dict[str, Callable[[pytest.MonkeyPatch], None] | None] = {
     "on_validation_batch_end": None,
     "on_validation_end": None,
     "on_train_epoch_end": None,
-    "before an export is renamed": lambda patch: _patched(
+    "before an export is renamed": lambda patch: _kill_at(
         hf_export, "_open_by_umask", lambda folder: "round-2" in folder.name, patch
     ),
-    "before the round is saved": lambda patch: _patched(
+    "before the round is saved": lambda patch: _kill_at(
         RoundCheckpoint, "_save", lambda self, trainer, name: name == "after-round-0002.ckpt", patch
     ),
-    "before it is linked": lambda patch: _patched(
+    "before it is linked": lambda patch: _kill_at(
         round_checkpoint, "link_last", lambda file: file.name == "after-round-0002.ckpt", patch
     ),
-    "before the last one is linked": lambda patch: _patched(
+    "before the last one is linked": lambda patch: _kill_at(
         round_checkpoint, "link_last", lambda file: file.name == f"after-round-000{EPOCHS}.ckpt", patch
     ),
-    "before others are removed": lambda patch: _patched(
+    "before others are removed": lambda patch: _kill_at(
         RoundCheckpoint, "_remove_old", lambda self, file: file.name == f"after-round-000{EPOCHS}.ckpt", patch
     ),
 }
@@ -103,7 +106,7 @@ POINTS: dict[str, Callable[[pytest.MonkeyPatch], None] | None] = {
 
 @contextmanager
 def killing(point: str) -> Iterator[str | None]:
-    """In which a run dies at `point`; gives the hook at which it does, if it is one."""
+    """Kill a run inside the block at `point`; yields the hook for `Killer`, if the point is a hook."""
     patch = POINTS[point]
     with pytest.MonkeyPatch.context() as monkeypatch:
         if patch is not None:
@@ -112,7 +115,7 @@ def killing(point: str) -> Iterator[str | None]:
 
 
 def sft(folder: Path, llama: Path, file: str, callbacks: list[L.Callback], every: int = 1, **options: Any) -> Any:
-    """Three epochs, the last checkpoint of a run that is there taken up as the command line does."""
+    """Train three epochs, resuming from the last checkpoint as the command line does."""
     L.seed_everything(3, verbose=False)
     point = find_resume_point(str(folder), None, EPOCHS, False)
     point.commit()
@@ -136,8 +139,8 @@ def sft(folder: Path, llama: Path, file: str, callbacks: list[L.Callback], every
     return run
 
 
-def left(folder: Path) -> dict[str, Any]:
-    """All files by name, the exports' weights, and what the last checkpoint holds apart from paths and times."""
+def read_run(folder: Path) -> dict[str, Any]:
+    """Read the names of all files, the exports' weights, and the last checkpoint without paths and times."""
     files = sorted(str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file() and f.name != "metrics.csv")
     saved = torch.load(folder / "checkpoints" / f"after-round-000{EPOCHS}.ckpt", weights_only=True)
     states = {key: state for key, state in saved["callbacks"].items() if "ModelCheckpoint" not in key}
@@ -163,7 +166,7 @@ def assert_same_end(found: dict[str, Any], expected: dict[str, Any]) -> None:
     ("monitor", "every", "epoch", "points"),
     [("val/loss", 1, 1, tuple(POINTS)), ("train/loss", 2, 2, ("on_train_epoch_end", "before the last one is linked"))],
 )
-def test_an_epochs_end_is_made_up_for(
+def test_an_epochs_end_is_repeated_after_a_kill(
     tmp_path: Path,
     llama: Path,
     write_jsonl: Callable[..., str],
@@ -172,24 +175,24 @@ def test_an_epochs_end_is_made_up_for(
     epoch: int,
     points: tuple[str, ...],
 ) -> None:
-    """Of an epoch with a validation, and of one without."""
+    """In an epoch with validation, and in one without."""
     rows = [{"prompt": f"Say {i}", "response": f"I say {i}, of course."} for i in range(16)]
     file = write_jsonl(rows)
 
-    def run(name: str, dies: str | None = None) -> Ends:
-        ends, best = Ends(), ModelCheckpoint(tmp_path / name / "best", monitor=monitor, save_top_k=2)
+    def run(name: str, hook: str | None = None) -> EndRecorder:
+        ends, best = EndRecorder(), ModelCheckpoint(tmp_path / name / "best", monitor=monitor, save_top_k=2)
         early = EarlyStopping(monitor, patience=9, min_delta=1e9, check_on_train_epoch_end=True)
         average = EMAWeightAveraging(decay=0.5)
-        sft(tmp_path / name, llama, file, [ends, average, early, best, Dies(dies, epoch)], every)
+        sft(tmp_path / name, llama, file, [ends, average, early, best, Killer(hook, epoch)], every)
         return ends
 
     whole = run("whole")
-    expected = left(tmp_path / "whole")
+    expected = read_run(tmp_path / "whole")
     for number, point in enumerate(points):
         with killing(point) as hook, pytest.raises(Killed):
             run(str(number), hook)
         again = run(str(number))
-        assert_same_end(left(tmp_path / str(number)), left(tmp_path / "whole"))
+        assert_same_end(read_run(tmp_path / str(number)), read_run(tmp_path / "whole"))
         for index, ends in again.found.items():
             assert ends == whole.found[index], (point, index)
         assert 2 in again.found or "last" in point or "others" in point
@@ -197,15 +200,17 @@ def test_an_epochs_end_is_made_up_for(
 
 
 @pytest.mark.parametrize("point", ["on_train_epoch_end", "before the round is saved", "before the last one is linked"])
-def test_a_rounds_end_is_made_up_for(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], point: str) -> None:
-    """Answers, scores, samples, exports and what callbacks see; what the manifest says of the training stays."""
+def test_a_rounds_end_is_repeated_after_a_kill(
+    tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], point: str
+) -> None:
+    """Responses, scores, samples, exports and metrics of callbacks; the manifest keeps its record of the training."""
     prompts = write_jsonl(PROMPTS)
 
-    def run(name: str, dies: str | None = None) -> Ends:
-        folder, ends = tmp_path / name, Ends()
+    def run(name: str, hook: str | None = None) -> EndRecorder:
+        folder, ends = tmp_path / name, EndRecorder()
         early = EarlyStopping("val/reward_mean", patience=9, min_delta=1e9)
         best = ModelCheckpoint(folder / "best", monitor="val/loss", save_top_k=2)
-        callbacks = [Dies(dies), ends, SampleTable(3), HFExport(every_round=True), RoundCheckpoint(0), early, best]
+        callbacks = [Killer(hook), ends, SampleTable(3), HFExport(every_round=True), RoundCheckpoint(0), early, best]
         resume = find_resume_point(str(folder), None, EPOCHS, False)
         resume.commit()
         ckpt = None if resume.checkpoint is None else str(resume.checkpoint)
@@ -216,23 +221,23 @@ def test_a_rounds_end_is_made_up_for(tmp_path: Path, llama: Path, write_jsonl: C
     whole = run("whole")
     with killing(point) as hook, pytest.raises(Killed):
         run("parts", hook)
-    noted = RoundStore(tmp_path / "parts").round(1).manifest["stages"]["training"]
+    recorded = RoundStore(tmp_path / "parts").round(1).manifest["stages"]["training"]
     again = run("parts")
-    assert RoundStore(tmp_path / "parts").round(1).manifest["stages"]["training"] == noted
-    assert_same_end(left(tmp_path / "parts"), left(tmp_path / "whole"))
+    assert RoundStore(tmp_path / "parts").round(1).manifest["stages"]["training"] == recorded
+    assert_same_end(read_run(tmp_path / "parts"), read_run(tmp_path / "whole"))
     for epoch, ends in again.found.items():
         assert ends == whole.found[epoch], epoch
 
 
-def test_max_steps_at_a_rounds_last_update_leaves_its_end_to_be_done(
+def test_max_steps_at_a_rounds_last_update_does_not_skip_its_end(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]
 ) -> None:
     file = write_jsonl([{"prompt": f"Say {i}", "response": f"I say {i}, of course."} for i in range(16)])
     with pytest.raises(Killed):
-        sft(tmp_path, llama, file, [Dies("on_train_epoch_end")], max_steps=6)
+        sft(tmp_path, llama, file, [Killer("on_train_epoch_end")], max_steps=6)
     progress = read_progress((tmp_path / "checkpoints" / "last.ckpt").resolve())
     assert progress is not None
-    assert (progress.global_step, progress.rounds_done, progress.ended) == (6, 2, False)
+    assert (progress.global_step, progress.rounds_done, progress.has_ended_round) == (6, 2, False)
     run = sft(tmp_path, llama, file, [], max_steps=6)
     assert run.global_step == 6
     assert (tmp_path / "model-round-2" / "model.safetensors").exists()

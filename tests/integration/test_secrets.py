@@ -1,4 +1,4 @@
-"""A run with secrets of all kinds against a server that echoes them: none is in any file or output."""
+"""A run with secrets of all kinds and a server that echoes them: no file and no output contains one."""
 
 import base64
 import json
@@ -35,7 +35,7 @@ from rlhf_pl.rewards import HTTPReward
 
 
 class Reward(HTTPReward):
-    """Sends more than one kind of secret, and talks of them."""
+    """Sends more than one kind of secret, and prints them."""
 
     def __init__(self, url: str, api_key: str, headers: dict[str, str], api_key_env: str):
         super().__init__(url, samples_per_request=1, concurrency=1, retries=0, backoff_s=0.0, api_key_env=api_key_env)
@@ -51,7 +51,7 @@ class Reward(HTTPReward):
 
 
 class Module(RebelModule):
-    """Has its token as a hyper-parameter, in loggers and checkpoints."""
+    """Saves its token as a hyper-parameter, in loggers and checkpoints."""
 
     def __init__(self, policy: str, hub_token: str) -> None:
         super().__init__(policy)
@@ -61,7 +61,7 @@ class Module(RebelModule):
 
 
 class Echo(BaseHTTPRequestHandler):
-    """Gives back what it was sent, in all the ways in which servers do."""
+    """Echoes requests in the ways of real servers."""
 
     number = 0
 
@@ -69,17 +69,17 @@ class Echo(BaseHTTPRequestHandler):
         request = json.loads(self.rfile.read(int(self.headers["content-length"])))
         sent = [self.headers["authorization"] or "", self.path, *SECRETS]
         count = len(request["samples"])
-        said = " ".join(sent)
-        spelled = [said, json.dumps(json.dumps(said)), quote(said, safe=""), *map(_base64, sent), said.encode().hex()]
-        answers = [
-            (500, "x" * 175 + said),  # is cut in the middle of a secret
-            *((401, text) for text in spelled),
-            (200, said),
-            (200, json.dumps({"rewards": [said] * count})),
-            (200, json.dumps({"rewards": [{"reward": 1.0, "components": {said: 1.0}}] * count})),
+        echo = " ".join(sent)
+        encoded = [echo, json.dumps(json.dumps(echo)), quote(echo, safe=""), *map(_base64, sent), echo.encode().hex()]
+        replies = [
+            (500, "x" * 175 + echo),  # gets truncated in the middle of a secret
+            *((401, text) for text in encoded),
+            (200, echo),
+            (200, json.dumps({"rewards": [echo] * count})),
+            (200, json.dumps({"rewards": [{"reward": 1.0, "components": {echo: 1.0}}] * count})),
             (200, json.dumps({"rewards": [{"reward": 2.5, "components": {"plain": 1.0}}] * count})),
         ]
-        status, text = answers[Echo.number % len(answers)]
+        status, text = replies[Echo.number % len(replies)]
         Echo.number += 1
         self.send_response(status)
         self.send_header("content-length", str(len(text.encode())))
@@ -87,11 +87,11 @@ class Echo(BaseHTTPRequestHandler):
         self.wfile.write(text.encode())
 
     def do_GET(self) -> None:
-        said = f"{'x' * 270}{self.headers['authorization']} {self.path}".encode()
+        echo = f"{'x' * 270}{self.headers['authorization']} {self.path}".encode()
         self.send_response(403)
-        self.send_header("content-length", str(len(said)))
+        self.send_header("content-length", str(len(echo)))
         self.end_headers()
-        self.wfile.write(said)
+        self.wfile.write(echo)
 
     def log_message(self, *_: object) -> None:
         pass
@@ -110,8 +110,8 @@ def url() -> Iterator[str]:
     server.server_close()
 
 
-def leaks(text: str) -> list[str]:
-    """Secrets, and halves of them, in a text."""
+def find_leaks(text: str) -> list[str]:
+    """Find secrets, and halves of them, in a text."""
     forms = {
         secret: [secret, quote(secret, safe=""), secret.encode().hex(), _base64(secret)[:-4]] for secret in SECRETS
     }
@@ -120,8 +120,8 @@ def leaks(text: str) -> list[str]:
     ]
 
 
-def texts(folder: Path) -> Iterator[tuple[str, str]]:
-    """Everything that a run has written, Parquet and compressed records decoded."""
+def read_texts(folder: Path) -> Iterator[tuple[str, str]]:
+    """Read all files of a run, with Parquet and compressed records decoded."""
     for file in sorted(path for path in folder.rglob("*") if path.is_file()):
         content = file.read_bytes()
         yield str(file), content.decode("latin-1")
@@ -137,7 +137,7 @@ def texts(folder: Path) -> Iterator[tuple[str, str]]:
 @pytest.fixture
 def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, llama: Path, url: str) -> dict:
     monkeypatch.setattr(secrets, "_known", set())
-    monkeypatch.setenv("JUDGE_ACCESS", KEY)  # its name tells nothing: `api_key_env` does
+    monkeypatch.setenv("JUDGE_ACCESS", KEY)  # not a secret by its name, but by `api_key_env`
     monkeypatch.setenv("ALL_PROXY_OF_MINE", f"http://me:{PROXY}@proxy:3128")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
@@ -174,8 +174,8 @@ def test_no_secret_is_in_a_file_or_an_output_of_a_run(
     assert main(["fit", "--config", "c.yaml"]) == 0
     printed = capfd.readouterr()
     assert "scoring with <secret>" in printed.out
-    assert leaks(printed.out + printed.err) == []
-    found = {name: leaks(text) for name, text in texts(tmp_path / "run")}
+    assert find_leaks(printed.out + printed.err) == []
+    found = {name: find_leaks(text) for name, text in read_texts(tmp_path / "run")}
     assert {name: secret for name, secret in found.items() if secret} == {}
     assert len(found) > 10
     failures = [t for f in Path("run").rglob("rewards/*.parquet") for t in pq.read_table(f)["failure"].to_pylist() if t]
@@ -184,12 +184,12 @@ def test_no_secret_is_in_a_file_or_an_output_of_a_run(
     parameters = torch.load("run/checkpoints/last.ckpt", weights_only=True)["hyper_parameters"]
     assert parameters["hub_token"] == "<secret>"
 
-    # the same command goes on, and finds everything as it was
+    # the same command resumes and repeats nothing
     assert main(["fit", "--config", "c.yaml"]) == 0
     again = capfd.readouterr().out
-    assert "Going on from" in again
+    assert "Resuming from" in again
     assert "again" not in again
-    # the run's config has to be given what it left out, and then goes on as well
+    # the run's config needs the secrets that it leaves out, and then resumes as well
     assert main(["fit", "--config", "run/config.yaml"]) == 1
     refused = capfd.readouterr().err
     for option in ("model.init_args.hub_token", "reward.init_args.url", "reward.init_args.api_key", "Authorization"):
@@ -197,10 +197,10 @@ def test_no_secret_is_in_a_file_or_an_output_of_a_run(
     kept = {"model": config["model"], "rollout": {"reward": config["rollout"]["reward"]}}
     Path("secrets.yaml").write_text(yaml.safe_dump(kept))
     assert main(["fit", "--config", "run/config.yaml", "--config", "secrets.yaml"]) == 0
-    assert "Going on from" in capfd.readouterr().out
+    assert "Resuming from" in capfd.readouterr().out
 
 
-def test_no_secret_is_in_what_ends_a_run_or_shows_its_config(
+def test_no_secret_is_in_errors_or_printed_configs(
     config: dict, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     Path("c.yaml").write_text(yaml.safe_dump(config))
@@ -221,7 +221,7 @@ def test_no_secret_is_in_what_ends_a_run_or_shows_its_config(
         ["--nonsense", f"http://alice:{PASSWORD}@host"],
     ]
     for arguments in wrong:
-        with suppress(SystemExit):  # of the parser
+        with suppress(SystemExit):  # raised by the parser
             assert main(["fit", "--config", "c.yaml", *arguments]) == 1
         outputs.append("".join(capfd.readouterr()))
     (tmp_path / "conversations.jsonl").write_text('{"prompt": "Why?", "response": "So.", "n": 1}\n' * 3)
@@ -232,18 +232,18 @@ def test_no_secret_is_in_what_ends_a_run_or_shows_its_config(
     outputs += ["".join(capfd.readouterr()), Path("scored.jsonl").read_text()]
     assert main(["plan", "--config", "c.yaml"]) == 0
     outputs.append("".join(capfd.readouterr()))
-    assert [leaks(output) for output in outputs] == [[]] * len(outputs)
+    assert [find_leaks(output) for output in outputs] == [[]] * len(outputs)
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("user", ["", f"me:{quote(PASSWORD, safe='')}@"])
-def test_no_secret_is_in_what_a_samplers_server_answers(url: str, monkeypatch: pytest.MonkeyPatch, user: str) -> None:
+def test_no_secret_is_in_the_reply_of_a_samplers_server(url: str, monkeypatch: pytest.MonkeyPatch, user: str) -> None:
     monkeypatch.setenv("JUDGE_ACCESS", KEY)
     sampler = VLLMServerSampler(
         [f"http://{user}{url.rpartition('@')[2].partition('/')[0]}"], api_key_env="JUDGE_ACCESS"
     )
     with pytest.raises(InputError, match=r"status 403: x+") as refused:
         sampler._fleet.engines[0].call(f"/v1/models?token={QUERY}", get=True)
-    assert leaks(str(refused.value)) == []
-    assert leaks(describe(sampler)) == []
+    assert find_leaks(str(refused.value)) == []
+    assert find_leaks(describe(sampler)) == []
     assert ("<secret>@" in describe(sampler)) == bool(user)

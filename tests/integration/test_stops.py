@@ -1,4 +1,4 @@
-"""A stop inside a round or epoch leaves it incomplete; the next start goes on with the same numbers."""
+"""A stop inside a round or epoch leaves it incomplete; the next start continues with the same numbers."""
 
 from collections.abc import Callable
 from functools import partial
@@ -26,8 +26,8 @@ def prompts(write_jsonl: Callable[..., str]) -> str:
 fit = partial(test_fit.fit, enable_checkpointing=True)
 
 
-class Updates(L.Callback):
-    """Notes every update's loss and rate, in the order of the steps, also of a run that goes on."""
+class UpdateRecorder(L.Callback):
+    """Records the loss and learning rate of every update in order, also in a resumed run."""
 
     def __init__(self) -> None:
         self.losses: list[float] = []
@@ -45,10 +45,10 @@ class Updates(L.Callback):
 
 
 class StopAt(L.Callback):
-    """Sets `should_stop` after so many micro-batches of a process."""
+    """Sets `should_stop` after a number of micro-batches of a process."""
 
-    def __init__(self, batch: int) -> None:
-        self.left = batch
+    def __init__(self, batches: int) -> None:
+        self.left = batches
 
     def on_train_batch_end(self, trainer: L.Trainer, *args: Any) -> None:
         self.left -= 1
@@ -56,10 +56,12 @@ class StopAt(L.Callback):
 
 
 @pytest.mark.parametrize("stop", ["max_steps", "limit_train_batches", "share", "inside an update", "before an update"])
-def test_a_stop_inside_a_round_goes_on_at_the_next_pair(tmp_path: Path, llama: Path, prompts: str, stop: str) -> None:
-    whole = Updates()
+def test_after_a_stop_inside_a_round_the_run_continues_at_the_next_pair(
+    tmp_path: Path, llama: Path, prompts: str, stop: str
+) -> None:
+    whole = UpdateRecorder()
     _, module = fit(tmp_path / "whole", llama, prompts, [whole, RoundCheckpoint()])
-    run, parts = tmp_path / "parts", Updates()
+    run, parts = tmp_path / "parts", UpdateRecorder()
     options: dict[str, Any] = {
         "max_steps": {"max_steps": 1},
         "limit_train_batches": {"limit_train_batches": 1},
@@ -72,13 +74,13 @@ def test_a_stop_inside_a_round_goes_on_at_the_next_pair(tmp_path: Path, llama: P
     last = run / "checkpoints" / "last.ckpt"
     assert last.exists() == (first.global_step > 0)
     ckpt = str(last) if last.exists() else None
-    _, resumed = fit(run, llama, prompts, [again := Updates(), RoundCheckpoint(0)], ckpt_path=ckpt)
+    _, resumed = fit(run, llama, prompts, [again := UpdateRecorder(), RoundCheckpoint(0)], ckpt_path=ckpt)
     assert parts.losses + again.losses == whole.losses
     assert_same(weights(module), weights(resumed))
 
 
 def test_max_steps_counts_over_a_resume_at_a_rounds_end(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """Lightning alone would pass over the second round without an update, and count it as done."""
+    """Lightning alone would skip the second round without an update and count it as complete."""
     first, _ = fit(tmp_path, llama, prompts, [RoundCheckpoint()], max_epochs=1)
     ckpt = str(tmp_path / "checkpoints" / "last.ckpt")
     steps = first.global_step
@@ -87,15 +89,15 @@ def test_max_steps_counts_over_a_resume_at_a_rounds_end(tmp_path: Path, llama: P
     assert not RoundStore(tmp_path).round(1).is_complete("training")
     third, _ = fit(tmp_path, llama, prompts, [RoundCheckpoint()], ckpt_path=ckpt, max_steps=steps + 1)
     assert third.global_step == steps + 1
-    assert third.max_steps == steps + 1  # the Trainer has its option back
+    assert third.max_steps == steps + 1  # the Trainer's option is restored
 
 
 @pytest.mark.parametrize("monitor", ["train/round_kl", "val/loss", "val/reward_mean", "rollout/reward_mean"])
 @pytest.mark.parametrize("every", [1, 2])
-def test_callbacks_that_follow_a_metric_pass_over_a_stop(
+def test_callbacks_that_monitor_a_metric_skip_a_stop(
     tmp_path: Path, llama: Path, prompts: str, monitor: str, every: int
 ) -> None:
-    """Stopped inside the first and the second round, they end with the state and the files of a run without stops."""
+    """After stops inside the first and second round, state and files equal those of a run without stops."""
 
     def run(name: str, stops: tuple[int, ...]) -> tuple[dict[str, Any], ...]:
         folder, ckpt = tmp_path / name, None
@@ -110,14 +112,12 @@ def test_callbacks_that_follow_a_metric_pass_over_a_stop(
 
     whole = run("whole", ())
     assert whole[0]["wait_count"] == 2 // every - 1
-    assert run("parts", (1, per_round(tmp_path / "whole") + 1)) == whole
+    assert run("parts", (1, updates_of_first_round(tmp_path / "whole") + 1)) == whole
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_a_rounds_metrics_are_there_after_a_stop_inside_it(
-    tmp_path: Path, llama: Path, prompts: str, batch: int
-) -> None:
-    """Before its first update they are logged again; after it they can be monitored. Without held-out prompts."""
+def test_a_rounds_metrics_exist_after_a_stop_inside_it(tmp_path: Path, llama: Path, prompts: str, batch: int) -> None:
+    """They are logged again before its first update, and can be monitored after it. Without held-out prompts."""
     data = {"val_prompts": 0}
     one, _ = fit(tmp_path, llama, prompts, [RoundCheckpoint(0), StopAt(batch)], data=data, max_epochs=1)
     last = tmp_path / "checkpoints" / "last.ckpt"
@@ -130,35 +130,37 @@ def test_a_rounds_metrics_are_there_after_a_stop_inside_it(
     assert (name in logged[0]) == (batch == 1)
 
 
-def per_round(run: Path) -> int:
-    """Updates of the first round."""
+def updates_of_first_round(run: Path) -> int:
+    """Number of updates of the first round."""
     return torch.load(run / "checkpoints" / "after-round-0001.ckpt", weights_only=True)["global_step"]
 
 
-def test_steps_that_a_scaler_leaves_out_are_no_updates(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """The first gradients overflow at this scale; from then on rates are those of a run that begins there."""
+def test_steps_that_a_scaler_skips_are_not_updates(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """The first gradients overflow at this scale; after that, rates equal those of a run without skipped steps."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**120, backoff_factor=2.0**-110, growth_interval=10**6)
     plugin = MixedPrecision("16-mixed", "cpu", scaler)
     module = {"optimizer": lambda p: AdamW(p, lr=1e-3, fused=False), "lr_scheduler": lambda o: WarmupCosine(o, 0.5)}
-    normal = Updates()
+    normal = UpdateRecorder()
     whole, _ = fit(tmp_path / "whole", llama, prompts, [normal, RoundCheckpoint()], module)
-    skipping = Updates()
+    skipping = UpdateRecorder()
     trainer, rebel = fit(tmp_path / "scaled", llama, prompts, [skipping, RoundCheckpoint()], module, plugins=[plugin])
-    left_out = rebel.optimization.skipped.in_run
-    assert left_out >= 1
-    assert trainer.global_step == whole.global_step - left_out
-    assert skipping.rates == pytest.approx(normal.rates[: len(normal.rates) - left_out])
+    skipped = rebel.optimization.skipped.in_run
+    assert skipped >= 1
+    assert trainer.global_step == whole.global_step - skipped
+    assert skipping.rates == pytest.approx(normal.rates[: len(normal.rates) - skipped])
 
 
-def test_a_schedule_follows_a_metric(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """At patience 0 and an impossible threshold, the rate is divided by 10 after every round but the first."""
+def test_a_schedule_monitors_a_metric(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """With patience 0 and an unreachable threshold, the rate is divided by 10 after every round but the first."""
     from lightning.pytorch.cli import ReduceLROnPlateau
 
     def plateau(optimizer: Any) -> Any:
         return ReduceLROnPlateau(optimizer, "val/loss", patience=0, threshold=1e9, threshold_mode="abs")
 
     module = {"lr_scheduler": plateau}
-    _, one = fit(tmp_path / "whole", llama, prompts, [recorder := Updates(), RoundCheckpoint()], module, max_epochs=3)
+    _, one = fit(
+        tmp_path / "whole", llama, prompts, [recorder := UpdateRecorder(), RoundCheckpoint()], module, max_epochs=3
+    )
     per_round = len(recorder.rates) // 3
     expected = [rate for rate in (1e-3, 1e-3, 1e-4) for _ in range(per_round)]
     assert recorder.rates == pytest.approx(expected)

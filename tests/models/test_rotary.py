@@ -26,7 +26,7 @@ from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama, save_reward_model
 from tests.integration.test_fit import fit
-from tests.stored_pairs import pair_rows
+from tests.stored_pairs import read_pairs
 
 LIMIT = 20
 LONG, SHORT = [4.0] * 16, [1.0] * 16
@@ -202,7 +202,7 @@ def test_a_run_with_learning_rate_zero_keeps_its_policy(
     assert stored.manifest["settings"]["responses"]["rotary_factors"].startswith(kind)
     longest = trainer.datamodule.longest_tokens  # type: ignore[attr-defined]
     same = PolicyLM(load_lm(ModelSource(str(folder)), attn_implementation="eager", longest=longest))
-    for pair in pair_rows(stored):
+    for pair in read_pairs(stored):
         for which in ("chosen", "rejected"):
             rows = pack([PrefixGroup(pair["prompt_tokens"], (pair[f"{which}_tokens"],))])
             expected = same(**rows.inputs(), temperature=0.9).sum().item()
@@ -218,7 +218,7 @@ def test_factors_that_an_engine_would_compute_differently_are_refused(tmp_path: 
     with pytest.raises(InputError, match=r"max_model_len is 64, .* 18 tokens: .* change at 20"):
         VLLMSampler(engine_args={"max_model_len": 64}).check_rotary(config, 18)
     VLLMSampler().check_rotary(dynamic, LIMIT)
-    with pytest.raises(InputError, match=r"does not stretch dynamic .* have 21 tokens"):
+    with pytest.raises(InputError, match=r"does not scale dynamic .* up to 21 tokens"):
         VLLMSampler().check_rotary(dynamic, LIMIT + 1)
     assert describe_factors(config, LIMIT) == "longrope, up to 20 positions"
     assert describe_factors(config, 99) == "longrope, over 20 positions"
@@ -237,14 +237,14 @@ def test_a_scale_that_vllm_does_not_read_is_refused() -> None:
     VLLMSampler().check_rotary(LlamaConfig(rope_parameters=plain, **sizes), 48)
     for scale, most in (("attention_factor", 18), ("attention_factor", 48), ("long_mscale", 48)):
         config = LlamaConfig(rope_parameters=plain | {scale: 1.1}, **sizes)
-        with pytest.raises(InputError, match=r"another model's\. Use .* TransformersSampler"):
+        with pytest.raises(InputError, match=r"those of another model\. Use .* TransformersSampler"):
             VLLMSampler(engine_args={"max_model_len": most}).check_rotary(config, most)
 
 
 def served(folder: Path, length: int, **options: Any) -> VLLMServerReward:
     reward = VLLMServerReward("http://x", str(folder), **options)
     models = {"data": [{"id": "rm", "max_model_len": length}]}
-    reward._service.get = {"http://x/v1/models": models}.get  # type: ignore[method-assign, assignment]
+    reward._service.get_json = {"http://x/v1/models": models}.get  # type: ignore[method-assign, assignment]
     return reward
 
 

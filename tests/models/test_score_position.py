@@ -12,7 +12,7 @@ from rlhf_pl.models.packed_batch import make_prefix_group
 from rlhf_pl.models.rendering import Renderer, padded, reward_renderer
 from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, new_classifier, prefix_group_inputs
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.modules.padding_token import own_padding
+from rlhf_pl.modules.padding_token import choose_padding
 from rlhf_pl.rewards import ClassifierReward, VLLMServerReward
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import CHAT_TEMPLATE, make_tokenizer, save_reward_model
@@ -191,7 +191,7 @@ def test_the_padding_token_is_one_that_no_conversation_contains(
 
     before = tokenizer.pad_token
     config = LlamaConfig(vocab_size=len(tokenizer) + free_rows, eos_token_id=EOS, pad_token_id=tokenizer.pad_token_id)
-    found = own_padding(Renderer(tokenizer, 99), config)
+    found = choose_padding(Renderer(tokenizer, 99), config)
     assert (found.tokenizer.pad_token, found.new_rows) == (token, new_rows)
     assert found.id == found.tokenizer.pad_token_id == found.tokenizer.convert_tokens_to_ids(token)
     assert found.id < config.vocab_size + new_rows

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from rlhf_pl.models.thinking import is_prefilled, text_without_thinking, tokens_without_thinking
 from rlhf_pl.rewards import Sample
-from rlhf_pl.rewards.withhold import without_thinking
+from rlhf_pl.rewards.remove_thinking import remove_thinking
 from tests.conftest import make_tokenizer
 
 MARKS = ("<think>", "</think>")
@@ -67,13 +67,13 @@ def sample(text: str, **changes: Any) -> Sample:
 
 
 def test_a_sample_without_its_thoughts() -> None:
-    seen = without_thinking(sample("Hm.</think>\n\nFour."), MARKS, "<|assistant|><think>\n", TOKENIZER)
+    seen = remove_thinking(sample("Hm.</think>\n\nFour."), MARKS, "<|assistant|><think>\n", TOKENIZER)
     assert (seen.response, seen.finished) == ("Four.", True)
     assert TOKENIZER.decode(seen.response_tokens).strip() == "Four."
-    truncated = without_thinking(sample("Hm."), MARKS, "<|assistant|><think>\n", TOKENIZER)
+    truncated = remove_thinking(sample("Hm."), MARKS, "<|assistant|><think>\n", TOKENIZER)
     assert (truncated.response, list(truncated.response_tokens), truncated.finished) == ("", [], False)
     message = {"role": "assistant", "content": "Four.", "reasoning_content": "Hm.", "tool_calls": [{"a": 1}]}
-    seen = without_thinking(sample("Four.", message=message), MARKS)
+    seen = remove_thinking(sample("Four.", message=message), MARKS)
     assert seen.message == {"role": "assistant", "content": "Four.", "tool_calls": [{"a": 1}]}
 
 
@@ -84,7 +84,7 @@ def test_marks_that_are_special_tokens() -> None:
     ids = tokenizer("<think>Hm.</think>\n\nFour.<|end|>", add_special_tokens=False)["input_ids"]
     text = tokenizer.decode(ids, skip_special_tokens=True)
     assert text == "Hm.\n\nFour."
-    seen = without_thinking(sample(text, response_tokens=ids), MARKS, "", tokenizer)
+    seen = remove_thinking(sample(text, response_tokens=ids), MARKS, "", tokenizer)
     assert (seen.response, tokenizer.decode(seen.response_tokens)) == ("Four.", "\n\nFour.<|end|>")
 
 

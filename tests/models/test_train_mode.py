@@ -16,7 +16,7 @@ from rlhf_pl.models.policy import PolicyLM, load_lm
 from rlhf_pl.models.sequence_classifier import ClassifierLM
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules import pairwise
-from rlhf_pl.modules.export import _twin
+from rlhf_pl.modules.export import _make_meta_copy
 from rlhf_pl.rewards import ClassifierReward, Sample
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import make_tokenizer, save_llama, save_reward_model
@@ -101,7 +101,7 @@ def test_weights_that_eval_mode_would_rescale_do_not_change(tmp_path: Path) -> N
     assert all(torch.equal(tensor, before[name]) for name, tensor in policy.lm.state_dict().items())
     logps = plain.eval()(torch.tensor([[5, 6, 7, 8, 9, 10]])).logits[0].log_softmax(-1)
     torch.testing.assert_close(found[:3], logps[[2, 3, 4], [8, 9, 10]], atol=1e-5, rtol=1e-4)
-    assert _twin(policy.lm, source, torch.float32).config.rescale_every == 2
+    assert _make_meta_copy(policy.lm, source, torch.float32).config.rescale_every == 2
 
 
 def test_router_noise_of_reward_models_is_off_too(tmp_path: Path) -> None:

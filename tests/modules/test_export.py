@@ -1,4 +1,4 @@
-"""Exported folders are what `save_pretrained` of transformers writes of the same model in that dtype."""
+"""Exported folders equal those that `save_pretrained` of transformers writes of the same model in that dtype."""
 
 import json
 import shutil
@@ -38,7 +38,7 @@ SMALL: dict[str, dict[str, Any]] = {
 
 
 def checkpoint(folder: Path, kind: str, dtype: torch.dtype) -> Path:
-    """A small random model of a kind, as transformers saves it, with a tokenizer."""
+    """Save a small random model of a kind with transformers, and a tokenizer."""
     import transformers
 
     tokenizer = make_tokenizer()
@@ -64,7 +64,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 
 def assert_same_folder(exported: Path, saved: Path) -> None:
-    """Names of files, configs, and every tensor with its name and dtype."""
+    """Compare names of files, configs, and every tensor with its name and dtype."""
     assert {f.name for f in exported.iterdir()} - {"rlhf_pl.json"} == {f.name for f in saved.iterdir()}
     assert json.loads((exported / "config.json").read_text()) == json.loads((saved / "config.json").read_text())
     found, expected = tensors(exported), tensors(saved)
@@ -77,7 +77,7 @@ def assert_same_folder(exported: Path, saved: Path) -> None:
 
 
 def save_in(source: Path, folder: Path, dtype: torch.dtype) -> Path:
-    """By transformers alone."""
+    """Save a model by transformers only."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     AutoModelForCausalLM.from_pretrained(source, dtype=dtype).save_pretrained(folder)
@@ -86,7 +86,7 @@ def save_in(source: Path, folder: Path, dtype: torch.dtype) -> Path:
 
 
 def export(source: Path, folder: Path, dtype: str | None = None) -> Path:
-    """As a run does after training in float32."""
+    """Export a model as a run does after training in float32."""
     policy = ModelSource(str(source))
     lm = load_lm(policy)
     export_folder(lm, policy, policy.tokenizer, weights_of(lm.state_dict()), str(folder), dtype)
@@ -94,8 +94,8 @@ def export(source: Path, folder: Path, dtype: str | None = None) -> Path:
 
 
 @pytest.mark.parametrize("kind", SMALL)
-def test_a_folder_is_what_save_pretrained_writes(tmp_path: Path, kind: str) -> None:
-    """In the checkpoint's dtype, and in one that was asked for; what transformers keeps in float32 stays so."""
+def test_an_export_equals_the_folder_of_save_pretrained(tmp_path: Path, kind: str) -> None:
+    """In the checkpoint's dtype, and in a requested one; tensors that transformers keeps in float32 stay so."""
     source = checkpoint(tmp_path / "source", kind, torch.bfloat16)
     for dtype in (None, "float16"):
         exported = export(source, tmp_path / f"exported-{dtype}", dtype)
@@ -107,7 +107,7 @@ def test_a_folder_is_what_save_pretrained_writes(tmp_path: Path, kind: str) -> N
 
 @contextmanager
 def shards_of(size: str) -> Iterator[None]:
-    """Models of some size are written in several files."""
+    """Context in which models are written in files of at most this size."""
     from transformers import PreTrainedModel
 
     plain = PreTrainedModel.save_pretrained
@@ -118,7 +118,7 @@ def shards_of(size: str) -> Iterator[None]:
         PreTrainedModel.save_pretrained = plain  # type: ignore[method-assign]
 
 
-def test_large_models_come_in_parts_with_an_index(tmp_path: Path) -> None:
+def test_large_models_are_exported_in_shards_with_an_index(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", "Qwen2Config", torch.bfloat16)
     with shards_of("100KB"):
         exported, saved = export(source, tmp_path / "exported"), save_in(source, tmp_path / "saved", torch.bfloat16)
@@ -126,18 +126,18 @@ def test_large_models_come_in_parts_with_an_index(tmp_path: Path) -> None:
     assert_same_folder(exported, saved)
 
 
-def test_the_tensors_dtype_counts_not_what_the_config_says(tmp_path: Path) -> None:
-    """Checkpoints exist whose config says float32, or nothing, over tensors in bfloat16, and the other way round."""
+def test_the_tensors_dtype_counts_and_not_the_configs(tmp_path: Path) -> None:
+    """There are checkpoints whose config says float32, or nothing, while their tensors are in bfloat16."""
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
     config = json.loads((source / "config.json").read_text())
-    for said in ("float32", "float16", None):
-        (source / "config.json").write_text(json.dumps({**config, "dtype": said}))
+    for declared in ("float32", "float16", None):
+        (source / "config.json").write_text(json.dumps({**config, "dtype": declared}))
         assert export_dtype(ModelSource(str(source))) == torch.bfloat16
     assert export_dtype(ModelSource(str(source)), "float32") == torch.float32
     assert export_dtype(ModelSource(str(checkpoint(tmp_path / "f", "LlamaConfig", torch.float32)))) == torch.float32
 
 
-def test_a_head_that_has_come_apart_from_the_embeddings_is_kept(tmp_path: Path) -> None:
+def test_a_head_that_differs_from_its_tied_embeddings_is_kept(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.float32)
     policy = ModelSource(str(source))
     lm = load_lm(policy)
@@ -147,7 +147,9 @@ def test_a_head_that_has_come_apart_from_the_embeddings_is_kept(tmp_path: Path) 
     assert torch.equal(tensors(tmp_path / "exported")["lm_head.weight"], state["lm_head.weight"])
 
 
-def test_what_cannot_be_written_is_said_before_anything_loads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_that_would_fail_is_refused_before_any_weights_load(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     source = ModelSource(str(save_llama(tmp_path / "llama")))
     try_export(empty_lm(source), source, source.tokenizer)
     monkeypatch.setattr(type(source.tokenizer), "save_pretrained", _refuse)
@@ -159,7 +161,7 @@ def _refuse(*args: Any, **kwargs: Any) -> None:
     raise NotImplementedError("no such luck\nmore")
 
 
-def test_a_config_that_transformers_refuses_to_save_comes_out_as_it_went_in(tmp_path: Path) -> None:
+def test_a_config_that_transformers_refuses_to_save_is_copied_unchanged(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
     text = '{"bos_token_id":1,"eos_token_id":2,"do_sample":false,"temperature":0.6,"top_p":0.9}'
     (source / "generation_config.json").write_text(text)
@@ -169,8 +171,8 @@ def test_a_config_that_transformers_refuses_to_save_comes_out_as_it_went_in(tmp_
     assert (exported / "generation_config.json").read_text() == text
 
 
-def test_reward_models_come_out_as_transformers_saves_them(tmp_path: Path) -> None:
-    """Of a classifier that reads pairs of texts, whose tokenizer has no chat template."""
+def test_reward_models_are_exported_as_transformers_saves_them(tmp_path: Path) -> None:
+    """A classifier that reads pairs of texts and has no chat template."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig
 
     from rlhf_pl import RewardModelModule
@@ -194,8 +196,8 @@ def test_reward_models_come_out_as_transformers_saves_them(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("module", ["RebelModule", "SFTModule"])
-def test_adapters_are_merged_into_what_save_pretrained_writes(tmp_path: Path, module: str) -> None:
-    """Fresh adapters add nothing: the base's own tensors, and the adapters beside them."""
+def test_adapters_are_merged_into_the_exported_model(tmp_path: Path, module: str) -> None:
+    """New adapters change nothing: the export has the base's own tensors, and the adapters beside them."""
     import rlhf_pl
 
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
@@ -209,7 +211,7 @@ def test_adapters_are_merged_into_what_save_pretrained_writes(tmp_path: Path, mo
     assert_same_folder(tmp_path / "exported", save_in(source, tmp_path / "saved", torch.bfloat16))
 
 
-def test_processor_files_go_along(tmp_path: Path) -> None:
+def test_processor_files_are_exported(tmp_path: Path) -> None:
     source = checkpoint(tmp_path / "source", "LlamaConfig", torch.bfloat16)
     (source / "preprocessor_config.json").write_text('{"size": 3}')
     assert (export(source, tmp_path / "exported") / "preprocessor_config.json").read_text() == '{"size": 3}'
@@ -223,6 +225,6 @@ def test_a_generation_config_that_transformers_refuses_to_read_is_named(tmp_path
         _ = ModelSource(str(source)).eos_token_ids
 
 
-def test_an_export_of_an_earlier_version_has_no_list_and_is_no_damage(tmp_path: Path) -> None:
+def test_an_export_of_an_earlier_version_without_a_file_list_is_not_damaged(tmp_path: Path) -> None:
     (tmp_path / STAMP).write_text(json.dumps({"format": 2, "updates": 3, "dtype": None, "weights": "x"}))
     assert find_damaged_files(tmp_path, checksums=True) == []

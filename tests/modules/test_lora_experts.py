@@ -1,4 +1,4 @@
-"""Adapters on experts: what is merged, written and handed to samplers is the model that trains."""
+"""Adapters on experts: the merged, exported and synced weights are those of the model that trains."""
 
 import importlib.util
 from collections.abc import Callable
@@ -27,7 +27,7 @@ from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.policy import PolicyLM
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rollout import EngineSpec, PromptTokens, SamplingConfig, TransformersSampler, VLLMSampler
-from rlhf_pl.rollout.checkpoint_format import checkpoint_format
+from rlhf_pl.rollout.checkpoint_format import make_checkpoint_converter
 from rlhf_pl.rollout.weight_sync.self_check import sync_weights
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import make_tokenizer
@@ -50,8 +50,8 @@ KINDS: dict[str, dict[str, Any]] = {
     "Mixtral": {"num_local_experts": 4},
     "Qwen3Moe": FEW | {"mlp_only_layers": [0], "head_dim": 16},  # its first layer is dense
     "Qwen2Moe": FEW | {"shared_expert_intermediate_size": 32},
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},  # its matrices lie the other way
-    "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # its router is a linear layer that gives a tuple
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "head_dim": 16},  # its matrices are transposed
+    "Phimoe": {"num_local_experts": 4, "num_experts_per_tok": 2},  # its router is a linear layer that returns a tuple
 }
 
 
@@ -74,7 +74,7 @@ def plain(folder: Path) -> Any:
 
 
 def adapted(folder: Path, settings: LoRA, seed: int = 2) -> Any:
-    """With adapters that do something."""
+    """A model with adapters that are not zero."""
     lm = plain(folder)
     add_lora(lm, settings, seed=1, train_head=False)
     random = torch.Generator().manual_seed(seed)
@@ -94,8 +94,8 @@ def logits(lm: Any) -> Tensor:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_merged_model_is_the_adapted_one(tmp_path: Path, kind: str) -> None:
-    """Every weight of the experts is adapted; without adapters the model is the base; peft reads the folder alike."""
+def test_the_merged_model_equals_the_adapted_one(tmp_path: Path, kind: str) -> None:
+    """Every weight of the experts is adapted; without adapters the model is the base; peft reads the same adapters."""
     folder = save_moe(tmp_path / "base", kind)
     base, settings = plain(folder), LoRA(rank=3)
     lm = adapted(folder, settings)
@@ -118,9 +118,9 @@ def test_the_merged_model_is_the_adapted_one(tmp_path: Path, kind: str) -> None:
     save_adapter(
         settings, adapter_targets(plain(folder), settings), lm, adapters, str(folder), str(tmp_path / "adapter")
     )
-    readable = kind != "Qwen3Moe"  # whose dense layers have names that peft takes for experts'
-    assert (tmp_path / "adapter").exists() == readable
-    if readable:
+    is_readable = kind != "Qwen3Moe"  # peft takes the names of its dense layers for those of experts
+    assert (tmp_path / "adapter").exists() == is_readable
+    if is_readable:
         from peft import PeftModel
 
         read = PeftModel.from_pretrained(plain(folder), tmp_path / "adapter").eval()
@@ -146,7 +146,7 @@ def test_gradients_are_those_of_the_merged_weights(tmp_path: Path) -> None:
 
 
 def test_half_precision_copies_of_adapters_count(tmp_path: Path) -> None:
-    """`bf16-mixed` computes with a twin whose weights are copies."""
+    """`bf16-mixed` computes with a module whose weights are copies."""
     folder = save_moe(tmp_path / "base", "Mixtral")
     batch = pack([PrefixGroup([5, 6, 7], ([8, 9], [10, 11, 12]))])
     lm = adapted(folder, LoRA(rank=3))
@@ -164,16 +164,16 @@ def test_half_precision_copies_of_adapters_count(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_vllm_is_given_what_checkpoints_hold(tmp_path: Path, kind: str) -> None:
+def test_vllm_gets_the_tensors_of_checkpoints(tmp_path: Path, kind: str) -> None:
     folder = save_moe(tmp_path / "base", kind)
     stored = load_file(folder / "model.safetensors")
-    given = dict(checkpoint_format(ModelSource(str(folder)))(iter(plain(folder).state_dict().items())))
-    assert given.keys() == stored.keys()
-    assert all(torch.equal(given[name], stored[name]) for name in stored)
+    sent = dict(make_checkpoint_converter(ModelSource(str(folder)))(iter(plain(folder).state_dict().items())))
+    assert sent.keys() == stored.keys()
+    assert all(torch.equal(sent[name], stored[name]) for name in stored)
 
 
 @pytest.mark.parametrize("settings", [LoRA(rank=4), LoRA(rank=4, target_modules=[], target_parameters=["down_proj"])])
-def test_a_run_goes_on_and_exports_the_model_that_it_trained(
+def test_a_run_resumes_and_exports_the_model_that_it_trained(
     tmp_path: Path, write_jsonl: Callable[..., str], settings: LoRA
 ) -> None:
     folder, prompts = save_moe(tmp_path / "base", "Mixtral"), write_jsonl(PROMPTS)
@@ -204,7 +204,7 @@ def test_a_run_goes_on_and_exports_the_model_that_it_trained(
         ({"dropout": 0.1}, r"`model\.lora\.dropout` is 0.1, but adapters of experts"),
     ],
 )
-def test_what_is_not_there_is_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
+def test_settings_that_match_nothing_are_refused(tmp_path: Path, settings: dict[str, Any], message: str) -> None:
     lm = plain(save_moe(tmp_path / "base", "Mixtral"))
     with pytest.raises(InputError, match=message):
         adapter_targets(lm, LoRA(**settings))
@@ -257,7 +257,7 @@ VLLM = [pytest.mark.vllm, pytest.mark.skipif(importlib.util.find_spec("vllm") is
 
 
 @pytest.mark.parametrize("sampler", [TransformersSampler, pytest.param(VLLMSampler, marks=VLLM)])
-def test_samplers_draw_from_the_adapted_experts(tmp_path: Path, sampler: Any) -> None:
+def test_samplers_sample_from_the_adapted_experts(tmp_path: Path, sampler: Any) -> None:
     """Twice, with other weights: vLLM packs the experts' weights for its kernels."""
     folder = save_moe(tmp_path / "base", "Mixtral", head_dim=32)  # vLLM has no smaller ones on the CPU
     engine = sampler(dtype="float32") if sampler is VLLMSampler else sampler()
@@ -265,10 +265,11 @@ def test_samplers_draw_from_the_adapted_experts(tmp_path: Path, sampler: Any) ->
     for seed in (2, 3):
         lm = adapted(folder, LoRA(rank=3), seed)
         sync_weights(engine, weights_of(merged(lm)))
-        for _, (drawn,) in engine.generate([PromptTokens([5, 6, 7, 8], 0)], SamplingConfig(1, max_response_tokens=8)):
-            ids = [5, 6, 7, 8, *drawn.token_ids]
+        sampling = SamplingConfig(1, max_response_tokens=8)
+        for _, (response,) in engine.generate([PromptTokens([5, 6, 7, 8], 0)], sampling):
+            ids = [5, 6, 7, 8, *response.token_ids]
             with torch.no_grad():
                 logps = lm(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
             expected = [logps[i - 1, ids[i]].item() for i in range(4, len(ids))]
-            assert drawn.logps == pytest.approx(expected, abs=1e-3)
+            assert response.logps == pytest.approx(expected, abs=1e-3)
     engine.close()

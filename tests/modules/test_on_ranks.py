@@ -22,8 +22,8 @@ KINDS = {
 
 
 @pytest.mark.slow
-def test_every_module_trains_on_shards_as_on_one_process(tmp_path: Path) -> None:
-    """41 rows: the last update is short, and one rank has a row less than the other."""
+def test_every_module_trains_equally_on_shards_and_on_one_process(tmp_path: Path) -> None:
+    """41 rows: the last update is short, and one rank has one row fewer than the other."""
     model = save_llama(tmp_path / "llama")
     rows = [
         {"prompt": f"What is {i}?", "response": f"It is {i}" + " and on" * (i % 5), "chosen": f"It is {i}",
@@ -78,8 +78,8 @@ class InfiniteOnOneRank(PairwiseLoss):
 
 
 @pytest.mark.slow
-def test_all_ranks_end_where_one_has_diverged(tmp_path: Path) -> None:
-    """By the loss of one rank in the middle of an update, and by the weights that a single update has thrown away."""
+def test_all_ranks_end_if_one_has_diverged(tmp_path: Path) -> None:
+    """Found in one rank's loss in the middle of an update, and in the weights after a single update."""
     model = save_llama(tmp_path / "llama")
     row = {"prompt": "Is it?", "chosen": "Yes.", "rejected": "No.", "chosen_reward": 1.0, "rejected_reward": 0.0}
     (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row | {"prompt": f"Is {i}?"}) + "\n" for i in range(16)))

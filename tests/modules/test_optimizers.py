@@ -16,7 +16,7 @@ def test_recipe_defaults() -> None:
     assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-7, (0.9, 0.95), 1e-8, 1e-6)
 
 
-def test_fused_steps_are_those_of_torch() -> None:
+def test_fused_steps_equal_plain_ones() -> None:
     torch.manual_seed(0)
     start, gradients = torch.randn(50), torch.randn(4, 50)
     ends = []
@@ -63,8 +63,8 @@ def test_wrong_settings_are_refused() -> None:
         schedule(min_factor=2.0)
 
 
-def test_the_configs_settings_come_back_and_a_changed_rate_scales_the_present_one() -> None:
-    """A schedule has gone from 0.1 to 0.01; the config says 0.2 now: it goes on at 0.02, from a base of 0.2."""
+def test_the_configs_settings_are_restored_and_a_changed_rate_scales_the_current_one() -> None:
+    """A schedule has gone from 0.1 to 0.01; the config now says 0.2: it continues at 0.02, from a base of 0.2."""
     parameter = torch.nn.Parameter(torch.zeros(1))
     saved = torch.optim.SGD([parameter], lr=0.1, momentum=0.5)
     schedule = torch.optim.lr_scheduler.StepLR(saved, 1)

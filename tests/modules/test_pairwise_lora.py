@@ -1,4 +1,4 @@
-"""REBEL with adapters: the base stays as it was and is the reference; the sampler draws from the merged model."""
+"""REBEL with adapters: the base stays unchanged and is the reference; the sampler samples from the merged model."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +19,7 @@ from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama
 from tests.integration.test_fit import PROMPTS, fit
 from tests.integration.test_kill_matrix import TRANSFORMERS, make_plan, outcomes
-from tests.stored_pairs import pair_rows
+from tests.stored_pairs import read_pairs
 
 
 @pytest.fixture
@@ -43,14 +43,14 @@ def constant_lr(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LR
 
 
 def token_logps(lm: Any, prompt: list[int], response: list[int]) -> float:
-    """Sum over the response's tokens, from full logits."""
+    """Log-prob of a response, summed over its tokens, from full logits."""
     ids = torch.tensor([prompt + response])
     with torch.no_grad():
         logps = (lm(input_ids=ids).logits[0] / 0.9).log_softmax(-1)  # the round's temperature
     return sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
 
 
-def test_base_is_untouched_bit_for_bit(trained: tuple[Path, RebelModule], llama: Path) -> None:
+def test_the_base_is_unchanged_bit_for_bit(trained: tuple[Path, RebelModule], llama: Path) -> None:
     base = load_lm(ModelSource(str(llama))).state_dict()
     state = trained[1].policy.lm.state_dict()
     found = {name.replace(".base_layer.", "."): t for name, t in state.items() if ".lora_" not in name}
@@ -59,19 +59,19 @@ def test_base_is_untouched_bit_for_bit(trained: tuple[Path, RebelModule], llama:
     assert any(t.abs().sum() > 0 for name, t in state.items() if ".lora_B." in name)
 
 
-def test_reference_logps_are_those_of_the_base(trained: tuple[Path, RebelModule], llama: Path) -> None:
+def test_reference_logps_are_of_the_base(trained: tuple[Path, RebelModule], llama: Path) -> None:
     stored = RoundStore(trained[0]).round(1)
     base = load_lm(ModelSource(str(llama)))
     moved = 0.0
-    for pair in pair_rows(stored):
+    for pair in read_pairs(stored):
         expected = token_logps(base, pair["prompt_tokens"], pair["chosen_tokens"])
         assert pair["chosen_reference_logp"] == pytest.approx(expected, abs=1e-4)
         moved = max(moved, abs(pair["chosen_old_logp"] - expected))
-    assert moved > 1e-3  # the policy of round 2 is another one
+    assert moved > 1e-3  # the policy of round 2 differs
 
 
-def test_sampler_draws_from_the_adapted_policy(trained: tuple[Path, RebelModule]) -> None:
-    """What a sampler notes that has the policy's weights is of the model with its adapters, and of the export."""
+def test_the_sampler_samples_from_the_adapted_policy(trained: tuple[Path, RebelModule]) -> None:
+    """A synced sampler reports log-probs of the model with its adapters, which equal those of the export."""
     from transformers import AutoModelForCausalLM
 
     folder, module = trained
@@ -81,17 +81,17 @@ def test_sampler_draws_from_the_adapted_policy(trained: tuple[Path, RebelModule]
     sampler.load_weights(module.weights().stream())
     rows = RoundStore(folder).held_out(2).read("responses").to_pylist()
     requests = [PromptTokens(row["prompt_tokens"], seed) for seed, row in enumerate(rows[:4])]
-    for place, (drawn,) in sampler.generate(requests, SamplingConfig(1, max_response_tokens=8)):
-        prompt, response = requests[place].token_ids, drawn.token_ids
+    for index, (sampled,) in sampler.generate(requests, SamplingConfig(1, max_response_tokens=8)):
+        prompt, response = requests[index].token_ids, sampled.token_ids
         for model in (merged, module.policy.lm.eval()):
             ids = torch.tensor([prompt + response])
             with torch.no_grad():
                 logps = model(input_ids=ids).logits[0].log_softmax(-1)
             total = sum(logps[len(prompt) + i - 1, token].item() for i, token in enumerate(response))
-            assert sum(drawn.logps) == pytest.approx(total, abs=1e-3)
+            assert sum(sampled.logps) == pytest.approx(total, abs=1e-3)
 
 
-def test_adapter_alone_loads_in_peft(trained: tuple[Path, RebelModule], llama: Path) -> None:
+def test_the_exported_adapter_loads_in_peft(trained: tuple[Path, RebelModule], llama: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
@@ -119,7 +119,7 @@ def test_wrong_settings_are_refused(settings: dict[str, Any], message: str, llam
 
 
 @pytest.mark.slow
-def test_adapters_train_the_same_on_shards(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:
+def test_adapters_train_equally_on_shards(tmp_path: Path, write_jsonl: Callable[..., str]) -> None:
     plan = make_plan(tmp_path, [*TRANSFORMERS, "--model.lora", "LoRA", "--model.kl_coef", "0.05"])
     spread = {"one": ("auto", 1), "ddp": ("ddp", 2), "fsdp": ("fsdp", 2), "fsdp2": ("fsdp2", 2)}
     runs = [
@@ -146,8 +146,8 @@ def test_adapters_train_the_same_on_shards(tmp_path: Path, write_jsonl: Callable
 
 @pytest.mark.slow
 def test_a_base_in_4_bits_trains_adapters_resumes_and_exports(tmp_path: Path, prompts: str) -> None:
-    """By the round store: the sampler's log-probs are the quantized policy's. A run that goes on ends as one that ran
-    through, from checkpoints of the adapters alone, and the export is what the 4-bit weights stand for."""
+    """A resumed run, from checkpoints of only the adapters, equals an uninterrupted one; the export has the
+    dequantized weights."""
     pytest.importorskip("bitsandbytes")
     from transformers import AutoModelForCausalLM
 
@@ -178,13 +178,13 @@ def test_a_base_in_4_bits_trains_adapters_resumes_and_exports(tmp_path: Path, pr
         quantized = module.policy.lm.eval()(input_ids=ids).logits
         plain = load_lm(ModelSource(str(llama)))(input_ids=ids).logits
         torch.testing.assert_close(exported(input_ids=ids).logits, quantized, rtol=1e-3, atol=1e-3)
-    assert (quantized - plain).abs().max() > 0.01, "4 bits can't be told from 32"
+    assert (quantized - plain).abs().max() > 0.01, "the 4-bit weights equal the 32-bit ones"
     layer = module.policy.lm.model.layers[0].self_attn.q_proj.base_layer.weight
     assert layer.dtype == torch.uint8
 
 
 @pytest.mark.parametrize("names", [["q_proj", "v_prj"], []])
-def test_names_that_match_nothing_are_refused_with_those_that_are_there(
+def test_names_that_match_nothing_are_refused_with_a_list_of_valid_ones(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str], names: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before any weights load."""
@@ -193,7 +193,7 @@ def test_names_that_match_nothing_are_refused_with_those_that_are_there(
         fit(tmp_path, llama, write_jsonl(PROMPTS), module={"lora": LoRA(rank=2, target_modules=names)})
 
 
-def test_a_reference_that_could_not_read_the_policys_tokens_is_refused_before_anything_loads(
+def test_a_reference_that_lacks_the_policys_tokens_is_refused_before_any_weights_load(
     tmp_path: Path, llama: Path, prompts: str
 ) -> None:
     smaller = save_llama(tmp_path / "smaller", vocab_size=300)

@@ -1,4 +1,4 @@
-"""A LightningModule of a user's own takes part in rounds where it has what `PolicyModule` lists."""
+"""A user's own LightningModule can train in rounds if it has the members of `PolicyModule`."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +13,7 @@ from rlhf_pl import RebelLoss, RebelModule, RoundDataModule, SamplingConfig, Tra
 from rlhf_pl.callbacks import RoundRefresh
 from rlhf_pl.data import GroupBatch
 from rlhf_pl.data.options import check_policy_module
-from rlhf_pl.data.policy_module import is_policy_module, lacking
+from rlhf_pl.data.policy_module import find_missing_members, is_policy_module
 from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
 from rlhf_pl.models.policy import PolicyLM, load_lm
 from rlhf_pl.models.source import ModelSource
@@ -23,7 +23,7 @@ from tests.integration.test_fit import PROMPTS
 
 
 class OwnModule(L.LightningModule):
-    """REBEL without any class of this package's modules."""
+    """REBEL without this package's modules."""
 
     batch_type = GroupBatch
     kl_coef = 0.0
@@ -82,7 +82,7 @@ def constant(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRSch
     return torch.optim.lr_scheduler.ConstantLR(optimizer, 1.0)
 
 
-def test_two_rounds_of_an_own_module_are_those_of_ours(
+def test_two_rounds_of_an_own_module_equal_those_of_ours(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]
 ) -> None:
     ours = RebelModule(str(llama), RebelLoss(2.0), lambda p: torch.optim.AdamW(p, lr=1e-3), constant)
@@ -109,7 +109,7 @@ def test_two_rounds_of_an_own_module_are_those_of_ours(
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
 
 
-def test_what_a_module_lacks_is_named(llama: Path) -> None:
+def test_missing_members_of_a_module_are_named(llama: Path) -> None:
     class Half(L.LightningModule):
         batch_type = GroupBatch
 
@@ -118,8 +118,8 @@ def test_what_a_module_lacks_is_named(llama: Path) -> None:
     module.configure_model()  # from here on its policy is a submodule
     assert is_policy_module(module)
     assert not is_policy_module(Half())
-    assert {"loss", "needs", "load_reference", "source", "weights"} <= set(lacking(Half()))
+    assert {"loss", "needs", "load_reference", "source", "weights"} <= set(find_missing_members(Half()))
     with pytest.raises(InputError, match=r"Half lacks .*load_reference.*rlhf_pl.PolicyModule"):
         check_policy_module(Half(), object())
-    with pytest.raises(InputError, match="LightningModule does not say its `batch_type`"):
+    with pytest.raises(InputError, match="LightningModule does not define `batch_type`"):
         check_policy_module(L.LightningModule(), object())

@@ -1,4 +1,4 @@
-"""Training reward models: the loss, its gradient, and what the exported folder scores."""
+"""Training of reward models: the loss, its gradient, and the scores of the exported folder."""
 
 import json
 import math
@@ -23,7 +23,7 @@ from tests.conftest import save_llama
 from tests.rewards.test_classifier import SAMPLES, plain_scores
 
 Write = Callable[..., str]
-# the preferred answer says "good": something that a small model can learn
+# the preferred response says "good", which a small model can learn
 ROWS = [
     {"prompt": f"Question {i % 7}?", "chosen": f"A good answer {i}", "rejected": f"A bad answer {i + 1}"}
     for i in range(40)
@@ -48,7 +48,7 @@ def test_gradient_raises_the_margin_and_vanishes_at_a_tie() -> None:
 
 
 def test_metrics_worked_by_hand() -> None:
-    """Two of four right, one equal: 2.5 / 4. Sigmoid(|3|) is sure and right, so is hardly off."""
+    """Two of four are right, one is equal: 2.5 / 4. Sigmoid(|3|) is near 1 and right, so its error is small."""
     metrics = pair_metrics([3.0, 3.0, -1.0, 0.0], [1.0, 0.0, 1.0, 0.5])
     assert metrics.equal == 1
     assert (metrics.pairs, metrics.accuracy, metrics.margin, metrics.longer) == (4, 0.625, 1.25, 0.625)
@@ -75,7 +75,7 @@ def fit(
 
 
 @pytest.mark.parametrize("lora", [None, LoRA(rank=8)])
-def test_learns_and_its_folder_scores_alike_everywhere(
+def test_a_reward_model_learns_and_its_folder_scores_equally_everywhere(
     llama: Path, tmp_path: Path, write_jsonl: Write, lora: LoRA | None
 ) -> None:
     metrics = fit(tmp_path / "run", llama, write_jsonl(ROWS), {"lora": lora, "centering": 0.01})
@@ -93,7 +93,7 @@ def test_learns_and_its_folder_scores_alike_everywhere(
     assert ours == pytest.approx(plain_scores(folder), abs=1e-4)
 
 
-def test_lora_leaves_the_backbone_as_it_was(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+def test_lora_leaves_the_backbone_unchanged(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
     from safetensors.torch import load_file
 
     fit(tmp_path, llama, write_jsonl(ROWS), {"lora": LoRA(rank=2, target_modules=["q_proj"])}, max_epochs=1)
@@ -110,9 +110,9 @@ def test_accumulated_micro_batches_equal_one_batch(llama: Path, tmp_path: Path, 
     for folder, (size, accumulate, tokens) in splits.items():
         data = {"batch_size": size, "max_tokens_per_batch": tokens, "val_preferences": 3}
         fit(tmp_path / folder, llama, file, data=data, accumulate_grad_batches=accumulate, max_epochs=1)
-    kept = torch.load(tmp_path / "tokens" / "checkpoints" / "last.ckpt", weights_only=False)
-    assert kept["rlhf_pl_split"]["accumulate"] > 1
-    eager = {"attn_implementation": "eager"}  # which shares nothing
+    saved = torch.load(tmp_path / "tokens" / "checkpoints" / "last.ckpt", weights_only=False)
+    assert saved["rlhf_pl_split"]["accumulate"] > 1
+    eager = {"attn_implementation": "eager"}  # shares no prompts
     fit(tmp_path / "eager", llama, file, eager, data={"batch_size": 8, "val_preferences": 3}, max_epochs=1)
     one, *others = (load_file(tmp_path / folder / "model" / "model.safetensors") for folder in (*splits, "eager"))
     for other in others:
@@ -121,7 +121,7 @@ def test_accumulated_micro_batches_equal_one_batch(llama: Path, tmp_path: Path, 
 
 
 @pytest.mark.parametrize("tokens", [None, 100])
-def test_goes_on_inside_an_epoch_as_if_never_stopped(
+def test_a_run_resumed_inside_an_epoch_equals_an_uninterrupted_one(
     llama: Path, tmp_path: Path, write_jsonl: Write, tokens: int | None
 ) -> None:
     from safetensors.torch import load_file
@@ -134,7 +134,7 @@ def test_goes_on_inside_an_epoch_as_if_never_stopped(
     file = write_jsonl(ROWS)
     fit(tmp_path / "whole", llama, file, data={"max_tokens_per_batch": tokens})
     L.seed_everything(3, verbose=False)
-    run = tmp_path / "cut"
+    run = tmp_path / "stopped"
     settings: dict[str, Any] = {
         "accelerator": "cpu",
         "default_root_dir": run,
@@ -153,7 +153,7 @@ def test_goes_on_inside_an_epoch_as_if_never_stopped(
             trainer.fit(rm, datamodule=PreferenceDataModule(file, **data), ckpt_path=last)
         except KeyError:
             assert stop
-    whole, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    whole, again = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(tensor, again[name]) for name, tensor in whole.items())
 
 
@@ -165,7 +165,7 @@ def set_up(llama: Path, file: str) -> PreferenceDataModule:
     return data
 
 
-def test_beginnings_that_are_shared_give_the_loss_and_gradient_of_padded_rows(llama: Path, write_jsonl: Write) -> None:
+def test_shared_prefixes_give_the_loss_and_gradient_of_padded_rows(llama: Path, write_jsonl: Write) -> None:
     rows = [*ROWS[:20], {"prompt": "A?", "chosen": "Good, of course", "rejected": "Good"}]
     dataset = set_up(llama, write_jsonl(rows)).train_set
     assert dataset is not None
@@ -187,12 +187,12 @@ def test_beginnings_that_are_shared_give_the_loss_and_gradient_of_padded_rows(ll
         torch.testing.assert_close(shared, padded, atol=1e-5, rtol=1e-4)
 
 
-def test_pairs_of_a_prompt_are_on_one_side(llama: Path, write_jsonl: Write) -> None:
+def test_pairs_of_a_prompt_are_in_the_same_split(llama: Path, write_jsonl: Write) -> None:
     data = set_up(llama, write_jsonl(ROWS))
     assert data.train_set is not None
     assert data.val_set is not None
-    sides = [{p.messages[-1]["content"] for p in side.pairs} for side in (data.train_set, data.val_set)]
-    assert not sides[0] & sides[1]
+    train, val = ({p.messages[-1]["content"] for p in split.pairs} for split in (data.train_set, data.val_set))
+    assert not train & val
     assert len(data.val_set) >= 10
 
 
@@ -209,7 +209,7 @@ def test_wrong_inputs(tmp_path: Path, write_jsonl: Write, llama: Path) -> None:
 
 
 def plain_batch(folder: Path, side: str) -> list[float]:
-    """transformers' own classifier and padding."""
+    """Scores by the classifier and padding of transformers."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -221,7 +221,7 @@ def plain_batch(folder: Path, side: str) -> list[float]:
 
 
 @pytest.mark.parametrize("pad_token", ["<|end|>", None])
-def test_exports_have_a_padding_token_of_their_own(
+def test_exports_have_their_own_padding_token(
     tmp_path: Path, write_jsonl: Write, pad_token: str | None, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A backbone whose padding token is its EOS, or is missing: the embeddings get one more row."""
@@ -244,7 +244,7 @@ def test_exports_have_a_padding_token_of_their_own(
     assert json.loads((tmp_path / "again/model/config.json").read_text())["pad_token_id"] == len(tokenizer)
 
 
-def test_a_model_read_before_the_eos_says_so(
+def test_a_model_that_is_read_before_the_eos_prints_a_warning(
     llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("rlhf_pl.models.score_position._warned", set())
@@ -263,7 +263,7 @@ def test_a_model_read_before_the_eos_says_so(
     assert ours == pytest.approx(expected, abs=1e-4)
 
 
-def test_accuracy_and_its_interval_are_of_pairs_that_are_no_ties(
+def test_accuracy_and_its_interval_exclude_ties(
     llama: Path, tmp_path: Path, write_jsonl: Write, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Held out: 4 pairs and 6 ties. An interval over 10 would be narrower."""
@@ -272,6 +272,6 @@ def test_accuracy_and_its_interval_are_of_pairs_that_are_no_ties(
     data = {"ties": "half", "val_preferences": write_jsonl([*clear, *ties], "val.jsonl")}
     metrics = fit(tmp_path, llama, write_jsonl(ROWS), data=data, max_epochs=1)
     low, high = wilson_interval(metrics["val/accuracy"], 4)
-    said = " ".join(capsys.readouterr().out.split())
-    assert f"(95%: {low:.3f} to {high:.3f}, 4 pairs and 6 ties)" in said
+    output = " ".join(capsys.readouterr().out.split())
+    assert f"(95%: {low:.3f} to {high:.3f}, 4 pairs and 6 ties)" in output
     assert metrics["val/longer_accuracy"] == 0.25 * sum(len(r["chosen"]) > len(r["rejected"]) for r in clear)

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: which tokens are learned, packing, and perplexity."""
+"""Supervised fine-tuning: learned tokens, packing and perplexity."""
 
 import math
 from collections.abc import Callable
@@ -30,7 +30,7 @@ ROWS = [{"prompt": f"Say {i}", "response": f"I say {i}, of course."} for i in ra
 
 
 @pytest.mark.parametrize(("every", "learned"), [(True, ["Hello there<|end|>", "Red<|end|>"]), (False, ["Red<|end|>"])])
-def test_only_answers_are_learned_with_their_eos(every: bool, learned: list[str]) -> None:
+def test_only_responses_are_learned_with_their_eos(every: bool, learned: list[str]) -> None:
     tokenizer = make_tokenizer()
     ids, mask = encode_conversation(tokenizer, TALK, [1, 2], every)
     assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
@@ -58,8 +58,8 @@ def test_packing_fills_rows_and_keeps_every_example() -> None:
 
 
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "gpt_neox"])
-def test_packed_examples_give_what_each_gives_alone(kind: str) -> None:
-    """Log-probs and gradient, in three architectures; as rows of their own, and one after the other."""
+def test_packed_examples_give_the_results_of_separate_ones(kind: str) -> None:
+    """Log-probs and gradient in three architectures, with examples in separate rows and concatenated."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     sizes = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -105,7 +105,7 @@ def fit(folder: Path, llama: Path, file: str, data: dict[str, Any] | None = None
 
 
 def test_perplexity_falls_and_equals_an_independent_one(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
-    """transformers' own loss with labels of -100 on everything but answers."""
+    """The loss of transformers with labels of -100 except on responses."""
     from transformers import AutoModelForCausalLM
 
     file = write_jsonl(ROWS)
@@ -128,10 +128,8 @@ def test_perplexity_falls_and_equals_an_independent_one(llama: Path, tmp_path: P
     assert later["val/perplexity"] == pytest.approx(math.exp(total / count), rel=1e-3)
 
 
-def test_packed_or_not_and_in_micro_batches_or_not_an_update_is_the_same(
-    llama: Path, tmp_path: Path, write_jsonl: Write
-) -> None:
-    """One update over all rows: its loss is the mean over answer tokens, however they are laid out."""
+def test_packing_and_micro_batches_do_not_change_an_update(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+    """One update over all rows: its loss is the mean over response tokens, however they are packed."""
     from safetensors.torch import load_file
 
     file = write_jsonl([r | {"response": r["response"] * (1 + i % 3)} for i, r in enumerate(ROWS)])
@@ -148,11 +146,11 @@ def test_packed_or_not_and_in_micro_batches_or_not_an_update_is_the_same(
 def test_wrong_inputs(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
     for rows, message in (
         ([{"prompt": "Hi"}], r"no column `messages`, or `prompt` and `response`; found prompt"),
-        ([{"prompt": "Hi", "response": ""}], r"line 1: `response`: the answer is empty"),
-        ([{"messages": TALK[:1]}], r"does not end with a message of the assistant's"),
+        ([{"prompt": "Hi", "response": ""}], r"line 1: `response`: the response is empty"),
+        ([{"messages": TALK[:1]}], r"does not end with an assistant message"),
         ([{"prompt": "Hi", "response": "long " * 200}], r"all are longer than max_tokens=64"),
     ):
         with pytest.raises(InputError, match=message):
             fit(tmp_path, llama, write_jsonl(rows), {"val_conversations": 0})
-    with pytest.raises(InputError, match=r"`data.max_tokens` of 10000 is over the context"):
+    with pytest.raises(InputError, match=r"`data.max_tokens` of 10000 exceeds the context"):
         fit(tmp_path, llama, write_jsonl(ROWS), {"max_tokens": 10_000})

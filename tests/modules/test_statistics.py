@@ -1,4 +1,4 @@
-"""Numbers that a run reports, against sums by hand and plain transformers."""
+"""Metrics of a run equal values worked by hand and by plain transformers."""
 
 import csv
 import statistics
@@ -13,7 +13,7 @@ import torch
 from rlhf_pl import BestWorst, RandomPair, SamplingConfig, VLLMSampler
 from rlhf_pl.algorithms.reward_shaping import break_ties
 from rlhf_pl.callbacks import DegenerationGuard, HFExport, RoundCheckpoint
-from rlhf_pl.data.pair_batches import RoundBatches
+from rlhf_pl.data.micro_batches import MicroBatchSampler
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.modules.logging import Means, with_variance
@@ -23,7 +23,7 @@ from rlhf_pl.rounds.stages.kl import estimate_kl
 from rlhf_pl.store.round_store import Round, RoundStore
 from rlhf_pl.utils.errors import InputError
 from tests.integration.test_fit import PROMPTS, fit
-from tests.stored_pairs import pair_rows
+from tests.stored_pairs import read_pairs
 
 SAMPLING = SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.9)
 
@@ -39,7 +39,7 @@ def column(folder: Path, name: str) -> list[float]:
 
 
 def plain_logps(folder: Path, rows: list[dict[str, Any]], temperature: float) -> list[float]:
-    """Each row's response under an exported model, by eager transformers, row by row, in float32."""
+    """Log-prob of each row's response under an exported model, by eager transformers, row by row, in float32."""
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -87,7 +87,7 @@ def test_kl_of_the_new_policy_comes_from_its_held_out_responses(
     assert not store.held_out(0).is_complete("kl")
 
 
-def test_greedy_held_out_responses_estimate_no_kl(tmp_path: Path, llama: Path, prompts: str) -> None:
+def test_greedy_held_out_responses_give_no_kl_estimate(tmp_path: Path, llama: Path, prompts: str) -> None:
     fit(tmp_path, llama, prompts, refresh={"val_num_responses": 1, "val_temperature": 0.0}, max_epochs=1)
     assert not RoundStore(tmp_path).held_out(1).is_complete("kl")
 
@@ -107,9 +107,9 @@ class Stop(L.Callback):
 
 
 def test_a_rounds_kl_is_that_of_all_its_pairs(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """Updates of 4, 4 and the rest of the pairs, weighted by their pairs; the same after a stop inside the round.
+    """Updates of 4, 4 and the remaining pairs, weighted by their pairs; the same after a stop inside the round.
 
-    The estimate of the new policy needs the one that the round was drawn from, which a resumed run gets from disk.
+    The new policy's estimate needs pi_old, which a resumed run reads from disk.
     """
     numbers = []
     for name in ("whole", "parts"):
@@ -160,7 +160,7 @@ def test_an_unchanged_policy_has_no_kl_at_any_held_out_temperature(
     assert column(tmp_path, "val/kl_new_old") == [pytest.approx(0, abs=1e-6)]
 
 
-def test_noted_logps_say_what_they_are(tmp_path: Path, llama: Path, prompts: str) -> None:
+def test_stored_sampler_logps_are_described(tmp_path: Path, llama: Path, prompts: str) -> None:
     refresh = {"sampling": SamplingConfig(num_responses=3, max_response_tokens=8), "old_logps": "sampler"}
     fit(tmp_path, llama, prompts, refresh=refresh, max_epochs=1)
     stored = RoundStore(tmp_path).round(0)
@@ -221,7 +221,7 @@ def test_logged_ratio_variance_is_over_all_responses_of_an_update(tmp_path: Path
 
 
 def test_ties_that_the_kl_term_breaks_are_kept(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """A constant reward: nothing to learn in round 1, where policy and reference are one; every prompt in round 2."""
+    """Most rewards tie: ties are dropped in round 1, where the policy is the reference, and kept in round 2."""
 
     def fit_with(folder: Path, kl_coef: float, **refresh: Any) -> list[Round]:
         fit(
@@ -230,7 +230,7 @@ def test_ties_that_the_kl_term_breaks_are_kept(tmp_path: Path, llama: Path, prom
             prompts,
             module={"kl_coef": kl_coef},
             data={"val_prompts": 0},
-            refresh={"reward": by_length, "sampling": SAMPLING, **refresh},
+            refresh={"reward": reward_finished, "sampling": SAMPLING, **refresh},
         )
         return list(RoundStore(folder).rounds().values())
 
@@ -240,19 +240,19 @@ def test_ties_that_the_kl_term_breaks_are_kept(tmp_path: Path, llama: Path, prom
         dropped = second.info("pairs")["dropped"]
         assert dropped["no_reward_difference"] == 0
         assert second.info("pairs")["kept_ties"] > 0
-        for pair in pair_rows(second):
+        for pair in read_pairs(second):
             terms = [pair[f"{w}_old_logp"] - pair[f"{w}_reference_logp"] for w in ("chosen", "rejected")]
             assert pair["chosen_tokens"] != pair["rejected_tokens"]
             assert terms[0] != terms[1]
     assert fit_with(tmp_path / "plain", 0.0)[1].info("pairs")["dropped"]["no_reward_difference"] > 0
 
 
-def by_length(response_tokens: Any) -> float:
-    """1 for a response that came to its end: most tie."""
+def reward_finished(response_tokens: Any) -> float:
+    """1 for a finished response; most rewards tie."""
     return float(len(response_tokens) < 8)
 
 
-def test_broken_ties_keep_the_order_and_equal_responses_equal() -> None:
+def test_broken_ties_keep_the_order_and_equal_responses_tied() -> None:
     rewards, responses = [1.0, 0.0, 1.0, 0.0, 1.0], [(1,), (2,), (3,), (4,), (1,)]
     broken = break_ties(rewards, responses, seed=3)
     assert broken == pytest.approx(rewards, abs=1e-12)
@@ -264,12 +264,12 @@ def test_broken_ties_keep_the_order_and_equal_responses_equal() -> None:
 @pytest.mark.parametrize("world_size", [1, 3])
 @pytest.mark.parametrize("max_tokens", [None, 60])
 @pytest.mark.parametrize("pairs", [1, 5, 11, 12, 13, 25, 47])
-def test_an_update_has_no_pair_twice(pairs: int, max_tokens: int | None, world_size: int) -> None:
-    """4 passes in updates of 12 pairs: every pair 4 times, updates are full but the last, or a pass if that is less."""
+def test_an_update_has_each_pair_at_most_once(pairs: int, max_tokens: int | None, world_size: int) -> None:
+    """4 passes in updates of 12 pairs: every pair occurs 4 times, and all updates but the last are full."""
     passes, size = 4, 12
     plan = UpdatePlan(passes * pairs, 2, 6 // world_size, world_size, max_tokens, passes)
     lengths = [5 + 7 * (i % 4) for i in range(pairs)] if max_tokens else None
-    ranks = [RoundBatches(plan, "x", rank, lengths) for rank in range(world_size)]
+    ranks = [MicroBatchSampler(plan, "x", rank, lengths) for rank in range(world_size)]
     count = ranks[0].accumulate
     batches = [list(r) for r in ranks]
     assert len({len(b) for b in batches}) == 1
@@ -286,8 +286,8 @@ def test_an_update_has_no_pair_twice(pairs: int, max_tokens: int | None, world_s
     assert len(updates) == plan.updates
 
 
-def test_passes_over_few_pairs_go_on_from_their_middle(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """Updates of 16 pairs where there are 10 at most: each pass is one, as many as passes, stopped after two or not."""
+def test_passes_over_few_pairs_resume_in_the_middle(tmp_path: Path, llama: Path, prompts: str) -> None:
+    """At most 10 pairs in updates of up to 16: each pass is one update, whether or not the run stops after two."""
     from tests.integration.test_fit import assert_same, weights
 
     trained = []
@@ -307,11 +307,11 @@ def test_passes_over_few_pairs_go_on_from_their_middle(tmp_path: Path, llama: Pa
     assert_same(*trained)
 
 
-def test_servers_say_how_they_reshape(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not by defaults of their own, since requests name every option."""
+def test_servers_report_how_they_reshape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A server's default sampling options do not count, since requests give every option."""
     sampler = VLLMServerSampler(urls=["http://one:1"])
     engine = {"logprobs_mode": "raw_logprobs", "override_generation_config": {"repetition_penalty": 1.1}}
-    monkeypatch.setattr(ServedEngine, "config", lambda served, backend: {"model_config": engine})
+    monkeypatch.setattr(ServedEngine, "get_config", lambda served, backend: {"model_config": engine})
     assert sampler.reshapes() == []
     engine["logits_processors"] = ["package:Processor"]  # type: ignore[assignment]
     assert sampler.reshapes() == ["the server at http://one:1 runs with logits_processors ['package:Processor']"]

@@ -1,4 +1,4 @@
-"""Options of the Trainer that are refused, and metrics that may be monitored."""
+"""Options of the Trainer that are refused, and metrics that can be monitored."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -49,7 +49,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_would_not_mean_what_it_says_is_refused_by_name(name: str) -> None:
+def test_unsupported_options_are_refused_by_name(name: str) -> None:
     with pytest.raises(InputError, match=name):
         check_trainer(trainer(**REFUSED[name]), in_rounds=True)
 
@@ -68,7 +68,7 @@ def test_other_options_pass(options: dict[str, Any]) -> None:
     check_trainer(trainer(**options), in_rounds=True)
 
 
-def test_every_rank_has_its_own_part_without_lightnings_sampler() -> None:
+def test_lightnings_distributed_sampler_is_disabled() -> None:
     run: Any = trainer(devices=1)
     assert run._accelerator_connector.use_distributed_sampler
     check_trainer(run, in_rounds=False)
@@ -88,32 +88,32 @@ def test_monitored_metrics_are_checked(llama: Any) -> None:
     for name, validates, others in (("val/loss", False, everything), ("val/reward_mean", True, ROLLOUT)):
         with pytest.raises(InputError, match=rf"EarlyStopping monitors '{name}'.* Set data\.val_prompts"):
             check_monitors(stopping(name), module, validates, others, "Set data.val_prompts.")
-    with pytest.raises(InputError, match="There are: rollout/reward_mean"):
+    with pytest.raises(InputError, match="Available: rollout/reward_mean"):
         check_monitors(stopping("rollout/reward_meen"), module, True, everything, "")
     with pytest.raises(InputError, match="val/reward_mean"):
         check_monitors(stopping("val/reward_mean"), SFTModule(str(llama)), True, (), "")
 
 
-def test_only_what_a_run_measures_can_be_monitored() -> None:
+def test_only_metrics_of_the_run_can_be_monitored() -> None:
     """No penalty, no sampler's log-probs, no reference, no held-out prompts; then all of them."""
     plain = RoundRefresh(ExactAnswer())
     assert plain.options is not None
-    some = {"rollout/penalty/length", "rollout/old_logp_difference"}
-    of_kl = {"val/kl_new_reference", "val/kl_new_reference_se"}
+    optional = {"rollout/penalty/length", "rollout/old_logp_difference"}
+    kl = {"val/kl_new_reference", "val/kl_new_reference_se"}
     names = set(metric_names(plain.options, has_reference=True, held_out=False))
-    assert not names & (some | of_kl)
+    assert not names & (optional | kl)
     assert not any("/reward/" in name for name in names)
-    assert of_kl <= set(metric_names(plain.options, has_reference=True, held_out=True))
-    assert not of_kl & set(metric_names(plain.options, has_reference=False, held_out=True))
+    assert kl <= set(metric_names(plain.options, has_reference=True, held_out=True))
+    assert not kl & set(metric_names(plain.options, has_reference=False, held_out=True))
     greedy = RoundRefresh(ExactAnswer(), val_temperature=0).options
     assert greedy is not None
     assert not any(name.startswith("val/kl_") for name in metric_names(greedy, has_reference=True, held_out=True))
     shaped = RoundRefresh(f"{__name__}.score", shaping=RewardShaping(length_penalty=0.1), old_logps="sampler").options
     assert shaped is not None
-    assert some <= set(metric_names(shaped, has_reference=False, held_out=False))
+    assert optional <= set(metric_names(shaped, has_reference=False, held_out=False))
 
 
-def test_callbacks_of_ones_own_may_log_what_is_monitored(llama: Any) -> None:
+def test_a_users_callback_may_log_the_monitored_metric(llama: Any) -> None:
     own = type("Own", (L.Callback,), {"__module__": "mine"})()
     run = trainer(callbacks=[callbacks.EarlyStopping("my/metric"), own])
     check_monitors(run, RebelModule(str(llama)), True, (), "")
@@ -127,7 +127,7 @@ def test_a_schedule_without_its_metric_is_refused(llama: Any) -> None:
         check_monitors(trainer(), module, True, (), "")
 
 
-def test_metrics_that_a_callback_misses_are_a_mistake() -> None:
+def test_a_metric_that_a_callback_lacks_is_a_user_error() -> None:
     run: Any = SimpleNamespace(callback_metrics={}, fast_dev_run=False)
     with pytest.raises(RuntimeError) as error:
         callbacks.EarlyStopping("x")._run_early_stopping_check(run)

@@ -1,4 +1,4 @@
-"""The benchmarks run, and what they compare is the same training."""
+"""The benchmarks run, and the variants that they compare train equally."""
 
 import subprocess
 import sys
@@ -15,7 +15,7 @@ SCRIPTS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem no
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_every_benchmark_explains_itself(script: str) -> None:
+def test_every_benchmark_has_help_and_documentation(script: str) -> None:
     done = subprocess.run(
         [sys.executable, "-m", f"benchmarks.{script}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
@@ -24,8 +24,8 @@ def test_every_benchmark_explains_itself(script: str) -> None:
     assert script in (ROOT / "benchmarks" / "README.md").read_text()
 
 
-def test_layouts_train_alike(llama: Path) -> None:
-    """The loss of the update after the first, which shows the first one's gradient."""
+def test_layouts_train_equally(llama: Path) -> None:
+    """The loss of the second update depends on the gradient of the first."""
     losses = []
     for variant in ("fixed", "padded", "chunked", "shared"):
         args = Namespace(device="cpu", micro_batch=4, model=str(llama), scale=0.1, pairs=8, updates=1, seed=3)

@@ -1,4 +1,4 @@
-"""The docs name what there is."""
+"""The docs name options, files and links that exist."""
 
 import inspect
 import re
@@ -51,10 +51,26 @@ def test_links_and_paths_exist(page: str) -> None:
         assert (ROOT / path).exists(), path
 
 
+@pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])
+def test_anchors_exist(page: str) -> None:
+    for target, anchor in re.findall(r"\]\((?!http)([^)#]*)#([^)]+)\)", (ROOT / page).read_text()):
+        text = ((ROOT / page).parent / target if target else ROOT / page).read_text()
+        titles = [re.sub(r"[^\w -]", "", title.lower()) for title in re.findall(r"^#+ (.*)$", text, re.MULTILINE)]
+        assert anchor in [title.replace(" ", "-") for title in titles], (target, anchor)
+
+
+def test_the_readme_lists_the_folders_of_the_architecture() -> None:
+    readme, architecture = (
+        re.findall(r"^\| `(\w[\w/]+/)` \|", (ROOT / page).read_text(), re.MULTILINE)
+        for page in ("README.md", "docs/architecture.md")
+    )
+    assert [folder for folder in readme if folder != "benchmarks/"] == architecture
+
+
 def test_the_readmes_python_runs(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """On a small model, with the sampler that needs no vLLM, and few prompts."""
+    """On a small model, without vLLM, and with few prompts."""
     code = re.search(r"```python\n(import lightning.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     assert code is not None
     text = code[1]

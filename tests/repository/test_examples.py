@@ -4,11 +4,11 @@ PROMPT = "Why do cats purr?"
 GOOD = "Cats purr when they are calm or want comfort, using fast movements of the throat."
 
 
-def test_a_good_answer_wins() -> None:
+def test_a_good_response_wins() -> None:
     assert score(PROMPT, GOOD, True) > 0.9
 
 
-def test_degenerate_answers_lose() -> None:
+def test_degenerate_responses_lose() -> None:
     long = GOOD + " " + " ".join(f"Another{i} remark{i} follows{i}." for i in range(30))
     for response, finished in [
         ("", True),

@@ -1,4 +1,4 @@
-"""What an installed copy holds."""
+"""The contents of the wheel."""
 
 import shutil
 import subprocess
@@ -9,8 +9,8 @@ from pathlib import Path
 ROOT = Path(__file__).parents[2]
 
 
-def test_wheel_holds_the_callbacks_once(tmp_path: Path) -> None:
-    """They live at the root as `callbacks/` and must arrive as `rlhf_pl/callbacks/`, and nowhere else."""
+def test_the_wheel_has_the_callbacks_once(tmp_path: Path) -> None:
+    """The folder `callbacks/` at the root must become `rlhf_pl/callbacks/` in the wheel, and nothing else."""
     source = tmp_path / "source"
     source.mkdir()
     for name in ("rlhf_pl", "callbacks"):

@@ -1,6 +1,6 @@
-"""Every shipped config, with its models replaced by tiny ones of the same architecture and its data by a few rows.
+"""Runs every shipped config with tiny models of the same architecture and a few rows of data.
 
-What stays is everything else: a number or a name in a config that the program does not take fails here.
+All other settings stay: a number or a name in a config that the program does not accept fails here.
 """
 
 import json
@@ -148,12 +148,12 @@ def test_tldr_pythia_in_three_stages(files: dict[str, Path], tmp_path: Path) -> 
     )
     stored = RoundStore(tmp_path / "rebel").round(0)
     assert stored.manifest["settings"]["pairs"]["shaping"]["missing_eos_reward"] == -1.0
-    ends: dict[str, list[bool]] = {}
+    finished: dict[str, list[bool]] = {}
     for row in stored.read("responses").to_pylist():
-        ends.setdefault(row["prompt_id"], []).append(row["finished"])
-    both_cut = sum(not any(finished) for finished in ends.values())  # both rewards are -1 then
-    assert both_cut > 0
-    assert stored.info("pairs")["dropped"]["no_reward_difference"] >= both_cut
+        finished.setdefault(row["prompt_id"], []).append(row["finished"])
+    both_truncated = sum(not any(flags) for flags in finished.values())  # both rewards are -1 then
+    assert both_truncated > 0
+    assert stored.info("pairs")["dropped"]["no_reward_difference"] >= both_truncated
 
 
 def test_nectar_openchat_starling(files: dict[str, Path], tmp_path: Path) -> None:
@@ -171,7 +171,7 @@ def test_nectar_openchat_starling(files: dict[str, Path], tmp_path: Path) -> Non
         *("--model.policy", policy, "--data.prompts", files["prompts"], *ROUND, "--trainer.accumulate_grad_batches", 1),
         *("--rollout.reward.init_args.model", tmp_path / "starling", "--rollout.reward.init_args.base", base),
         *("--model.optimizer.init_args.lr", 1e-3, "--export.dtype", "float32"),
-        *("--rollout.shaping.missing_eos_reward", "null"),  # a random model never ends
+        *("--rollout.shaping.missing_eos_reward", "null"),  # a random model never samples EOS
     )
     before, after = load_file(policy / "model.safetensors"), load_file(tmp_path / "run" / "model" / "model.safetensors")
     changed = {n for n, t in after.items() if not torch.equal(t, before[n].float())}
@@ -194,7 +194,7 @@ def test_strategies_of_the_recipes_can_be_built() -> None:
 
 
 def test_tutorial_in_three_stages(tmp_path: Path, files: dict[str, Path]) -> None:
-    """Each stage reads what the one before wrote; only models and sizes are replaced."""
+    """Each stage reads the output of the previous one; only models and sizes are replaced."""
     policy = save_lm("llama", tmp_path / "policy")
     run("configs/tutorial/sft.yaml", tmp_path / "sft", "--model.policy", policy)
     run("configs/tutorial/reward_model.yaml", tmp_path / "rm", "--model.backbone", tmp_path / "sft" / "model")

@@ -1,4 +1,4 @@
-"""ArmoRM on a small random checkpoint of the published layout, against a computation of its own."""
+"""ArmoRM on a small random checkpoint with the published layout, against an independent computation."""
 
 import itertools
 import json
@@ -32,7 +32,7 @@ SAMPLES = [
 
 @pytest.fixture(scope="module")
 def armorm(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Backbone under `model.`, heads beside it, a config that names remote code: as published, in two shards."""
+    """A checkpoint as published: two shards, the backbone under `model.`, and a config that names remote code."""
     from transformers import LlamaConfig, LlamaModel
 
     folder = tmp_path_factory.mktemp("armorm")
@@ -74,8 +74,8 @@ def armorm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def independent(folder: Path, ids: list[int], position: int) -> tuple[float, torch.Tensor, torch.Tensor]:
-    """(score, rewards, gate) of one row, written from the description of the model."""
+def compute_independently(folder: Path, ids: list[int], position: int) -> tuple[float, torch.Tensor, torch.Tensor]:
+    """(score, rewards, gate) of one row, implemented from the paper."""
     from transformers import AutoConfig, LlamaModel
 
     tensors = {k: v for file in folder.glob("*.safetensors") for k, v in load_file(file).items()}
@@ -96,8 +96,8 @@ def independent(folder: Path, ids: list[int], position: int) -> tuple[float, tor
     return float(score), rewards, gate
 
 
-def hand_made(sample: Sample) -> tuple[list[int], int]:
-    """The ids of a conversation by the template, written out, and where its last answer's turn begins."""
+def render_by_hand(sample: Sample) -> tuple[list[int], int]:
+    """Token ids of a conversation, with the template written out, and the position of its last turn."""
     tokenizer = make_tokenizer()
     turns = [*sample.messages, {"role": "assistant", "content": sample.response}]
     text = "<s>" + "".join(f"<|{m['role']}|>{m['content']}<|end|>" for m in turns)
@@ -111,29 +111,29 @@ def test_score_and_objectives_equal_an_independent_computation(armorm: Path, tok
     reward = ArmoRMReward(str(armorm), tokens_per_batch=tokens_per_batch)
     reward.check(SAMPLES)
     for sample, result in zip(SAMPLES, reward.score(SAMPLES), strict=True):
-        score, rewards, _ = independent(armorm, *hand_made(sample))
+        score, rewards, _ = compute_independently(armorm, *render_by_hand(sample))
         assert result.reward == pytest.approx(score, rel=1e-4, abs=1e-4)
         assert list(result.components) == list(OBJECTIVES)
         assert list(result.components.values()) == pytest.approx(rewards.tolist(), rel=1e-4, abs=1e-4)
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # prompts shared between answers, or not
-def test_answers_to_one_prompt_score_as_each_alone(armorm: Path, attention: str) -> None:
-    answers = ["red", "red, green and blue", "", "Blue. " * 12]
-    samples = [replace(sample, response=answer) for sample in SAMPLES for answer in answers]
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])  # with and without shared prompts
+def test_responses_to_one_prompt_score_as_each_alone(armorm: Path, attention: str) -> None:
+    responses = ["red", "red, green and blue", "", "Blue. " * 12]
+    samples = [replace(sample, response=response) for sample in SAMPLES for response in responses]
     reward = ArmoRMReward(str(armorm), attn_implementation=attention)
     assert reward._local.open().shares_prompts == (attention == "sdpa")
     for sample, result in zip(samples, reward.score(samples), strict=True):
-        score, rewards, _ = independent(armorm, *hand_made(sample))
+        score, rewards, _ = compute_independently(armorm, *render_by_hand(sample))
         assert result.reward == pytest.approx(score, rel=1e-4, abs=1e-4)
         assert list(result.components.values()) == pytest.approx(rewards.tolist(), rel=1e-4, abs=1e-4)
 
 
-def test_gate_is_read_where_the_last_answer_begins(armorm: Path) -> None:
+def test_gate_is_read_at_the_start_of_the_last_response(armorm: Path) -> None:
     reward = ArmoRMReward(str(armorm))
     for sample in SAMPLES:
         row = reward.renderer()(sample.messages, sample.response)
-        assert (row.ids, row.turn) == hand_made(sample)
+        assert (row.ids, row.turn) == render_by_hand(sample)
 
 
 def test_gate_is_still_found_after_truncation(armorm: Path) -> None:
@@ -144,9 +144,9 @@ def test_gate_is_still_found_after_truncation(armorm: Path) -> None:
     assert row.truncated_tokens > 0
 
 
-def test_objectives_can_be_chosen_and_weighed(armorm: Path) -> None:
+def test_objectives_can_be_selected_and_weighted(armorm: Path) -> None:
     tensors = load_file(armorm / "model-00002-of-00002.safetensors")
-    _, rewards, gate = independent(armorm, *hand_made(SAMPLES[0]))
+    _, rewards, gate = compute_independently(armorm, *render_by_hand(SAMPLES[0]))
     contributions = rewards * (tensors["reward_transform_matrix"] @ gate)
     weights = {"helpsteer-correctness": 2.0, "code-style": -1.0}
     first, last = OBJECTIVES.index("helpsteer-correctness"), OBJECTIVES.index("code-style")
@@ -156,12 +156,12 @@ def test_objectives_can_be_chosen_and_weighed(armorm: Path) -> None:
 
     assert score(objectives=weights) == pytest.approx(float(2 * contributions[first] - contributions[last]), rel=1e-3)
     assert score(objectives=weights, gated=False) == pytest.approx(float(2 * rewards[first] - rewards[last]), rel=1e-3)
-    everything = dict.fromkeys(OBJECTIVES, 1.0)
-    assert score(objectives=everything) == pytest.approx(score(), rel=1e-3)
+    all_objectives = dict.fromkeys(OBJECTIVES, 1.0)
+    assert score(objectives=all_objectives) == pytest.approx(score(), rel=1e-3)
 
 
-def test_wrong_inputs_name_what_is_missing(armorm: Path, reward_model: Path) -> None:
-    with pytest.raises(InputError, match="names honesty; ArmoRM's are helpsteer-helpfulness"):
+def test_invalid_inputs_are_named_in_the_error(armorm: Path, reward_model: Path) -> None:
+    with pytest.raises(InputError, match="names honesty; the objectives of ArmoRM are helpsteer-helpfulness"):
         ArmoRMReward(str(armorm), objectives={"honesty": 1.0})
     with pytest.raises(InputError, match=r"no num_objectives, gating_temperature.*take ClassifierReward"):
         ArmoRMReward(str(reward_model)).check(SAMPLES)

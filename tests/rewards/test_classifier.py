@@ -1,4 +1,4 @@
-"""Reward models with one output: the scores of plain transformers, or a clear refusal."""
+"""Reward models with one output: the scores of plain transformers, or a clear error."""
 
 import json
 import shutil
@@ -35,7 +35,7 @@ def row_of(tokenizer: Any, sample: Sample) -> torch.Tensor:
 
 
 def plain_scores(folder: Path) -> list[float]:
-    """The independent computation: transformers' own classes, one row at a time."""
+    """Scores of an independent computation: transformers' classes, one row at a time."""
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
@@ -47,14 +47,14 @@ def plain_scores(folder: Path) -> list[float]:
     return scores
 
 
-def scores(folder: Path, **options: object) -> list[float]:
+def compute_scores(folder: Path, **options: object) -> list[float]:
     reward = ClassifierReward(str(folder), **options)  # type: ignore[arg-type]
     reward.check(SAMPLES)
     return [result.reward for result in reward.score(SAMPLES)]
 
 
-def changed(source: Path, target: Path, change: Callable[[Tensors], Tensors], **config: object) -> Path:
-    """A copy with other tensors, whose config says nothing of labels, as checkpoints of other trainers."""
+def make_changed_copy(source: Path, target: Path, change: Callable[[Tensors], Tensors], **config: object) -> Path:
+    """A copy with changed tensors, and without labels in its config, like the checkpoints of other trainers."""
     shutil.copytree(source, target)
     save_file(change(load_file(source / "model.safetensors")), target / "model.safetensors", {"format": "pt"})
     content = json.loads((target / "config.json").read_text())
@@ -67,33 +67,33 @@ def changed(source: Path, target: Path, change: Callable[[Tensors], Tensors], **
 def test_batches_give_the_scores_of_single_rows_in_plain_transformers(
     reward_model: Path, tokens_per_batch: int
 ) -> None:
-    assert scores(reward_model, tokens_per_batch=tokens_per_batch) == pytest.approx(
+    assert compute_scores(reward_model, tokens_per_batch=tokens_per_batch) == pytest.approx(
         plain_scores(reward_model), abs=1e-5
     )
 
 
-def test_a_prompt_is_computed_once_for_its_answers(reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    plain = classifier.hidden_states
+def test_a_prompt_is_computed_once_for_its_responses(reward_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    token_counts: list[int] = []
+    hidden_states = classifier.hidden_states
 
-    def noting(lm: object, ids: torch.Tensor, *others: object) -> torch.Tensor:
-        seen.append(ids.numel())
-        return plain(lm, ids, *others)
+    def count_tokens(lm: object, ids: torch.Tensor, *others: object) -> torch.Tensor:
+        token_counts.append(ids.numel())
+        return hidden_states(lm, ids, *others)
 
-    monkeypatch.setattr(classifier, "hidden_states", noting)
+    monkeypatch.setattr(classifier, "hidden_states", count_tokens)
     together, apart = [], []
     for batch in (SAMPLES[2:], *([s] for s in SAMPLES[2:])):
-        seen.clear()
-        found = [r.reward for r in ClassifierReward(str(reward_model)).score(batch)]
-        (together if len(batch) > 1 else apart).append((found, sum(seen)))
-    assert together[0][0] == pytest.approx([f for found, _ in apart for f in found], abs=1e-5)
+        token_counts.clear()
+        rewards = [r.reward for r in ClassifierReward(str(reward_model)).score(batch)]
+        (together if len(batch) > 1 else apart).append((rewards, sum(token_counts)))
+    assert together[0][0] == pytest.approx([reward for rewards, _ in apart for reward in rewards], abs=1e-5)
     assert together[0][1] < 0.6 * sum(tokens for _, tokens in apart)
 
 
 def test_without_a_padding_token_batches_still_agree(reward_model: Path, tmp_path: Path) -> None:
-    folder = changed(reward_model, tmp_path / "nopad", lambda t: t, pad_token_id=None, num_labels=1)
+    folder = make_changed_copy(reward_model, tmp_path / "nopad", lambda t: t, pad_token_id=None, num_labels=1)
     expected = plain_scores(reward_model)
-    assert scores(folder) == pytest.approx(expected, abs=1e-5)
+    assert compute_scores(folder) == pytest.approx(expected, abs=1e-5)
 
 
 def test_encoders_run_through_their_own_head(tmp_path: Path) -> None:
@@ -105,8 +105,8 @@ def test_encoders_run_through_their_own_head(tmp_path: Path) -> None:
         BertConfig(vocab_size=len(tokenizer), num_labels=1, initializer_range=0.5, **sizes)
     ).save_pretrained(tmp_path)
     tokenizer.save_pretrained(tmp_path)
-    assert scores(tmp_path) == pytest.approx(plain_scores(tmp_path), abs=1e-5)
-    assert len(set(scores(tmp_path, pair_encoding=True))) == len(SAMPLES)
+    assert compute_scores(tmp_path) == pytest.approx(plain_scores(tmp_path), abs=1e-5)
+    assert len(set(compute_scores(tmp_path, pair_encoding=True))) == len(SAMPLES)
 
 
 HEADS: dict[str, Callable[[str], str]] = {
@@ -119,27 +119,27 @@ HEADS: dict[str, Callable[[str], str]] = {
 
 
 @pytest.mark.parametrize("head", HEADS)
-def test_heads_of_other_names_are_understood(reward_model: Path, tmp_path: Path, head: str) -> None:
-    folder = changed(
+def test_heads_with_other_names_are_supported(reward_model: Path, tmp_path: Path, head: str) -> None:
+    folder = make_changed_copy(
         reward_model,
         tmp_path / "other",
         lambda t: {head if n == "score.weight" else HEADS[head](n): v for n, v in t.items()},
     )
-    assert scores(folder) == pytest.approx(plain_scores(reward_model), abs=1e-5)
+    assert compute_scores(folder) == pytest.approx(plain_scores(reward_model), abs=1e-5)
 
 
-def test_a_bias_counts_and_weights_may_come_without_a_config(reward_model: Path, tmp_path: Path) -> None:
+def test_a_bias_is_added_and_weights_need_no_config(reward_model: Path, tmp_path: Path) -> None:
     tensors = load_file(reward_model / "model.safetensors")
     head = tensors.pop("score.weight")
     state = {"transformer." + n.removeprefix("model."): v for n, v in tensors.items()}
     torch.save(state | {"v_head.weight": head, "v_head.bias": torch.tensor([0.5])}, tmp_path / "pytorch_model.bin")
     expected = [score + 0.5 for score in plain_scores(reward_model)]
-    assert scores(tmp_path, base=str(reward_model)) == pytest.approx(expected, abs=1e-5)
+    assert compute_scores(tmp_path, base=str(reward_model)) == pytest.approx(expected, abs=1e-5)
 
 
-def test_weights_under_transformers_own_names_may_come_without_a_config_too(reward_model: Path, tmp_path: Path) -> None:
+def test_weights_with_names_of_transformers_need_no_config(reward_model: Path, tmp_path: Path) -> None:
     shutil.copy(reward_model / "model.safetensors", tmp_path)
-    assert scores(tmp_path, base=str(reward_model)) == pytest.approx(plain_scores(reward_model), abs=1e-5)
+    assert compute_scores(tmp_path, base=str(reward_model)) == pytest.approx(plain_scores(reward_model), abs=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +157,14 @@ def test_weights_under_transformers_own_names_may_come_without_a_config_too(rewa
         (lambda t: {n: v for n, v in t.items() if "layers.1" not in n}, "lacks model.layers.1"),
     ],
 )
-def test_what_is_missing_is_never_made_up(
+def test_missing_weights_are_never_initialized(
     reward_model: Path, tmp_path: Path, change: Callable[[Tensors], Tensors], message: str
 ) -> None:
     with pytest.raises(InputError, match=message):
-        scores(changed(reward_model, tmp_path / "broken", change))
+        compute_scores(make_changed_copy(reward_model, tmp_path / "broken", change))
 
 
-def test_long_conversations_lose_the_left_of_their_prompt_and_are_counted(reward_model: Path) -> None:
+def test_long_conversations_are_truncated_on_the_left_of_the_prompt_and_counted(reward_model: Path) -> None:
     reward = ClassifierReward(str(reward_model), max_tokens=24)
     row = reward.renderer()(SAMPLES[2].messages, "Paris it is")
     tokenizer = make_tokenizer()
@@ -176,11 +176,13 @@ def test_long_conversations_lose_the_left_of_their_prompt_and_are_counted(reward
 
 
 def test_dropped_system_prompts_change_the_score(reward_model: Path) -> None:
-    kept, dropped = scores(reward_model), scores(reward_model, system_prompt="drop")
+    kept, dropped = compute_scores(reward_model), compute_scores(reward_model, system_prompt="drop")
     assert kept[0] == pytest.approx(dropped[0], abs=1e-5)
     assert abs(kept[1] - dropped[1]) > 1e-3
 
 
-def test_other_weights_have_another_fingerprint(reward_model: Path, tmp_path: Path) -> None:
-    other = changed(reward_model, tmp_path / "other", lambda t: t | {"score.weight": t["score.weight"] + 1e-6})
+def test_changed_weights_have_another_fingerprint(reward_model: Path, tmp_path: Path) -> None:
+    other = make_changed_copy(
+        reward_model, tmp_path / "other", lambda t: t | {"score.weight": t["score.weight"] + 1e-6}
+    )
     assert ClassifierReward(str(other)).fingerprint() != ClassifierReward(str(reward_model)).fingerprint()

@@ -7,7 +7,7 @@ import pytest
 
 from rlhf_pl.rewards import FunctionReward, RewardResult, Sample
 from rlhf_pl.rewards.function import import_function
-from rlhf_pl.rewards.guard import ScoringConfig, guarded_scores, try_reward
+from rlhf_pl.rewards.guard import ScoringConfig, score_samples, try_reward
 from rlhf_pl.utils.errors import InputError
 
 
@@ -16,10 +16,10 @@ def sample(response: str = "four", **columns: Any) -> Sample:
 
 
 def scores(function: Callable[..., Any], *samples: Sample) -> list[float]:
-    return [r.reward for r in guarded_scores(FunctionReward(function), samples, ScoringConfig(retries=0))]
+    return [r.reward for r in score_samples(FunctionReward(function), samples, ScoringConfig(retries=0))]
 
 
-def test_function_gets_the_arguments_it_names() -> None:
+def test_function_receives_the_arguments_it_names() -> None:
     def reward(prompt: str, response: str, finished: bool, answer: str, missing: int = 3) -> float:
         assert (prompt, finished, missing) == ("2 + 2?", True, 3)
         return float(response == answer)
@@ -27,7 +27,7 @@ def test_function_gets_the_arguments_it_names() -> None:
     assert scores(reward, sample("four", answer="four"), sample("five", answer="four")) == [1.0, 0.0]
 
 
-def test_function_can_take_everything() -> None:
+def test_function_can_receive_all_arguments() -> None:
     def reward(response: str, **others: Any) -> int:
         assert {"prompt", "messages", "response_tokens", "prompt_id", "answer"} <= set(others)
         return len(response)
@@ -35,14 +35,14 @@ def test_function_can_take_everything() -> None:
     assert scores(reward, sample("abc", answer=1)) == [3.0]
 
 
-def test_function_gets_tool_calls_and_tools() -> None:
-    """A call alone has no text."""
-    said = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
+def test_function_receives_tool_calls_and_tools() -> None:
+    """A response that is only a tool call has no text."""
+    message = {"role": "assistant", "content": None, "tool_calls": [{"function": {"name": "add"}}]}
 
     def reward(response: str, response_message: dict[str, Any], tools: Any) -> float:
-        return float((response, response_message, tools) == ("", said, [{"name": "add"}]))
+        return float((response, response_message, tools) == ("", message, [{"name": "add"}]))
 
-    assert scores(reward, replace(sample(""), message=said, tools=[{"name": "add"}])) == [1.0]
+    assert scores(reward, replace(sample(""), message=message, tools=[{"name": "add"}])) == [1.0]
 
     def reward_of_text(response_message: dict[str, Any], response: str, tools: Any) -> float:
         return float((response_message, tools) == ({"role": "assistant", "content": response}, "a column"))
@@ -50,7 +50,7 @@ def test_function_gets_tool_calls_and_tools() -> None:
     assert scores(reward_of_text, sample("four", tools="a column")) == [1.0]
 
 
-def test_batched_function_gets_lists() -> None:
+def test_batched_function_receives_lists() -> None:
     def reward(prompts: list[str], responses: list[str], answer: list[str]) -> list[bool]:
         assert prompts == ["2 + 2?"] * 2
         return [r == a for r, a in zip(responses, answer, strict=True)]
@@ -72,12 +72,12 @@ def test_components_are_kept() -> None:
         (lambda response: float("inf"), "returned inf"),
         (lambda response: None, "returned None"),
         (lambda response: "good", "returned 'good'"),
-        (lambda responses: [1.0], "returned 1 scores for 2 answers"),
-        (lambda responses: [1.0] * 3, "returned 3 scores for 2 answers"),
+        (lambda responses: [1.0], "returned 1 scores for 2 responses"),
+        (lambda responses: [1.0] * 3, "returned 3 scores for 2 responses"),
         (lambda responses: 1.0, "must return a list of 2 numbers"),
     ],
 )
-def test_wrong_scores_are_refused(function: Callable[..., Any], message: str) -> None:
+def test_invalid_scores_are_errors(function: Callable[..., Any], message: str) -> None:
     with pytest.raises(InputError, match="Reward") as error:
         scores(function, sample(), sample())
     assert message in str(error.value)
@@ -88,13 +88,13 @@ def test_wrong_scores_are_refused(function: Callable[..., Any], message: str) ->
 
 
 def test_check_names_unknown_arguments_and_failures() -> None:
-    with pytest.raises(InputError, match=r"asks for \['solution'\].*Columns: \['answer'\]"):
+    with pytest.raises(InputError, match=r"has the parameters \['solution'\].*Columns: \['answer'\]"):
         FunctionReward(lambda response, solution: 1.0).check([sample(answer=1)])
     with pytest.raises(InputError, match="ZeroDivisionError"):
         try_reward(FunctionReward(lambda response: 1 / len(response)), [sample("")], ScoringConfig())
 
 
-def test_function_without_a_response_is_refused() -> None:
+def test_function_without_a_response_is_an_error() -> None:
     with pytest.raises(InputError, match="must take `response`"):
         FunctionReward(lambda text: 1.0)
 
@@ -107,7 +107,7 @@ def test_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert import_function("my_own_reward.score")(response="") == 1.0
     assert import_function("my_own_reward.py:score")(response="") == 1.0
     for path, message in {
-        "score": "is no import path",
+        "score": "is not an import path",
         "nothing_here.score": "no module 'nothing_here'",
         "my_own_reward.grade": "has no 'grade'. Its functions: score",
         "my_own_reward.LIMIT": "is int, not a function",
@@ -120,12 +120,12 @@ def test_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_fingerprint_changes_with_the_source(tmp_path: Path) -> None:
-    prints = set()
+    fingerprints = set()
     for body in ("return 1.0", "return 2.0"):
-        file = tmp_path / f"r{len(prints)}.py"
+        file = tmp_path / f"r{len(fingerprints)}.py"
         file.write_text(f"def score(response):\n    {body}\n")
-        prints.add(FunctionReward(f"{file}:score").fingerprint().split(":")[-1])
-    assert len(prints) == 2
+        fingerprints.add(FunctionReward(f"{file}:score").fingerprint().split(":")[-1])
+    assert len(fingerprints) == 2
 
 
 WITH_HELPER = """from __future__ import annotations
@@ -158,9 +158,12 @@ if __name__ == "__main__":
 """
 
 
-def test_files_work_as_scripts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Postponed annotations, a module beside the file, and pools of processes; with two files of one name in two
-    folders, whose helpers have one name too, and one that is called like a module of the standard library."""
+def test_files_work_like_scripts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Postponed annotations, a module beside the file, and process pools.
+
+    Two files in different folders have the same name, and so have their helpers. A third file has the name of a module
+    in the standard library.
+    """
     monkeypatch.chdir(tmp_path)
     files = {"a/reward.py": 2, "b/reward.py": 3, "b/random.py": 3}
     for file, factor in files.items():
@@ -176,13 +179,13 @@ def test_files_work_as_scripts_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert random.random() < 1
 
 
-def test_a_file_called_like_an_installed_module_can_import_that(tmp_path: Path) -> None:
+def test_a_file_with_the_name_of_an_installed_module_can_import_it(tmp_path: Path) -> None:
     file = tmp_path / "yaml.py"
     file.write_text("import yaml\ndef score(response):\n    return float(yaml.safe_load(response))\n")
     assert import_function(f"{file}:score")("1.5") == 1.5
 
 
-def test_a_file_is_run_once_until_it_changes(tmp_path: Path) -> None:
+def test_a_file_runs_once_until_it_changes(tmp_path: Path) -> None:
     file = tmp_path / "counted.py"
     file.write_text("def one(response): return 1.0\ndef two(response): return 2.0\n")
     one, two = (import_function(f"{file}:{name}") for name in ("one", "two"))
@@ -191,7 +194,7 @@ def test_a_file_is_run_once_until_it_changes(tmp_path: Path) -> None:
     assert import_function(f"{file}:one")("") == 5.0
 
 
-def test_files_that_import_while_they_score_get_what_lies_beside_them(tmp_path: Path) -> None:
+def test_files_that_import_while_they_score_import_from_their_folder(tmp_path: Path) -> None:
     rewards = []
     for factor in (2, 3):
         folder = tmp_path / str(factor)
@@ -205,10 +208,10 @@ def test_files_that_import_while_they_score_get_what_lies_beside_them(tmp_path: 
         )
         rewards.append(FunctionReward(f"{folder}/late.py:score"))
     found = [reward.score([sample("a")])[0].reward for reward in rewards * 2]
-    assert found == [21.0, 31.0, 22.0, 32.0]  # each has its own helper, and keeps it
+    assert found == [21.0, 31.0, 22.0, 32.0]  # each keeps its own helper
 
 
-def test_relative_imports_fail_as_in_scripts(tmp_path: Path) -> None:
+def test_relative_imports_fail_like_in_scripts(tmp_path: Path) -> None:
     (tmp_path / "sub.py").write_text("def score(response): return 1.0\n")
     file = tmp_path / "relative.py"
     file.write_text("from .sub import score\n")
@@ -217,7 +220,7 @@ def test_relative_imports_fail_as_in_scripts(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("line", ["import sys; sys.exit(0)", "1 / 0", "def f(:"])
-def test_a_file_that_fails_is_named(tmp_path: Path, line: str) -> None:
+def test_a_failing_file_is_named(tmp_path: Path, line: str) -> None:
     file = tmp_path / "broken.py"
     file.write_text(line + "\ndef score(response): return 1.0\n")
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""Schemas of strangers: what they refer to is neither fetched nor opened."""
+"""Untrusted schemas: references to URLs and files are never fetched or opened."""
 
 import json
 import socket
@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from rlhf_pl.rewards import JSONSchema, Sample, ScoringConfig
-from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.rewards.guard import score_samples
 from rlhf_pl.utils.errors import InputError
 
 
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*_: object, **__: object) -> None:
-        raise AssertionError("somebody opens a connection")
+        raise AssertionError("a connection is opened")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)
     monkeypatch.setattr(urllib.request, "urlopen", refuse)
@@ -44,7 +44,7 @@ OUTSIDE = [
 
 
 @pytest.mark.parametrize("schema", OUTSIDE, ids=json.dumps)
-def test_a_reference_to_elsewhere_is_an_error_before_any_answer(schema: dict[str, Any]) -> None:
+def test_an_external_reference_is_an_error_before_any_response(schema: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=r"refers to .*Nothing is fetched or opened"):
         JSONSchema(schema)
     reward = JSONSchema(column="schema")
@@ -52,16 +52,16 @@ def test_a_reference_to_elsewhere_is_an_error_before_any_answer(schema: dict[str
         score(reward, "{}", schema=json.dumps(schema))
     row = Sample("p", [{"role": "user", "content": "?"}], "{}", columns={"schema": schema})
     config = ScoringConfig(on_failure=0.0, retries=0)
-    (failed,) = guarded_scores(reward, [row], config)
+    (failed,) = score_samples(reward, [row], config)
     assert "Nothing is fetched" in failed.detail
 
 
-def test_references_inside_a_schema_and_to_the_drafts_are_followed() -> None:
+def test_references_within_a_schema_and_to_the_drafts_are_resolved() -> None:
     properties = {"next": {"$ref": "#/$defs/node"}, "$ref": {"type": "string"}}
     node = {"type": "object", "properties": properties, "additionalProperties": False}
-    tree = {"$defs": {"node": node}, "$ref": "#/$defs/node"}
-    assert score(JSONSchema(tree), '{"next": {"next": {}, "$ref": "http://a/b"}}') == 1.0
-    assert score(JSONSchema(tree), '{"next": {"next": 1}}') == 0.0
+    recursive = {"$defs": {"node": node}, "$ref": "#/$defs/node"}
+    assert score(JSONSchema(recursive), '{"next": {"next": {}, "$ref": "http://a/b"}}') == 1.0
+    assert score(JSONSchema(recursive), '{"next": {"next": 1}}') == 0.0
     named = {"$id": "http://me/s", "$defs": {"x": {"$anchor": "x", "type": "integer"}}, "items": {"$ref": "s#x"}}
     assert score(JSONSchema(named), "[1, 2]") == 1.0
     assert score(JSONSchema(named), '["a"]') == 0.0
@@ -75,8 +75,8 @@ def test_references_inside_a_schema_and_to_the_drafts_are_followed() -> None:
 @pytest.mark.parametrize(
     "schema", [{"$schema": 3}, {"$schema": ["x"]}, {"type": "nothing"}, {"$ref": 4}, {"$id": 5}, [], "text"]
 )
-def test_what_is_no_schema_is_an_error(schema: Any) -> None:
-    with pytest.raises(InputError, match=r"no JSON Schema|must be a JSON Schema|cannot read"):
+def test_an_invalid_schema_is_an_error(schema: Any) -> None:
+    with pytest.raises(InputError, match=r"not a JSON Schema|must be a JSON Schema|cannot read"):
         JSONSchema(schema)
 
 
@@ -84,9 +84,9 @@ def test_an_unknown_draft_is_not_fetched() -> None:
     assert score(JSONSchema({"$schema": "http://127.0.0.1:9/draft", "type": "integer"}), "3") == 1.0
 
 
-def test_a_schema_that_is_nested_too_deep_is_an_error() -> None:
+def test_a_schema_with_too_many_levels_is_an_error() -> None:
     schema: dict[str, Any] = {"type": "integer"}
     for _ in range(3000):
         schema = {"not": schema}
-    with pytest.raises(InputError, match="no JSON Schema"):
+    with pytest.raises(InputError, match="not a JSON Schema"):
         JSONSchema(schema)

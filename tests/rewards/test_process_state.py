@@ -1,4 +1,4 @@
-"""What rewards change is changed for themselves alone."""
+"""Changes that rewards make have no effect outside of their call."""
 
 import locale
 import os
@@ -17,12 +17,12 @@ import torch
 
 from rlhf_pl.rewards import CombinedReward, FunctionReward, Reward, RewardResult, RuleReward, Sample, ScoringConfig
 from rlhf_pl.rewards import WeightedReward as Part
-from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.rewards.guard import score_samples
 
 CONFIG = ScoringConfig(5, retries=0)
 
 
-def sample() -> Sample:
+def make_sample() -> Sample:
     return Sample(
         "p",
         [{"role": "user", "content": "Why?"}],
@@ -36,32 +36,32 @@ def sample() -> Sample:
     )
 
 
-def spoil(given: Sample) -> float:
-    given.messages[0]["content"] = "Other"
-    given.messages.append({"role": "user", "content": "More"})
-    given.response_tokens.clear()  # type: ignore[attr-defined]
-    given.columns["keys"].pop()
-    given.columns["meta"]["n"].append(2)
-    given.columns["new"] = 1  # type: ignore[index]
-    given.message["tool_calls"].clear()  # type: ignore[index]
-    given.tools[0]["function"]["name"] = "g"  # type: ignore[index]
-    given.chat_template_kwargs["more"].append(2)
+def mutate(sample: Sample) -> float:
+    sample.messages[0]["content"] = "Other"
+    sample.messages.append({"role": "user", "content": "More"})
+    sample.response_tokens.clear()  # type: ignore[attr-defined]
+    sample.columns["keys"].pop()
+    sample.columns["meta"]["n"].append(2)
+    sample.columns["new"] = 1  # type: ignore[index]
+    sample.message["tool_calls"].clear()  # type: ignore[index]
+    sample.tools[0]["function"]["name"] = "g"  # type: ignore[index]
+    sample.chat_template_kwargs["more"].append(2)
     return 1.0
 
 
-class Spoils(Reward):
+class MutatingReward(Reward):
     def score(self, batch: Sequence[Sample]) -> Any:
-        values = [spoil(s) for s in batch]
+        values = [mutate(s) for s in batch]
         batch.clear()  # type: ignore[attr-defined]
         return values
 
 
-class SpoilsOne(RuleReward):
-    def one(self, given: Sample) -> float:
-        return spoil(given)
+class MutatingRule(RuleReward):
+    def one(self, sample: Sample) -> float:
+        return mutate(sample)
 
 
-def spoils_arguments(
+def mutate_arguments(
     response: str, messages: Any, keys: Any, meta: Any, tools: Any, response_tokens: Any, response_message: Any
 ) -> float:
     messages.clear()
@@ -73,31 +73,31 @@ def spoils_arguments(
     return 1.0
 
 
-def spoils_lists(responses: list[str], samples: list[Sample], keys: list[Any]) -> list[float]:
-    values = [spoil(s) for s in samples]
+def mutate_lists(responses: list[str], samples: list[Sample], keys: list[Any]) -> list[float]:
+    values = [mutate(s) for s in samples]
     keys.clear()
     responses.clear()
     return values
 
 
-SPOIL = [Spoils(), SpoilsOne(), FunctionReward(spoils_arguments), FunctionReward(spoils_lists)]
+MUTATING = [MutatingReward(), MutatingRule(), FunctionReward(mutate_arguments), FunctionReward(mutate_lists)]
 
 
-@pytest.mark.parametrize("reward", SPOIL, ids=["class", "rule", "function", "batched function"])
-def test_a_reward_has_samples_of_its_own(reward: Reward) -> None:
-    """The same before and after, for the next attempt, and for the other parts of a sum."""
-    given = [sample(), sample()]
-    assert guarded_scores(reward, given, CONFIG) == [RewardResult(1.0)] * 2
-    assert given == [sample(), sample()]
+@pytest.mark.parametrize("reward", MUTATING, ids=["class", "rule", "function", "batched function"])
+def test_a_reward_receives_copies_of_samples(reward: Reward) -> None:
+    """Samples do not change for the caller, for the next attempt, or for the other parts of a sum."""
+    samples = [make_sample(), make_sample()]
+    assert score_samples(reward, samples, CONFIG) == [RewardResult(1.0)] * 2
+    assert samples == [make_sample(), make_sample()]
 
-    def sees_all(messages: Any, response_tokens: Any, keys: Any, response: str) -> float:
+    def sees_originals(messages: Any, response_tokens: Any, keys: Any, response: str) -> float:
         return float((len(messages), list(response_tokens), keys) == (1, [5, 6], ["a", "b"]))
 
-    both = CombinedReward([Part(reward, 1.0, "spoils"), Part(sees_all, 10.0, "sees")])  # type: ignore[arg-type]
-    assert [o.reward for o in guarded_scores(both, given, CONFIG)] == [11.0, 11.0]  # type: ignore[union-attr]
+    both = CombinedReward([Part(reward, 1.0, "mutates"), Part(sees_originals, 10.0, "sees")])  # type: ignore[arg-type]
+    assert [o.reward for o in score_samples(both, samples, CONFIG)] == [11.0, 11.0]  # type: ignore[union-attr]
 
 
-def state() -> list[Any]:
+def read_state() -> list[Any]:
     return [
         os.getcwd(),
         (mask := os.umask(0), os.umask(mask))[0],
@@ -119,7 +119,7 @@ def state() -> list[Any]:
     ]
 
 
-def upset(response: str) -> float:
+def change_state(response: str) -> float:
     os.chdir("/")
     os.umask(0o777)
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
@@ -144,15 +144,15 @@ def upset(response: str) -> float:
 
 
 @pytest.mark.parametrize("response", ["return", "raise"])
-def test_what_a_reward_sets_in_the_process_is_put_back(response: str) -> None:
-    before = state()
-    given = [Sample("p", [{"role": "user", "content": "?"}], response)]
-    guarded_scores(FunctionReward(upset), given, ScoringConfig(5, retries=0, on_failure="drop"))
-    assert state() == before
+def test_process_state_is_restored_after_a_reward(response: str) -> None:
+    before = read_state()
+    samples = [Sample("p", [{"role": "user", "content": "?"}], response)]
+    score_samples(FunctionReward(change_state), samples, ScoringConfig(5, retries=0, on_failure="drop"))
+    assert read_state() == before
 
 
-def test_a_reward_has_random_numbers_of_its_own() -> None:
-    """They go on from call to call, and leave the run's alone."""
+def test_a_reward_has_separate_random_generators() -> None:
+    """Their states continue from call to call; the run's generators do not change."""
     random.seed(1)
     torch.manual_seed(1)
     expected = [random.random(), *torch.rand(2).tolist()]
@@ -164,9 +164,9 @@ def test_a_reward_has_random_numbers_of_its_own() -> None:
         found.append(random.random() + torch.rand(1).item())
         return found[-1]
 
-    guarded_scores(FunctionReward(reward), [sample(), sample()], CONFIG)
+    score_samples(FunctionReward(reward), [make_sample(), make_sample()], CONFIG)
     first = torch.rand(1).item()
-    guarded_scores(FunctionReward(reward), [sample()], CONFIG)
+    score_samples(FunctionReward(reward), [make_sample()], CONFIG)
     assert [random.random(), first, torch.rand(1).item()] == expected
     assert len(set(found)) == 3
 
@@ -174,20 +174,20 @@ def test_a_reward_has_random_numbers_of_its_own() -> None:
 CLOSES = """
 import os, sys
 from rlhf_pl.rewards import FunctionReward, Sample, ScoringConfig
-from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.rewards.guard import score_samples
 def closes(response):
     sys.stdout.close()
     os.close(2)
     return 1.0
 sample = Sample("p", [{"role": "user", "content": "?"}], "a")
 out = sys.stdout
-guarded_scores(FunctionReward(closes), [sample, sample], ScoringConfig())
+score_samples(FunctionReward(closes), [sample, sample], ScoringConfig())
 out.write("still there\\n")
 sys.stderr.write("here too\\n")
 """
 
 
-def test_closed_streams_are_opened_again(tmp_path: Path) -> None:
+def test_closed_streams_are_reopened(tmp_path: Path) -> None:
     file = tmp_path / "closes.py"
     file.write_text(CLOSES)
     found = subprocess.run([sys.executable, file], capture_output=True, text=True, timeout=60, check=False)

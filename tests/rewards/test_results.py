@@ -1,4 +1,4 @@
-"""What counts as a score."""
+"""Which return values are scores."""
 
 import math
 from array import array
@@ -15,27 +15,27 @@ import torch
 
 from rlhf_pl.rewards import CombinedReward, Failure, FunctionReward, Reward, RewardResult, Sample, ScoringConfig
 from rlhf_pl.rewards import WeightedReward as Part
-from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.rewards.guard import score_samples
 from rlhf_pl.utils.errors import InputError
 
 DROP = ScoringConfig(retries=0, backoff_s=0, on_failure="drop")
 STOP = ScoringConfig(retries=0, backoff_s=0)
-TWO = [Sample(f"p{i}", [{"role": "user", "content": "?"}], f"answer {i}") for i in range(2)]
+TWO = [Sample(f"p{i}", [{"role": "user", "content": "?"}], f"response {i}") for i in range(2)]
 
 
-class Number(float):
+class BadFloat(float):
     def __float__(self) -> Any:
         return "3"
 
 
-class Silent:
+class WithoutText:
     def __repr__(self) -> str:
         raise RuntimeError
 
 
-def given(value: Any) -> list[Any]:
-    """What comes of a batched function that returns `value`."""
-    found = guarded_scores(FunctionReward(lambda responses: value), TWO, DROP)
+def score_batch(value: Any) -> list[Any]:
+    """The rewards or kinds of failure of a batched function that returns `value`."""
+    found = score_samples(FunctionReward(lambda responses: value), TWO, DROP)
     return [o.kind if isinstance(o, Failure) else o.reward for o in found]
 
 
@@ -63,12 +63,12 @@ def given(value: Any) -> list[Any]:
     ids=lambda v: type(v).__name__,
 )
 def test_sequences_and_arrays_of_numbers_are_scores(values: Any) -> None:
-    assert given(values) == [0.5, 2.0]
+    assert score_batch(values) == [0.5, 2.0]
 
 
-def test_truth_is_1_and_falsehood_0() -> None:
+def test_true_is_1_and_false_is_0() -> None:
     for values in ([True, False], np.array([True, False]), torch.tensor([True, False]), [np.True_, np.False_]):
-        assert given(values) == [1.0, 0.0]
+        assert score_batch(values) == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(
@@ -95,16 +95,16 @@ def test_truth_is_1_and_falsehood_0() -> None:
         pd.DataFrame({"a": [0.5, 2.0]}),
         None,
         0.5,
-        Silent(),
+        WithoutText(),
         list,
         np.ndarray,
     ],
     ids=lambda v: type(v).__name__,
 )
-def test_nothing_else_is_a_batch_of_scores(values: Any) -> None:
-    assert given(values) == ["wrong_type"] * 2
+def test_other_types_are_not_a_batch_of_scores(values: Any) -> None:
+    assert score_batch(values) == ["wrong_type"] * 2
     with pytest.raises(InputError, match=r"^Reward `test_.*<lambda>` failed .* returned "):
-        guarded_scores(FunctionReward(lambda responses: values), TWO, STOP)
+        score_samples(FunctionReward(lambda responses: values), TWO, STOP)
 
 
 @pytest.mark.parametrize(
@@ -123,8 +123,8 @@ def test_nothing_else_is_a_batch_of_scores(values: Any) -> None:
         (torch.tensor([0.5, 0.5]), "exception"),
         (pd.NA, "exception"),
         (pd.NaT, "exception"),
-        (Number(0.5), "exception"),
-        (Silent(), "exception"),
+        (BadFloat(0.5), "exception"),
+        (WithoutText(), "exception"),
         (10**400, "not_finite"),
         (10**5000, "not_finite"),
         (Fraction(10**400), "not_finite"),
@@ -143,62 +143,62 @@ def test_nothing_else_is_a_batch_of_scores(values: Any) -> None:
     ],
     ids=lambda v: f"{type(v).__name__}",
 )
-def test_a_value_that_is_no_finite_number_is_a_failure_of_its_answer_alone(value: Any, kind: str) -> None:
+def test_a_value_that_is_not_a_finite_number_is_a_failure_of_its_response_alone(value: Any, kind: str) -> None:
     def one(response: str) -> Any:
-        return value if response == "answer 1" else 0.5
+        return value if response == "response 1" else 0.5
 
     def many(responses: list[str]) -> list[Any]:
         return [one(response) for response in responses]
 
     for function in (one, many):
-        found = guarded_scores(FunctionReward(function), TWO, DROP)
+        found = score_samples(FunctionReward(function), TWO, DROP)
         assert [o.kind if isinstance(o, Failure) else o.reward for o in found] == [0.5, kind]
         with pytest.raises(InputError, match=rf"{function.__name__}` failed for prompt_id 'p1'.*returned ") as error:
-            guarded_scores(FunctionReward(function), TWO, STOP)
+            score_samples(FunctionReward(function), TWO, STOP)
         assert len(str(error.value)) < 900
 
 
-def test_components_are_taken_as_they_are_at_the_return() -> None:
+def test_components_are_copied_when_the_function_returns() -> None:
     parts = {"length": 1.0}
 
     def reward(response: str) -> RewardResult:
         parts["length"] += 1
         return RewardResult(1.0, parts)
 
-    first, second = guarded_scores(FunctionReward(reward), TWO, DROP)
+    first, second = score_samples(FunctionReward(reward), TWO, DROP)
     assert (first.components, second.components) == ({"length": 2.0}, {"length": 3.0})  # type: ignore[union-attr]
 
 
-async def later(response: str) -> float:
+async def score_async(response: str) -> float:
     return 1.0
 
 
-def one_after_another(responses: list[str]) -> Any:
+def yield_scores(responses: list[str]) -> Any:
     yield from (1.0 for _ in responses)
 
 
-@pytest.mark.parametrize("function", [later, one_after_another])
-def test_a_function_that_does_not_return_its_scores_is_refused_at_once(function: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("function", [score_async, yield_scores])
+def test_a_function_that_does_not_return_its_scores_is_an_error(function: Callable[..., Any]) -> None:
     with pytest.raises(InputError, match=f"`{function.__name__}` is an `async` function or a generator"):
         FunctionReward(function)
     with pytest.raises(InputError, match=r"coroutine.*asyncio\.run"):
-        guarded_scores(FunctionReward(lambda response: later(response)), TWO, STOP)
+        score_samples(FunctionReward(lambda response: score_async(response)), TWO, STOP)
 
 
-def test_the_part_that_fails_is_named() -> None:
-    """Also where it is a class that returns plain numbers, or too few of them."""
+def test_the_failing_part_is_named() -> None:
+    """Also if it is a class that returns plain numbers, or too few."""
 
-    class Plain(Reward):
+    class ConstantReward(Reward):
         def __init__(self, *values: Any) -> None:
             self.values = values
 
         def score(self, batch: Sequence[Sample]) -> Any:
             return list(self.values)
 
-    def combined(*values: Any) -> CombinedReward:
-        return CombinedReward([Part(Plain(1.0, 2.0), 2.0, "good"), Part(Plain(*values), -1.0, "bad")])
+    def combine(*values: Any) -> CombinedReward:
+        return CombinedReward([Part(ConstantReward(1.0, 2.0), 2.0, "good"), Part(ConstantReward(*values), -1.0, "bad")])
 
-    assert [o.reward for o in guarded_scores(combined(0.5, 1.0), TWO, STOP)] == [1.5, 3.0]  # type: ignore[union-attr]
+    assert [o.reward for o in score_samples(combine(0.5, 1.0), TWO, STOP)] == [1.5, 3.0]  # type: ignore[union-attr]
     for values, message in {(0.5,): "`bad`: returned 1 scores for 2", (1.0, None): "bad: returned None"}.items():
         with pytest.raises(InputError, match=message):
-            guarded_scores(combined(*values), TWO, STOP)
+            score_samples(combine(*values), TWO, STOP)

@@ -1,4 +1,4 @@
-"""Verifiable rewards, with values worked by hand."""
+"""Verifiable rewards, with values computed by hand."""
 
 import json
 from pathlib import Path
@@ -7,11 +7,11 @@ from typing import Any
 import pytest
 
 from rlhf_pl.rewards import ExactAnswer, JSONSchema, LengthWindow, NumericAnswer, RegexMatch, Sample
-from rlhf_pl.rewards.verify import RuleReward, final_number
+from rlhf_pl.rewards.verify import RuleReward, find_final_number
 from rlhf_pl.utils.errors import InputError
 
 
-def given(reward: RuleReward, response: str, **columns: Any) -> float:
+def score(reward: RuleReward, response: str, **columns: Any) -> float:
     sample = Sample("p", [{"role": "user", "content": "?"}], response, columns=columns)
     return reward.score([sample])[0].reward
 
@@ -35,35 +35,35 @@ def given(reward: RuleReward, response: str, **columns: Any) -> float:
     ],
 )
 def test_final_number(text: str, number: float | None) -> None:
-    assert final_number(text) == number
+    assert find_final_number(text) == number
 
 
-def test_numeric_answer_takes_keys_as_numbers_or_text() -> None:
-    assert given(NumericAnswer(), "It is 43.", answer=43) == 1
-    assert given(NumericAnswer(), "It is 43.", answer="17 + 26 = 43\n#### 43") == 1
-    assert given(NumericAnswer(), "It is 42.", answer="43") == 0
-    assert given(NumericAnswer(tolerance=0.01), "1005", answer=1000) == 1
-    assert given(NumericAnswer("key"), "none", key=0) == 0
-    with pytest.raises(InputError, match=r"`answer`, which prompt_id 'p' has not. Columns: key"):
-        given(NumericAnswer(), "1", key=1)
-    with pytest.raises(InputError, match="which holds no number"):
-        given(NumericAnswer(), "1", answer="one")
+def test_numeric_answer_accepts_keys_as_numbers_or_text() -> None:
+    assert score(NumericAnswer(), "It is 43.", answer=43) == 1
+    assert score(NumericAnswer(), "It is 43.", answer="17 + 26 = 43\n#### 43") == 1
+    assert score(NumericAnswer(), "It is 42.", answer="43") == 0
+    assert score(NumericAnswer(tolerance=0.01), "1005", answer=1000) == 1
+    assert score(NumericAnswer("key"), "none", key=0) == 0
+    with pytest.raises(InputError, match=r"`answer`, which prompt_id 'p' does not have. Columns: key"):
+        score(NumericAnswer(), "1", key=1)
+    with pytest.raises(InputError, match="which contains no number"):
+        score(NumericAnswer(), "1", answer="one")
 
 
 def test_exact_answer() -> None:
-    assert given(ExactAnswer(), "  Paris\n", answer="paris") == 1
-    assert given(ExactAnswer(ignore_case=False), "Paris", answer="paris") == 0
-    assert given(ExactAnswer(), "Lyon", answer=["Paris", "Lyon"]) == 1
-    assert given(ExactAnswer(pattern=r"Answer: (\w+)"), "Answer: B\nno, Answer: C", answer="c") == 1
-    assert given(ExactAnswer(pattern=r"Answer: (\w+)"), "B", answer="B") == 0
-    with pytest.raises(InputError, match="is no regular expression"):
+    assert score(ExactAnswer(), "  Paris\n", answer="paris") == 1
+    assert score(ExactAnswer(ignore_case=False), "Paris", answer="paris") == 0
+    assert score(ExactAnswer(), "Lyon", answer=["Paris", "Lyon"]) == 1
+    assert score(ExactAnswer(pattern=r"Answer: (\w+)"), "Answer: B\nno, Answer: C", answer="c") == 1
+    assert score(ExactAnswer(pattern=r"Answer: (\w+)"), "B", answer="B") == 0
+    with pytest.raises(InputError, match="is not a regular expression"):
         ExactAnswer(pattern="(")
 
 
 def test_regular_expressions() -> None:
-    assert given(RegexMatch(r"^\d{3}$"), "123") == 1
-    assert given(RegexMatch(r"^\d{3}$"), "1234") == 0
-    assert given(RegexMatch(column="wanted", ignore_case=True), "YES", wanted="^yes") == 1
+    assert score(RegexMatch(r"^\d{3}$"), "123") == 1
+    assert score(RegexMatch(r"^\d{3}$"), "1234") == 0
+    assert score(RegexMatch(column="wanted", ignore_case=True), "YES", wanted="^yes") == 1
     with pytest.raises(InputError, match="either `pattern` or `column`"):
         RegexMatch()
 
@@ -72,18 +72,18 @@ def test_json_schema(tmp_path: Path) -> None:
     schema = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
     (tmp_path / "schema.json").write_text(json.dumps(schema))
     for reward in (JSONSchema(schema), JSONSchema(str(tmp_path / "schema.json"))):
-        assert given(reward, '{"name": "Ann"}') == 1
-        assert given(reward, '```json\n{"name": "Ann"}\n```') == 1
-        assert given(reward, '{"name": 3}') == 0
-        assert given(reward, "name: Ann") == 0
-    assert given(JSONSchema(column="schema"), "[]", schema='{"type": "array"}') == 1
-    with pytest.raises(InputError, match="is no JSON Schema"):
+        assert score(reward, '{"name": "Ann"}') == 1
+        assert score(reward, '```json\n{"name": "Ann"}\n```') == 1
+        assert score(reward, '{"name": 3}') == 0
+        assert score(reward, "name: Ann") == 0
+    assert score(JSONSchema(column="schema"), "[]", schema='{"type": "array"}') == 1
+    with pytest.raises(InputError, match="is not a JSON Schema"):
         JSONSchema({"type": "thing"})
 
 
 def test_length_window_falls_off_linearly() -> None:
     reward = LengthWindow(2, 4, "words", falloff=4)
-    assert [given(reward, "w " * n) for n in (0, 2, 4, 6, 8, 20)] == [0.5, 1, 1, 0.5, 0, 0]
-    assert given(LengthWindow(0, 3, "characters"), "four") == 0
+    assert [score(reward, "w " * n) for n in (0, 2, 4, 6, 8, 20)] == [0.5, 1, 1, 0.5, 0, 0]
+    assert score(LengthWindow(0, 3, "characters"), "four") == 0
     with pytest.raises(InputError, match="shortest <= longest"):
         LengthWindow(5, 4)

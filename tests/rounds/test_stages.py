@@ -19,26 +19,26 @@ from rlhf_pl.rounds.metrics import held_out_metrics
 from rlhf_pl.rounds.stages import generate, prompt_seed, score, select, store_logps
 from rlhf_pl.rounds.stages.logps import steps_by_length
 from rlhf_pl.store.round_store import Round, RoundStore
-from tests.stored_pairs import pair_rows
+from tests.stored_pairs import read_pairs
 
 SAMPLING = SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.8)
 
 
 class CountingSampler(TransformersSampler):
-    """Counts prompts, and can die after some."""
+    """Counts prompts; can be interrupted after a number of them."""
 
-    def __init__(self, die_after: int | None = None) -> None:
+    def __init__(self, interrupt_after: int | None = None) -> None:
         super().__init__()
-        self.die_after = die_after
-        self.drawn = 0
+        self.interrupt_after = interrupt_after
+        self.sampled = 0
 
     def generate(
         self, prompts: Sequence[PromptTokens], sampling: SamplingConfig
     ) -> Iterator[tuple[int, list[Response]]]:
         for item in super().generate(prompts, sampling):
-            if self.drawn == self.die_after:
+            if self.sampled == self.interrupt_after:
                 raise KeyboardInterrupt
-            self.drawn += 1
+            self.sampled += 1
             yield item
 
 
@@ -61,7 +61,7 @@ def run_generate(
     generate(stored, prompts, sampler, SAMPLING, source.tokenizer, run_seed=1, prompts_per_shard=4, **options)
 
 
-def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], source: ModelSource, lm: Any) -> None:
+def test_a_round_from_responses_to_logps(tmp_path: Path, prompts: list[Prompt], source: ModelSource, lm: Any) -> None:
     stored = Round(tmp_path / "rounds" / "0000")
     run_generate(stored, prompts, source, lm, CountingSampler())
     responses = stored.read("responses")
@@ -82,7 +82,7 @@ def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], so
     assert stored.info("rewards")["mean"] == pytest.approx(sum(rewards) / 30)
 
     select(stored, BestWorst(), run_seed=1)
-    pairs = pair_rows(stored)
+    pairs = read_pairs(stored)
     by_key = {(r["prompt_id"], r["response_index"]): r for r in responses.to_pylist()}
     for pair in pairs:
         group = [rewards[i] for i, r in enumerate(responses["prompt_id"].to_pylist()) if r == pair["prompt_id"]]
@@ -96,7 +96,7 @@ def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], so
             return PolicyLM(lm)(**rows.inputs(), temperature=temperature)
 
     store_logps(stored, {"old": policy, "reference": policy}, steps_by_length(60, Ranks()), temperature=0.8)
-    for pair in pair_rows(stored):
+    for pair in read_pairs(stored):
         for which in ("chosen", "rejected"):
             alone = pack([PrefixGroup(pair["prompt_tokens"], (pair[f"{which}_tokens"],))])
             expected = policy(alone, 0.8).sum().item()
@@ -106,20 +106,20 @@ def test_a_round_from_answers_to_logps(tmp_path: Path, prompts: list[Prompt], so
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_what_is_on_disk_is_not_drawn_again(
+def test_stored_shards_are_not_sampled_again(
     tmp_path: Path, prompts: list[Prompt], source: ModelSource, lm: Any, stream: bool
 ) -> None:
-    """One shard after the other, and all at once: the tokens are the same, drawn with the same seeds."""
+    """Shard by shard and as a stream: equal tokens, sampled with equal seeds."""
     whole, broken = Round(tmp_path / "rounds" / "0000"), Round(tmp_path / "again" / "rounds" / "0000")
     run_generate(whole, prompts, source, lm, CountingSampler(), logps=True)
     with pytest.raises(KeyboardInterrupt):
-        run_generate(broken, prompts, source, lm, CountingSampler(die_after=6), logps=True, stream=stream)
+        run_generate(broken, prompts, source, lm, CountingSampler(interrupt_after=6), logps=True, stream=stream)
     done = 4 * len(broken.shards("responses"))
     assert 0 < done < 10
     assert not broken.is_complete("responses")
     second = CountingSampler()
     run_generate(broken, prompts, source, lm, second, logps=True, stream=stream)
-    assert second.drawn == 10 - min(done, 10)
+    assert second.sampled == 10 - min(done, 10)
     again, expected = (r.read("responses").drop_columns("sampler_logp") for r in (broken, whole))
     assert again.equals(expected)
     logps = [r.read("responses")["sampler_logp"].to_pylist() for r in (broken, whole)]
@@ -132,7 +132,7 @@ def test_seeds_differ_by_run_round_and_prompt() -> None:
     assert all(0 <= seed < 2**62 for seed in seeds)
 
 
-def test_a_shard_is_never_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_shard_is_never_partially_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = Round(tmp_path / "lr=1e-5" / "0000")
 
     def fail(*args: Any, **kwargs: Any) -> None:
@@ -151,7 +151,7 @@ def test_batches_keep_to_the_token_budget() -> None:
     rows = [PrefixGroup([1] * n, ([2],)) for n in (3, 9, 4, 50, 7)]
     batches = list(batches_by_length(rows, 20))
     assert sorted(i for batch in batches for i in batch) == list(range(5))
-    assert batches[0] == [3]  # one row over the budget goes alone
+    assert batches[0] == [3]  # a row over the budget is alone in its batch
     for batch in batches[1:]:
         assert len(batch) * max(len(rows[i]) for i in batch) <= 20
 

@@ -2,8 +2,8 @@
 
     python -m tests.soak.inputs [--trials 60]
 
-It holds if each is either taken or refused by one error of a few lines, with exit code 1 or 2 and without a run
-directory or anything in it but rounds that are whole. A traceback and exit code 0 without a model are failures.
+The trial succeeds if each is accepted, or refused by one error of a few lines, with exit code 1 or 2 and without a run
+directory, or with complete rounds only in it. A traceback and exit code 0 without a model are failures.
 """
 
 import random
@@ -15,8 +15,8 @@ from collections import Counter
 from pathlib import Path
 
 from rlhf_pl.store.round_store import RoundStore
-from tests.integration.test_kill_matrix import TRANSFORMERS, drive, make_plan
-from tests.soak.harm import OF_FILES, arguments_of, report
+from tests.integration.test_kill_matrix import TRANSFORMERS, make_plan, run_driver
+from tests.soak.faults import FILE_FAULTS, parse_arguments, print_report
 
 REWARDS = {
     "raises": "raise ValueError('no')",
@@ -49,7 +49,7 @@ FAILURES = ("TRACEBACK", "NO MODEL", "EXIT CODE", "HALF WRITTEN")
 
 
 def find_damaged_files(folder: Path, rng: random.Random) -> list[tuple[str, list[str]]]:
-    """(kind of input, options that name it), every harm to every file of the model, the data and a config."""
+    """List (kind of input, options that name it): every fault of every file of the model, the data and a config."""
     found = []
     config = folder / "config.yaml"
     config.write_text("model:\n  optimizer:\n    class_path: AdamW\n    init_args: {lr: 1.0e-3}\nseed_everything: 3\n")
@@ -58,22 +58,22 @@ def find_damaged_files(folder: Path, rng: random.Random) -> list[tuple[str, list
     files += [(folder / "prompts.jsonl", "--data.prompts"), (folder / "reward.py", "--rollout.reward")]
     files += [(config, "--config")]
     for file, option in files:
-        for harm in OF_FILES:
+        for fault in FILE_FAULTS:
             place = folder / f"damaged{len(found)}"
             if file.parent == model:
                 shutil.copytree(model, place)
             else:
                 place.mkdir()
                 shutil.copy(file, place)
-            harm(place / file.name, rng)
+            fault(place / file.name, rng)
             named = place if file.parent == model else place / file.name
-            kind = f"{'model' if file.parent == model else 'a'} {file.name}, {harm.__name__}"
+            kind = f"{'model' if file.parent == model else 'a'} {file.name}, {fault.__name__}"
             found.append((kind, [option, f"{named}:score" if option == "--rollout.reward" else str(named)]))
     return found
 
 
-def rewards(folder: Path) -> list[tuple[str, list[str]]]:
-    """(kind of input, options that name it)."""
+def make_rewards(folder: Path) -> list[tuple[str, list[str]]]:
+    """Write the rewards; returns (kind of input, options that name it)."""
     found = []
     for number, (kind, body) in enumerate(REWARDS.items()):
         file = folder / f"one{number}.py"
@@ -86,40 +86,40 @@ def rewards(folder: Path) -> list[tuple[str, list[str]]]:
     return found
 
 
-def verdict(run: Path, log: str, status: int) -> str:
-    """How a run ended."""
+def classify_outcome(run: Path, log: str, status: int) -> str:
+    """Classify the end of a run."""
     if "Traceback" in log:
         return "TRACEBACK"
     if status == 0:
-        return "taken" if (run / "model" / "model.safetensors").is_file() else "NO MODEL"
+        return "accepted" if (run / "model" / "model.safetensors").is_file() else "NO MODEL"
     if status not in (1, 2) or log.count("error: ") != 1:
         return f"EXIT CODE {status}"
     if not run.exists():
         return "refused before anything is written"
     store = RoundStore(run)
-    whole = not store.damage() and (store.rounds() or store.evaluations()) and not (run / "model").exists()
-    return "refused in the run" if whole else "HALF WRITTEN"
+    is_complete = not store.find_damage() and (store.rounds() or store.evaluations()) and not (run / "model").exists()
+    return "refused in the run" if is_complete else "HALF WRITTEN"
 
 
 def main() -> int:
-    arguments = arguments_of(__doc__.splitlines()[0])
+    arguments = parse_arguments(__doc__.splitlines()[0])
     rng, started = random.Random(arguments.seed), time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         plan = make_plan(folder, TRANSFORMERS)
         plan["arguments"] += ["--trainer.max_epochs", "1", "--rollout.scoring.backoff_s", "0"]
         plan["arguments"] += ["--rollout.scoring.timeout_s", "2", "--data.prompts_per_round", "4"]
-        tried = find_damaged_files(folder, rng) + rewards(folder)
+        tried = find_damaged_files(folder, rng) + make_rewards(folder)
         if arguments.trials is not None:
             tried = rng.sample(tried, min(arguments.trials, len(tried)))
         runs = [folder / f"run{number}" for number in range(len(tried))]
         table, bad = Counter[tuple[str, str]](), 0
         for first in range(0, len(tried), 20):
             part = list(zip(tried, runs, strict=True))[first : first + 20]
-            statuses = drive(folder, plan, [{"dir": str(run), "arguments": options} for (_, options), run in part])
+            statuses = run_driver(folder, plan, [{"dir": str(run), "arguments": options} for (_, options), run in part])
             for ((kind, _), run), status in zip(part, statuses, strict=True):
                 log = Path(f"{run}.log").read_text()
-                outcome = verdict(run, log, status)
+                outcome = classify_outcome(run, log, status)
                 bad += outcome.startswith(FAILURES)
                 table[kind.partition(",")[0].partition(" that ")[0].partition(" of ")[0], outcome] += 1
                 print(f"{kind}: {outcome}", flush=True)
@@ -127,7 +127,7 @@ def main() -> int:
                     print(log[-3000:])
                 elif arguments.show and "error: " in log:
                     print(log[log.index("error: ") :].strip())
-    return report("input", table, bad, started)
+    return print_report("input", table, bad, started)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python tests/soak/kill_ranks.py [--launcher torchrun] [--phase generation] [--rank 1] [--watch off] [--limit 90]
 
 Every run is `rlhf-pl fit` of a small random model on two CPU processes (gloo), under Lightning's launcher or under two
-torchrun agents on this host. Once both ranks are in the phase, one is killed (`kill -9`). Counted are the seconds until
-every other process of the run has ended, launchers included, and whether anything they printed names the dead rank.
+torchrun agents on this host. Once both ranks are in the phase, one is killed (`kill -9`). The table has the seconds
+until every other process of the run has ended, launchers included, and whether their output names the dead rank.
 """
 
 import argparse
@@ -23,27 +23,27 @@ from typing import NamedTuple
 
 LAUNCHERS, PHASES, RANKS, WATCH = ("lightning", "torchrun"), ("generation", "training"), (0, 1), ("on", "off")
 START_SECONDS = 240  # until both ranks are in the phase
-PACE = {"generation": 5.0, "training": 0.5}  # seconds that a prompt's responses, or an update, take at least
-OF_A_ROUND = 20  # prompts at least; the check of the sampler draws fewer
+PACE = {"generation": 5.0, "training": 0.5}  # minimum of seconds for a prompt's responses, or for an update
+MIN_ROUND_PROMPTS = 20  # calls with fewer prompts are checks of the sampler
 ROOT = Path(__file__).parents[2]
 
 
 class Outcome(NamedTuple):
-    """How a run ended whose rank was killed."""
+    """The end of a run after one of its ranks was killed."""
 
     seconds: float | None  # until all other processes had ended; None if some lived on
-    named: str  # the line that names the dead rank, or nothing
+    named: str  # the line that names the dead rank, or an empty string
     codes: list[int | None]  # exit codes of the launchers' processes
     log: str
 
-    def row(self, limit: float) -> str:
+    def format_row(self, limit: float) -> str:
         ended = f"over {limit:g}" if self.seconds is None else f"{self.seconds:.1f}"
         by = "no" if not self.named else "yes" if self.named.startswith("error: ") else "by torchrun alone"
         return f"{ended} | {by}"
 
 
 def run_as_rank(arguments: list[str]) -> int:
-    """What each process of the run does: `rlhf-pl` with slow phases that it says it has reached."""
+    """Run `rlhf-pl` in a process of the run, with slow phases that create a file when they begin."""
     folder, phase = Path(os.environ["SOAK_FOLDER"]), os.environ["SOAK_PHASE"]
     import rlhf_pl.distributed.ranks
     from rlhf_pl.__main__ import main
@@ -53,7 +53,7 @@ def run_as_rank(arguments: list[str]) -> int:
     if os.environ["SOAK_WATCH"] == "off":
         rlhf_pl.distributed.ranks.RankWatch = lambda *_: None
 
-    def reached() -> None:
+    def mark_phase() -> None:
         import torch.distributed as dist
 
         mark = folder / f"rank-{dist.get_rank()}"
@@ -65,14 +65,14 @@ def run_as_rank(arguments: list[str]) -> int:
 
     def slow_generate(self, prompts, sampling):
         for found in generate(self, prompts, sampling):
-            if phase == "generation" and len(prompts) >= OF_A_ROUND:
-                reached()
+            if phase == "generation" and len(prompts) >= MIN_ROUND_PROMPTS:
+                mark_phase()
                 time.sleep(PACE[phase])
             yield found
 
     def slow_step(self, *batch):
         if phase == "training":
-            reached()
+            mark_phase()
             time.sleep(PACE[phase])
         return step(self, *batch)
 
@@ -81,8 +81,8 @@ def run_as_rank(arguments: list[str]) -> int:
     return main(arguments)
 
 
-def arguments_of(folder: Path, launcher: str) -> list[str]:
-    """`rlhf-pl fit` of 40 prompts a rank and round."""
+def make_arguments(folder: Path, launcher: str) -> list[str]:
+    """Arguments of `rlhf-pl fit` with 40 prompts per rank and round."""
     sys.path.insert(0, str(ROOT))
     from tests.conftest import save_llama
 
@@ -102,8 +102,8 @@ def arguments_of(folder: Path, launcher: str) -> list[str]:
     return ["fit", *(str(text) for name, value in options.items() for text in (f"--{name}", value))]
 
 
-def commands(launcher: str, arguments: list[str]) -> list[list[str]]:
-    """What a user would give, in one terminal for Lightning's launcher and in two for torchrun."""
+def make_commands(launcher: str, arguments: list[str]) -> list[list[str]]:
+    """The commands of a user, one terminal for Lightning's launcher and two for torchrun."""
     script = [str(Path(__file__).resolve()), *arguments]
     if launcher == "lightning":
         return [[sys.executable, *script]]
@@ -116,16 +116,16 @@ def commands(launcher: str, arguments: list[str]) -> list[list[str]]:
     return [[*agent, f"is_host={host}", *script] for host in ("true", "false")]
 
 
-def alive(pid: int) -> bool:
-    """Whether a process runs; one that nobody has waited for does not."""
+def is_alive(pid: int) -> bool:
+    """Whether a process runs; a zombie does not."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
     except OSError:
         return False
 
 
-def naming(log: str, rank: int) -> str:
-    """The line that says that a rank has died: ours, or torchrun's report of its own worker."""
+def find_report(log: str, rank: int) -> str:
+    """Find the line that reports the death of a rank: ours, or torchrun's report of its worker."""
     ours = re.search(rf"^error: .*\brank {rank}\b.*(?:died|lost).*$", log, re.MULTILINE)
     torchruns = re.search(rf"^.*\brank *: {rank} \(local_rank: .*$", log, re.MULTILINE)
     found = ours or torchruns
@@ -141,30 +141,30 @@ def kill_one(folder: Path, launcher: str, phase: str, rank: int, watch: str, lim
     with log.open("w") as file:
         launched = [
             subprocess.Popen(command, stdout=file, stderr=file, env=environment, start_new_session=True)
-            for command in commands(launcher, arguments_of(folder, launcher))
+            for command in make_commands(launcher, make_arguments(folder, launcher))
         ]
     try:
         marks = [folder / f"rank-{r}" for r in RANKS]
         deadline = time.monotonic() + START_SECONDS
         while not all(mark.exists() for mark in marks):
             if time.monotonic() > deadline or any(p.poll() is not None for p in launched):
-                raise RuntimeError(f"The run did not come to {phase}:\n{log.read_text()[-3000:]}")
+                raise RuntimeError(f"The run did not reach {phase}:\n{log.read_text()[-3000:]}")
             time.sleep(0.05)
         pids = [int(mark.read_text()) for mark in marks]
         time.sleep(1.0)
         os.kill(pids[rank], signal.SIGKILL)
         killed, seconds = time.monotonic(), None
         while seconds is None and time.monotonic() < killed + limit:
-            if all(p.poll() is not None for p in launched) and not any(map(alive, pids)):
+            if all(p.poll() is not None for p in launched) and not any(map(is_alive, pids)):
                 seconds = time.monotonic() - killed
             time.sleep(0.05)
     finally:
-        for process in launched:  # sessions of their own: what lives on of them goes
+        for process in launched:  # each has a session of its own: kill the processes that are left
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
         codes = [process.wait() for process in launched]
     text = log.read_text()
-    return Outcome(seconds, naming(text, rank), [*codes], text)
+    return Outcome(seconds, find_report(text, rank), [*codes], text)
 
 
 def main() -> None:
@@ -187,7 +187,7 @@ def main() -> None:
         if chosen.logs is not None:
             chosen.logs.mkdir(parents=True, exist_ok=True)
             (chosen.logs / f"{launcher}-{phase}-{rank}-{watch}.log").write_text(outcome.log)
-        print(f"| {launcher} | {phase} | rank {rank} | {watch} | {outcome.row(chosen.limit)} |", flush=True)
+        print(f"| {launcher} | {phase} | rank {rank} | {watch} | {outcome.format_row(chosen.limit)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""SIGKILL at random moments of a run, and the same command again.
+"""SIGKILL at random moments of a run, then the same command again.
 
     python -m tests.soak.kills [--kills 100] [--seed 7] [--rounds_end]
 
-It holds if every run ends as one that was never killed: the same files, loss curve and weights, to the last bit, and
-nothing left behind.
+The trial succeeds if every run ends like one that was never killed: the same files, loss curve and weights, to the last
+bit, and no temporary files.
 """
 
 import argparse
@@ -16,8 +16,8 @@ from tests.integration.test_kill_matrix import (
     AT_ENDS,
     TRANSFORMERS,
     make_plan,
-    moments,
-    rounds_end,
+    random_moments,
+    round_end_points,
     run_matrix,
     run_reference,
 )
@@ -28,7 +28,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=7)
     parser.add_argument(
-        "--rounds_end", action="store_true", help="at every point between a round's last update and next"
+        "--rounds_end", action="store_true", help="at every point between a round's last update and its end"
     )
     arguments = parser.parse_args()
     started = time.monotonic()
@@ -37,9 +37,9 @@ def main() -> int:
         plan = make_plan(folder, TRANSFORMERS)
         if arguments.rounds_end:
             plan["arguments"] += AT_ENDS
-            points = rounds_end(run_reference(folder, plan))
+            points = round_end_points(run_reference(folder, plan))
         else:
-            points = moments(run_reference(folder, plan), arguments.kills, arguments.seed)
+            points = random_moments(run_reference(folder, plan), arguments.kills, arguments.seed)
         hits = 0
         for first in range(0, len(points), 10):
             part = folder / f"part{first}"

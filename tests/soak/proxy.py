@@ -1,4 +1,4 @@
-"""A relay before a vLLM server, which counts what was asked and answered, and can be made slow."""
+"""A proxy of a vLLM server, which counts requests and replies, and can delay them."""
 
 import json
 import threading
@@ -11,37 +11,37 @@ from typing import Any
 
 
 class Proxy:
-    """Passes requests on to a server.
+    """Forwards requests to a server.
 
     Args:
-        target: Its URL; to be changed when it comes back elsewhere.
-        delay_s: Pause before every completion is passed on, seconds.
+        target: URL of the server; to be changed when the server returns elsewhere.
+        delay_s: Delay of every completion, seconds.
     """
 
     def __init__(self, target: str, delay_s: float = 0.0) -> None:
         self.target, self.delay_s = target, delay_s
-        self.asked: Counter[int] = Counter()  # completions by seed
-        self.answered: Counter[int] = Counter()  # those that reached the trainer
-        self.stale = 0  # completions by a server that has not been given weights since it started
+        self.requested: Counter[int] = Counter()  # requested completions by seed
+        self.completed: Counter[int] = Counter()  # completions that reached the trainer
+        self.stale = 0  # completions by a server that has received no weights since its start
         self.has_weights = False
         self.gate = threading.Event()  # completions wait until it is set
         self.gate.set()
-        self.under_way = 0
+        self.in_progress = 0
         self.change = threading.Condition()
         proxy = self
 
         class Handler(BaseHTTPRequestHandler):
             def do_GET(self) -> None:
-                self._pass(None)
+                self._forward(None)
 
             def do_POST(self) -> None:
-                self._pass(self.rfile.read(int(self.headers.get("content-length") or 0)))
+                self._forward(self.rfile.read(int(self.headers.get("content-length") or 0)))
 
-            def _pass(self, body: bytes | None) -> None:
+            def _forward(self, body: bytes | None) -> None:
                 seed = proxy.begin(self.path, body)
                 try:
                     status, content = proxy.relay(self.path, body)
-                except OSError:  # as the server itself would seem
+                except OSError:  # looks to the client like a failure of the server
                     self.close_connection = True
                     return
                 finally:
@@ -55,7 +55,7 @@ class Proxy:
                 except OSError:
                     return
                 if seed is not None and status == 200:
-                    proxy.answered[seed] += 1
+                    proxy.completed[seed] += 1
 
             def log_message(self, *arguments: Any) -> None:
                 pass
@@ -69,13 +69,13 @@ class Proxy:
         return f"http://127.0.0.1:{self._server.server_address[1]}"
 
     def begin(self, path: str, body: bytes | None) -> int | None:
-        """Note a request; gives the seed of a completion."""
+        """Record a request; returns the seed of a completion."""
         if not path.startswith("/v1/completions"):
             return None
         seed = int(json.loads(body or b"{}")["seed"])
         with self.change:
-            self.asked[seed] += 1
-            self.under_way += 1
+            self.requested[seed] += 1
+            self.in_progress += 1
             self.change.notify_all()
         time.sleep(self.delay_s)
         self.gate.wait()
@@ -84,11 +84,11 @@ class Proxy:
     def end(self, seed: int | None) -> None:
         if seed is not None:
             with self.change:
-                self.under_way -= 1
+                self.in_progress -= 1
                 self.change.notify_all()
 
     def relay(self, path: str, body: bytes | None) -> tuple[int, bytes]:
-        """Status and body of the server's answer."""
+        """Forward a request; returns status and body of the server's reply."""
         request = urllib.request.Request(self.target + path, data=body, headers={"content-type": "application/json"})
         try:
             with urllib.request.urlopen(request, timeout=600) as response:
@@ -102,9 +102,9 @@ class Proxy:
         return status, content
 
     def wait_for_work(self) -> None:
-        """Until a completion is under way."""
+        """Wait until a completion is in progress."""
         with self.change:
-            while not self.under_way:
+            while not self.in_progress:
                 self.change.wait()
 
     def close(self) -> None:

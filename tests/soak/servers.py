@@ -1,10 +1,10 @@
-"""Three `vllm serve` of which one is killed in mid-request, one comes back with its first weights, and one is slow.
+"""Three `vllm serve`: one is killed during a request, one restarts with its first weights, and one is slow.
 
     python -m tests.soak.servers [--rounds 4]
 
-A run on a healthy fleet comes first, then the same run on one that suffers. It holds if both end with the same answers
-and weights, if every prompt's answers are in the round once, if no prompt that was answered was asked again, and if
-the servers' counts tell of the losses.
+A run on a healthy fleet is repeated on a failing one. The trial succeeds if both end with the same responses and
+weights, if every prompt's responses are in the round once, if no completed prompt was requested again, and if the
+servers' counts show the failures.
 """
 
 import argparse
@@ -29,11 +29,11 @@ from tests.soak.proxy import Proxy
 from tests.vllm_serving import sampling_server
 
 REWARD = "def score(response):\n    return len(set(response)) / 10\n"
-PROMPTS = 24  # of a round
+PROMPTS = 24  # per round
 
 
-def fit_command(folder: Path, run: Path, urls: list[str], rounds: int) -> list[str]:
-    """The run, with two prompts at a time at each server, so that others wait."""
+def make_command(folder: Path, run: Path, urls: list[str], rounds: int) -> list[str]:
+    """The command, with two concurrent prompts per server, so that others wait."""
     sampler = {
         "class_path": "VLLMServerSampler",
         "init_args": {"urls": urls, "dtype": "float32", "concurrency": 2, "retries": 2, "backoff_s": 0.5},
@@ -72,11 +72,11 @@ class Member:
     def kill(self) -> None:
         """SIGKILL to the server and its engine."""
         port = self.proxy.target.rsplit(":", 1)[1]
-        for pid in _processes(f"--port {port} "):
+        for pid in _find_servers(f"--port {port} "):
             os.killpg(os.getpgid(pid), signal.SIGKILL)
 
-    def start_again(self) -> None:
-        """With its first weights, under the same URL."""
+    def restart(self) -> None:
+        """Start the server with its first weights, under the same URL."""
         self.proxy.has_weights = False
         self.proxy.target = self._start()
 
@@ -85,7 +85,7 @@ class Member:
         self._stack.close()
 
 
-def _processes(text: str) -> list[int]:
+def _find_servers(text: str) -> list[int]:
     found = []
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
@@ -98,39 +98,41 @@ def _processes(text: str) -> list[int]:
     return found
 
 
-def suffer(members: list[Member], run: Path, stop: threading.Event, told: list[str]) -> None:
-    """Kill the first server while it works in the first round, and the second, which comes back, in the second."""
+def cause_failures(members: list[Member], run: Path, stop: threading.Event, failures: list[str]) -> None:
+    """Kill the first server in a request of the first round, and the second in the second round; restart it."""
 
     def in_round(index: int) -> bool:
         folder = run / "rounds" / f"{index:04d}"
-        return folder.exists() and "responses" not in _complete(folder)
+        return folder.exists() and "responses" not in _complete_stages(folder)
 
     for index, member in enumerate(members[:2]):
         while not stop.is_set():
             with member.proxy.change:
                 member.proxy.change.wait(0.2)
-                if in_round(index) and member.proxy.under_way > 0:
+                if in_round(index) and member.proxy.in_progress > 0:
                     break
         if stop.is_set():
             return
         if index == 1:
-            members[2].proxy.gate.clear()  # the round takes until that server is there again
+            members[2].proxy.gate.clear()  # the round lasts until the restart
         member.kill()
-        told.append(f"{member.name} killed with {member.proxy.under_way} requests under way in round {index + 1}")
+        failures.append(
+            f"{member.name} killed with {member.proxy.in_progress} requests in progress in round {index + 1}"
+        )
         if index == 1:
-            member.start_again()
+            member.restart()
             members[2].proxy.gate.set()
-            told.append(f"{member.name} is there again with its first weights")
+            failures.append(f"{member.name} has restarted with its first weights")
 
 
-def _complete(folder: Path) -> list[str]:
+def _complete_stages(folder: Path) -> list[str]:
     try:
         return list(json.loads((folder / "manifest.json").read_text())["stages"])
     except (OSError, ValueError, KeyError):
         return []
 
 
-def responses(run: Path, rounds: int) -> list[list[list[int]]]:
+def read_responses(run: Path, rounds: int) -> list[list[list[int]]]:
     return [RoundStore(run).round(i).read("responses")["response_tokens"].to_pylist() for i in range(rounds)]
 
 
@@ -154,44 +156,46 @@ def main() -> int:
 
 def compare(folder: Path, members: list[Member], rounds: int) -> int:
     urls = [member.proxy.url for member in members]
-    if fit(fit_command(folder, folder / "healthy", urls, rounds), folder / "healthy.log"):
+    if fit(make_command(folder, folder / "healthy", urls, rounds), folder / "healthy.log"):
         print((folder / "healthy.log").read_text())
         return 1
     for member in members:
-        member.proxy.asked.clear()
-        member.proxy.answered.clear()
-    stop, told = threading.Event(), []
-    hand = threading.Thread(target=suffer, args=(members, folder / "suffering", stop, told))
-    hand.start()
+        member.proxy.requested.clear()
+        member.proxy.completed.clear()
+    stop, failures = threading.Event(), []
+    thread = threading.Thread(target=cause_failures, args=(members, folder / "failing", stop, failures))
+    thread.start()
     started = time.monotonic()
-    status = fit(fit_command(folder, folder / "suffering", urls, rounds), folder / "suffering.log")
+    status = fit(make_command(folder, folder / "failing", urls, rounds), folder / "failing.log")
     stop.set()
-    hand.join()
-    print("\n".join(told))
-    log = (folder / "suffering.log").read_text()
-    print("\n".join(line for line in log.splitlines() if "draws no answers" in line or "is back" in line))
+    thread.join()
+    print("\n".join(failures))
+    log = (folder / "failing.log").read_text()
+    print("\n".join(line for line in log.splitlines() if "samples no responses" in line or "is back" in line))
     if status:
         print(log[-4000:])
         return 1
-    healthy, suffering = (responses(folder / name, rounds) for name in ("healthy", "suffering"))
-    weights = [load_file(folder / name / "model" / "model.safetensors") for name in ("healthy", "suffering")]
-    off = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
-    asked, answered = Counter[int](), Counter[int]()
+    healthy, failing = (read_responses(folder / name, rounds) for name in ("healthy", "failing"))
+    weights = [load_file(folder / name / "model" / "model.safetensors") for name in ("healthy", "failing")]
+    difference = max(float((weights[0][name] - weights[1][name]).abs().max()) for name in weights[0])
+    requested, completed = Counter[int](), Counter[int]()
     for member in members:
-        asked += member.proxy.asked
-        answered += member.proxy.answered
-        print(f"{member.name}: asked {member.proxy.asked.total()}, answered {member.proxy.answered.total()}")
-    again = sum(count - 1 for seed, count in asked.items() if seed > 1000)
+        requested += member.proxy.requested
+        completed += member.proxy.completed
+        print(f"{member.name}: requested {member.proxy.requested.total()}, completed {member.proxy.completed.total()}")
+    again = sum(count - 1 for seed, count in requested.items() if seed > 1000)
     twice = [
-        seed for seed, count in answered.items() if count > 1 and seed > PROMPTS
-    ]  # small ones are the self-check's
+        seed for seed, count in completed.items() if count > 1 and seed > PROMPTS
+    ]  # small seeds are those of the self-check
     print(f"{rounds} rounds of {PROMPTS} prompts in {time.monotonic() - started:.0f} s")
-    print(f"same answers: {healthy == suffering}; weights differ by {off:.1e} at most")
+    print(f"same responses: {healthy == failing}; weights differ by at most {difference:.1e}")
     stale = sum(member.proxy.stale for member in members)
-    print(f"asked again because a server was lost: {again}; answered twice: {len(twice)}; with old weights: {stale}")
-    held = healthy == suffering and not twice and not stale and off < 1e-4 and len(told) == 3 and "is back" in log
-    print("holds" if held else "DOES NOT HOLD")
-    return 0 if held else 1
+    print(f"requested again: {again}; completed twice: {len(twice)}; stale: {stale}")
+    is_success = (
+        healthy == failing and not twice and not stale and difference < 1e-4 and len(failures) == 3 and "is back" in log
+    )
+    print("success" if is_success else "FAILURE")
+    return 0 if is_success else 1
 
 
 if __name__ == "__main__":

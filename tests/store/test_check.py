@@ -1,4 +1,4 @@
-"""Files that are in a round store and are not its own, and what is gone from one."""
+"""Foreign files, damaged files and missing rounds in a round store."""
 
 import json
 import os
@@ -14,7 +14,7 @@ import torch
 from rlhf_pl.checkpointing.checkpoints import RUN
 from rlhf_pl.checkpointing.resume import find_resume_point
 from rlhf_pl.rounds.repair import move_aside
-from rlhf_pl.store.check import find_problems, strangers_in
+from rlhf_pl.store.check import find_foreign_files, find_problems
 from rlhf_pl.store.files import content_checksum
 from rlhf_pl.store.round_store import DamagedStoreError, Round, RoundStore
 from rlhf_pl.utils import disk
@@ -24,7 +24,7 @@ SHARDS = {"responses": 3, "rewards": 3, "pairs": 1, "logps": 1}
 
 
 def fill(stored: Round, salt: int, stages: int = 4, held_out: int = 2) -> None:
-    """A round whose first `stages` stages are complete; what is in its shards depends on `salt`."""
+    """Write a round whose first `stages` stages are complete, with shards that depend on `salt`."""
     stored.update(settings={"responses": {"seed": salt}}, prompts={"held_out": held_out})
     for stage, count in list(SHARDS.items())[:stages]:
         for number in range(count):
@@ -35,7 +35,7 @@ def fill(stored: Round, salt: int, stages: int = 4, held_out: int = 2) -> None:
 
 
 def make_run(folder: Path, salt: int = 0) -> RoundStore:
-    """Two rounds that were trained on, and the three evaluations around them."""
+    """Write two rounds that were trained on, and the three evaluations before and after them."""
     store = RoundStore(folder)
     for version in range(3):
         fill(store.held_out(version), salt + 10 + version, 2)
@@ -60,9 +60,9 @@ def other(tmp_path: Path) -> RoundStore:
 
 
 def age(store: RoundStore) -> None:
-    """Make of a store one of a version that noted neither run nor round."""
+    """Convert a store to that of a version that recorded neither run nor round."""
     (store.run_dir / "store.json").unlink()
-    for stored in store.everything():
+    for stored in store.all_rounds():
         for name in ("manifest.json", ".manifest.copy.json"):
             content = json.loads((stored.path / name).read_text())
             for key in ("run", "round", "checksum"):
@@ -74,31 +74,31 @@ def age(store: RoundStore) -> None:
 def contents(store: RoundStore) -> dict[str, list[int]]:
     return {
         f"{stored.name}/{stage}": stored.read(stage)["a"].to_pylist()
-        for stored in store.everything()
+        for stored in store.all_rounds()
         for stage in SHARDS
         if stored.is_complete(stage)
     }
 
 
 @pytest.mark.parametrize("old", [False, True])
-def test_a_store_is_whole_and_its_notes_are_gone(store: RoundStore, old: bool) -> None:
+def test_a_new_store_has_no_problems_and_no_notes(store: RoundStore, old: bool) -> None:
     before = contents(store)
     if old:
         age(store)
     assert not find_problems(store)
     assert not list(store.run_dir.rglob("*.shard"))
-    store.tidy()
+    store.clean_up()
     assert not find_problems(store)
     assert contents(store) == before
-    assert {stored.manifest["run"] for stored in store.everything()} == {store.noted_run}
+    assert {stored.manifest["run"] for stored in store.all_rounds()} == {store.recorded_run}
 
 
 @pytest.mark.parametrize("old", [False, True])
-@pytest.mark.parametrize("real_is", ["there", "gone"])
-def test_a_foreign_shard_with_its_own_checksum_is_named_and_not_read(
-    store: RoundStore, other: RoundStore, old: bool, real_is: str
+@pytest.mark.parametrize("own_shard", ["existing", "missing"])
+def test_a_foreign_shard_with_a_valid_checksum_is_named_and_not_read(
+    store: RoundStore, other: RoundStore, old: bool, own_shard: str
 ) -> None:
-    """Whether it sorts before the real one or after it, and whether or not that is there."""
+    """It may sort before or after the own shard, which may be missing."""
     if old:
         age(store)
     stored, before = store.round(0), contents(store)
@@ -107,23 +107,23 @@ def test_a_foreign_shard_with_its_own_checksum_is_named_and_not_read(
     sources += [other.round(1).shards("responses")[0], other.held_out(0).shards("responses")[1]]
     sources += [other.held_out(1).shards("responses")[2], other.held_out(2).shards("responses")[2]]
     foreign = sorted({str(shutil.copy(file, real.parent)) for file in sources})
-    assert {Path(f).name < real.name for f in foreign} == {True, False}  # of these
-    if real_is == "gone":
+    assert {Path(f).name < real.name for f in foreign} == {True, False}
+    if own_shard == "missing":
         real.unlink()
         with pytest.raises(DamagedStoreError, match=f"{real.name} is damaged: it is missing"):
             stored.read("responses")
     else:
         assert contents(store) == before
     problems = find_problems(store)
-    assert problems.strangers == sorted(map(Path, foreign))
-    assert problems.damaged == ([] if real_is == "there" else [(problems.damaged[0][0], real)])
+    assert problems.foreign == sorted(map(Path, foreign))
+    assert problems.damaged == ([] if own_shard == "existing" else [(problems.damaged[0][0], real)])
     with pytest.raises(DamagedStoreError, match=r"(?s)not of this run: .*parquet.*--repair"):
         problems.refuse()
-    move_aside(store, problems.strangers)
+    move_aside(store, problems.foreign)
     assert sorted(p.name for p in store.run_dir.glob("set_aside/rounds/0000/responses/*")) == sorted(
         Path(f).name for f in foreign
     )
-    if real_is == "gone":
+    if own_shard == "missing":
         stored.drop(real)
         stored.write_shard("responses", 1, pa.table({"a": [0, 1]}))
         stored.complete("responses")
@@ -131,7 +131,7 @@ def test_a_foreign_shard_with_its_own_checksum_is_named_and_not_read(
     assert not find_problems(store)
 
 
-STRANGE = {
+FOREIGN = {
     "rounds/0000/responses/00007-0123456789abcdef.parquet": "x",
     "rounds/0000/responses/notes.txt": "x",
     "rounds/0000/responses/deep/x.parquet": "x",
@@ -146,19 +146,19 @@ STRANGE = {
 }
 
 
-@pytest.mark.parametrize("path", list(STRANGE))
+@pytest.mark.parametrize("path", list(FOREIGN))
 def test_any_other_file_is_named_and_moved_aside(store: RoundStore, path: str) -> None:
     before = contents(store)
     file = store.run_dir / path
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(STRANGE[path])
+    file.write_text(FOREIGN[path])
     problems = find_problems(store)
-    assert len(problems.strangers) == 1
-    assert file.is_relative_to(problems.strangers[0])
+    assert len(problems.foreign) == 1
+    assert file.is_relative_to(problems.foreign[0])
     assert not problems.damaged
     assert not problems.missing
-    move_aside(store, problems.strangers)
-    assert (store.run_dir / "set_aside" / path).read_text() == STRANGE[path]
+    move_aside(store, problems.foreign)
+    assert (store.run_dir / "set_aside" / path).read_text() == FOREIGN[path]
     assert not find_problems(store)
     assert contents(store) == before
 
@@ -167,7 +167,7 @@ def test_any_other_file_is_named_and_moved_aside(store: RoundStore, path: str) -
     "name",
     [".DS_Store", ".nfs000012", "00000-0123456789abcdef.parquet~", ".00000-0123456789abcdef.parquet.tmp", "Thumbs.db"],
 )
-def test_hidden_files_and_backups_are_passed_over(store: RoundStore, name: str) -> None:
+def test_hidden_files_and_backups_are_ignored(store: RoundStore, name: str) -> None:
     for folder in ("rounds", "rounds/0000", "rounds/0000/responses"):
         (store.run_dir / folder / name).write_text("x")
     before = contents(store)
@@ -176,7 +176,7 @@ def test_hidden_files_and_backups_are_passed_over(store: RoundStore, name: str) 
 
 
 @pytest.mark.parametrize("make", [lambda file: file.symlink_to("nowhere"), Path.mkdir, os.mkfifo])
-def test_a_link_to_a_good_shard_is_taken_and_what_else_stands_there_is_damage(
+def test_a_link_to_a_valid_shard_is_accepted_and_other_entries_are_damage(
     store: RoundStore, make: Callable[[Path], None]
 ) -> None:
     file = store.round(0).shards("responses")[1]
@@ -195,41 +195,41 @@ def test_a_link_to_a_good_shard_is_taken_and_what_else_stands_there_is_damage(
 
 
 @pytest.mark.parametrize("of", ["another run", "another round", "an evaluation"])
-def test_a_manifest_of_others_is_noticed_and_the_copy_taken(store: RoundStore, other: RoundStore, of: str) -> None:
+def test_a_foreign_manifest_is_detected_and_replaced_by_the_copy(store: RoundStore, other: RoundStore, of: str) -> None:
     before, file = contents(store), store.round(1).path / "manifest.json"
     source = {"another run": other.round(1), "another round": store.round(0), "an evaluation": store.held_out(1)}[of]
     shutil.copy(source.path / "manifest.json", file)
     with pytest.raises(DamagedStoreError, match=r"manifest\.json belongs to"):
         _ = store.round(1).manifest
     problems = find_problems(store)
-    assert ([bad for _, bad in problems.damaged], problems.strangers, problems.missing) == ([file], [], [])
+    assert ([bad for _, bad in problems.damaged], problems.foreign, problems.missing) == ([file], [], [])
     store.round(1).drop(file)
     assert not find_problems(store)
     assert contents(store) == before
 
 
 @pytest.mark.parametrize("at", [1, 2, 7])
-def test_a_round_of_another_run_is_a_stranger_as_a_whole(store: RoundStore, other: RoundStore, at: int) -> None:
+def test_a_round_of_another_run_is_foreign_as_a_whole(store: RoundStore, other: RoundStore, at: int) -> None:
     shutil.rmtree(store.round(at).path, ignore_errors=True)
     shutil.copytree(other.round(1).path, store.round(at).path)
     problems = find_problems(store)
-    assert problems.strangers == [store.round(at).path]
+    assert problems.foreign == [store.round(at).path]
     assert not problems.damaged
     assert [stored.name for stored in find_problems(store, rounds_done=2).missing] == (
         ["rounds/0001"] if at == 1 else []
     )
 
 
-def test_a_round_beyond_one_that_is_not_there_is_a_stranger_too(store: RoundStore) -> None:
+def test_a_round_after_a_missing_round_is_foreign(store: RoundStore) -> None:
     shutil.copytree(store.round(1).path, store.round(7).path)
     shutil.copytree(store.held_out(1).path, store.held_out(9).path)
-    age(store)  # nothing tells whose it is
-    assert find_problems(store, rounds_done=2).strangers == [store.held_out(9).path, store.round(7).path]
+    age(store)  # nothing records the run
+    assert find_problems(store, rounds_done=2).foreign == [store.held_out(9).path, store.round(7).path]
 
 
 @pytest.mark.parametrize("old", [False, True])
 @pytest.mark.parametrize(
-    ("gone", "missing"),
+    ("deleted", "missing"),
     [
         ("rounds/0000", ["rounds/0000"]),
         ("heldout/0000", ["heldout/0000"]),
@@ -238,45 +238,45 @@ def test_a_round_beyond_one_that_is_not_there_is_a_stranger_too(store: RoundStor
         ("rounds/0001", ["rounds/0001"]),
     ],
 )
-def test_what_is_gone_is_named(store: RoundStore, gone: str, missing: list[str], old: bool) -> None:
+def test_missing_rounds_are_named(store: RoundStore, deleted: str, missing: list[str], old: bool) -> None:
     if old:
         age(store)
-    shutil.rmtree(store.run_dir / gone)
+    shutil.rmtree(store.run_dir / deleted)
     problems = find_problems(store, rounds_done=2)
     assert [stored.name for stored in problems.missing] == missing
-    assert not problems.strangers
+    assert not problems.foreign
     for stored in problems.missing:
         store.give_up(stored)
     assert not find_problems(store, rounds_done=2)
 
 
-def test_evaluations_are_not_missed_where_there_were_none(tmp_path: Path) -> None:
+def test_evaluations_are_not_missing_without_held_out_prompts(tmp_path: Path) -> None:
     store = RoundStore(tmp_path)
     fill(store.round(0), 0, held_out=0)
     assert not find_problems(store, rounds_done=1)
 
 
 @pytest.mark.parametrize("text", [None, "", "{", '{"run": "x"}', "\x00"])
-def test_the_store_knows_its_run_without_its_own_file(store: RoundStore, other: RoundStore, text: str | None) -> None:
-    run, file = store.noted_run, store.run_dir / "store.json"
+def test_the_store_identifies_its_run_without_its_file(store: RoundStore, other: RoundStore, text: str | None) -> None:
+    run, file = store.recorded_run, store.run_dir / "store.json"
     file.unlink() if text is None else file.write_text(text)
     assert not find_problems(store)
     shutil.copytree(other.round(1).path, store.round(2).path)
-    assert find_problems(store).strangers == [store.round(2).path]
+    assert find_problems(store).foreign == [store.round(2).path]
     shutil.rmtree(store.round(2).path)
     fill(store.round(2), 2)
-    assert store.noted_run == run
+    assert store.recorded_run == run
 
 
-def test_a_store_file_of_another_run_is_the_stranger(store: RoundStore, other: RoundStore) -> None:
-    """All rounds say otherwise: they stay, and keep the run that they are of."""
+def test_a_store_file_of_another_run_is_foreign(store: RoundStore, other: RoundStore) -> None:
+    """All rounds record their own run: they are kept, and so is their run."""
     run = store.run
     shutil.copy(other.run_dir / "store.json", store.run_dir / "store.json")
     problems = find_problems(store, 2)
     assert problems.lines() == [f"not of this run: {store.run_dir / 'store.json'}"]
-    move_aside(store, problems.strangers)
+    move_aside(store, problems.foreign)
     assert not find_problems(store, 2)
-    assert store.identify() == store.noted_run == run
+    assert store.identify() == store.recorded_run == run
 
 
 def test_a_checkpoint_of_another_run_is_refused(store: RoundStore, other: RoundStore) -> None:
@@ -295,8 +295,8 @@ def test_a_checkpoint_of_another_run_is_refused(store: RoundStore, other: RoundS
 
 
 def test_a_kill_at_any_moment_of_a_stage_loses_nothing_and_needs_no_repair(tmp_path: Path) -> None:
-    """Killed before every flush and rename, then every shard that was renamed counts, and nothing is a stranger."""
-    done = []
+    """Killed before each flush and rename: every renamed shard is kept, and no file is foreign."""
+    shard_counts = []
     for step in range(1, 40):
         store = RoundStore(tmp_path / str(step))
         child = os.fork()
@@ -312,26 +312,26 @@ def test_a_kill_at_any_moment_of_a_stage_loses_nothing_and_needs_no_repair(tmp_p
             os._exit(0)
         code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         stored = store.round(0)
-        there = list((stored.path / "responses").glob("[0-9]*.parquet"))
-        assert sorted(stored.shards("responses").values()) == sorted(there)
+        existing = list((stored.path / "responses").glob("[0-9]*.parquet"))
+        assert sorted(stored.shards("responses").values()) == sorted(existing)
         assert not find_problems(store)
-        store.tidy()
-        before = {file: file.stat().st_mtime_ns for file in there}
-        fill_rest(stored)
-        assert {file: file.stat().st_mtime_ns for file in there} == before
+        store.clean_up()
+        before = {file: file.stat().st_mtime_ns for file in existing}
+        resume_stage(stored)
+        assert {file: file.stat().st_mtime_ns for file in existing} == before
         assert stored.read("responses")["a"].to_pylist() == [1, 0, 1, 1, 1, 2]
         assert not find_problems(store)
-        left = [p.name for p in tmp_path.rglob(f"{step}/rounds/**/*") if p.is_file() and p.suffix != ".parquet"]
-        assert sorted(left) == [".manifest.copy.json", "manifest.json"]
+        others = [p.name for p in tmp_path.rglob(f"{step}/rounds/**/*") if p.is_file() and p.suffix != ".parquet"]
+        assert sorted(others) == [".manifest.copy.json", "manifest.json"]
         if code == 0:
             break
-        done.append(len(there))
+        shard_counts.append(len(existing))
     assert code == 0
-    assert set(done) == {0, 1, 2, 3}
+    assert set(shard_counts) == {0, 1, 2, 3}
 
 
-def fill_rest(stored: Round) -> None:
-    """Go on as a stage does."""
+def resume_stage(stored: Round) -> None:
+    """Write the missing shards, as a stage does."""
     if not stored.manifest.get("settings"):
         stored.update(settings={})
     for number in set(range(3)) - set(stored.shards("responses")):
@@ -339,9 +339,7 @@ def fill_rest(stored: Round) -> None:
     stored.complete("responses")
 
 
-def test_a_shard_that_is_replaced_survives_a_kill_before_the_new_one_is_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shard_survives_a_kill_before_it_is_replaced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stored = RoundStore(tmp_path).round(0)
     stored.update(settings={})
     stored.write_shard("rewards", 0, pa.table({"a": [1]}))
@@ -356,15 +354,15 @@ def test_a_shard_that_is_replaced_survives_a_kill_before_the_new_one_is_there(
     with pytest.raises(KeyboardInterrupt):
         stored.write_shard("rewards", 0, pa.table({"a": [2]}))
     assert stored.read_shard("rewards", 0)["a"].to_pylist() == [1]
-    assert not strangers_in(stored, RoundStore(stored.run_dir).run)
+    assert not find_foreign_files(stored, RoundStore(stored.run_dir).run)
     monkeypatch.undo()
     stored.write_shard("rewards", 0, pa.table({"a": [2]}))
     assert stored.read_shard("rewards", 0)["a"].to_pylist() == [2]
     assert len(list((stored.path / "rewards").glob("*.parquet"))) == 1
 
 
-def test_a_shard_of_a_stage_in_progress_needs_this_rounds_note(store: RoundStore, other: RoundStore) -> None:
-    """A whole stage folder of another run, notes and all, copied over one in progress."""
+def test_a_shard_of_an_incomplete_stage_requires_a_note_of_its_round(store: RoundStore, other: RoundStore) -> None:
+    """The stage folder of another run, notes included, is copied into an incomplete one."""
     mine, theirs = store.round(2), other.round(2)
     for stored, salt, numbers in ((mine, 1, [0]), (theirs, 2, [0, 1])):
         stored.update(settings={"responses": {"seed": salt}})
@@ -374,11 +372,11 @@ def test_a_shard_of_a_stage_in_progress_needs_this_rounds_note(store: RoundStore
         if not (mine.path / "responses" / file.name).exists():
             shutil.copy(file, mine.path / "responses")
     assert list(mine.shards("responses")) == [0]
-    strange = {path.name for path in find_problems(store).strangers}
-    assert strange == {file.name for file in theirs.shards("responses").values()} | {"_00001.shard"}
+    foreign = {path.name for path in find_problems(store).foreign}
+    assert foreign == {file.name for file in theirs.shards("responses").values()} | {"_00001.shard"}
 
 
-def test_of_two_shards_with_one_number_an_unfinished_stage_of_older_versions_takes_neither(store: RoundStore) -> None:
+def test_an_incomplete_stage_of_older_versions_rejects_two_shards_with_one_number(store: RoundStore) -> None:
     stored = store.round(2)
     stored.update(settings={})
     for number in range(2):
@@ -389,14 +387,14 @@ def test_of_two_shards_with_one_number_an_unfinished_stage_of_older_versions_tak
     assert list(stored.shards("responses")) == [0, 1]
     shutil.copy(store.round(0).shards("responses")[1], stored.path / "responses")
     assert list(stored.shards("responses")) == [0]
-    assert len(find_problems(store).strangers) == 2
-    store.tidy()
+    assert len(find_problems(store).foreign) == 2
+    store.clean_up()
     assert list(stored.shards("responses")) == [0]
-    assert len(find_problems(store).strangers) == 2
+    assert len(find_problems(store).foreign) == 2
 
 
-def test_a_stored_run_of_an_older_version_opens_as_it_is(tmp_path: Path) -> None:
-    """Two rounds of 12 prompts with 3 responses each, by a version whose manifests named neither run nor round."""
+def test_a_stored_run_of_an_older_version_is_read_unchanged(tmp_path: Path) -> None:
+    """Two rounds of 12 prompts with 3 responses each, by a version whose manifests recorded neither run nor round."""
     with tarfile.open(Path(__file__).with_name("store_without_notes.tar.gz")) as archive:
         archive.extractall(tmp_path, filter="data")
     store = RoundStore(tmp_path)
@@ -406,8 +404,8 @@ def test_a_stored_run_of_an_older_version_opens_as_it_is(tmp_path: Path) -> None
     assert [sum(numbers) / 36 for numbers in rewards] == pytest.approx(
         [store.round(index).info("rewards")["mean"] for index in range(2)]
     )
-    store.tidy()
+    store.clean_up()
     assert not find_problems(store, rounds_done=2)
     assert shards == {file: file.read_bytes() for file in tmp_path.rglob("*.parquet")}
     foreign = shutil.copy(store.round(0).shards("responses")[1], store.round(1).path / "responses")
-    assert find_problems(store, rounds_done=2).strangers == [Path(foreign)]
+    assert find_problems(store, rounds_done=2).foreign == [Path(foreign)]

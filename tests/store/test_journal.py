@@ -1,4 +1,4 @@
-"""The journal of scores: what is torn at its end is dropped, anything else that is not what was written is refused."""
+"""The journal of scores: an incomplete last line is dropped, every other change is refused."""
 
 import json
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from rlhf_pl.store.files import DamagedStoreError
-from rlhf_pl.store.journal import Journal, cut_journal, is_whole_journal
+from rlhf_pl.store.journal import Journal, is_whole_journal, truncate_journal
 from rlhf_pl.store.round_store import RoundStore
 
-MADE_OF = ["00000-0123456789abcdef.parquet", "reward:1"]
+INPUTS = ["00000-0123456789abcdef.parquet", "reward:1"]
 CALLS = [
     [["result", 0.5, {"a": 1.0}, 0], ["failure", "timeout", "after 3 s"]],
     [["result", 1.25, {}, 2]],
@@ -20,7 +20,7 @@ ALL = [entry for call in CALLS for entry in call]
 
 @pytest.fixture
 def file(tmp_path: Path) -> Path:
-    journal = Journal(tmp_path / "rounds/0000/rewards/_00000.journal", MADE_OF)
+    journal = Journal(tmp_path / "rounds/0000/rewards/_00000.journal", INPUTS)
     assert journal.read() == []
     for call in CALLS:
         journal.add(call)
@@ -28,31 +28,31 @@ def file(tmp_path: Path) -> Path:
 
 
 def read(file: Path) -> list:
-    return Journal(file, MADE_OF).read()
+    return Journal(file, INPUTS).read()
 
 
-def test_what_was_kept_is_read_and_gone_on_with(file: Path) -> None:
-    journal = Journal(file, MADE_OF)
+def test_stored_results_are_read_and_continued(file: Path) -> None:
+    journal = Journal(file, INPUTS)
     assert journal.read() == ALL
     journal.add(CALLS[0])
     assert read(file) == [*ALL, *CALLS[0]]
     assert is_whole_journal(file)
 
 
-def test_a_journal_of_other_answers_is_deleted(file: Path) -> None:
+def test_a_journal_of_other_responses_is_deleted(file: Path) -> None:
     assert Journal(file, ["others", "reward:1"]).read() == []
     assert not file.exists()
 
 
 @pytest.mark.parametrize("size", range(1, 400, 7))
-def test_a_torn_end_is_dropped_and_the_calls_before_it_stay(file: Path, size: int) -> None:
+def test_an_incomplete_line_is_dropped_and_the_calls_before_it_are_kept(file: Path, size: int) -> None:
     content = file.read_bytes()
     file.write_bytes(content[:-size])
     if size < len(content):
         whole = content[:-size].count(b"\n") - 1
         assert is_whole_journal(file)
         expected = [entry for call in CALLS[: max(0, whole)] for entry in call]
-        journal = Journal(file, MADE_OF)
+        journal = Journal(file, INPUTS)
         assert journal.read() == expected
         journal.add([["result", 9.0, {}, 0]])
         assert read(file) == [*expected, ["result", 9.0, {}, 0]]
@@ -62,7 +62,7 @@ def lines_of(file: Path) -> list[bytes]:
     return file.read_bytes().splitlines(keepends=True)
 
 
-HARMS = {
+CHANGES = {
     "a digit": lambda ls: [ls[0], ls[1].replace(b"0.5", b"0.6"), *ls[2:]],
     "a digit of the last": lambda ls: [*ls[:3], ls[3].replace(b"7.0", b"8.0")],
     "NaN": lambda ls: [*ls[:2], ls[2].replace(b"1.25", b"NaN"), ls[3]],
@@ -70,38 +70,38 @@ HARMS = {
     "the last repeated": lambda ls: [*ls, ls[-1]],
     "missing": lambda ls: [*ls[:2], ls[3]],
     "reordered": lambda ls: [*ls[:1], ls[2], ls[1], ls[3]],
-    "header gone": lambda ls: ls[1:],
+    "header missing": lambda ls: ls[1:],
     "garbage between": lambda ls: [*ls[:2], b"\xff\xfe\x00\n", *ls[2:]],
     "garbage at the end": lambda ls: [*ls, b"nothing\n"],
     "blank line": lambda ls: [*ls[:2], b"\n", *ls[2:]],
     "all garbage": lambda ls: [b"\x00\xff\n", b"x"],
-    "a checksum less": lambda ls: [*ls[:2], ls[2].split(b" ", 1)[1], ls[3]],
+    "a missing checksum": lambda ls: [*ls[:2], ls[2].split(b" ", 1)[1], ls[3]],
     "nested": lambda ls: [b"[" * 100000 + b"\n"],
 }
 KEPT = {"a digit": 0, "a digit of the last": 2, "NaN": 1, "repeated": 1, "the last repeated": 3, "missing": 1,
         "reordered": 0, "garbage between": 1, "garbage at the end": 3, "blank line": 1,
-        "a checksum less": 1}  # fmt: skip
+        "a missing checksum": 1}  # fmt: skip
 
 
-@pytest.mark.parametrize("harm", list(HARMS))
-def test_any_other_change_is_refused_and_repaired_up_to_it(file: Path, harm: str) -> None:
-    file.write_bytes(b"".join(HARMS[harm](lines_of(file))))
+@pytest.mark.parametrize("change", list(CHANGES))
+def test_any_other_change_is_refused_and_repaired_up_to_it(file: Path, change: str) -> None:
+    file.write_bytes(b"".join(CHANGES[change](lines_of(file))))
     with pytest.raises(DamagedStoreError, match=r"_00000\.journal is damaged after .* --repair"):
         read(file)
     assert not is_whole_journal(file)
     stored = RoundStore(file.parents[3]).round(0)
-    assert stored.damage() == [file]
+    assert stored.find_damage() == [file]
     stored.drop(file)
-    assert read(file) == [entry for call in CALLS[: KEPT.get(harm, 0)] for entry in call]
+    assert read(file) == [entry for call in CALLS[: KEPT.get(change, 0)] for entry in call]
 
 
 def old_format(lines: list) -> bytes:
     return "".join(json.dumps(line) + "\n" for line in lines).encode()
 
 
-def test_a_journal_without_checksums_is_taken_and_gets_them(file: Path) -> None:
-    file.write_bytes(old_format([MADE_OF, *CALLS[:2]]) + b'[["result", 1.')
-    journal = Journal(file, MADE_OF)
+def test_a_journal_without_checksums_is_accepted_and_converted(file: Path) -> None:
+    file.write_bytes(old_format([INPUTS, *CALLS[:2]]) + b'[["result", 1.')
+    journal = Journal(file, INPUTS)
     assert journal.read() == [entry for call in CALLS[:2] for entry in call]
     journal.add(CALLS[2])
     assert read(file) == ALL
@@ -114,18 +114,18 @@ def test_a_journal_without_checksums_is_taken_and_gets_them(file: Path) -> None:
      "x", '[["result", 1' + "0" * 400 + ", {}, 0]]"],
 )  # fmt: skip
 def test_lines_without_checksums_must_be_scores(file: Path, line: str) -> None:
-    file.write_bytes(old_format([MADE_OF, CALLS[0]]) + line.encode() + b"\n" + old_format([CALLS[1]]))
+    file.write_bytes(old_format([INPUTS, CALLS[0]]) + line.encode() + b"\n" + old_format([CALLS[1]]))
     with pytest.raises(DamagedStoreError, match="after 1 calls"):
         read(file)
-    cut_journal(file)
+    truncate_journal(file)
     assert read(file) == CALLS[0]
 
 
 @pytest.mark.parametrize("kind", ["folder", "link"])
-def test_a_journal_that_is_no_file_is_damage(file: Path, kind: str) -> None:
+def test_a_journal_that_is_not_a_file_is_damage(file: Path, kind: str) -> None:
     file.unlink()
     file.mkdir() if kind == "folder" else file.symlink_to("nowhere")
     stored = RoundStore(file.parents[3]).round(0)
-    assert stored.damage() == [file]
+    assert stored.find_damage() == [file]
     stored.drop(file)
     assert read(file) == []

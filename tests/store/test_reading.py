@@ -1,4 +1,4 @@
-"""What is read of a round store is verified; what is not read is not looked into at a start."""
+"""Shards are verified when they are read; at the start of a run they are not read."""
 
 from pathlib import Path
 
@@ -36,7 +36,7 @@ def test_columns_are_read_shard_by_shard(stored: Round) -> None:
     assert stored.read_shard("responses", 2, ["a"]).to_pydict() == {"a": [2, 20]}
 
 
-def test_a_start_opens_no_shard_and_finds_what_is_missing_or_cut_off(
+def test_a_start_reads_no_shard_and_finds_missing_and_truncated_ones(
     stored: Round, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = RoundStore(stored.run_dir)
@@ -51,7 +51,7 @@ def test_a_start_opens_no_shard_and_finds_what_is_missing_or_cut_off(
 
 
 @pytest.mark.parametrize("columns", [None, ["a"]])
-def test_a_shard_that_is_changed_inside_is_found_when_it_is_read(stored: Round, columns: list[str] | None) -> None:
+def test_a_change_inside_a_shard_is_found_when_it_is_read(stored: Round, columns: list[str] | None) -> None:
     assert not find_problems(RoundStore(stored.run_dir), checksums=False)
     file = stored.shards("rewards")[1]
     flip(file)

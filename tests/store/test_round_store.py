@@ -22,32 +22,32 @@ def stored(tmp_path: Path) -> Round:
     return made
 
 
-def test_what_is_written_is_read_and_opens_with_ordinary_tools(stored: Round) -> None:
+def test_shards_can_be_read_here_and_by_other_parquet_readers(stored: Round) -> None:
     assert stored.read("responses")["a"].to_pylist() == [0, 10, 1, 11, 2, 12]
     assert stored.info("responses")["rows"] == 6
-    assert stored.damage() == []
+    assert stored.find_damage() == []
     assert sorted(pq.read_table(stored.path / "responses")["a"].to_pylist()) == [0, 1, 2, 10, 11, 12]
 
 
-@pytest.mark.parametrize("harm", ["cut", "flip", "empty", "gone"])
-def test_a_damaged_shard_is_found_and_named(stored: Round, harm: str) -> None:
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "empty", "missing"])
+def test_a_damaged_shard_is_found_and_named(stored: Round, damage: str) -> None:
     file = stored.shards("responses")[1]
     content = file.read_bytes()
-    if harm == "gone":
+    if damage == "missing":
         file.unlink()
     else:
         middle = len(content) // 2
         flipped = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        file.write_bytes({"cut": content[:-7], "flip": flipped, "empty": b""}[harm])
+        file.write_bytes({"truncated": content[:-7], "flipped": flipped, "empty": b""}[damage])
         with pytest.raises(DamagedStoreError, match=file.name):
             stored.read("responses")
-    assert stored.damage() == [file]
+    assert stored.find_damage() == [file]
     stored.drop(file)
     assert not stored.is_complete("responses")
     assert list(stored.shards("responses")) == [0, 2]
     stored.write_shard("responses", 1, pa.table({"a": [1, 11]}))
     assert stored.shards("responses")[1].name == file.name  # the same content, the same name
-    assert stored.damage() == []
+    assert stored.find_damage() == []
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"schema_version": 2, "stages": {}}', "\xff"])
@@ -57,20 +57,20 @@ def test_a_damaged_manifest_is_found_and_restored_from_its_copy(stored: Round, t
     file.write_bytes(text.encode("latin-1"))
     with pytest.raises(DamagedStoreError, match=r"manifest\.json is damaged"):
         stored.is_complete("responses")
-    assert stored.damage() == [file]
+    assert stored.find_damage() == [file]
     stored.drop(file)
     assert stored.manifest == before
 
 
-def test_an_edited_manifest_is_noticed(stored: Round) -> None:
+def test_an_edited_manifest_is_detected(stored: Round) -> None:
     file = stored.path / "manifest.json"
     file.write_text(file.read_text().replace('"rows": 6', '"rows": 7'))
-    assert stored.damage() == [file]
+    assert stored.find_damage() == [file]
 
 
 def test_shards_without_a_manifest_are_damage(stored: Round) -> None:
     (stored.path / "manifest.json").unlink()
-    assert stored.damage() == [stored.path / "manifest.json"]
+    assert stored.find_damage() == [stored.path / "manifest.json"]
 
 
 def test_another_schema_version_is_refused_with_a_remedy(stored: Round) -> None:
@@ -79,7 +79,7 @@ def test_another_schema_version_is_refused_with_a_remedy(stored: Round) -> None:
         _ = stored.manifest
 
 
-def test_clear_takes_a_stage_and_those_after_it(stored: Round) -> None:
+def test_clear_deletes_a_stage_and_those_after_it(stored: Round) -> None:
     for stage in ("rewards", "pairs", "logps"):
         stored.write_shard(stage, 0, pa.table({"a": [1]}))
         stored.complete(stage)
@@ -92,21 +92,21 @@ def test_clear_takes_a_stage_and_those_after_it(stored: Round) -> None:
     assert len(stored.shards("rewards")) == 1
 
 
-def test_a_stage_that_is_reopened_may_die_between_its_shards(stored: Round) -> None:
-    """A shard of other content has another name: until the stage is complete again, the old one is not missed."""
+def test_a_reopened_stage_may_be_interrupted_between_shards(stored: Round) -> None:
+    """A shard with other content has another name: until the stage is complete again, the old one is not missing."""
     for number in range(2):
         stored.write_shard("rewards", number, pa.table({"reward": [1.0]}))
     stored.complete("rewards", failures={"timeout": 1})
     stored.reopen("rewards")
     stored.write_shard("rewards", 0, pa.table({"reward": [2.0]}))
-    assert stored.damage() == []
+    assert stored.find_damage() == []
     assert not stored.is_complete("rewards")
     assert stored.info("rewards")["failures"] == {"timeout": 1}
     stored.complete("rewards")
-    assert stored.damage() == []
+    assert stored.find_damage() == []
 
 
-def test_nothing_is_left_of_a_write_that_failed(stored: Round, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failed_write_leaves_no_file(stored: Round, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
 
@@ -123,8 +123,8 @@ def test_nothing_is_left_of_a_write_that_failed(stored: Round, monkeypatch: pyte
 
 
 @pytest.mark.parametrize("step", range(1, 5))
-def test_nothing_is_left_of_a_manifest_whose_writing_was_killed(stored: Round, step: int) -> None:
-    """Killed before each flush and each rename of it and its copy; who goes on writes it again."""
+def test_a_manifest_can_be_written_again_after_a_kill_during_its_write(stored: Round, step: int) -> None:
+    """The process is killed before each flush and rename of the manifest and its copy."""
     child = os.fork()
     if child == 0:
         steps = iter(range(1, 5))

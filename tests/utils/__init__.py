@@ -1,1 +1,1 @@
-"""What every other part of the package may use."""
+"""Tests of the utilities that all other packages use."""

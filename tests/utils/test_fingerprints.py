@@ -1,4 +1,4 @@
-"""What tells one set of weights from another."""
+"""The fingerprint of weights."""
 
 import pytest
 import torch
@@ -20,16 +20,16 @@ def test_it_does_not_depend_on_order_or_memory_layout(weights: dict[str, torch.T
     found = weights_fingerprint(weights.items())
     assert weights_fingerprint(reversed(weights.items())) == found
     strided = torch.empty(64, 300).T.copy_(weights["a"])
-    odd = torch.cat([torch.zeros(1, dtype=torch.bfloat16), weights["b"]])[1:]  # does not start at a whole word
+    odd = torch.cat([torch.zeros(1, dtype=torch.bfloat16), weights["b"]])[1:]  # not aligned to 8 bytes
     assert weights_fingerprint((weights | {"a": strided, "b": odd}).items()) == found
 
 
-@pytest.mark.parametrize("change", ["least step of one weight", "rows change places", "two weights change places"])
+@pytest.mark.parametrize("change", ["smallest step of one weight", "two rows swapped", "two weights swapped"])
 def test_it_changes_with_any_change(weights: dict[str, torch.Tensor], change: str) -> None:
     a = weights["a"].clone()
-    if change == "rows change places":
+    if change == "two rows swapped":
         a[[3, 4]] = a[[4, 3]]
-    elif change == "two weights change places":
+    elif change == "two weights swapped":
         a[0, 0], a[5, 7] = weights["a"][5, 7], weights["a"][0, 0]
     else:
         a[2, 3] = torch.nextafter(a[2, 3], torch.tensor(9.0))

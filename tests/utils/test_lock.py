@@ -28,7 +28,7 @@ CHILDREN
 print("locked", flush=True)
 time.sleep(60)
 """
-# as a loader's workers are started; from another thread; with `subprocess`, descriptors not closed; a child of a child
+# like a loader's workers; from another thread; with `subprocess` and open descriptors; a child of a child
 CHILDREN = {
     "fork": "multiprocessing.get_context('fork').Process(target=time.sleep, args=(60,)).start()",
     "in a thread": """
@@ -52,7 +52,7 @@ Holder = Callable[..., subprocess.Popen]
 
 @pytest.fixture
 def hold(tmp_path: Path) -> Iterator[Holder]:
-    """Starts owners of `run`, each with children of its own."""
+    """A function that starts a process which holds the lock on `run` and has children."""
     started = []
 
     def start(children: str = "", source: str = HOLD) -> subprocess.Popen:
@@ -80,20 +80,20 @@ def kill(process: subprocess.Popen) -> None:
     process.wait()
 
 
-def text(folder: Path) -> dict:
+def read_owner(folder: Path) -> dict:
     return json.loads((folder / ".lock").read_text())
 
 
-def no_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+def disable_locks(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def unsupported(*args: object) -> None:
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr("fcntl.flock", unsupported)
     monkeypatch.setattr("fcntl.lockf", unsupported)
-    monkeypatch.setattr(lock_module, "SETTLING", 0.01)
+    monkeypatch.setattr(lock_module, "SETTLE_S", 0.01)
 
 
-def test_a_second_process_is_told_who_has_the_directory(tmp_path: Path, holder: subprocess.Popen) -> None:
+def test_the_error_for_a_second_process_names_the_owner(tmp_path: Path, holder: subprocess.Popen) -> None:
     lock = RunLock(tmp_path / "run")
     for attempt in (lock.check, lock.acquire):
         with pytest.raises(InputError) as error:
@@ -101,19 +101,19 @@ def test_a_second_process_is_told_who_has_the_directory(tmp_path: Path, holder: 
         assert f"process {holder.pid} on host {socket.gethostname()}" in str(error.value)
 
 
-def test_a_dead_owners_lock_is_recognised(tmp_path: Path, holder: subprocess.Popen) -> None:
+def test_a_dead_owners_lock_can_be_acquired(tmp_path: Path, holder: subprocess.Popen) -> None:
     kill(holder)
     assert (tmp_path / "run" / ".lock").exists()
     lock = RunLock(tmp_path / "run")
     lock.check()
     lock.acquire()
-    assert text(tmp_path / "run")["pid"] == os.getpid()
+    assert read_owner(tmp_path / "run")["pid"] == os.getpid()
     lock.release()
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_it_stays_while_the_owner_reads_copies_and_locks_its_files(tmp_path: Path, hold: Holder) -> None:
-    """POSIX locks of a process go when it closes any descriptor of the file."""
+def test_the_owner_may_read_copy_and_lock_its_files(tmp_path: Path, hold: Holder) -> None:
+    """A process loses its POSIX locks on a file when it closes any descriptor of the file."""
     hold("""
 import fcntl, shutil
 open(sys.argv[1] + "/.lock").read()
@@ -124,22 +124,22 @@ lock.check()
 """)
     with pytest.raises(InputError, match="in use by process"):
         RunLock(tmp_path / "run").acquire()
-    RunLock(tmp_path / "run-copy").acquire()  # names a living owner, which owns another file
+    RunLock(tmp_path / "run-copy").acquire()  # names a living owner, but of another file
 
 
 @pytest.mark.parametrize("kind", CHILDREN)
-def test_no_child_keeps_a_dead_owners_lock(tmp_path: Path, hold: Holder, kind: str) -> None:
+def test_no_child_holds_a_dead_owners_lock(tmp_path: Path, hold: Holder, kind: str) -> None:
     owner = hold(CHILDREN[kind])
-    with pytest.raises(InputError, match="in use by process"):  # nor do they give it away
+    with pytest.raises(InputError, match="in use by process"):  # nor does a child release it
         RunLock(tmp_path / "run").acquire()
     kill(owner)
     began = time.monotonic()
     RunLock(tmp_path / "run").acquire()
     assert time.monotonic() - began < 2
-    os.killpg(owner.pid, 0)  # raises where the children are dead too
+    os.killpg(owner.pid, 0)  # raises if the children are dead too
 
 
-def test_a_child_does_not_release_what_its_parent_has(tmp_path: Path) -> None:
+def test_a_child_does_not_release_its_parents_lock(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
     child = multiprocessing.get_context("fork").Process(target=lock.release)
@@ -150,8 +150,8 @@ def test_a_child_does_not_release_what_its_parent_has(tmp_path: Path) -> None:
         RunLock(tmp_path).acquire()
 
 
-def test_an_owner_that_takes_long_to_die_is_waited_for(tmp_path: Path, holder: subprocess.Popen) -> None:
-    """Another process has its descriptor for a second yet; its own is not to be seen among the living."""
+def test_an_owner_that_is_slow_to_exit_is_waited_for(tmp_path: Path, holder: subprocess.Popen) -> None:
+    """The owner is dead, but another process holds a descriptor for one more second."""
     file = os.open(tmp_path / "run" / ".lock", os.O_RDWR)
     kill(holder)
     fcntl.flock(file, fcntl.LOCK_EX)
@@ -159,20 +159,20 @@ def test_an_owner_that_takes_long_to_die_is_waited_for(tmp_path: Path, holder: s
     RunLock(tmp_path / "run").acquire()
 
 
-def test_a_descriptor_that_outlives_its_owner_is_told(
+def test_a_descriptor_that_outlives_its_owner_is_an_error(
     tmp_path: Path, holder: subprocess.Popen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     file = os.open(tmp_path / "run" / ".lock", os.O_RDWR)
     kill(holder)
     fcntl.flock(file, fcntl.LOCK_EX)
-    monkeypatch.setattr(lock_module, "PATIENCE", 0.2)
-    with pytest.raises(InputError, match="That process is dead; end those that it started"):
+    monkeypatch.setattr(lock_module, "EXIT_TIMEOUT_S", 0.2)
+    with pytest.raises(InputError, match="That process is dead; end its child processes"):
         RunLock(tmp_path / "run").acquire()
     os.close(file)
 
 
 @pytest.mark.parametrize("replaced", [False, True])
-def test_deleting_the_file_lets_nobody_in(tmp_path: Path, holder: subprocess.Popen, replaced: bool) -> None:
+def test_deleting_the_file_does_not_release_the_lock(tmp_path: Path, holder: subprocess.Popen, replaced: bool) -> None:
     (tmp_path / "run" / ".lock").unlink()
     if replaced:
         (tmp_path / "run" / ".lock").write_text("")
@@ -182,7 +182,7 @@ def test_deleting_the_file_lets_nobody_in(tmp_path: Path, holder: subprocess.Pop
             attempt()
 
 
-def test_an_owner_leaves_anothers_file_alone(tmp_path: Path) -> None:
+def test_an_owner_does_not_remove_another_owners_file(tmp_path: Path) -> None:
     lock = RunLock(tmp_path)
     lock.acquire()
     (tmp_path / ".lock").unlink()
@@ -192,7 +192,7 @@ def test_an_owner_leaves_anothers_file_alone(tmp_path: Path) -> None:
 
 
 def test_an_earlier_versions_lock_is_respected(tmp_path: Path, hold: Holder) -> None:
-    """It was a POSIX lock, which a flock passes by."""
+    """It was a POSIX lock, which flock ignores."""
     owner = hold(
         source="""
 import fcntl, os, sys, time
@@ -217,21 +217,21 @@ def test_a_living_owner_that_lost_its_lock_is_respected(tmp_path: Path, hold: Ho
         RunLock(tmp_path / "run").acquire()
 
 
-def test_who_is_refused_leaves_no_file_that_names_nobody(tmp_path: Path, hold: Holder) -> None:
-    """The owner's file is gone, as for a moment when it leaves; the directory is still its own."""
+def test_a_refused_process_leaves_no_empty_file(tmp_path: Path, hold: Holder) -> None:
+    """The owner's file is missing, as for a moment at its release, but it still holds the lock on the directory."""
     hold("os.unlink(sys.argv[1] + '/.lock')")
     with pytest.raises(InputError, match="in use by process"):
         RunLock(tmp_path / "run").acquire()
     assert not (tmp_path / "run" / ".lock").exists()
 
 
-def test_owners_that_come_and_go_never_meet(tmp_path: Path) -> None:
-    """Eight processes take and leave the lock, with the folder that the first of them makes."""
+def test_the_lock_has_one_owner_at_a_time(tmp_path: Path) -> None:
+    """Eight processes acquire and release the lock, and the folder that the first of them creates."""
     code = """
 import os, sys, time
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.lock import RunLock
-taken, end = 0, time.monotonic() + 1.5
+count, end = 0, time.monotonic() + 1.5
 while time.monotonic() < end:
     lock = RunLock(sys.argv[1] + "/run")
     try:
@@ -241,8 +241,8 @@ while time.monotonic() < end:
     os.close(os.open(sys.argv[1] + "/inside", os.O_CREAT | os.O_EXCL))
     os.unlink(sys.argv[1] + "/inside")
     lock.release()
-    taken += 1
-print(taken)
+    count += 1
+print(count)
 """
     processes = [
         subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, text=True)
@@ -258,13 +258,13 @@ print(taken)
 def test_without_locks_in_the_file_system_the_owners_process_decides(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
-    no_locks(monkeypatch, number)
+    disable_locks(monkeypatch, number)
     first = RunLock(tmp_path)
     first.acquire()
     with pytest.raises(InputError, match=f"process {os.getpid()} on host"):
         RunLock(tmp_path).acquire()
-    owner = text(tmp_path)
-    (tmp_path / ".lock").write_text(json.dumps(owner | {"ticks": "1"}))  # the process id is another process's by now
+    owner = read_owner(tmp_path)
+    (tmp_path / ".lock").write_text(json.dumps(owner | {"ticks": "1"}))  # another process has the process id now
     RunLock(tmp_path).acquire()
     for elsewhere in ({"host": "elsewhere", "pid": 7}, {"namespace": "pid:[1]", "pid": 7}):
         (tmp_path / ".lock").write_text(json.dumps(owner | elsewhere))
@@ -275,10 +275,10 @@ def test_without_locks_in_the_file_system_the_owners_process_decides(
         RunLock(tmp_path).acquire()
 
 
-def test_without_locks_a_killed_owner_is_dead_before_its_parent_has_noticed(
+def test_without_locks_a_killed_owner_is_dead_before_its_parent_reaps_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, holder: subprocess.Popen
 ) -> None:
-    no_locks(monkeypatch, errno.ENOLCK)
+    disable_locks(monkeypatch, errno.ENOLCK)
     with pytest.raises(InputError, match=f"process {holder.pid} on host"):
         RunLock(tmp_path / "run").acquire()
     os.kill(holder.pid, signal.SIGKILL)
@@ -286,10 +286,10 @@ def test_without_locks_a_killed_owner_is_dead_before_its_parent_has_noticed(
     RunLock(tmp_path / "run").acquire()
 
 
-def test_without_locks_the_later_of_two_that_start_at_once_wins(
+def test_without_locks_the_later_of_two_simultaneous_starts_wins(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    no_locks(monkeypatch, errno.ENOLCK)
+    disable_locks(monkeypatch, errno.ENOLCK)
 
     def another(_seconds: float) -> None:
         (tmp_path / ".lock").write_text(json.dumps({"host": "elsewhere", "pid": 7}))
@@ -299,14 +299,14 @@ def test_without_locks_the_later_of_two_that_start_at_once_wins(
         RunLock(tmp_path).acquire()
 
 
-def test_a_folder_made_for_the_lock_goes_with_it(tmp_path: Path) -> None:
+def test_a_folder_created_for_the_lock_is_removed_with_it(tmp_path: Path) -> None:
     lock = RunLock(tmp_path / "new")
     lock.acquire()
     lock.release()
     assert not (tmp_path / "new").exists()
 
 
-def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_created_is_one_clear_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot write to"):
         RunLock(tmp_path / "file" / "run").acquire()
@@ -315,7 +315,7 @@ def test_a_folder_that_cannot_be_made_is_one_clear_error(tmp_path: Path) -> None
         run = tmp_path / f"run{number}"
         run.mkdir()
         make(run / ".lock")
-        with pytest.raises(InputError, match=r"\.lock is no file.* move it away"):
+        with pytest.raises(InputError, match=r"\.lock is not a regular file.* move it away"):
             RunLock(run).acquire()
 
 

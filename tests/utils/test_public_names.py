@@ -1,4 +1,4 @@
-"""Classes are known by their public names, whatever file they are in, and old paths still lead to them."""
+"""Public names of classes do not depend on their files, and old paths are mapped to them."""
 
 import inspect
 import json
@@ -31,15 +31,15 @@ from rlhf_pl.utils.public_names import (
 )
 
 ROOT = Path(__file__).parents[2]
-STORED = ROOT / "tests" / "checkpointing" / "stored_runs"  # whose texts stay as they are
-# what users' configs and code may import, as docs, configs and `--help` have named it since the first version
+STORED = ROOT / "tests" / "checkpointing" / "stored_runs"  # never edited
+# paths that users' configs and code may import: docs, configs and `--help` have named them since the first version
 PUBLIC = (STORED / "public_paths.txt").read_text()
-# classes that configs may have named by files which they were in
-BY_FILE = (STORED / "old_paths.txt").read_text()
+# former paths of classes, which configs may contain
+FORMER = (STORED / "old_paths.txt").read_text()
 
 
 def listed(text: str) -> list[str]:
-    """`module: name name` as paths."""
+    """The paths in lines of the form `module: name name`."""
     found = re.findall(r"^(rlhf_pl[.\w]*):((?:\s+\w+)+)$", text, re.MULTILINE)
     return [f"{module}.{name}" for module, names in found for name in names.split()]
 
@@ -68,20 +68,20 @@ def test_a_public_path_imports(path: str) -> None:
     assert imported(path).__name__ == path.rpartition(".")[2]
 
 
-@pytest.mark.parametrize("path", BY_FILE.split())
-def test_a_class_that_was_named_by_its_file_is_found(path: str) -> None:
+@pytest.mark.parametrize("path", FORMER.split())
+def test_a_class_is_found_by_its_former_path(path: str) -> None:
     assert imported(public_path(path)).__name__ == path.rpartition(".")[2]
 
 
-def test_what_the_docs_name_is_there() -> None:
+def test_classes_in_the_docs_can_be_imported() -> None:
     paths = named_in_docs()
     assert {"rlhf_pl.optim.AdamW", "rlhf_pl.RebelModule", "rlhf_pl.callbacks.RunReport"} <= paths
     for path in paths:
         assert imported(public_path(path)).__name__ == path.rpartition(".")[2]
 
 
-def test_no_two_classes_have_one_name() -> None:
-    """Or a class could not be found by its name."""
+def test_names_of_classes_are_unique() -> None:
+    """Former paths are mapped by the name of the class."""
     files = {file.resolve() for folder in ("rlhf_pl", "callbacks") for file in (ROOT / folder).rglob("*.py")}
     counts = Counter(n for file in files for n in re.findall(r"^class ([A-Z]\w*)", file.read_text(), re.MULTILINE))
     assert counts["RebelLoss"] == 1
@@ -89,19 +89,19 @@ def test_no_two_classes_have_one_name() -> None:
 
 
 def described_kinds() -> list[type]:
-    """Every class of ours whose objects a manifest describes."""
+    """Every class of this package that a manifest may describe."""
     for path in listed(PUBLIC):
         imported(path)
-    found, todo = [], [PairwiseLoss, PairSelector, Reward, LRScheduler, Optimizer]
-    while todo:
-        kind: Any = todo.pop()
-        todo += kind.__subclasses__()
+    found, pending = [], [PairwiseLoss, PairSelector, Reward, LRScheduler, Optimizer]
+    while pending:
+        kind: Any = pending.pop()
+        pending += kind.__subclasses__()
         is_ours = kind.__module__.startswith("rlhf_pl.") and not kind.__name__.startswith("_")
         found += [kind] if is_ours and not inspect.isabstract(kind) else []
     return found
 
 
-def test_what_a_manifest_describes_has_a_public_name() -> None:
+def test_classes_in_manifests_have_public_names() -> None:
     kinds = described_kinds()
     assert {RebelLoss, BestWorst, ArmoRMReward, WarmupCosine, AdamW} <= set(kinds)
     modules = {path.rpartition(".")[0] for path in listed(PUBLIC)}
@@ -122,13 +122,13 @@ class Half(RebelLoss):
     """A user's own class."""
 
 
-class BestWorstOfMine(BestWorst):
+class MyBestWorst(BestWorst):
     """Another."""
 
 
 def test_a_users_class_keeps_its_path() -> None:
     assert describe(Half(2.0)) == f"{__name__}.Half(eta=2.0)"
-    assert public_name(BestWorstOfMine) == f"{__name__}.BestWorstOfMine"
+    assert public_name(MyBestWorst) == f"{__name__}.MyBestWorst"
     for path in (
         "mine.RebelLoss",
         "my.rlhf_pl.RebelLoss",
@@ -139,7 +139,7 @@ def test_a_users_class_keeps_its_path() -> None:
         assert with_public_descriptions(f"{path}(eta=1.0)") == f"{path}(eta=1.0)"
 
 
-def test_a_class_in_a_users_file_is_not_taken_for_ours_of_the_same_name(tmp_path: Path) -> None:
+def test_a_users_class_is_not_mistaken_for_one_with_the_same_name(tmp_path: Path) -> None:
     (tmp_path / "mine.py").write_text("class RebelLoss:\n    pass\n")
     kind = import_path(str(tmp_path / "mine.py")).RebelLoss
     assert kind.__module__.startswith("rlhf_pl.")
@@ -147,13 +147,13 @@ def test_a_class_in_a_users_file_is_not_taken_for_ours_of_the_same_name(tmp_path
     assert with_public_descriptions([describe(kind())]) == [describe(kind())]
 
 
-def test_what_is_no_class_of_ours_stays() -> None:
+def test_other_texts_are_unchanged() -> None:
     for text in ("rlhf_pl.gone.NoLoss", "rlhf_pl.gone.rebel_loss", "RebelLoss", "see rlhf_pl.gone.RebelLoss", ""):
         assert public_path(text) == text
         assert with_public_paths([text, 1, None]) == [text, 1, None]
 
 
-def test_old_settings_are_those_of_today() -> None:
+def test_old_settings_are_mapped_to_public_names() -> None:
     old = {
         "rewards": {"reward": "CombinedReward(a: 0.5 * rlhf_pl.rewards.gone.RegexMatch(pattern='(x)'), b: f.py:g:1)"},
         "pairs": {"selector": "rlhf_pl.gone.BestWorst(min_margin=0.0)", "limit": None},
@@ -176,7 +176,7 @@ def test_a_manifest_is_read_with_public_names(tmp_path: Path) -> None:
         assert stored.manifest[name]["training"]["loss"] == "rlhf_pl.RebelLoss(eta=1.0)"
 
 
-def test_a_journal_of_old_names_is_gone_on_with(tmp_path: Path) -> None:
+def test_a_journal_with_old_names_is_continued(tmp_path: Path) -> None:
     file = tmp_path / "_00000.journal"
     Journal(file, ["a.parquet", "rlhf_pl.rewards.gone.HTTPReward(url='u')"]).add([["result", 1.0, {}, 0]])
     journal = Journal(file, ["a.parquet", "rlhf_pl.rewards.HTTPReward(url='u')"])
@@ -186,8 +186,8 @@ def test_a_journal_of_old_names_is_gone_on_with(tmp_path: Path) -> None:
     assert Journal(file, ["a.parquet", "rlhf_pl.rewards.HTTPReward(url='v')"]).read() == []
 
 
-# paths of files that are not there any more, as today's will not be
-GONE = """
+# paths of files that do not exist
+OLD_CONFIG = """
 model:
   class_path: rlhf_pl.gone.rebel.RebelModule
   init_args:
@@ -204,15 +204,15 @@ trainer: {callbacks: [{class_path: rlhf_pl.gone.round_progress.RoundProgress}]}
 
 
 def shown(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
-    """The config that a command line stands for."""
+    """The config of a command line."""
     with pytest.raises(SystemExit) as stop:
         main(["fit", *arguments, "--print_config"])
     assert stop.value.code == 0
     return yaml.safe_load(capsys.readouterr().out)
 
 
-def test_old_paths_in_a_config_lead_to_the_classes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "old.yaml").write_text(GONE)
+def test_old_paths_in_a_config_are_mapped(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "old.yaml").write_text(OLD_CONFIG)
     config = shown(["--config", str(tmp_path / "old.yaml")], capsys)
     model = config["model"]["init_args"]
     assert config["model"]["class_path"] == "rlhf_pl.RebelModule"
@@ -226,7 +226,7 @@ def test_old_paths_in_a_config_lead_to_the_classes(tmp_path: Path, capsys: pytes
     assert config["trainer"]["callbacks"][0]["class_path"] == "rlhf_pl.callbacks.RoundProgress"
 
 
-def test_old_paths_in_flags_lead_to_the_classes(capsys: pytest.CaptureFixture[str]) -> None:
+def test_old_paths_in_flags_are_mapped(capsys: pytest.CaptureFixture[str]) -> None:
     given = [
         "--model=rlhf_pl.gone.RebelModule",
         "--model.policy=m",

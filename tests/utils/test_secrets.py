@@ -1,4 +1,4 @@
-"""What is known as a secret, and that no spelling of it gets through."""
+"""Recognition of secrets, and redaction of all their spellings."""
 
 import base64
 import html
@@ -16,7 +16,15 @@ from rlhf_pl.utils import secrets
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import describe
 from rlhf_pl.utils.secret_names import is_secret
-from rlhf_pl.utils.secrets import HIDDEN, learn, learn_arguments, redact, redacted, register, register_url
+from rlhf_pl.utils.secrets import (
+    HIDDEN,
+    redact,
+    redacted,
+    register_arguments,
+    register_secret,
+    register_text,
+    register_url,
+)
 
 KEY = "sk-live_0123456789abcdefXYZ"
 PASSWORD = "p\"a\\s/s'w <ö&d>+=1 2%"
@@ -33,7 +41,7 @@ OTHER_NAMES = (
 
 
 @pytest.fixture(autouse=True)
-def nothing_known(monkeypatch: pytest.MonkeyPatch) -> None:
+def forget_secrets(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "_known", set())
     monkeypatch.setattr(secrets, "_environment", {})
 
@@ -58,21 +66,21 @@ SPELLINGS = {
 
 @pytest.mark.parametrize("secret", [KEY, PASSWORD])
 @pytest.mark.parametrize("spell", SPELLINGS.values(), ids=SPELLINGS)
-def test_a_secret_is_hidden_however_it_is_spelled(secret: str, spell: Callable[[str], str]) -> None:
+def test_a_secret_is_hidden_in_every_spelling(secret: str, spell: Callable[[str], str]) -> None:
     spelled = spell(secret)
-    assert redact(f"[before {spelled} after]") == f"[before {spelled} after]"  # nobody knows it yet
-    register(secret)
+    assert redact(f"[before {spelled} after]") == f"[before {spelled} after]"  # not registered yet
+    register_secret(secret)
     shown = redact(f"[before {spelled} after]")
     assert HIDDEN in shown
-    assert len(shown) <= len(f"[before {HIDDEN} after]") + 12  # but for quotes around it nothing is left
+    assert len(shown) <= len(f"[before {HIDDEN} after]") + 12  # only quotes around it are left
     assert shown.startswith("[before ")
     assert shown.endswith(" after]")
 
 
 @pytest.mark.parametrize("before", ["", "u:", "me:", "api:"])
 @pytest.mark.parametrize("encode", [base64.b64encode, base64.urlsafe_b64encode])
-def test_a_secret_is_hidden_in_base64_wherever_it_begins(before: str, encode: Callable[[bytes], bytes]) -> None:
-    register(KEY)
+def test_a_secret_is_hidden_in_base64_at_any_offset(before: str, encode: Callable[[bytes], bytes]) -> None:
+    register_secret(KEY)
     shown = redact(encode(f"{before}{KEY}".encode()).decode())
     assert HIDDEN in shown
     assert len(shown) < len(HIDDEN) + 10
@@ -93,7 +101,7 @@ def test_a_secret_is_hidden_in_base64_wherever_it_begins(before: str, encode: Ca
         ("Authorization: Bearer abcdefgh!", "Authorization: Bearer <secret>"),
     ],
 )
-def test_urls_and_headers_are_shown_without_what_is_secret_in_them(url: str, shown: str) -> None:
+def test_urls_and_headers_are_shown_without_their_secrets(url: str, shown: str) -> None:
     assert redact(url) == shown
     assert redact(shown) == shown
 
@@ -106,7 +114,7 @@ def test_the_parts_of_a_url_are_hidden_elsewhere() -> None:
 
 @pytest.mark.parametrize("weak", ["abc", "12345", "reward", "123456", "password", "EMPTY", "none"])
 def test_short_secrets_and_words_do_not_mangle_texts(weak: str) -> None:
-    register(weak)
+    register_secret(weak)
     text = f"{weak} of the reward 123456, password required, none of it EMPTY, abcdef"
     assert redact(text) == text
     assert redact(f"http://u:{weak}@host") == "http://<secret>@host"
@@ -114,7 +122,7 @@ def test_short_secrets_and_words_do_not_mangle_texts(weak: str) -> None:
 
 
 def test_a_longer_word_is_hidden_as_a_word() -> None:
-    register("response")
+    register_secret("response")
     assert redact("key 'response' in responses") == f"key '{HIDDEN}' in responses"
     assert redact(repr("\nresponse")) == f"'\\n{HIDDEN}'"
 
@@ -134,7 +142,7 @@ def test_a_longer_word_is_hidden_as_a_word() -> None:
         ("auth", "basic", False),
     ],
 )
-def test_names_tell_what_is_secret(name: str, value: str, expected: bool) -> None:
+def test_secrets_are_recognized_by_name(name: str, value: str, expected: bool) -> None:
     assert is_secret(name, value) == expected
 
 
@@ -153,13 +161,13 @@ def test_names_tell_what_is_secret(name: str, value: str, expected: bool) -> Non
 def test_secrets_of_configs_are_known_before_they_are_parsed(config: str, tmp_path: Path) -> None:
     file = tmp_path / "c.yaml"
     file.write_text(config)
-    learn_arguments(["fit", "--config", str(file)])
+    register_arguments(["fit", "--config", str(file)])
     assert KEY not in redact(f"expected a number, got {KEY}")
 
 
 @pytest.mark.parametrize("arguments", [["--x.api_key", KEY], [f"--x.api_key={KEY}"], [f'--x={{"token": "{KEY}"}}']])
 def test_secrets_of_command_lines_are_known(arguments: list[str]) -> None:
-    learn_arguments(arguments)
+    register_arguments(arguments)
     assert redact(KEY) == HIDDEN
 
 
@@ -171,17 +179,17 @@ def test_secrets_of_the_environment_are_known_also_later_ones(monkeypatch: pytes
 
 
 def test_prose_in_a_config_names_no_secrets() -> None:
-    learn("rubric: |\n  The secret: be kind to the reader\nmax_tokens: 123456789\n")
+    register_text("rubric: |\n  The secret: be kind to the reader\nmax_tokens: 123456789\n")
     assert redact("be kind to 123456789") == "be kind to 123456789"
 
 
 def test_errors_failures_and_descriptions_have_no_secrets() -> None:
-    register(KEY)
+    register_secret(KEY)
     assert str(InputError(f"got {KEY}")) == f"got {HIDDEN}"
     failure = Failure("exception", f"{'x' * 950}{KEY * 100}")
     assert len(failure.detail) <= 1000
     assert KEY[:8] not in failure.detail
-    assert Failure(failure.kind, failure.detail) == failure  # as a journal gives it back
+    assert Failure(failure.kind, failure.detail) == failure  # as read from a journal
 
     class Thing:
         def __init__(self) -> None:
@@ -190,14 +198,14 @@ def test_errors_failures_and_descriptions_have_no_secrets() -> None:
     assert describe(Thing()).endswith("Thing(api_key='<secret>', eta=1.0, urls=['http://<secret>@h'])")
 
 
-def test_manifests_of_earlier_versions_count_as_written_without_secrets(tmp_path: Path) -> None:
-    """They may hold the password that the run has; then nothing has changed."""
+def test_secrets_in_manifests_of_earlier_versions_are_not_changes(tmp_path: Path) -> None:
+    """Earlier manifests may hold the run's password. Without it the settings are equal."""
     stored = RoundStore(tmp_path).round(0)
     settings = {"rewards": {"reward": f"HTTPReward(http://me:{KEY}@host)"}, "responses": {"sampler": f"S(key='{KEY}')"}}
     content = {"schema_version": 2, "stages": {}, "settings": settings}
     write_checked(stored.path / "manifest.json", content)
-    register(KEY)
+    register_secret(KEY)
     assert stored.manifest["settings"] == stored.as_stored(settings)
     stored.update(settings=settings, warnings={"x": KEY})
     assert KEY not in (stored.path / "manifest.json").read_text()
-    assert stored.damage() == []
+    assert stored.find_damage() == []

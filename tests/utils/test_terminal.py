@@ -1,4 +1,4 @@
-"""What reaches the terminal."""
+"""Safe output on the terminal."""
 
 import io
 import os
@@ -22,8 +22,8 @@ from rlhf_pl.rewards import Failure
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils import secrets, terminal
 from rlhf_pl.utils.console import SafeConsole, phase
-from rlhf_pl.utils.secrets import register
-from rlhf_pl.utils.terminal import MAX_PRINTED, escape, print_error, print_traceback, shortened
+from rlhf_pl.utils.secrets import register_secret
+from rlhf_pl.utils.terminal import MAX_PRINTED, escape, print_error, print_traceback, shorten
 
 HOSTILE = "\x1b]0;title\x07\x1b[2J[/bold][link=http://x]\x9b31m\u202edcba\u2066\ud800 :smile: [red]"
 SHOWN = r"\x1b]0;title\x07\x1b[2J[/bold][link=http://x]\x9b31m\u202edcba\u2066\ud800 :smile: [red]"
@@ -32,12 +32,12 @@ KEY = "sk-live_0123456789abcdefXYZ"
 
 
 @pytest.fixture(autouse=True)
-def own_state(monkeypatch: pytest.MonkeyPatch) -> None:
+def clean_state(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(secrets, "_known", set())
     monkeypatch.setattr(terminal, "_log", terminal._Log())
 
 
-def test_controls_are_written_out_and_line_ends_stay() -> None:
+def test_control_characters_are_escaped_except_line_ends() -> None:
     assert escape(HOSTILE) == SHOWN
     assert escape("a\tb\r\nc\nd\re\x85") == "a\tb\nc\nd\\re\\x85"
     assert escape("naïve 日本 👩‍👩‍👧 עברית") == "naïve 日本 👩‍👩‍👧 עברית"
@@ -55,8 +55,8 @@ def test_controls_are_written_out_and_line_ends_stay() -> None:
     ],
     ids=["str", "text", "assembled", "panel", "table", "group"],
 )
-def test_the_console_shows_any_text_as_it_is(make: Callable[[str], object]) -> None:
-    register(KEY)
+def test_the_console_prints_any_text_literally(make: Callable[[str], object]) -> None:
+    register_secret(KEY)
     console = SafeConsole()
     console.file, console.width = io.StringIO(), 300
     console.print(make(HOSTILE + KEY), soft_wrap=True)
@@ -72,7 +72,7 @@ def _table(text: str) -> Table:
     return table
 
 
-def test_progress_notes_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+def test_progress_notes_are_not_markup(capsys: pytest.CaptureFixture[str]) -> None:
     with phase("[/x]", 2, "[/y]") as advance:
         advance(2, "[/z]\x1b[2J")
     out = capsys.readouterr().out
@@ -80,44 +80,44 @@ def test_progress_notes_are_no_markup(capsys: pytest.CaptureFixture[str]) -> Non
     assert "\x1b[2J" not in out
 
 
-def test_a_long_error_is_cut_and_its_whole_is_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
-    register(KEY)
+def test_a_long_error_is_truncated_and_stored_in_a_file(capsys: pytest.CaptureFixture[str]) -> None:
+    register_secret(KEY)
     print_error(f"\x1b[2J{'x' * 5_000_000}{KEY} the end")
     shown = capsys.readouterr().err
     assert len(shown) <= MAX_PRINTED + 1
-    file = Path(re.search(r"characters in all, in (.*)\]$", shown.strip())[1])
-    whole = file.read_text()
-    assert whole.startswith(r"error: \x1b[2Jxxx")
-    assert whole.strip().endswith("x<secret> the end")
-    assert file.parent.stat().st_mode & 0o077 == 0  # nobody else's
+    file = Path(re.search(r"characters in total, in (.*)\]$", shown.strip())[1])
+    stored = file.read_text()
+    assert stored.startswith(r"error: \x1b[2Jxxx")
+    assert stored.strip().endswith("x<secret> the end")
+    assert file.parent.stat().st_mode & 0o077 == 0  # no access for other users
 
 
-def test_the_log_is_in_the_run_directory_once_that_is_there(tmp_path: Path) -> None:
+def test_the_log_is_in_the_run_directory_once_that_exists(tmp_path: Path) -> None:
     run = tmp_path / "run"
-    terminal.log_to(run)
-    assert str(run) not in shortened("x" * 200, 150)
+    terminal.set_log_folder(run)
+    assert str(run) not in shorten("x" * 200, 150)
     assert not run.exists()
     run.mkdir()
-    assert f"in {run}/errors.log" in shortened("y" * 300, 250)
+    assert f"in {run}/errors.log" in shorten("y" * 300, 250)
     assert (run / "errors.log").read_text().strip() == "y" * 300
 
 
-def test_the_log_ends_growing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_size_of_the_log_is_limited(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal, "MAX_LOGGED", 1000)
-    terminal.log_to(tmp_path)
+    terminal.set_log_folder(tmp_path)
     details = [Failure("exception", "x" * 5000).detail for _ in range(3)]
     assert not (tmp_path / "errors.log").exists()
-    assert all(len(detail) == 1000 and detail.endswith("… [5,000 characters in all]") for detail in details)
+    assert all(len(detail) == 1000 and detail.endswith("… [5,000 characters in total]") for detail in details)
 
 
-def test_a_log_that_cannot_be_written_costs_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_log_that_cannot_be_written_is_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(terminal.tempfile, "mkdtemp", lambda **_: (_ for _ in ()).throw(OSError("read-only")))
-    assert shortened("x" * 100, 80).endswith("[100 characters in all]")
+    assert shorten("x" * 100, 80).endswith("[100 characters in total]")
 
 
 def test_a_bug_is_shown_with_its_last_calls_and_its_message(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    register(KEY)
-    terminal.log_to(tmp_path)
+    register_secret(KEY)
+    terminal.set_log_folder(tmp_path)
 
     def deep(n: int) -> None:
         if n:
@@ -139,8 +139,8 @@ def test_a_bug_is_shown_with_its_last_calls_and_its_message(capsys: pytest.Captu
     assert KEY not in (tmp_path / "errors.log").read_text()
 
 
-def test_a_bug_in_a_command_is_shown_so(tmp_path: Path) -> None:
-    """Through Python's own last resort, with the exit code 1, and what others print on the way has no secrets."""
+def test_a_bug_in_a_command_is_shown_in_the_same_way(tmp_path: Path) -> None:
+    """By Python's exception hook, with exit code 1. Texts that others print have no secrets."""
     script = (
         "import sys, os, logging\nfrom rlhf_pl import __main__ as m\n"
         "def bug(argv):\n"
@@ -149,30 +149,30 @@ def test_a_bug_in_a_command_is_shown_so(tmp_path: Path) -> None:
         "m._run = bug\nsys.exit(m.main(['fit']))\n"
     )
     environment = os.environ | {"MY_API_KEY": KEY, "TMPDIR": str(tmp_path)}
-    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
-    assert ended.returncode == 1
-    assert ended.stdout == "to you <secret>\n"
-    assert KEY not in ended.stderr
-    assert "\x1b" not in ended.stderr
-    assert len(ended.stderr) < MAX_PRINTED + 100
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, env=environment)
+    assert done.returncode == 1
+    assert done.stdout == "to you <secret>\n"
+    assert KEY not in done.stderr
+    assert "\x1b" not in done.stderr
+    assert len(done.stderr) < MAX_PRINTED + 100
     (log,) = tmp_path.rglob("errors.log")
     assert len(log.read_text()) > 3_000_000
     assert KEY not in log.read_text()
 
 
 @pytest.mark.parametrize("prompt_id", ["[/bold]", "[red]x[/blue]", "\x1b[2J", "a\nb", "]", "[link=x]"])
-def test_rounds_shows_samples_whatever_their_prompts_are_called(
+def test_rounds_shows_samples_with_any_prompt_id(
     prompt_id: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stored = RoundStore(tmp_path).round(0)
-    answers = {
+    responses = {
         "prompt_id": [prompt_id],
         "response_index": [0],
         "prompt": ['[{"role": "user", "content": "\\u001b]0;x\\u0007[/b]"}]'],
         "response": [HOSTILE[:-10].replace("\ud800", "")],
         "finished": [True],
     }
-    stored.write_shard("responses", 0, pa.table(answers))
+    stored.write_shard("responses", 0, pa.table(responses))
     rewards = {"prompt_id": [prompt_id], "response_index": [0], "reward": [None], "failure": ["exception: [/i]\x1b[0m"]}
     stored.write_shard("rewards", 0, pa.table(rewards))
     stored.update(settings={"responses": {"sampler": "[/x]\x1b[2J http://me:pw@host"}}, warnings={"w": "[/y]\x1b[1m"})
@@ -192,7 +192,7 @@ def test_an_unknown_command_is_escaped(capsys: pytest.CaptureFixture[str]) -> No
     assert "\x1b" not in capsys.readouterr().err
 
 
-def test_failures_can_be_stored_whatever_they_say(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_failures_with_any_text_can_be_stored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     failure = Failure("exception", "\ud800 \x00 ö" + "\udfff" * 5000)
     pa.array([failure.detail], pa.string())
     assert failure.detail.startswith("\\ud800 \x00 ö\\udfff")
@@ -203,7 +203,7 @@ def test_failures_can_be_stored_whatever_they_say(monkeypatch: pytest.MonkeyPatc
     assert time.monotonic() - started < 2
 
 
-def test_what_rewards_and_libraries_print_is_safe_too(
+def test_output_of_rewards_and_libraries_is_safe(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bar = "\r 50%|\x1b[32m████\x1b[0m|\x1b[A\x1b[2K\x1b[?25l"

@@ -1,1 +1,1 @@
-"""How the policy's weights reach the sampler, and the check that they did."""
+"""Syncs the policy's weights to the sampler, and checks the result."""

@@ -9,23 +9,23 @@ import torch
 from vllm.distributed.weight_transfer import base
 
 from rlhf_pl.distributed.listener import join
-from rlhf_pl.rollout.vllm_experts import Kernels, check_kernels, take_kernels
-from rlhf_pl.rollout.weight_sync.plugin import PART_SECONDS, read_exactly
+from rlhf_pl.rollout.vllm_experts import Kernels, check_kernels, detach_kernels
+from rlhf_pl.rollout.weight_sync.plugin import PART_TIMEOUT_S, read_exactly
 
 
 @dataclass
 class InitInfo(base.WeightTransferInitInfo):
-    """Where the trainer listens, the token that it lets workers in by, and its limit for a part of the weights."""
+    """The trainer's address, the token that it requires, and the time limit for a part of the weights."""
 
     address: str
     port: int
     token: str
-    timeout_s: float = PART_SECONDS
+    timeout_s: float = PART_TIMEOUT_S
 
 
 @dataclass
 class UpdateInfo(base.WeightTransferUpdateInfo):
-    """The tensors that come next: their bytes follow on the connection, one tensor after the other."""
+    """Describes the next tensors; their bytes follow on the connection, one tensor after another."""
 
     names: list[str]
     dtype_names: list[str]
@@ -33,13 +33,13 @@ class UpdateInfo(base.WeightTransferUpdateInfo):
 
 
 class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
-    """Takes whole tensors from the trainer by TCP; a worker holds one at a time beside its model."""
+    """Receives whole tensors from the trainer by TCP; a worker holds one at a time in addition to its model."""
 
     init_info_cls = InitInfo
     update_info_cls = UpdateInfo
     _connection: socket.socket | None = None
-    _timeout_s = PART_SECONDS
-    _kernels: Kernels = []  # noqa: RUF012 - replaced, never changed
+    _timeout_s = PART_TIMEOUT_S
+    _kernels: Kernels = []  # noqa: RUF012 - replaced, never mutated
 
     def init_transfer_engine(self, init_info: InitInfo) -> None:
         self.shutdown()
@@ -50,7 +50,7 @@ class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
         from vllm.model_executor.model_loader.reload import initialize_layerwise_reload
 
         if torch.device(self.device).type == "cpu":
-            self._kernels = take_kernels(self.model)
+            self._kernels = detach_kernels(self.model)
         initialize_layerwise_reload(self.model)
 
     def finish_weight_update(self) -> None:
@@ -60,7 +60,7 @@ class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
         check_kernels(self._kernels, self.model)
 
     def update_weights(self, update_info: dict[str, Any]) -> None:
-        self.receive_weights(self.parse_update_info(update_info))  # the base class waits for an accelerator
+        self.receive_weights(self.parse_update_info(update_info))  # the base class synchronizes an accelerator
 
     def receive_weights(self, update_info: UpdateInfo) -> None:
         if self._connection is None:
@@ -70,12 +70,11 @@ class TCPWeightTransferEngine(base.WeightTransferEngine[InitInfo, UpdateInfo]):
             for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
                 weight = torch.empty(shape, dtype=getattr(torch, dtype))
                 read_exactly(self._connection, weight.view(-1).view(torch.uint8).numpy().data, end)
-                if (
-                    name != "lm_head.weight" or not self._is_tied() or hasattr(self.model, "lm_head")
-                ):  # Gemma-2 has none
+                # Gemma-2 has no module for its tied head
+                if name != "lm_head.weight" or not self._is_tied() or hasattr(self.model, "lm_head"):
                     self.model.load_weights([(name, weight.to(self.device))])
         except BaseException:
-            self.shutdown()  # or the trainer would wait for a reader
+            self.shutdown()  # otherwise the trainer would wait for this reader
             raise
 
     def _is_tied(self) -> bool:

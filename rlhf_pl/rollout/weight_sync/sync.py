@@ -1,4 +1,4 @@
-"""The link from the policy to the sampler: started once, given weights once per policy, checked every time."""
+"""Keeps the sampler in sync with the policy: starts it once, syncs and checks its weights once per policy."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -17,11 +17,11 @@ from rlhf_pl.utils.console import phase
 
 @dataclass(frozen=True)
 class PolicySnapshot:
-    """A policy whose answers or log-probs are wanted.
+    """A policy to sample from or to compute log-probs with.
 
     Args:
-        weights: By their Hugging Face names, tied ones included.
-        logps: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,), nats.
+        weights: Weights by their Hugging Face names, tied ones included.
+        logps: (rows, temperature) -> log-probs of the M target tokens, shape (M,), nats.
         rounding: rows -> mean absolute difference per token between float32 and bfloat16 compute, nats.
         fingerprint: `weights_fingerprint` of the weights.
     """
@@ -33,16 +33,16 @@ class PolicySnapshot:
 
 
 class SamplerSync:
-    """Keeps a sampler at the weights of the policy that is asked for.
+    """Keeps a sampler's weights in sync with a policy.
 
     Args:
-        sampler: Not started yet.
+        sampler: A sampler that has not been started.
     """
 
     def __init__(self, sampler: Sampler) -> None:
         self.sampler = sampler
         self._started = False
-        self._holds: PolicySnapshot | None = None
+        self._synced: PolicySnapshot | None = None
 
     def ensure_synced(
         self,
@@ -53,32 +53,32 @@ class SamplerSync:
         show: bool,
         ranks: Ranks,
     ) -> dict[str, float]:
-        """Bring the sampler to `policy`, if it is not there, and check that it is.
+        """Sync the sampler to `policy` unless it is in sync, and check the result.
 
         Args:
-            policy: Whose answers are wanted.
-            spec: For the first start.
+            policy: The policy to sample from.
+            spec: Used at the first start.
             prompts: Token ids of a few prompts for the check.
             limit: See `check_sampler`.
             show: Whether to show progress.
-            ranks: All of them bring their samplers there together.
+            ranks: All ranks sync their samplers together.
 
         Returns:
-            Metrics; empty if nothing had to be done.
+            Metrics; empty if the sampler was in sync.
 
         Raises:
-            StaleSamplerError: The sampler is not at the policy's weights.
+            StaleSamplerError: The sampler does not have the policy's weights.
         """
-        if self._holds is policy:
+        if self._synced is policy:
             return {}
-        self._holds = None
+        self._synced = None
         if not self._started:
             with phase("starting the sampler", enabled=show) as report:
                 report(0, self.sampler.start_note)
                 self.sampler.start(spec)
             self._started = True
         started = time.monotonic()
-        with phase("handing weights to the sampler", enabled=show):
+        with phase("syncing weights to the sampler", enabled=show):
             self.sampler.wake()
             weights = policy.weights
             sync_weights(self.sampler, weights)
@@ -86,17 +86,17 @@ class SamplerSync:
             error = check_sampler(
                 self.sampler, prompts, policy.logps, weights, limit, min(8, room), policy.rounding, ranks
             )
-        self._holds = policy
+        self._synced = policy
         return {"time/sync_s": time.monotonic() - started, "rollout/sampler_logp_error": error}
 
     def release_gpu(self) -> None:
-        """Give the sampler's memory to training."""
+        """Release the sampler's memory for training."""
         if self._started:
             self.sampler.sleep()
-            # A sampler that slept has to be given its weights again.
-            self._holds = None if torch.cuda.is_available() else self._holds
+            # A sampler needs a weight sync after it has slept.
+            self._synced = None if torch.cuda.is_available() else self._synced
 
     def close(self) -> None:
         if self._started:
-            self._started, self._holds = False, None
+            self._started, self._synced = False, None
             self.sampler.close()

@@ -1,4 +1,4 @@
-"""The trainer's end of vLLM's weight transfer: bytes on their way to the workers of running servers."""
+"""The trainer's end of vLLM's weight transfer: sends bytes to the workers of running servers."""
 
 import contextlib
 import socket
@@ -10,41 +10,47 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.distributed.listener import Listener, make_token
-from rlhf_pl.rollout.background import at_once
-from rlhf_pl.rollout.weight_sync.plugin import BACKEND, PART_SECONDS, left
+from rlhf_pl.rollout.background import run_parallel
+from rlhf_pl.rollout.weight_sync.plugin import BACKEND, PART_TIMEOUT_S, seconds_left
 
 
 class Push(Protocol):
-    """A way to the workers of all servers. The servers are told of it over HTTP, the tensors go past that."""
+    """Connections to the workers of servers. The servers get its `init_info` over HTTP, and the tensors directly."""
 
-    backend: str  # what the servers were started with
+    backend: str  # of the weight transfer that the servers were started with
 
     def init_info(self, first_worker: int, workers: int) -> dict[str, Any]:
-        """What a server is told whose first worker has that number, of all `workers`."""
+        """The connection settings for a server.
+
+        Args:
+            first_worker: Index of the server's first worker among those of all servers.
+            workers: Number of workers of all servers.
+        """
 
     def connect(self, workers: int, check: Callable[[], None]) -> None:
-        """Until all workers are there; `check` is called now and then, and raises if they can't come.
+        """Wait until all workers have connected; `check` is called repeatedly and raises if they can't connect.
 
         Raises:
-            OSError: They did not come in time.
+            OSError: They did not connect in time.
         """
 
     def send(self, tensors: Sequence[Tensor]) -> None:
-        """To all workers, in this order.
+        """Send tensors to all workers, in this order.
 
         Raises:
-            OSError: A worker has gone, or does not read.
+            OSError: A worker has disconnected, or does not read.
         """
 
     def close(self) -> None:
-        """The workers go on without."""
+        """Disconnect from the workers."""
 
 
 class TCPPush:
-    """Plain connections, for servers anywhere, with or without a GPU; this package must be installed there too.
+    """Plain connections, for servers on any host, with or without a GPU; they need this package, too.
 
     Args:
-        address: Of this host, where the servers' workers reach it; the port is open there alone, until all have come.
+        address: Address of this host at which the servers' workers reach it; the port is open only there, and only
+            until all workers have connected.
         timeout_s: Seconds until all workers must have connected, and for a part of the weights to reach a worker.
 
     Raises:
@@ -53,7 +59,7 @@ class TCPPush:
 
     backend = BACKEND
 
-    def __init__(self, address: str, timeout_s: float = PART_SECONDS) -> None:
+    def __init__(self, address: str, timeout_s: float = PART_TIMEOUT_S) -> None:
         self._address, self._timeout_s, self._token = address, timeout_s, make_token()
         self._listener = Listener(address, "the servers' workers")
         self._port = self._listener.port
@@ -70,12 +76,12 @@ class TCPPush:
         parts = [t.cpu().contiguous().view(-1).view(torch.uint8).numpy().data for t in tensors]
         end = time.monotonic() + self._timeout_s
 
-        def to(connection: socket.socket) -> None:
+        def send_parts(connection: socket.socket) -> None:
             for part in parts:
-                connection.settimeout(left(end))
+                connection.settimeout(seconds_left(end))
                 connection.sendall(part)
 
-        at_once(to, self._connections)
+        run_parallel(send_parts, self._connections)
 
     def close(self) -> None:
         for connection in self._connections:
@@ -84,13 +90,13 @@ class TCPPush:
 
 
 class NCCLPush:
-    """vLLM's own engine for GPUs that NCCL connects; no GPU of the trainer's may be a server's.
+    """vLLM's own weight transfer for GPUs that NCCL connects; the trainer and the servers must not share a GPU.
 
-    The rendezvous at `address` is vLLM's own: it asks for no token, so it belongs on a network that is trusted.
+    The rendezvous at `address` is vLLM's own: it requires no token, so use it only in a trusted network.
 
     Args:
-        address: Of this host, where the servers' workers reach it.
-        timeout_s: Of no effect here; vLLM and NCCL have limits of their own.
+        address: Address of this host at which the servers' workers reach it.
+        timeout_s: Not used here; vLLM and NCCL have their own limits.
 
     Raises:
         OSError: The address is not one of this host.
@@ -98,9 +104,9 @@ class NCCLPush:
 
     backend = "nccl"
 
-    def __init__(self, address: str, timeout_s: float = PART_SECONDS) -> None:
-        with contextlib.closing(Listener(address, "the servers' workers")) as free:
-            self._rendezvous = {"master_address": address, "master_port": free.port}
+    def __init__(self, address: str, timeout_s: float = PART_TIMEOUT_S) -> None:
+        with contextlib.closing(Listener(address, "the servers' workers")) as listener:
+            self._rendezvous = {"master_address": address, "master_port": listener.port}
         self._group: Any = None
 
     def init_info(self, first_worker: int, workers: int) -> dict[str, Any]:

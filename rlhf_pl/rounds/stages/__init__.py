@@ -1,4 +1,4 @@
-"""The stages of a round before training: generate, score, select, log-probs. Each writes its part of the store."""
+"""Stages of a round before training: generate, score, select, log-probs. Each writes its part of the store."""
 
 from rlhf_pl.rounds.stages.generate import generate, prompt_seed
 from rlhf_pl.rounds.stages.logps import store_logps

@@ -1,4 +1,4 @@
-"""Draw the answers of a round, shard by shard."""
+"""Samples the responses of a round, shard by shard."""
 
 import hashlib
 import json
@@ -13,12 +13,12 @@ import pyarrow.compute as pc
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.chat import Message
-from rlhf_pl.rollout.base import NOTED_TEMPERATURE, PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rollout.base import LOGP_TEMPERATURE, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.store.round_store import Round
 
 TOKENS = pa.list_(pa.int32())
-# what `sampler_logp` is, in the files and in the manifest: the sum over a response's tokens of log softmax(logits)
-SAMPLER_LOGP = {"temperature": NOTED_TEMPERATURE, "truncation": "none", "unit": "nats"}
+# describes `sampler_logp` in files and manifest: the sum of log softmax(logits) over a response's tokens
+SAMPLER_LOGP = {"temperature": LOGP_TEMPERATURE, "truncation": "none", "unit": "nats"}
 RESPONSES = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -37,7 +37,7 @@ Report = Callable[[int, str], None]
 
 
 def prompt_seed(run_seed: int, name: str, prompt_id: str) -> int:
-    """Seed of a prompt's answers: a hash, so that no two prompts, rounds or ranks share a random stream."""
+    """Seed of a prompt's responses: a hash, so that no two prompts, rounds or ranks share a random stream."""
     digest = hashlib.sha256(f"{run_seed}:{name}:{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 2
 
@@ -52,60 +52,60 @@ def generate(
     prompts_per_shard: int,
     report: Report = lambda count, note: None,
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
-    drawn: Callable[[int], None] = lambda number: None,
+    on_shard: Callable[[int], None] = lambda number: None,
     logps: bool = False,
     stream: bool = False,
 ) -> None:
-    """Draw the answers of all prompts whose shard is not there yet.
+    """Sample the responses to all prompts of the missing shards.
 
-    The shards are drawn one after the other, each from a clean engine: the last digits of log-probs depend on what is
-    computed together, so this makes a shard the same whenever and wherever it is drawn. The missing ones are dealt out
-    to the ranks, or to groups of ranks that share an engine, whose first rank writes.
+    Shards are sampled one after the other, each from a clean engine. The last digits of log-probs depend on what is
+    computed together, so a shard comes out the same whenever and wherever it is sampled. The missing shards are divided
+    among the ranks, or among groups of ranks that share an engine; the first rank of a group writes.
 
     Args:
         stored: The round.
-        prompts: All of the round's.
+        prompts: All prompts of the round.
         sampler: Holds the policy's weights.
-        sampling: How answers are drawn.
-        tokenizer: The policy's, for texts.
-        run_seed: The run's.
-        prompts_per_shard: Prompts of a shard.
-        report: Gets (prompts done, note).
-        ranks: All of them call this.
-        drawn: Gets the number of every shard that this rank has written.
-        logps: Whether the sampler is to note log-probs.
-        stream: Ask for all of a rank's shards at once: the engine never runs empty between two of them, but what is
-            computed together then depends on which shards are missing.
+        sampling: How responses are sampled.
+        tokenizer: The policy's tokenizer, for texts.
+        run_seed: The run's seed.
+        prompts_per_shard: Prompts per shard.
+        report: Receives (prompts done, note).
+        ranks: The run's ranks; all of them call this function.
+        on_shard: Receives the number of every shard that this rank has written.
+        logps: Whether the sampler reports log-probs.
+        stream: Request all of a rank's shards at once. The engine is then never idle between two shards, but what is
+            computed together depends on which shards are missing.
     """
     seeds = [prompt_seed(run_seed, stored.name, p.prompt_id) for p in prompts]
     done = ranks.broadcast(set(stored.shards("responses")))
     starts = list(enumerate(range(0, len(prompts), prompts_per_shard)))
-    together = sampler.ranks_per_engine
-    mine = [n for n, _ in starts if n not in done][ranks.rank // together :: ranks.size // together]
+    per_engine = sampler.ranks_per_engine
+    mine = [n for n, _ in starts if n not in done][ranks.rank // per_engine :: ranks.size // per_engine]
     started, tokens = time.monotonic(), 0
     for number, first in starts:
         if number in done:
             report(len(prompts[first : first + prompts_per_shard]), "")
     for part in [mine] if stream and mine else [[number] for number in mine]:
         left = {n: set(range(n * prompts_per_shard, min((n + 1) * prompts_per_shard, len(prompts)))) for n in part}
-        places = sorted(i for shard in left.values() for i in shard)
+        indices = sorted(i for shard in left.values() for i in shard)
         sampler.reset()
-        requests = [PromptTokens(list(prompts[i].token_ids), seeds[i], logps) for i in places]
-        answers: dict[int, list[Response]] = {}
+        requests = [PromptTokens(list(prompts[i].token_ids), seeds[i], logps) for i in indices]
+        sampled: dict[int, list[Response]] = {}
         for position, responses in sampler.generate(requests, sampling):
-            place = places[position]
-            answers[place] = responses
+            index = indices[position]
+            sampled[index] = responses
             tokens += sum(len(r.token_ids) for r in responses)
             report(1, _speed(tokens, started))
-            number = place // prompts_per_shard
-            left[number].discard(place)
-            if left[number] or ranks.rank % together:
+            number = index // prompts_per_shard
+            left[number].discard(index)
+            if left[number] or ranks.rank % per_engine:
                 continue
             shard = range(number * prompts_per_shard, min((number + 1) * prompts_per_shard, len(prompts)))
-            rows = [row for i in shard for row in _response_rows(prompts[i], seeds[i], answers.pop(i), tokenizer)]
+            rows = [row for i in shard for row in _response_rows(prompts[i], seeds[i], sampled.pop(i), tokenizer)]
             stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
-            drawn(number)
-    total = sum(ranks.all_gather(tokens if ranks.rank % together == 0 else 0))
+            on_shard(number)
+    total = sum(ranks.all_gather(tokens if ranks.rank % per_engine == 0 else 0))
     seconds = time.monotonic() - started
     others = [n for n, _ in starts if n not in done and n not in mine]
     report(sum(min(prompts_per_shard, len(prompts) - n * prompts_per_shard) for n in others), _speed(total, started))
@@ -116,14 +116,14 @@ def _speed(tokens: int, started: float) -> str:
     return f"{tokens / (time.monotonic() - started):.0f} tokens/s"
 
 
-def _complete(stored: Round, shards: int, prompts: int, seconds: float, drawn: int, sampling: SamplingConfig) -> None:
+def _complete(stored: Round, shards: int, prompts: int, seconds: float, tokens: int, sampling: SamplingConfig) -> None:
     stored.await_shards("responses", shards)
-    of_shards: list[tuple[np.ndarray, np.ndarray]] = []
-    noted = False
-    for part in stored.read_shards("responses", ["finished", "response_tokens", "sampler_logp"]):
-        of_shards.append((pc.list_value_length(part["response_tokens"]).to_numpy(), part["finished"].to_numpy()))
-        noted = noted or part["sampler_logp"].null_count < len(part)
-    lengths, finished = (np.concatenate(found) for found in zip(*of_shards, strict=True))
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+    has_logps = False
+    for shard in stored.read_shards("responses", ["finished", "response_tokens", "sampler_logp"]):
+        parts.append((pc.list_value_length(shard["response_tokens"]).to_numpy(), shard["finished"].to_numpy()))
+        has_logps = has_logps or shard["sampler_logp"].null_count < len(shard)
+    lengths, finished = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     stored.complete(
         "responses",
         prompts=prompts,
@@ -132,9 +132,9 @@ def _complete(stored: Round, shards: int, prompts: int, seconds: float, drawn: i
         tokens_mean=float(lengths.mean()),
         finished_share=float(finished.mean()),
         seconds=seconds,
-        tokens_per_s=drawn / seconds,
+        tokens_per_s=tokens / seconds,
         sampling=vars(sampling),
-        **({"sampler_logp": SAMPLER_LOGP} if noted else {}),
+        **({"sampler_logp": SAMPLER_LOGP} if has_logps else {}),
     )
 
 
@@ -155,5 +155,5 @@ def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokeniz
 
 
 def _as_text(messages: Sequence[Message]) -> str:
-    """Messages as JSON, their keys in one order: equal conversations are equal texts."""
+    """Messages as JSON with sorted keys, so that equal conversations are equal texts."""
     return json.dumps([dict(sorted(m.items())) for m in messages], ensure_ascii=False, default=str)

@@ -1,4 +1,4 @@
-"""Log-probs of the responses that a round trains on, under the policies that do not train."""
+"""Log-probs of a round's training responses under the policies that do not train."""
 
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from rlhf_pl.data.stored_groups import KEY, StoredGroups, stored_groups
+from rlhf_pl.data.stored_groups import KEY, StoredGroups, read_stored_groups
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.packed_batch import PackedBatch, batches_by_length, pack
 from rlhf_pl.rounds.stages.generate import Report
@@ -18,12 +18,15 @@ from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 
 LogpsFunction = Callable[[PackedBatch, float], Tensor]
-_SHARD_ROWS = 1 << 15  # of all, one file with every token's log-prob would be in memory twice
-Steps = list[list[list[int]]]  # groups of each micro-batch, of each rank
+Steps = list[list[list[int]]]  # [step][rank] -> indices of the groups in that micro-batch
+_SHARD_ROWS = 1 << 15  # limits memory: one file with every token's log-prob would be in memory twice
 
 
 def steps_by_length(tokens_per_batch: int, ranks: Ranks) -> Callable[[Sequence[int]], Steps]:
-    """Groups of like length together, within a budget of tokens, dealt out to ranks."""
+    """Function that divides groups, by their lengths, among steps and ranks.
+
+    Groups of similar length share a micro-batch of at most `tokens_per_batch` tokens.
+    """
 
     def divide(lengths: Sequence[int]) -> Steps:
         batches = list(batches_by_length([range(n) for n in lengths], tokens_per_batch))
@@ -44,25 +47,25 @@ def store_logps(
     given: Mapping[str, np.ndarray] | None = None,
     check_sampler_with: LogpsFunction | None = None,
 ) -> None:
-    """Log-probs of each response that is used, under each of `policies` (`old`, `reference`).
+    """Store the log-probs of each response that is used, under each of `policies` (`old`, `reference`).
 
     Args:
-        stored: The round; its groups are read, its `logps` written: a row per response.
-        policies: (rows, temperature) -> log-probs of the M wanted tokens, shape (M,), by name.
-        divide: Lengths of groups -> which of them are computed together. Of a round that trains these are the
-            training's own micro-batches: the last digits depend on what is computed together, and so a policy that has
-            not changed gives the very same numbers there. A response that comes again is passed over.
-        temperature: The temperature the responses were sampled at.
-        report: Gets (responses done, note).
-        ranks: Sharded policies need all of them at every call: one without a group repeats another's and discards the
-            result.
-        needs: What is stored for each token too, such as `old_token_logps`; the sums always are.
-        given: Sums that are known, shape (R,), by the name of their policy.
-        check_sampler_with: The policy, where `old` is to be what the sampler reported; how far the two are apart is
-            measured on one batch.
+        stored: The round. Its groups are read and its `logps` written, a row per response.
+        policies: (rows, temperature) -> log-probs of the M targets, shape (M,), by name.
+        divide: Lengths of groups -> which groups are computed together. For a round that trains these are the
+            training's own micro-batches: the last digits of log-probs depend on what is computed together, so there an
+            unchanged policy gives identical numbers. A response that occurs again is skipped.
+        temperature: The temperature that the responses were sampled at.
+        report: Receives (responses done, note).
+        ranks: The run's ranks. Sharded policies need all of them at every call: a rank without a group computes the
+            first group and discards the result.
+        needs: Names of per-token log-probs to store as well, for example `old_token_logps`; sums are always stored.
+        given: Known sums, shape (R,), by the name of their policy.
+        check_sampler_with: The policy, where the sampler's log-probs are stored as `old`; the mean difference to this
+            policy's is then measured on one batch.
     """
     started = time.monotonic()
-    groups = stored_groups(stored)
+    groups = read_stored_groups(stored)
     steps = _Steps(groups, divide(groups.lengths()) if len(groups) else [], temperature, ranks)
     columns: dict[str, Any] = {KEY[0]: groups.prompt_ids, KEY[1]: groups.indices}
     for name, policy in policies.items():
@@ -72,8 +75,8 @@ def store_logps(
     difference = {}
     if check_sampler_with is not None:
         columns["old_logp"] = _reported_by_sampler(stored, groups)
-        if (apart := steps.apart(check_sampler_with, columns["old_logp"])) is not None:
-            difference = {"sampler_difference": apart}
+        if (mean := steps.mean_difference(check_sampler_with, columns["old_logp"])) is not None:
+            difference = {"sampler_difference": mean}
 
     def write() -> None:
         table = pa.table(columns)
@@ -92,28 +95,28 @@ class _Steps:
         self.groups, self.steps, self.temperature, self.ranks = groups, steps, temperature, ranks
 
     def logps(self, policy: LogpsFunction, name: str, per_token: str | None, report: Report) -> dict[str, Any]:
-        """The columns `name` and, where wanted, `per_token`; all ranks call it."""
+        """Compute the columns `name` and, unless it is None, `per_token`; all ranks call it."""
         lengths = self.groups.response_lengths()
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         logps = torch.zeros(len(lengths), dtype=torch.float64)
         tokens = torch.zeros(int(starts[-1]) if per_token else 0)
         done = np.zeros(len(lengths), bool)
         for step in self.steps:
-            fresh = [self._fresh(part, done) for part in step]  # of every rank, so that each response is one rank's
-            count = sum(int(part.sum()) for part in fresh)
+            is_new = [self._mark_new(part, done) for part in step]  # for all ranks: each response is one rank's
+            count = sum(int(part.sum()) for part in is_new)
             if count == 0:
                 continue
-            batch, mine = step[self.ranks.rank] or [0], fresh[self.ranks.rank]
-            rows = pack([self.groups.tree(i) for i in batch])
-            found = policy(rows, self.temperature)
-            sums = rows.sum_per_response(found).cpu().double()
+            batch, mine = step[self.ranks.rank] or [0], is_new[self.ranks.rank]
+            rows = pack([self.groups.prefix_group(i) for i in batch])
+            token_logps = policy(rows, self.temperature)
+            sums = rows.sum_per_response(token_logps).cpu().double()
             if len(mine):
-                places = self._members(batch)
-                logps[places[mine]] = sums[mine]
-                parts = found.cpu().float().split(rows.counts.tolist()) if per_token else ()
-                for place, part, is_mine in zip(places, parts, mine, strict=False):
+                responses = self._responses(batch)
+                logps[responses[mine]] = sums[mine]
+                parts = token_logps.cpu().float().split(rows.counts.tolist()) if per_token else ()
+                for response, part, is_mine in zip(responses, parts, mine, strict=False):
                     if is_mine:
-                        tokens[starts[place] : starts[place + 1]] = part
+                        tokens[starts[response] : starts[response + 1]] = part
             report(count, "")
         columns: dict[str, Any] = {name: self.ranks.all_reduce_sum(logps).numpy()}
         if per_token:
@@ -121,36 +124,37 @@ class _Steps:
             columns[per_token] = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), values)
         return columns
 
-    def _members(self, batch: Sequence[int]) -> np.ndarray:
+    def _responses(self, batch: Sequence[int]) -> np.ndarray:
+        """Indices of the responses in a micro-batch."""
         return np.concatenate([self.groups.rows(i) for i in batch])
 
-    def _fresh(self, part: list[int], done: np.ndarray) -> np.ndarray:
-        """Which responses of a micro-batch have not come before; they count as done from here on."""
-        places = self._members(part) if part else np.zeros(0, np.int64)
-        first = np.zeros(len(places), bool)
-        first[np.unique(places, return_index=True)[1]] = True
-        fresh = first & ~done[places]
-        done[places] = True
-        return fresh
+    def _mark_new(self, batch: list[int], done: np.ndarray) -> np.ndarray:
+        """Whether each response of a micro-batch occurs for the first time; marks all of them as done."""
+        responses = self._responses(batch) if batch else np.zeros(0, np.int64)
+        is_first = np.zeros(len(responses), bool)
+        is_first[np.unique(responses, return_index=True)[1]] = True
+        is_new = is_first & ~done[responses]
+        done[responses] = True
+        return is_new
 
-    def apart(self, policy: LogpsFunction, reported: np.ndarray) -> float | None:
-        """Mean absolute difference of a first batch's log-probs to those reported, nats a token."""
+    def mean_difference(self, policy: LogpsFunction, reported: np.ndarray) -> float | None:
+        """Mean absolute difference between the first batch's log-probs and the reported ones, nats a token."""
         batch = next((step[0] for step in self.steps if step[0]), [])
         if not batch:
             return None
-        rows = pack([self.groups.tree(i) for i in batch])
+        rows = pack([self.groups.prefix_group(i) for i in batch])
         own = rows.sum_per_response(policy(rows, self.temperature)).cpu().double().numpy()
-        return float(np.abs(own - reported[self._members(batch)]).sum() / len(rows.targets))
+        return float(np.abs(own - reported[self._responses(batch)]).sum() / len(rows.targets))
 
 
 def _reported_by_sampler(stored: Round, groups: StoredGroups) -> np.ndarray:
-    """What the sampler reported of the used responses, shape (R,), float64, nats."""
+    """The sampler's log-probs of the used responses, shape (R,), float64, nats."""
     sampled = stored.read("responses", [*KEY, "sampler_logp"])
     if sampled["sampler_logp"].null_count:
         raise InputError(
-            f"`rollout.old_logps` is sampler, but the answers of {stored.path} were drawn without noting log-probs. "
-            "Set it to policy for this round, or move the round's folder away to draw its answers again."
+            f"`rollout.old_logps` is sampler, but the responses of {stored.path} were sampled without log-probs. Set "
+            "it to policy for this round, or move the round's folder away to sample its responses again."
         )
-    wanted = pa.table({KEY[0]: groups.prompt_ids, KEY[1]: groups.indices, "place": np.arange(len(groups.indices))})
-    found = wanted.join(sampled, list(KEY)).sort_by("place")
-    return pc.cast(found["sampler_logp"], pa.float64()).to_numpy()
+    used = pa.table({KEY[0]: groups.prompt_ids, KEY[1]: groups.indices, "row": np.arange(len(groups.indices))})
+    joined = used.join(sampled, list(KEY)).sort_by("row")
+    return pc.cast(joined["sampler_logp"], pa.float64()).to_numpy()

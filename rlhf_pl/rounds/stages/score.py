@@ -1,4 +1,4 @@
-"""Score the answers of a round, shard by shard, keeping what is scored."""
+"""Scores the responses of a round, shard by shard; results of interrupted shards are kept."""
 
 import json
 import time
@@ -13,30 +13,30 @@ import pyarrow.compute as pc
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.rewards.base import Failure, Reward, RewardResult, Sample
-from rlhf_pl.rewards.guard import Outcome, ScoringConfig, guarded_scores
-from rlhf_pl.rewards.withhold import without_thinking
+from rlhf_pl.rewards.guard import Outcome, ScoringConfig, score_samples
+from rlhf_pl.rewards.remove_thinking import remove_thinking
 from rlhf_pl.rounds.stages.generate import Report
 from rlhf_pl.store.journal import Entry, Journal
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import redact
 
-_WANTED = ("prompt_id", "response_index", "response", "finished", "prompt_tokens", "response_tokens")
-_TAIL = 32  # tokens of a prompt's end, in which a template opens the thinking
+_COLUMNS = ("prompt_id", "response_index", "response", "finished", "prompt_tokens", "response_tokens")
+_PROMPT_TAIL = 32  # tokens at a prompt's end, where a template opens the thinking
 
 
 class ShardScorer:
-    """Gives the answers of a shard their rewards.
+    """Scores the responses of a shard.
 
-    What a call returned is kept in a journal beside the shards until its shard is written, so that nothing that was
-    scored is scored again.
+    A journal beside the shards keeps the results of each call until the shard is written, so that nothing is scored
+    twice.
 
     Args:
         stored: The round.
         prompts: Its prompts.
-        reward: Scores.
-        config: How it is called.
-        tokenizer: The policy's; needed where thinking is withheld.
+        reward: The reward.
+        config: How the reward is called.
+        tokenizer: The policy's tokenizer; needed where thinking is withheld from the reward.
     """
 
     def __init__(
@@ -49,34 +49,40 @@ class ShardScorer:
         self,
         number: int,
         report: Report = lambda count, note: None,
-        go_on: Callable[[], bool] = lambda: True,
+        should_continue: Callable[[], bool] = lambda: True,
     ) -> None:
-        """Score and write a shard. `report` gets (answers done, note); `go_on` is asked before every call."""
-        table = self.stored.read_shard("responses", number, _WANTED)
-        made_of = [self.stored.shards("responses", number)[number].name, redact(self.reward.fingerprint())]
-        made_of += [json.dumps(self.config.withheld)] if self.config.withheld else []
-        journal = Journal(self.stored.path / "rewards" / f"_{number:05d}.journal", made_of)
+        """Score and write a shard.
+
+        Args:
+            number: The shard's number.
+            report: Receives (responses done, note).
+            should_continue: Called before every call of the reward; if it returns False, the shard stays unfinished.
+        """
+        table = self.stored.read_shard("responses", number, _COLUMNS)
+        header = [self.stored.shards("responses", number)[number].name, redact(self.reward.fingerprint())]
+        header += [json.dumps(self.config.withheld)] if self.config.withheld else []
+        journal = Journal(self.stored.path / "rewards" / f"_{number:05d}.journal", header)
         outcomes = [_outcome(entry) for entry in journal.read()]
         report(len(outcomes), "")
 
-        def keep(found: list[Outcome]) -> None:
-            journal.add([_entry(outcome) for outcome in found])
-            report(len(found), "")
+        def keep(new: list[Outcome]) -> None:
+            journal.add([_entry(outcome) for outcome in new])
+            report(len(new), "")
 
-        for end in _ends_of_calls(table["prompt_id"], self.config.prompts_per_call):
+        for end in _call_ends(table["prompt_id"], self.config.prompts_per_call):
             if end <= len(outcomes):
                 continue
-            if not go_on():
+            if not should_continue():
                 return
             batch = self._samples(table.slice(len(outcomes), end - len(outcomes)))
             try:
-                outcomes += guarded_scores(self.reward, batch, self.config, keep)
+                outcomes += score_samples(self.reward, batch, self.config, keep)
             except InputError as error:
-                raise InputError(f"{error} Answers scored so far are kept.") from error
+                raise InputError(f"{error} Results so far are kept.") from error
         self.stored.write_shard("rewards", number, _reward_table(table, outcomes, self.config))
 
     def _samples(self, rows: pa.Table) -> list[Sample]:
-        """The answers of one call; no others' tokens become Python's."""
+        """The responses of one call; only their tokens become Python lists."""
         samples = [
             Sample(
                 row["prompt_id"],
@@ -92,9 +98,9 @@ class ShardScorer:
         ]
         if not self.config.strip_thinking:
             return samples
-        prompts = [self.tokenizer.decode(ids.values[-_TAIL:].to_pylist()) for ids in rows["prompt_tokens"]]
+        prompts = [self.tokenizer.decode(ids.values[-_PROMPT_TAIL:].to_pylist()) for ids in rows["prompt_tokens"]]
         return [
-            without_thinking(sample, self.config.thinking_marks, prompt, self.tokenizer)
+            remove_thinking(sample, self.config.thinking_marks, prompt, self.tokenizer)
             for sample, prompt in zip(samples, prompts, strict=True)
         ]
 
@@ -108,34 +114,43 @@ def score(
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
     tokenizer: Any = None,
 ) -> None:
-    """Give every answer its reward. `report` gets (answers done, note); the shards are dealt out to the ranks.
+    """Score every response of a round; the shards are divided among the ranks.
+
+    Args:
+        stored: The round.
+        prompts: Its prompts.
+        reward: The reward.
+        config: How the reward is called.
+        report: Receives (responses done, note).
+        ranks: The run's ranks; all of them call this function.
+        tokenizer: The policy's tokenizer; needed where thinking is withheld from the reward.
 
     Raises:
-        InputError: An answer has no reward and the policy for failures is `error`, or none has one.
+        InputError: The reward failed for a response and `on_failure` is `error`, or it failed for all responses.
     """
     scorer = ShardScorer(stored, prompts, reward, config, tokenizer)
     started = time.monotonic()
     done = ranks.broadcast(set(stored.shards("rewards")))
-    answers = ranks.broadcast(set(stored.shards("responses")))
-    stored.await_shards("responses", len(answers))
-    todo = [n for n in answers if n not in done] + [n for n in answers if n in done]
-    of_others = stored.info("responses")["responses"]
+    shards = ranks.broadcast(set(stored.shards("responses")))
+    stored.await_shards("responses", len(shards))
+    todo = [n for n in shards if n not in done] + [n for n in shards if n in done]
+    remaining = stored.info("responses")["responses"]
 
-    def tell(count: int, note: str) -> None:
-        nonlocal of_others
-        of_others -= count
+    def report_own(count: int, note: str) -> None:
+        nonlocal remaining
+        remaining -= count
         report(count, note)
 
     for number in sorted(todo[ranks.rank :: ranks.size]):
-        if number in done and _settle_failures(stored, number, config):
-            tell(len(stored.read_shard("rewards", number, ["prompt_id"])), "")
+        if number in done and _apply_failure_policy(stored, number, config):
+            report_own(len(stored.read_shard("rewards", number, ["prompt_id"])), "")
         else:
-            scorer(number, tell)
+            scorer(number, report_own)
     ranks.barrier()
     seconds = time.monotonic() - started
-    if of_others:
-        report(of_others, "")
-    ranks.run_on_rank_zero(lambda: _complete(stored, len(answers), reward, config, seconds))
+    if remaining:  # which other ranks have scored
+        report(remaining, "")
+    ranks.run_on_rank_zero(lambda: _complete(stored, len(shards), reward, config, seconds))
 
 
 def _complete(stored: Round, shards: int, reward: Reward, config: ScoringConfig, seconds: float) -> None:
@@ -149,23 +164,23 @@ def _complete(stored: Round, shards: int, reward: Reward, config: ScoringConfig,
     )
 
 
-def _settle_failures(stored: Round, number: int, config: ScoringConfig) -> bool:
-    """Bring a shard's failed answers under the present policy for failures; False if it has to be scored again."""
+def _apply_failure_policy(stored: Round, number: int, config: ScoringConfig) -> bool:
+    """Apply the current `on_failure` to a scored shard's failures; False if the shard must be scored again."""
     table = stored.read_shard("rewards", number)
     failed = table["failure"].is_valid()
     if not pc.any(failed).as_py():
         return True
     if config.on_failure == "error":
         return False
-    settled = pc.if_else(failed, pa.scalar(config.substitute, pa.float64()), table["reward"])
-    if not settled.equals(table["reward"]):
-        stored.write_shard("rewards", number, table.set_column(2, "reward", settled))
+    rewards = pc.if_else(failed, pa.scalar(config.substitute, pa.float64()), table["reward"])
+    if not rewards.equals(table["reward"]):
+        stored.write_shard("rewards", number, table.set_column(2, "reward", rewards))
     return True
 
 
-def _ends_of_calls(prompt_ids: pa.ChunkedArray, prompts: int) -> list[int]:
-    """Where the calls for so many prompts end among the rows: the same after a resume."""
-    runs = pc.run_end_encode(prompt_ids.combine_chunks()).run_ends.to_pylist()  # a prompt's responses are side by side
+def _call_ends(prompt_ids: pa.ChunkedArray, prompts: int) -> list[int]:
+    """Row after the last one of each call, with `prompts` prompts a call; the same after a resume."""
+    runs = pc.run_end_encode(prompt_ids.combine_chunks()).run_ends.to_pylist()  # a prompt's responses are adjacent
     return [*runs[prompts - 1 : -1 : prompts], *runs[-1:]]
 
 
@@ -199,10 +214,15 @@ def _entry(outcome: Outcome) -> list[Any]:
 
 
 def reward_statistics(stored: Round) -> dict[str, Any]:
-    """Mean and spread over the scored answers, the mean of each prompt's best and worst, and failures by kind.
+    """Statistics of a round's rewards, for the manifest.
+
+    Returns:
+        Mean and standard deviation over all scored responses (`mean`, `std`), the means of each prompt's best and worst
+        reward (`best`, `worst`) and of each component, the numbers of scored and truncated responses, and failures by
+        kind.
 
     Raises:
-        InputError: No answer has a reward.
+        InputError: No response has a reward.
     """
     table = stored.read("rewards")
     failures = Counter(text.split(":")[0] for text in table["failure"].drop_null().to_pylist() if text)
@@ -210,7 +230,9 @@ def reward_statistics(stored: Round) -> dict[str, Any]:
     if len(scored) == 0:
         first = next((text for text in table["failure"].to_pylist() if text), "")
         stored.clear("rewards")
-        raise InputError(f"The reward failed for all {len(table)} answers of {stored.path}. The first: {first}")
+        raise InputError(
+            f"The reward failed for all {len(table)} responses of {stored.path}. The first failure: {first}"
+        )
     rewards = scored["reward"].to_numpy()
     grouped = scored.group_by("prompt_id", use_threads=False).aggregate([("reward", "max"), ("reward", "min")])
     names = [n for n in table.column_names if n.startswith("reward/")]
@@ -232,7 +254,7 @@ def _mean(column: pa.ChunkedArray) -> float:
 
 
 def prompt_means(stored: Round) -> dict[str, float]:
-    """Each prompt's mean reward, of the prompts that have one."""
+    """Mean reward of each prompt with a scored response, by prompt id."""
     table = stored.read("rewards", ["prompt_id", "reward"])
     grouped = (
         table.filter(table["reward"].is_valid())

@@ -1,4 +1,4 @@
-"""Scoring beside generation, for rewards that are computed elsewhere."""
+"""Scores shards while later ones are sampled, for rewards that are computed elsewhere."""
 
 import threading
 from queue import SimpleQueue
@@ -8,11 +8,11 @@ from rlhf_pl.rounds.stages.score import ShardScorer
 
 
 class ScoreAhead:
-    """Scores shards in a thread while later ones are drawn; what is left at the end of the block is for `score`.
+    """Scores shards in a thread while later shards are sampled; `score` does the rest after the block.
 
     Args:
         scorer: Scores a shard.
-        enabled: If not, all is left.
+        enabled: Whether the thread runs; if not, all shards are left to `score`.
     """
 
     def __init__(self, scorer: ShardScorer, enabled: bool = True) -> None:
@@ -20,7 +20,7 @@ class ScoreAhead:
         self._numbers: SimpleQueue[int | None] = SimpleQueue()
         self._stopped = threading.Event()
         self._error: BaseException | None = None
-        # a daemon: an interrupted run need not wait for a server
+        # a daemon, so that an interrupted run does not wait for a server
         self._thread = threading.Thread(target=self._work, name="score-ahead", daemon=True)
 
     def __enter__(self) -> "ScoreAhead":
@@ -29,10 +29,10 @@ class ScoreAhead:
         return self
 
     def add(self, number: int) -> None:
-        """Shard `number` has been drawn.
+        """Queue shard `number`, whose responses are written.
 
         Raises:
-            InputError: Scoring one before it failed.
+            InputError: Scoring an earlier shard failed.
         """
         if self._error is not None:
             raise self._error
@@ -42,13 +42,13 @@ class ScoreAhead:
         self._stopped.set()
         self._numbers.put(None)
         if kind is None and self._enabled:
-            self._thread.join()  # for the length of one call
+            self._thread.join()  # takes at most one call of the reward
             if self._error is not None:
                 raise self._error
 
     def _work(self) -> None:
         try:
             while (number := self._numbers.get()) is not None and not self._stopped.is_set():
-                self._scorer(number, go_on=lambda: not self._stopped.is_set())
-        except BaseException as error:  # for the thread that draws, whatever it is
+                self._scorer(number, should_continue=lambda: not self._stopped.is_set())
+        except BaseException as error:  # raised again in the thread that samples
             self._error = error

@@ -1,4 +1,4 @@
-"""Choose what a round trains on: pairs of the scored responses, or all of them."""
+"""Selects what a round trains on: pairs of scored responses, or whole groups."""
 
 import hashlib
 import itertools
@@ -20,14 +20,14 @@ _COLUMNS = ("prompt_id", "response_index", "finished", "response_tokens")
 
 @dataclass
 class _Group:
-    """The scored responses of a prompt; `same` tells those of equal tokens apart from others."""
+    """The scored responses to a prompt. Responses with equal tokens have equal `digests`."""
 
     prompt_id: str
     indices: list[int]
     rewards: list[float]
     lengths: list[int]
     finished: list[bool]
-    same: list[bytes]
+    digests: list[bytes]
 
 
 def select(
@@ -38,31 +38,33 @@ def select(
     shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
     keep_ties: bool = False,
 ) -> None:
-    """Choose what is trained on, at most `limit` pairs or groups, and count the prompts that give none, by reason.
+    """Select pairs or groups to train on, and count the prompts without any, by reason.
 
     Args:
-        stored: The round; its responses and rewards are read, its stage `pairs` written: indices into each prompt's
-            responses, and shaped rewards.
-        selector: Picks pairs; None for whole groups, of the prompts with two scored responses or more.
-        run_seed: The run's.
-        limit: At most so many pairs or groups.
-        shaping: What is done to scores first.
-        keep_ties: Equal rewards are no reason to drop a pair, for a KL term will break the tie. The selector sees them
+        stored: The round. Its responses and rewards are read and its stage `pairs` is written: indices into each
+            prompt's responses, and shaped rewards.
+        selector: Selects pairs; None for whole groups, of the prompts with at least two scored responses.
+        run_seed: The run's seed.
+        limit: Maximum number of pairs or groups.
+        shaping: Penalties and normalisation, applied to the scores first.
+        keep_ties: Keep pairs with equal rewards, because a KL term will break the tie. The selector sees such rewards
             in a random order.
     """
     groups = _scored_groups(stored)
-    every = [[getattr(group, name) for group in groups] for name in ("rewards", "lengths", "finished")]
-    shaped, notes = shape_rewards(every[0], every[1], every[2], shaping)
-    for group, rewards in zip(groups, shaped, strict=True):
-        group.rewards = rewards
+    rewards, lengths, finished = (
+        [getattr(group, name) for group in groups] for name in ("rewards", "lengths", "finished")
+    )
+    shaped, penalties = shape_rewards(rewards, lengths, finished, shaping)
+    for group, group_rewards in zip(groups, shaped, strict=True):
+        group.rewards = group_rewards
     usable = [group for group in groups if len(group.indices) > 1]
     dropped = {"no_reward_difference": 0, "same_answer": 0, "not_scored": len(groups) - len(usable)}
     if selector is None:
         usable = usable[:limit]
-        table = _of_groups(usable)
+        table = _groups_table(usable)
         counts = {"pairs": len(usable), "groups": len(usable), "responses": len(table)}
     else:
-        table = _of_pairs(usable, selector, run_seed, keep_ties, dropped).slice(0, limit)
+        table = _pairs_table(usable, selector, run_seed, keep_ties, dropped).slice(0, limit)
         counts = {"pairs": len(table)}
         if keep_ties:
             counts["kept_ties"] = pc.sum(pc.equal(table["chosen_reward"], table["rejected_reward"])).as_py() or 0
@@ -73,12 +75,12 @@ def select(
         **counts,
         dropped=dropped,
         selector=None if selector is None else type(selector).__name__,
-        penalties=notes,
+        penalties=penalties,
     )
 
 
-def _of_groups(groups: Sequence[_Group]) -> pa.Table:
-    """A row for each of their responses."""
+def _groups_table(groups: Sequence[_Group]) -> pa.Table:
+    """Table with a row for each response."""
     ids = [group.prompt_id for group in groups for _ in group.indices]
     indices = [index for group in groups for index in group.indices]
     rewards = [reward for group in groups for reward in group.rewards]
@@ -86,38 +88,37 @@ def _of_groups(groups: Sequence[_Group]) -> pa.Table:
                                 schema=GROUPS)  # fmt: skip
 
 
-def _of_pairs(
+def _pairs_table(
     groups: Sequence[_Group], selector: PairSelector, run_seed: int, keep_ties: bool, dropped: dict[str, int]
 ) -> pa.Table:
-    """A row for each pair; prompts without one are counted in `dropped`."""
+    """Table with a row for each pair; counts the prompts without a pair in `dropped`."""
     rows = []
     for group in groups:
         rewards, seed = group.rewards, prompt_seed(run_seed, "select", group.prompt_id)
         if keep_ties:
-            rewards = break_ties(rewards, group.same, seed)
-        picked = selector(rewards, group.lengths, group.finished, seed)
-        different = [(c, r) for c, r in picked if group.same[c] != group.same[r]]
-        if not picked:
+            rewards = break_ties(rewards, group.digests, seed)
+        selected = selector(rewards, group.lengths, group.finished, seed)
+        different = [(c, r) for c, r in selected if group.digests[c] != group.digests[r]]
+        if not selected:
             dropped["no_reward_difference"] += 1
         elif not different:
             dropped["same_answer"] += 1
         for c, r in different:
-            of_pair = (group.indices[c], group.indices[r], group.rewards[c], group.rewards[r])
-            rows.append((group.prompt_id, *of_pair))
+            rows.append((group.prompt_id, group.indices[c], group.indices[r], group.rewards[c], group.rewards[r]))
     columns = list(zip(*rows, strict=True)) or [()] * len(PAIRS)
     return pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, PAIRS.types, strict=True)], schema=PAIRS)
 
 
 def _scored_groups(stored: Round) -> list[_Group]:
-    """The prompts in the order of their first responses, each with those that have a reward."""
+    """Prompts in the order of their first responses, each with its scored responses."""
     rewards = stored.read("rewards", ["reward"])["reward"].to_pylist()
     groups: dict[str, _Group] = {}
-    place = 0
+    start = 0
     for table in stored.read_shards("responses", _COLUMNS):
         tokens = table["response_tokens"].combine_chunks()
         columns = [table[name].to_pylist() for name in _COLUMNS[:3]]
         lengths = tokens.value_lengths().to_pylist()
-        rows = zip(*columns, lengths, _digests(tokens), rewards[place : place + len(table)], strict=True)
+        rows = zip(*columns, lengths, _digests(tokens), rewards[start : start + len(table)], strict=True)
         for prompt_id, index, finished, length, digest, reward in rows:
             group = groups.setdefault(prompt_id, _Group(prompt_id, [], [], [], [], []))
             if reward is not None:
@@ -125,16 +126,15 @@ def _scored_groups(stored: Round) -> list[_Group]:
                 group.rewards.append(reward)
                 group.lengths.append(length)
                 group.finished.append(finished)
-                group.same.append(digest)
-        place += len(table)
-    if place != len(rewards):
-        raise ValueError(f"{place} responses, but {len(rewards)} rewards.")
+                group.digests.append(digest)
+        start += len(table)
+    if start != len(rewards):
+        raise ValueError(f"{start} responses, but {len(rewards)} rewards.")
     return list(groups.values())
 
 
 def _digests(tokens: pa.ListArray) -> Iterator[bytes]:
-    """A hash of each response's tokens."""
+    """Hash of each response's tokens."""
     values: np.ndarray = np.ascontiguousarray(tokens.values.to_numpy())
-    ends = tokens.offsets.to_numpy()
-    for start, end in itertools.pairwise(ends):
+    for start, end in itertools.pairwise(tokens.offsets.to_numpy()):
         yield hashlib.blake2b(values[start:end].data, digest_size=16).digest()

@@ -1,4 +1,4 @@
-"""Reports read the responses that they show, and no tokens."""
+"""Reports read only the responses that they show, and no tokens."""
 
 import json
 from pathlib import Path
@@ -9,14 +9,14 @@ import pytest
 
 from rlhf_pl.callbacks.run_report import before_after
 from rlhf_pl.callbacks.sample_table import sample_rows
-from rlhf_pl.cli.rounds import sample_panels
-from rlhf_pl.rounds.metrics import first_answers, prompt_ids
+from rlhf_pl.cli.rounds import make_sample_panels
+from rlhf_pl.rounds.metrics import first_responses, prompt_ids
 from rlhf_pl.store.round_store import Round, RoundStore
 
 
 @pytest.fixture
 def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RoundStore:
-    """Two evaluations of 6 prompts with 2 responses each, in shards of 2 prompts; tokens can't be read."""
+    """Two evaluations of 6 prompts with 2 responses each, in shards of 2 prompts; reading tokens fails."""
     store = RoundStore(tmp_path)
     for version in range(2):
         stored = store.held_out(version)
@@ -50,28 +50,28 @@ def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RoundStore:
     return store
 
 
-def test_first_answers_are_those_of_the_wanted_prompts(store: RoundStore) -> None:
+def test_first_responses_are_those_to_the_wanted_prompts(store: RoundStore) -> None:
     stored = store.held_out(1)
     assert prompt_ids(stored) == [f"p{i}" for i in range(6)]
-    found = first_answers(stored, ["p4", "p1"])
+    found = first_responses(stored, ["p4", "p1"])
     assert {name: (row["response"], row["reward"], row["question"]) for name, row in found.items()} == {
         "p1": ("v1 1 0", 1.0, "Question 1"),
         "p4": ("v1 4 0", 1.0, "Question 4"),
     }
 
 
-def test_the_table_of_samples_has_a_column_for_each_version(store: RoundStore) -> None:
+def test_the_sample_table_has_a_column_for_each_version(store: RoundStore) -> None:
     header, rows = sample_rows(store, 1, 3)
     assert header == ["prompt", "before", "after round 1"]
     assert rows == [[f"Question {i}", f"v0 {i} 0\n[reward 0.000]", f"v1 {i} 0\n[reward 1.000]"] for i in range(3)]
 
 
-def test_the_report_shows_prompts_from_all_over_the_data(store: RoundStore) -> None:
+def test_the_report_shows_prompts_spread_over_the_data(store: RoundStore) -> None:
     titles = [str(panel.title) for panel in before_after(store, 1, 3).renderables]
     assert titles == ["Question 0", "Question 2", "Question 4"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 9])
-def test_samples_of_a_round_are_its_first_prompts(store: RoundStore, count: int) -> None:
-    panels = sample_panels(store.held_out(0), count)
+def test_a_rounds_samples_are_those_of_its_first_prompts(store: RoundStore, count: int) -> None:
+    panels = make_sample_panels(store.held_out(0), count)
     assert [str(panel.title) for panel in panels] == [f"p{i}" for i in range(min(count, 6))]

@@ -1,4 +1,4 @@
-"""Rewards that end the process, copy it, or leave something running."""
+"""Rewards that exit or fork the process, or leave threads and child processes running."""
 
 import os
 import subprocess
@@ -9,33 +9,33 @@ from pathlib import Path
 import pytest
 
 from rlhf_pl.rewards import Failure, FunctionReward, Sample, ScoringConfig
-from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.rewards.guard import score_samples
 
 QUICK = ScoringConfig(0.5, retries=0, backoff_s=0, on_failure="drop")
-TWO = [Sample(f"p{i}", [{"role": "user", "content": "?"}], f"answer {i}") for i in range(2)]
+TWO = [Sample(f"p{i}", [{"role": "user", "content": "?"}], f"response {i}") for i in range(2)]
 
 
-def test_os_exit_is_a_failure_but_in_processes_of_the_rewards_own() -> None:
+def test_os_exit_is_a_failure_except_in_the_rewards_child_processes() -> None:
     def reward(response: str) -> float:
-        if response == "answer 1":
+        if response == "response 1":
             os._exit(0)
         if (child := os.fork()) == 0:
             os._exit(7)
         return float(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 
-    good, bad = guarded_scores(FunctionReward(reward), TWO, QUICK)
+    good, bad = score_samples(FunctionReward(reward), TWO, QUICK)
     assert good.reward == 7.0  # type: ignore[union-attr]
     assert isinstance(bad, Failure)
     assert "SystemExit(0), which is meant to end the run" in bad.detail
 
 
-def test_a_copy_of_the_process_does_not_come_back(tmp_path: Path) -> None:
+def test_a_forked_copy_of_the_process_exits(tmp_path: Path) -> None:
     def reward(response: str) -> float:
         os.fork()
         return 1.0
 
     process = os.getpid()
-    found = guarded_scores(FunctionReward(reward), TWO, QUICK)
+    found = score_samples(FunctionReward(reward), TWO, QUICK)
     (tmp_path / str(os.getpid())).touch()
     if os.getpid() != process:
         os._exit(1)
@@ -57,24 +57,24 @@ class Hangs(Exception):
 
 
 @pytest.mark.parametrize("error", [Exits(), Hangs()], ids=lambda e: type(e).__name__)
-def test_an_exception_whose_text_cannot_be_had(error: Exception) -> None:
+def test_an_exception_without_a_text(error: Exception) -> None:
     def reward(response: str) -> float:
         raise error
 
-    for failure in guarded_scores(FunctionReward(reward), TWO, QUICK):
+    for failure in score_samples(FunctionReward(reward), TWO, QUICK):
         assert isinstance(failure, Failure)
-        assert failure.detail == f"{type(error).__name__}, whose text can't be had."
+        assert failure.detail == f"{type(error).__name__}, whose text is not available."
 
 
-LEAVES = """
+LEFTOVERS = """
 import sys, threading, time
 import multiprocessing
 from concurrent.futures import ThreadPoolExecutor
 from rlhf_pl import __main__
-from rlhf_pl.rewards import FunctionReward, Sample, ScoringConfig, left_behind
-from rlhf_pl.rewards.guard import guarded_scores
+from rlhf_pl.rewards import FunctionReward, Sample, ScoringConfig, process_exit
+from rlhf_pl.rewards.guard import score_samples
 
-left_behind.LEFT_S = 1.0
+process_exit.LEFTOVER_GRACE_S = 1.0
 idle = []
 
 def reward(response):
@@ -88,7 +88,7 @@ def reward(response):
     return 1.0
 
 def main():
-    guarded_scores(FunctionReward(reward), [Sample("p", [{"role": "user", "content": "?"}], "a")], ScoringConfig())
+    score_samples(FunctionReward(reward), [Sample("p", [{"role": "user", "content": "?"}], "a")], ScoringConfig())
     return 3
 
 __main__.main = main
@@ -97,9 +97,9 @@ __main__.command()
 
 
 @pytest.mark.parametrize("kind", ["thread", "pool", "process", "idle"])
-def test_what_a_reward_leaves_running_does_not_keep_the_command(kind: str) -> None:
+def test_leftovers_of_a_reward_do_not_keep_the_command_running(kind: str) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", LEAVES, kind], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", LEFTOVERS, kind], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 3
     assert ("stuck" in done.stderr) == (kind != "idle")

@@ -1,4 +1,4 @@
-"""An epoch goes on from its middle when its updates are divided into other micro-batches, and only then."""
+"""An epoch can be resumed in its middle with other micro-batches per update, but not with other pairs per update."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -11,10 +11,10 @@ from rlhf_pl.utils.errors import InputError
 from tests.integration.test_fit import PROMPTS, fit, weights
 
 
-def test_updates_of_the_same_pairs_go_on_and_others_are_refused(
+def test_an_epoch_is_resumed_with_the_same_pairs_per_update_only(
     tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]
 ) -> None:
-    """Updates of 2 micro-batches of 2 pairs, stopped after the first of three, then 4 of 1 and 1 of 4."""
+    """Stop after the first of three updates of 2 micro-batches x 2 pairs; resume with 4 x 1 and with 1 x 4."""
     prompts = write_jsonl(PROMPTS)
 
     def run(folder: str, batch_size: int, accumulate: int, **options: Any) -> Any:
