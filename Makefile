@@ -70,4 +70,4 @@ lock:
 	bash scripts/lock.sh
 
 clean:
-	rm -rf .venv models runs build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv models runs build dist *.egg-info .hypothesis .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

@@ -161,7 +161,7 @@ def train_in_plain_loop(args: argparse.Namespace, pairs: list[Pair], variant: st
     import torch
 
     from rlhf_pl.models.logprobs import gather_logps
-    from rlhf_pl.models.packed_batch import PrefixGroup, pack, padded
+    from rlhf_pl.models.packed_batch import PrefixGroup, pack, unpack
     from rlhf_pl.models.policy import PolicyLM, load_lm
     from rlhf_pl.models.source import ModelSource
 
@@ -176,7 +176,7 @@ def train_in_plain_loop(args: argparse.Namespace, pairs: list[Pair], variant: st
             rows = pack([PrefixGroup(p.prompt, (p.chosen, p.rejected)) for p in batch])
             if variant in ("chunked", "shared"):
                 return rows.sum_per_response(policy(**rows.inputs())).view(-1, 2).T
-            ids, mask = padded(rows.input_ids, rows.lengths)
+            ids, mask = unpack(rows.input_ids, rows.lengths)
             targets_at = rows.response_ids, rows.position_ids[0, rows.logit_positions]
             if variant == "fixed":  # responses start at the same column in every row
                 width = profile.fixed_prompt + profile.fixed_response

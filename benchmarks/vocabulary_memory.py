@@ -37,7 +37,7 @@ def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int, de
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from rlhf_pl.models.logprobs import gather_logps
-    from rlhf_pl.models.packed_batch import PrefixGroup, pack, padded
+    from rlhf_pl.models.packed_batch import PrefixGroup, pack, unpack
     from rlhf_pl.models.policy import PolicyLM
     from rlhf_pl.models.shared_prefix import share_prompts
 
@@ -54,7 +54,7 @@ def measure(how: str, vocabulary: int, response: int, pairs: int, chunk: int, de
             assert share_prompts(lm)
             rows.sum_per_response(PolicyLM(lm, chunk)(**rows.inputs())).sum().backward()
         else:
-            ids, mask = padded(rows.input_ids, rows.lengths)
+            ids, mask = unpack(rows.input_ids, rows.lengths)
             logits = lm(input_ids=ids, attention_mask=mask).logits
             logps = gather_logps(logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
             (logps * mask[:, 1:].flatten()).sum().backward()

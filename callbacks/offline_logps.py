@@ -7,15 +7,15 @@ from typing import Any
 import lightning as L
 import numpy as np
 
+from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.offline_datamodule import OfflineDataModule
 from rlhf_pl.data.offline_pairs import OfflinePair, make_tables
-from rlhf_pl.data.options import check_policy_module
 from rlhf_pl.data.policy_module import PolicyModule, is_policy_module
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import get_callable_policy, shard_frozen
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.rotary import describe_factors
-from rlhf_pl.rounds.policy_snapshot import assume_weights_unchanged, logps_function
+from rlhf_pl.rounds.policy_snapshot import assume_weights_unchanged, extra_passes, logps_function
 from rlhf_pl.rounds.repair import move_aside
 from rlhf_pl.rounds.settings import logps_settings
 from rlhf_pl.rounds.stages import store_logps
@@ -133,9 +133,15 @@ class OfflineLogps(L.Callback):
             policies["old"] = logps_function(trainer, module, _starting_policy(trainer, module))
         if "reference_logps" in module.needs:
             policies["reference"] = logps_function(trainer, module, module.load_reference())
+        extra = extra_passes(trainer, module)
+        if extra and trainer.global_step > 0:
+            raise InputError(
+                f"{stored.path} lacks {', '.join(extra)} of the module as it was at the start of the run, which has "
+                "trained since. Give the run a directory of its own (--trainer.default_root_dir DIR)."
+            )
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         ranks, description = ranks_of(trainer), "log-probs of pairs"
-        total = 2 * len(pairs) * len(policies)
+        total = 2 * len(pairs) * (len(policies) + len(extra))
         with (
             ranks.phase(description),
             phase(description, total, "responses", show) as report,
@@ -145,7 +151,7 @@ class OfflineLogps(L.Callback):
             if not stored.is_held_out:
                 divide = partial(data.training_steps, 0)
             known = None if given is None else {"old": given}
-            store_logps(stored, policies, divide, data.temperature, report, ranks, module.needs, known)
+            store_logps(stored, policies, divide, data.temperature, report, ranks, module.needs, known, extra=extra)
         if given is not None:
             self._compare_logps(trainer, module, data, pairs)
 

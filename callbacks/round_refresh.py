@@ -6,44 +6,48 @@ from typing import Any, Literal
 
 import lightning as L
 
-from rlhf_pl.algorithms.pair_selection import PairSelector
+from rlhf_pl.algorithms.pair_selection import BestWorst, PairSelector
 from rlhf_pl.algorithms.reward_shaping import RewardShaping
 from rlhf_pl.callbacks.round_checkpoint import save_resume_point
+from rlhf_pl.callbacks.run_lifecycle import RunLifecycle
 from rlhf_pl.callbacks.stop_on_signal import listen_for_signals
 from rlhf_pl.checkpointing.checkpoints import Progress
-from rlhf_pl.checkpointing.progress import has_stopped_inside, is_at_round_end, is_stopping_inside, rounds_done
-from rlhf_pl.data.options import check_policy_module
-from rlhf_pl.data.policy_module import is_policy_module
+from rlhf_pl.checkpointing.progress import has_stopped_inside, is_at_round_end, rounds_done
+from rlhf_pl.data.compatibility import check_policy_module
+from rlhf_pl.data.policy_module import as_lightning, is_policy_module
 from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.data.run_limits import (
     get_limits,
-    report_stop,
-    restore_limits,
-    restore_monitors,
     stop_at_max_steps,
     stop_inside_round,
     suspend_monitors,
     take_over_limits,
 )
-from rlhf_pl.distributed.ranks import DEFAULT_TIMEOUT, forget_ranks, ranks_of, report_failure
+from rlhf_pl.distributed.ranks import DEFAULT_TIMEOUT, ranks_of
 from rlhf_pl.modules.logging import publish_metrics
 from rlhf_pl.modules.trainer_options import check_trainer
 from rlhf_pl.rewards import Reward, ScoringConfig, as_reward
 from rlhf_pl.rewards.combine import isolate_functions
 from rlhf_pl.rollout import Sampler, SamplingConfig, VLLMSampler
 from rlhf_pl.rollout.weight_sync.sync import SamplerSync
+from rlhf_pl.rounds.logps_check import check_first_update
 from rlhf_pl.rounds.maker import RoundMaker
 from rlhf_pl.rounds.metrics import training_metrics
 from rlhf_pl.rounds.preparation import RoundPreparation
-from rlhf_pl.rounds.settings import RoundOptions, check_old_logps, check_sampler_logps, held_out_sampling, pair_selector
+from rlhf_pl.rounds.settings import (
+    RoundOptions,
+    check_old_logps,
+    check_sampler_logps,
+    check_shaping,
+    held_out_sampling,
+    pair_selector,
+)
 from rlhf_pl.rounds.start_checks import check_reward, check_round_monitors, check_sampling
-from rlhf_pl.rounds.tolerance import check_first_update
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.utils.errors import InputError, check_at_least, check_finite
-from rlhf_pl.utils.lock import RunLock
 
 
-class RoundRefresh(L.Callback):
+class RoundRefresh(RunLifecycle):
     """Prepares a round when Lightning requests its dataloader, and evaluates the policy on the held-out prompts.
 
     A round: the policy's weights are synced to the sampler and checked there; the sampler samples responses to the
@@ -76,6 +80,7 @@ class RoundRefresh(L.Callback):
             ends with a message that names the late process and its phase.
     """
 
+    epoch_name = "round"
     repair = False  # set by `--repair`: regenerate damaged files of the store
     progress: Progress | None = None  # of the checkpoint to resume from
     accept_changes = False  # set by `--accept_changes`: continue in a run directory made with other settings
@@ -87,7 +92,7 @@ class RoundRefresh(L.Callback):
         sampling: SamplingConfig = SamplingConfig(),  # noqa: B008 - frozen
         scoring: ScoringConfig = ScoringConfig(),  # noqa: B008 - frozen
         shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
-        selector: PairSelector | None = None,
+        selector: BestWorst | PairSelector | None = None,  # configs may give `min_margin` without a class
         val_num_responses: int = 1,
         val_temperature: float | None = None,
         prompts_per_shard: int | None = None,
@@ -96,6 +101,7 @@ class RoundRefresh(L.Callback):
         old_logps: Literal["policy", "sampler"] = "policy",
         timeout_minutes: float = DEFAULT_TIMEOUT,
     ) -> None:
+        super().__init__()
         check_at_least(
             "rollout",
             val_num_responses=(val_num_responses, 1),
@@ -125,11 +131,10 @@ class RoundRefresh(L.Callback):
             )
             if scoring.isolate:
                 isolate_functions(self.options.reward)
-        self._sync = SamplerSync(sampler)
+        self.sampler, self._sync = sampler, SamplerSync(sampler)
         self._timeout = timeout_minutes
         self._trainer: L.Trainer | None = None  # while its rounds are prepared
         self._rounds: RoundPreparation | None = None
-        self._lock: RunLock | None = None
         self._at_end = False  # resumed after a round's last update
         self._training_since = time.monotonic()
 
@@ -151,9 +156,10 @@ class RoundRefresh(L.Callback):
         assert is_policy_module(pl_module)
         pair_selector(pl_module, options)
         check_old_logps(pl_module, options)
+        check_shaping(pl_module, options)
         ranks = ranks_of(trainer, self._timeout)
         data.max_response_tokens = options.sampling.max_response_tokens
-        check_sampling(trainer, pl_module, data, self._sync.sampler, options)
+        check_sampling(trainer, pl_module, data, self.sampler, options)
         if not self.repair:
             ranks.run_on_rank_zero(lambda: self._refuse_damage(data))
         check_reward(trainer, data, options)
@@ -175,11 +181,6 @@ class RoundRefresh(L.Callback):
         """Refuse missing, damaged or foreign files before any weights load; checksums are compared on reading."""
         started = None if self.progress is None else self.progress.rounds_done + self.progress.is_inside_round
         find_problems(data.store, started, bool(data.val_prompts), checksums=False).refuse()
-
-    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Lock the run directory: from here on only this process writes to it."""
-        self._lock = RunLock(trainer.default_root_dir)
-        ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
 
     def prepare_round(self, index: int) -> None:
         """Make the missing stages of round `index`; the DataModule calls it when its dataloader is requested."""
@@ -205,8 +206,7 @@ class RoundRefresh(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._at_end = is_at_round_end(trainer)
-        if not self._at_end:
-            stop_at_max_steps(trainer)  # a resumed run may have reached them
+        super().on_train_start(trainer, pl_module)
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._training_since = time.monotonic()
@@ -219,16 +219,9 @@ class RoundRefresh(L.Callback):
         assert is_policy_module(pl_module)
         first, pl_module.first_logratio = pl_module.first_logratio, None
         if first is not None and self.options is not None and not self.accept_changes:
-            check_first_update(trainer, pl_module, self.options, self._sync.sampler, first)
+            check_first_update(trainer, pl_module, self.options, self.sampler, first)
         stop_inside_round(trainer, batch_idx)
-        stop_at_max_steps(trainer)
-
-    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        if is_stopping_inside(trainer):
-            suspend_monitors(trainer)
-
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        restore_monitors(trainer)
+        super().on_train_batch_end(trainer, as_lightning(pl_module), outputs, batch, batch_idx)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Record a round's training, which RoundCheckpoint has saved, and evaluate the new policy."""
@@ -257,26 +250,13 @@ class RoundRefresh(L.Callback):
         self._release_gpu()
         stop_at_max_steps(trainer)
 
-    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        report_stop(trainer, "round")
-
-    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self._end()
-        restore_limits(trainer)
-        forget_ranks(trainer)
-
-    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        report_failure(trainer, exception)
-        self._end()
-        restore_limits(trainer)
-
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Close the sampler and the reward, and release the run directory."""
         self._sync.close()
         if self.options is not None:
             self.options.reward.close()
         self._rounds = self._trainer = None
-        if self._lock is not None:
-            self._lock.release()
+        super().end()
 
 
 def _datamodule(trainer: L.Trainer) -> RoundDataModule:

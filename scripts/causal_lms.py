@@ -22,7 +22,7 @@ from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.policy import PolicyLM, load_lm, meta_lm
 from rlhf_pl.models.shared_prefix import takes_prefix_groups
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, describe_error
 
 SECONDS, GIB = 600, 14
 LONGEST = 30
@@ -167,8 +167,7 @@ def _run_child(model_type: str, queue: Any) -> None:
     try:
         queue.put(try_architecture(model_type))
     except Exception as error:
-        line = str(error).strip().splitlines()[0] if str(error).strip() else ""
-        queue.put(Outcome("not tried", f"{type(error).__name__}: {line}"))
+        queue.put(Outcome("not tried", describe_error(error)))
 
 
 def try_in_process(model_type: str) -> Outcome:

@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Collection
-from typing import ClassVar
+from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
@@ -19,7 +19,8 @@ class PolicyLoss(ABC):
 
     Attributes:
         needs: What the loss reads, from `rewards`, `old_logps`, `reference_logps` (summed over each response),
-            `old_token_logps` and `reference_token_logps`.
+            `old_token_logps` and `reference_token_logps`; and from the module's `extra_passes`, which are in
+            `PromptGroups.stored` by name, a number per token.
         per: The element that the loss returns a value for. With `pair`, the policy trains on the selector's pairs;
             otherwise on all scored responses to a prompt, in one micro-batch.
         metric_names: Names of the metrics that `metrics` returns.
@@ -75,15 +76,26 @@ def reward_margins(groups: PromptGroups) -> Tensor:
     return chosen - rejected
 
 
-def check_needs(loss: PolicyLoss, kl_coef: float) -> frozenset[str]:
+def check_needs(loss: PolicyLoss, kl_coef: float, extra_passes: Collection[str] = ()) -> frozenset[str]:
     """What a loss and the KL penalty in the reward need together; per-token log-probs come with their sums.
 
+    Args:
+        loss: Names its needs.
+        kl_coef: Weight of the KL penalty, reward units per nat.
+        extra_passes: What the module computes beside log-probs.
+
     Raises:
-        InputError: The loss needs something unknown, or it reads no rewards that a KL penalty could change.
+        InputError: The loss needs something unknown or has an unknown `per`, or it reads no rewards that a KL penalty
+            could change.
     """
-    name, needs = type(loss).__name__, frozenset(loss.needs)
-    if unknown := sorted(needs - set(NEEDS)):
-        raise InputError(f"`model.loss`: {name} needs {', '.join(unknown)}. Available: {', '.join(NEEDS)}.")
+    name = type(loss).__name__
+    if loss.per not in get_args(Element):
+        raise InputError(f"`model.loss`: {name}.per is {loss.per!r}. Available: {', '.join(get_args(Element))}.")
+    if isinstance(loss.needs, str):
+        raise InputError(f"`model.loss`: {name}.needs is a string. Write a set: needs = {{{loss.needs!r}}}.")
+    needs, known = frozenset(loss.needs), (*NEEDS, *extra_passes)
+    if unknown := sorted(needs - set(known)):
+        raise InputError(f"`model.loss`: {name} needs {', '.join(unknown)}. Available: {', '.join(known)}.")
     needs |= {summed for summed, per_token in zip(SUMMED, PER_TOKEN, strict=True) if per_token in needs}
     if kl_coef == 0:
         return needs
@@ -93,6 +105,28 @@ def check_needs(loss: PolicyLoss, kl_coef: float) -> frozenset[str]:
             "them. It would have no effect: set it to 0."
         )
     return needs | set(SUMMED)
+
+
+def element_losses(loss: PolicyLoss, groups: PromptGroups) -> Tensor:
+    """The values of `loss.losses`, one per element.
+
+    Raises:
+        InputError: They do not have the shape that `per` says.
+    """
+    losses, responses, name = loss.losses(groups), len(groups.lengths), type(loss).__name__
+    elements = {
+        "pair": responses // 2,
+        "group": len(groups.sizes),
+        "response": responses,
+        "token": len(groups.token_logps),
+    }[loss.per]
+    leaves_out = loss.per in ("response", "token") and type(loss).counts is not PolicyLoss.counts
+    if losses.dim() != 1 or (len(losses) > elements if leaves_out else len(losses) != elements):
+        raise InputError(
+            f"`model.loss`: {name} returned values of shape {tuple(losses.shape)}, but its `per` is {loss.per!r}: "
+            f"return one value per {loss.per}, not reduced, here shape ({elements},)."
+        )
+    return losses
 
 
 def logged_names(loss: PolicyLoss, needs: Collection[str]) -> tuple[str, ...]:
@@ -118,7 +152,7 @@ def logged(loss: PolicyLoss, groups: PromptGroups) -> dict[str, Tensor]:
     if "old_logps" in stored:
         logratios = groups.logps - groups.old_logps
         parts = _pair_metrics(groups, logratios) if pairs else _response_metrics(logratios)
-    if pairs and stored:
+    if pairs and any(name in stored for name in SUMMED):
         base = stored["old_logps" if "old_logps" in stored else "reference_logps"]
         parts |= _margin_metrics(groups, groups.logps - base)
     return {**parts, **loss.metrics(groups)}

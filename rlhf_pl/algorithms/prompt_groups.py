@@ -1,6 +1,6 @@
 """A batch as losses see it: prompt groups with their numbers, and sums and means over them."""
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -13,6 +13,11 @@ Element = Literal["pair", "group", "response", "token"]
 SUMMED = ("old_logps", "reference_logps")  # of each response
 PER_TOKEN = ("old_token_logps", "reference_token_logps")
 NEEDS = ("rewards", *SUMMED, *PER_TOKEN)
+
+
+def extra_needs(needs: Collection[str]) -> list[str]:
+    """Those needs that a method of the module computes: its `extra_passes`."""
+    return sorted(set(needs) - set(NEEDS))
 
 
 @dataclass(frozen=True)
@@ -28,8 +33,8 @@ class PromptGroups:
         lengths: Tokens of each response, shape (R,), int64.
         finished: Whether each response ended with an EOS, shape (R,), bool; the others are truncated.
         sizes: Responses of each group, shape (G,), int64.
-        stored: Log-probs under the policies that do not train, by their names in `NEEDS`, as far as the loss needs
-            them.
+        stored: Log-probs under the policies that do not train, by their names in `NEEDS`, and the values of the
+            module's `extra_passes`, shape (M,), as far as the loss needs them.
     """
 
     token_logps: Tensor

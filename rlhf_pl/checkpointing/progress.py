@@ -1,6 +1,5 @@
-"""Progress of a Trainer, and its seed."""
+"""Progress of a Trainer."""
 
-import os
 from typing import Any
 
 import lightning as L
@@ -45,8 +44,3 @@ def batches_done(trainer: L.Trainer) -> int:
     """Micro-batches of the current epoch that this rank has trained on."""
     progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
     return progress.processed
-
-
-def run_seed() -> int:
-    """The run's `seed_everything`; 0 if Lightning has no seed."""
-    return int(os.environ.get("PL_GLOBAL_SEED", 0))

@@ -131,7 +131,7 @@ def _refuse_other_runs(files: dict[Path, Progress], run: str | None) -> None:
     if others:
         raise InputError(
             f"{', '.join(map(str, others))} belongs to another run than the rounds beside it. Move it out of "
-            f"{FOLDER}, or name the checkpoint to go on from (--ckpt_path FILE)."
+            f"{FOLDER}, or name the checkpoint to resume from (--ckpt_path FILE)."
         )
 
 

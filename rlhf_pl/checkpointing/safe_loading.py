@@ -19,7 +19,7 @@ from torch.distributed.checkpoint import CheckpointException, metadata
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 
 from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, first_line
 
 METADATA = ".metadata"
 META = "meta.pt"  # file of a sharded checkpoint with everything except weights and optimizer
@@ -72,7 +72,7 @@ def _unpickle(file: Path) -> metadata.Metadata:
     except UnsafeError as error:
         raise make_unsafe_error(file, f"{error} is not one of torch's classes for it") from error
     except Exception as error:  # unpickling garbage raises exceptions of any class
-        raise DamagedError(f"{file} can't be read: {_first_line(error)}. Resume from another checkpoint.") from error
+        raise DamagedError(f"{file} can't be read: {first_line(error)}. Resume from another checkpoint.") from error
     if not isinstance(content, metadata.Metadata) or not isinstance(content.storage_data, dict):
         raise DamagedError(f"{file} is not the metadata of a sharded checkpoint. Resume from another one.")
     return content
@@ -104,7 +104,7 @@ def _check_bytes(file: Path, place: Any) -> None:
     except pickle.UnpicklingError as error:
         raise make_unsafe_error(file, error) from error
     except Exception as error:  # zip errors of many kinds, too
-        raise DamagedError(f"{file} can't be read: {_first_line(error)}. Resume from another checkpoint.") from error
+        raise DamagedError(f"{file} can't be read: {first_line(error)}. Resume from another checkpoint.") from error
 
 
 def check_checkpoint(path: Path) -> None:
@@ -121,7 +121,7 @@ def check_checkpoint(path: Path) -> None:
     except pickle.UnpicklingError as error:
         raise make_unsafe_error(path, error) from error
     except Exception as error:  # zip errors of many kinds
-        raise DamagedError(f"{path} is not a readable checkpoint: {_first_line(error)}.") from error
+        raise DamagedError(f"{path} is not a readable checkpoint: {first_line(error)}.") from error
 
 
 def load_checked(load: Callable[..., Any], path: Any, **options: Any) -> Any:
@@ -140,7 +140,7 @@ def load_checked(load: Callable[..., Any], path: Any, **options: Any) -> Any:
     try:
         return load(path, **options, weights_only=True)
     except (CheckpointException, pickle.UnpicklingError) as error:
-        raise DamagedError(f"{path} can't be read: {_first_line(error)}. Resume from another one.") from error
+        raise DamagedError(f"{path} can't be read: {first_line(error)}. Resume from another one.") from error
 
 
 class CheckedCheckpointIO(CheckpointIO):
@@ -170,7 +170,7 @@ class CheckedCheckpointIO(CheckpointIO):
 def guard_loads(trainer: L.Trainer) -> None:
     """Have a Trainer check every checkpoint before it loads it, until `unguard_loads`.
 
-    Lightning's own FSDPStrategy and ModelParallelStrategy load without a CheckpointIO: the checkpoint to go on from is
+    Lightning's own FSDPStrategy and ModelParallelStrategy load without a CheckpointIO: the checkpoint to resume from is
     checked at once.
 
     Raises:
@@ -201,10 +201,5 @@ def make_unsafe_error(file: Path, reason: BaseException | str) -> UnsafeError:
     """The error for a file that would run code, or holds objects that torch can't load safely."""
     return UnsafeError(
         f"{file} holds objects that can't be loaded safely: a callback's `state_dict` must hold plain values and "
-        f"tensors only. {reason if isinstance(reason, str) else _first_line(reason)}"
+        f"tensors only. {reason if isinstance(reason, str) else first_line(reason)}"
     )
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0].rstrip(".") if lines else type(error).__name__

@@ -6,7 +6,7 @@ from typing import Any
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import _loaders_dumpers, _util
 
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, first_line
 from rlhf_pl.utils.public_names import with_public_paths
 
 MAX_DEPTH = 100  # of nested values
@@ -99,7 +99,7 @@ def _problem(place: yaml.Event | yaml.Node, text: str) -> yaml.YAMLError:
 def _describe(error: yaml.YAMLError) -> str:
     """Describe a YAML error as `, line 3: problem.`."""
     mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
-    return f"{f', line {mark.line + 1}' if mark else ''}: {problem or str(error).splitlines()[0]}."
+    return f"{f', line {mark.line + 1}' if mark else ''}: {problem or first_line(error)}."
 
 
 def _file_of(text: str) -> Path | None:

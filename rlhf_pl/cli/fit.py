@@ -40,7 +40,7 @@ from rlhf_pl.cli.run_files import RunConfig
 from rlhf_pl.cli.run_loggers import RunLogger, resume_loggers
 from rlhf_pl.cli.user_errors import as_user_error
 from rlhf_pl.data import OfflineDataModule, RoundDataModule
-from rlhf_pl.data.options import check_policy_module
+from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.policy_module import is_policy_module
 from rlhf_pl.distributed.strategies import CPUFSDPStrategy
 from rlhf_pl.modules.divergence_check import DivergenceCheck

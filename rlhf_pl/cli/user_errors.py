@@ -16,7 +16,7 @@ import rlhf_pl
 from rlhf_pl.distributed.ranks import RanksError
 from rlhf_pl.rollout.weight_sync.self_check import StaleSamplerError
 from rlhf_pl.utils.disk import full_disk_error
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, describe_error
 
 _USER_ERRORS = (InputError, StaleSamplerError, RanksError)
 
@@ -189,7 +189,7 @@ def _refuses_values(error: BaseException | None) -> bool:
 
 def _summarize(error: BaseException) -> str:
     lines = str(error).strip().splitlines() or [""]
-    return _class_problem(lines) or f"{type(error).__name__}: {lines[0]}"
+    return _class_problem(lines) or describe_error(error)
 
 
 def _class_problem(lines: list[str]) -> str:

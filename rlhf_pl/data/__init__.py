@@ -8,9 +8,12 @@ from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.data.round_source import RoundSource
 from rlhf_pl.data.sft_datamodule import SFTDataModule
 
+PairBatch = GroupBatch  # the name in earlier versions, where a group was a pair
+
 __all__ = [
     "GroupBatch",
     "OfflineDataModule",
+    "PairBatch",
     "PreferenceDataModule",
     "Prompt",
     "RoundDataModule",

@@ -1,77 +1,80 @@
-"""Base class of the DataModules of pairs and groups: it divides an epoch into updates, by pairs or by tokens."""
+"""Base class of the DataModules: options for reading and batching, the seed, and access to the Trainer."""
 
-from abc import abstractmethod
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from functools import cached_property
 from typing import Any
 
 import lightning as L
 
-from rlhf_pl.data.micro_batches import MicroBatchSampler
-from rlhf_pl.data.round_source import RoundSource
-from rlhf_pl.data.rows_datamodule import RowsDataModule
-from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.data.compatibility import check_same_rows
 from rlhf_pl.utils.errors import check_at_least
+from rlhf_pl.utils.fingerprints import rows_fingerprint
+from rlhf_pl.utils.seed import run_seed
 
 
-class PairsDataModule(RowsDataModule):
-    """Pairs, in updates of `batch_size` x `accumulate_grad_batches` x devices pairs.
-
-    For a loss on prompt groups, read "prompt group" for "pair".
+class RowsDataModule(L.LightningDataModule, ABC):
+    """Rows of a file or of a Hub data set, tokenized by a chat template, in batches.
 
     Args:
-        max_tokens_per_batch: Maximum tokens of a micro-batch; only a single pair may be longer. An update keeps its
-            pairs and is divided into as many micro-batches as needed. None for `batch_size` pairs per micro-batch.
-        rows: The arguments of `RowsDataModule`; `batch_size` counts pairs.
+        columns: Our column names mapped to those of the data; None for the same names.
+        split: Split of a Hub data set.
+        system_prompt: Prepended to conversations without a system prompt.
+        chat_template_kwargs: Further variables of the chat template.
+        parse_dialogues: Whether text in the form of a dialogue becomes messages.
+        batch_size: Rows per micro-batch and device.
+        num_workers: Loader processes.
+        seed: Shuffles the rows; None for the run's `seed_everything`.
     """
 
-    def __init__(self, max_tokens_per_batch: int | None, **rows: Any) -> None:
-        super().__init__(**rows)
-        check_at_least("data", max_tokens_per_batch=(max_tokens_per_batch, 1))
-        self.max_tokens_per_batch = max_tokens_per_batch
-        self._accumulate: int | None = None
-        self._source: RoundSource | None = None
+    def __init__(
+        self,
+        columns: dict[str, str] | None,
+        split: str,
+        system_prompt: str | None,
+        chat_template_kwargs: dict[str, Any] | None,
+        parse_dialogues: bool,
+        batch_size: int,
+        num_workers: int,
+        seed: int | None,
+    ) -> None:
+        super().__init__()
+        check_at_least("data", batch_size=(batch_size, 1), num_workers=(num_workers, 0))
+        self.columns, self.split, self.system_prompt = columns, split, system_prompt
+        self.chat_template_kwargs, self.parse_dialogues = chat_template_kwargs or {}, parse_dialogues
+        self.batch_size, self.num_workers, self._seed = batch_size, num_workers, seed
 
-    def prepare_with(self, source: RoundSource) -> None:
-        """Use `source` to prepare each round before it is read."""
-        self._source = source
+    @property
+    def seed(self) -> int:
+        """The seed of this DataModule; by default that of the run."""
+        return run_seed() if self._seed is None else self._seed
 
-    def pairs_per_update(self, trainer: L.Trainer) -> int:
-        """Number of pairs in an update."""
-        if self._accumulate is None:  # the configured value: `accumulate_over` changes the Trainer's
-            self._accumulate = trainer.accumulate_grad_batches
-        return self.batch_size * self._accumulate * trainer.num_devices * trainer.num_nodes
+    @property
+    def _trainer(self) -> L.Trainer:
+        if self.trainer is None:
+            name = type(self).__name__
+            raise RuntimeError(f"{name} works inside a Trainer: trainer.fit(module, datamodule=this).")
+        return self.trainer
 
     @abstractmethod
-    def divide(self, epoch: int) -> MicroBatchSampler:
-        """Divide an epoch into updates and micro-batches."""
+    def setup(self, stage: str) -> None:
+        """Read, check, split and tokenize the rows. Runs before any model loads."""
 
-    def _divide(
-        self,
-        order: str,
-        pairs: int,
-        lengths: Sequence[int] | None,
-        passes: int = 1,
-        counts: Sequence[int] | None = None,
-    ) -> MicroBatchSampler:
-        trainer, world_size = self._trainer, self._trainer.world_size
-        accumulate = self.pairs_per_update(trainer) // self.batch_size // world_size
-        plan = UpdatePlan(passes * pairs, self.batch_size, accumulate, world_size, self.max_tokens_per_batch, passes)
-        return MicroBatchSampler(plan, order, trainer.global_rank, lengths, counts)
+    def trained_rows(self) -> Iterable[Any] | None:
+        """The rows of every epoch, which must not change between starts; None if rounds provide the rows."""
+        return None
 
-    def accumulate_over(self, batches: MicroBatchSampler) -> MicroBatchSampler:
-        """Set the Trainer's accumulation to the micro-batches of an update. No other code sets it.
+    def state_dict(self) -> dict[str, Any]:
+        """A hash of the training rows, for the checkpoint."""
+        return {} if self._rows_hash is None else {"rows": self._rows_hash}
 
-        `teardown` restores the configured value.
-        """
-        self.pairs_per_update(self._trainer)
-        self._trainer.accumulate_grad_batches = batches.accumulate
-        return batches
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raise InputError if the checkpoint was trained on other rows."""
+        if self._rows_hash is not None:
+            check_same_rows(state_dict, self.state_dict())
 
-    def teardown(self, stage: str) -> None:
-        if self._accumulate is not None:
-            self._trainer.accumulate_grad_batches, self._accumulate = self._accumulate, None
-
-    def _held_out_batches(self, pairs: int, lengths: Sequence[int] | None = None) -> MicroBatchSampler:
-        """Micro-batches of held-out pairs, in an order that all epochs share."""
-        plan = UpdatePlan(pairs, self.batch_size, 1, self._trainer.world_size)
-        return MicroBatchSampler(plan, "held-out", self._trainer.global_rank, lengths)
+    @cached_property
+    def _rows_hash(self) -> str | None:
+        """Cached: every checkpoint stores it, and the rows do not change."""
+        rows = self.trained_rows()
+        return None if rows is None else rows_fingerprint(rows)

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, describe_error
 from rlhf_pl.utils.unique_keys import DuplicateKeyError, loads
 
 MAX_PROBLEMS = 10
@@ -186,10 +186,9 @@ def _read_hub(name: str, split: str) -> Iterable[tuple[str, Any]]:
     try:
         rows = load_dataset(name, split=split)
     except Exception as error:  # the Hub client raises a dozen unrelated types
-        first_line = str(error).strip().splitlines()[0] if str(error).strip() else ""
         raise InputError(
             f"{name!r} is not a file, and it could not be loaded from the Hub (split {split!r}): "
-            f"{type(error).__name__}: {first_line}"
+            f"{describe_error(error)}"
         ) from error
     return ((f"row {i}", ArrowRow(row)) for i, row in enumerate(rows))
 

@@ -4,13 +4,13 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_pl.checkpointing.progress import rounds_done
-from rlhf_pl.data.base_datamodule import PairsDataModule
+from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.group_batches import GroupDataset
 from rlhf_pl.data.held_out import check_held_out, hold_out
 from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
 from rlhf_pl.data.offline_pairs import OfflinePair, PairReader, describe_dropped
-from rlhf_pl.data.options import check_policy_module
 from rlhf_pl.data.overflow import read_groups
+from rlhf_pl.data.pairs_datamodule import PairsDataModule
 from rlhf_pl.data.run_limits import is_run_over, limit_epoch, make_empty_loader
 from rlhf_pl.models.chat_template import check_template_kwargs
 from rlhf_pl.store.round_store import Round, RoundStore

@@ -22,7 +22,9 @@ class PolicyModule(Protocol):
         source: The initial model.
         reference_source: The fixed reference; the same object as `source` if it is the initial model.
         loss: The loss.
-        needs: Names of the log-probs that it needs of a round, for `loss` and for a KL penalty.
+        needs: Names of the log-probs that it needs of a round, for `loss` and for a KL penalty. Any other name is that
+            of a method of the module, `(PackedBatch, temperature) -> values of the M target tokens, shape (M,)`, such
+            as a critic's: computed once before a round trains, without gradient, and stored.
         kl_coef: Weight of the KL penalty in the rewards, reward units per nat.
         has_reference: Whether the KL divergence from a reference can be computed: the module has one, or adapters.
         dtype_name: Dtype of the trained weights.

@@ -14,7 +14,7 @@ from rlhf_pl.data.preferences import Preference
 from rlhf_pl.data.tokenizing import Recipe, iterate_token_lists, make_token_table
 from rlhf_pl.models.packed_batch import make_prefix_group
 from rlhf_pl.models.packed_layout import Layout, to_device
-from rlhf_pl.models.rendering import Rendered, Renderer, padded
+from rlhf_pl.models.rendering import Rendered, Renderer, pad_rows
 from rlhf_pl.models.rotary import shared_prefix_length
 from rlhf_pl.models.sequence_classifier import prefix_group_inputs
 
@@ -86,7 +86,7 @@ class PreferenceDataset(Dataset):
         if self.shares_prompts:
             groups = [make_prefix_group([row.ids for row in self.rows[i]], self._prefix_lengths[i]) for i in indices]
             return prefix_group_inputs(groups)
-        return padded([row for i in indices for row in self.rows[i]], self.pad_id)
+        return pad_rows([row for i in indices for row in self.rows[i]], self.pad_id)
 
     def __getitems__(self, request: tuple[list[int], float]) -> PreferenceBatch:
         indices, weight = request

@@ -4,10 +4,10 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from rlhf_pl.checkpointing.progress import rounds_done
-from rlhf_pl.data.base_datamodule import PairsDataModule
+from rlhf_pl.data.compatibility import check_module
 from rlhf_pl.data.held_out import check_held_out, hold_out, prompt_key
 from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
-from rlhf_pl.data.options import check_module
+from rlhf_pl.data.pairs_datamodule import PairsDataModule
 from rlhf_pl.data.preference_batches import PreferenceBatch, PreferenceDataset
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.run_limits import is_run_over, limit_epoch, make_empty_loader

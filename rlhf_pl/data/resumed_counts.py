@@ -5,7 +5,7 @@ from typing import Any
 import lightning as L
 
 from rlhf_pl.checkpointing.unfinished_epoch import rewind_to_last_update
-from rlhf_pl.data.base_datamodule import PairsDataModule
+from rlhf_pl.data.pairs_datamodule import PairsDataModule
 from rlhf_pl.utils.errors import InputError
 
 _KEY = "rlhf_pl_split"

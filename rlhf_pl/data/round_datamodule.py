@@ -6,12 +6,12 @@ from typing import Any
 import torch
 
 from rlhf_pl.checkpointing.progress import is_inside_round, rounds_done
-from rlhf_pl.data.base_datamodule import PairsDataModule
+from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.group_batches import GroupDataset
 from rlhf_pl.data.held_out import check_held_out, hold_out
 from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
-from rlhf_pl.data.options import check_policy_module
 from rlhf_pl.data.overflow import read_groups
+from rlhf_pl.data.pairs_datamodule import PairsDataModule
 from rlhf_pl.data.prompts import (
     Prompt,
     count_duplicates,

@@ -6,12 +6,12 @@ from collections.abc import Iterable, Sequence
 from typing import Any, Literal
 
 from rlhf_pl.checkpointing.progress import rounds_done
+from rlhf_pl.data.base_datamodule import RowsDataModule
+from rlhf_pl.data.compatibility import check_module
 from rlhf_pl.data.conversations import Conversation, load_conversations
 from rlhf_pl.data.held_out import check_held_out, hold_out, prompt_key
 from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
-from rlhf_pl.data.options import check_module
 from rlhf_pl.data.packing import Example, fill_rows
-from rlhf_pl.data.rows_datamodule import RowsDataModule
 from rlhf_pl.data.run_limits import is_run_over, limit_epoch, make_empty_loader
 from rlhf_pl.data.sft_batches import SFTBatch, SFTDataset
 from rlhf_pl.data.tokenizing import Recipe, iterate_token_lists, make_token_table

@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from rlhf_pl.algorithms.prompt_groups import PER_TOKEN, SUMMED
+from rlhf_pl.algorithms.prompt_groups import SUMMED
 from rlhf_pl.models.packed_batch import PrefixGroup
 from rlhf_pl.store.round_store import DamagedStoreError, Round
 
@@ -110,10 +110,9 @@ def read_stored_groups(stored: Round) -> StoredGroups:
         prompt_ids = table["prompt_id"].combine_chunks()
         indices, rewards = table["response_index"].to_numpy().astype(np.int64), table["reward"].to_numpy()
         sizes = _run_lengths(prompt_ids)
-    known_ids = pc.unique(prompt_ids)
-    wanted = _make_keys(prompt_ids, indices, known_ids)
-    found = _read_responses(stored, known_ids, np.unique(wanted))
-    keys = _make_keys(found["prompt_id"], found["response_index"].to_numpy().astype(np.int64), known_ids)
+    codes = {prompt_id: code for code, prompt_id in enumerate(pc.unique(prompt_ids).to_pylist())}
+    wanted = _make_keys(prompt_ids, indices, codes)
+    found, keys = _read_responses(stored, codes, np.unique(wanted))
     order = np.argsort(keys, kind="stable")
     positions = np.searchsorted(keys[order], wanted)
     if len(wanted) and (positions.max() >= len(keys) or (keys[order][positions] != wanted).any()):
@@ -159,7 +158,7 @@ def read_pair_copies(table: pa.Table) -> StoredGroups:
 
 
 def read_stored_logps(table: pa.Table, groups: StoredGroups) -> dict[str, Tensor | pa.ListArray]:
-    """Read the log-probs of a round's stage `logps`, by their names in a loss's `needs`.
+    """Read the log-probs and further values per token of a round's stage `logps`, by their names in a loss's `needs`.
 
     Args:
         table: The stage, with a row per response; in earlier versions, with a row per pair.
@@ -178,28 +177,31 @@ def read_stored_logps(table: pa.Table, groups: StoredGroups) -> dict[str, Tensor
             logps[name] = torch.tensor(_interleave(table, column), dtype=torch.float32)
         elif column in table.column_names:
             logps[name] = torch.tensor(table[column].to_numpy(), dtype=torch.float32)
-    for name in PER_TOKEN:
-        if name in table.column_names:
-            logps[name] = table[name].combine_chunks()
+    for field in table.schema:
+        if pa.types.is_list(field.type):  # per token
+            logps[field.name] = table[field.name].combine_chunks()
     return logps
 
 
-def _read_responses(stored: Round, known_ids: pa.Array, wanted: np.ndarray) -> pa.Table:
-    """Read the responses with the keys `wanted`, shard by shard to limit memory."""
+def _read_responses(stored: Round, codes: Mapping[str, int], wanted: np.ndarray) -> tuple[pa.Table, np.ndarray]:
+    """Read the responses with the keys `wanted`, which is sorted, and their keys, shard by shard to limit memory."""
     columns = [*KEY, "finished", "prompt_tokens", "response_tokens"]
-    parts = []
+    parts, part_keys, with_end = [], [], np.append(wanted, -1)
     for table in stored.read_shards("responses", columns):
-        keys = _make_keys(table["prompt_id"], table["response_index"].to_numpy().astype(np.int64), known_ids)
-        parts.append(table.filter(pa.array(np.isin(keys, wanted))))
+        keys = _make_keys(table["prompt_id"].combine_chunks(), table["response_index"].to_numpy(), codes)
+        is_used = with_end[np.searchsorted(wanted, keys)] == keys  # `isin` would sort all of `wanted` for each shard
+        parts.append(table.filter(pa.array(is_used)))
+        part_keys.append(keys[is_used])
     if not parts:
         raise DamagedStoreError(f"{stored.path / 'responses'}, which {stored.path / 'pairs'} names, is missing.")
-    return pa.concat_tables(parts)
+    return pa.concat_tables(parts), np.concatenate(part_keys)
 
 
-def _make_keys(prompt_ids: pa.ChunkedArray, indices: np.ndarray, known_ids: pa.Array) -> np.ndarray:
-    """A unique number for each (prompt, response index); negative for prompts that are not in `known_ids`."""
-    codes = pc.fill_null(pc.index_in(prompt_ids, value_set=known_ids), -1).to_numpy(zero_copy_only=False)
-    return codes.astype(np.int64) * _MAX_RESPONSES + indices
+def _make_keys(prompt_ids: pa.StringArray, indices: np.ndarray, codes: Mapping[str, int]) -> np.ndarray:
+    """A unique number for each (prompt, response index); negative for prompts that are not in `codes`."""
+    encoded = prompt_ids.dictionary_encode()
+    numbers = np.array([codes.get(prompt_id, -1) for prompt_id in encoded.dictionary.to_pylist()], np.int64)
+    return numbers[encoded.indices.to_numpy()] * _MAX_RESPONSES + indices
 
 
 def _run_lengths(prompt_ids: pa.Array) -> np.ndarray:

@@ -113,6 +113,7 @@ def cache_key(rows: Sequence[Row], columns: Sequence[str], recipe: Recipe, conte
         "columns": list(columns),
     }
     digest = hashlib.sha256(json.dumps(inputs, default=repr).encode())
+    digest.update(tokenizer.backend_tokenizer.to_str().encode())
     for row in rows:
         digest.update(json.dumps(content(row), default=repr).encode() + b"\n")
     return digest.hexdigest()[:32]

@@ -16,7 +16,8 @@ class UpdatePlan:
         accumulate: Micro-batches per update.
         world_size: Number of ranks.
         max_tokens: Maximum tokens of a micro-batch of a rank. If given, an update is divided into as many micro-batches
-            as needed, and `batch_size` and `accumulate` only determine its number of pairs.
+            as needed, and `batch_size` and `accumulate` only determine its number of pairs. A longer pair or prompt
+            group is a micro-batch of its own, over the limit: groups are not split.
         passes: Number of times that an epoch uses each pair; an update has no pair twice.
     """
 

@@ -141,9 +141,7 @@ class RankWatch:
         if other not in self._done and not self._closing:
             place = self.places.get(other)
             doing = f" in the phase {place!r}" if place else ""
-            self._end(
-                f"{self._names[other]} has died{doing}. Run the same command again to go on where the run was.", 1, 0.0
-            )
+            self._end(f"{self._names[other]} has died{doing}. Run the same command again to resume.", 1, 0.0)
         self._done.add(other)
 
     def _end(self, message: str, code: int, grace: float) -> None:

@@ -147,8 +147,8 @@ def armorm_heads(source: ModelSource) -> dict[str, str]:
     keys = ("num_objectives", "gating_temperature", "gating_hidden_dim", "gating_n_hidden")
     if absent := [key for key in keys if not hasattr(config, key)]:
         raise InputError(
-            f"`{source.option}`: the config of {source.path!r} has no {', '.join(absent)}; it is no ArmoRM. For a "
-            "model with one output take ClassifierReward."
+            f"`{source.option}`: the config of {source.path!r} has no {', '.join(absent)}; it is not an ArmoRM "
+            "model. For a model with one output take ClassifierReward."
         )
     if config.num_objectives != len(OBJECTIVES):
         raise InputError(

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from rlhf_pl.models.compute import Compute
-from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack, padded
+from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack, unpack
 from rlhf_pl.models.rotary import stabilize_rotary
 from rlhf_pl.models.small_copy import make_peaked, narrow, small_config
+from rlhf_pl.utils.errors import describe_error
 
 # rounding allowance: the largest error of a fast path against float32, relative to plain layers in the same dtype
 MAX_ERROR_RATIO = 2.0
@@ -50,7 +51,7 @@ class Copies:
 
     def hidden(self, model: Any) -> Tensor:
         """Hidden states of the backbone that predict the targets, from padded rows, shape (M, H), float32."""
-        ids, mask = padded(self.batch.input_ids, self.batch.lengths)
+        ids, mask = unpack(self.batch.input_ids, self.batch.lengths)
         with self._autocast(model):
             rows = model.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
         batch = self.batch
@@ -59,7 +60,7 @@ class Copies:
     def hidden_alone(self) -> Tensor:
         """Like `hidden` of the exact model, with each row computed alone."""
         batch = self.batch
-        ids, mask = padded(batch.input_ids, batch.lengths)
+        ids, mask = unpack(batch.input_ids, batch.lengths)
         found = []
         for i, row in enumerate(ids):
             tokens = row[mask[i].bool()][None]
@@ -104,8 +105,8 @@ def small_copies(config: Any, compute: Compute, dtype: torch.dtype, remote_code:
                 return _copies(small, compute, compute.weights_dtype(dtype), remote_code)
             except FAILURES as error:
                 failure = failure or error
-    line = str(failure).strip().splitlines()[0] if str(failure).strip() else ""
-    raise NoCopyError(f"{type(failure).__name__}: {line}") from failure
+    assert failure is not None
+    raise NoCopyError(describe_error(failure)) from failure
 
 
 def _check_size(config: Any, remote_code: bool) -> None:

@@ -16,7 +16,7 @@ from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.kernel_check import cached_check, is_as_exact, small_copies
 from rlhf_pl.models.quantization import is_quantized
 from rlhf_pl.utils.console import note
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, describe_error
 
 _ROPE = "apply_rotary_pos_emb"
 
@@ -143,7 +143,7 @@ def _find_failure(lm: Any, compute: Compute) -> str | None:
         _bind(copies.plain)
         found = _states_and_gradient(copies, copies.plain)
     except Exception as error:  # compilers and drivers raise errors of any class
-        return f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else 'it fails'}"
+        return describe_error(error)
     exact_enough = all(is_as_exact(*parts) for parts in zip(found, plain, exact, strict=True))
     return None if exact_enough else "its results differ from those of plain layers"
 

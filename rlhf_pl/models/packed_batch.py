@@ -115,7 +115,7 @@ def pack(groups: Sequence[PrefixGroup]) -> PackedBatch:
     )
 
 
-def padded(input_ids: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
+def unpack(input_ids: Tensor, lengths: Lengths) -> tuple[Tensor, Tensor]:
     """Unpack a batch into right-padded rows of prompt and response, for models that can't share prompts.
 
     Args:

@@ -15,7 +15,7 @@ from rlhf_pl.models.kernel_check import FAILURES, NoCopyError, cached_check, sma
 from rlhf_pl.models.liger import apply_liger
 from rlhf_pl.models.load_whole import check_finite, check_whole, load_whole
 from rlhf_pl.models.logprobs import Head, chunked_logps, linear_logps
-from rlhf_pl.models.packed_batch import padded
+from rlhf_pl.models.packed_batch import unpack
 from rlhf_pl.models.packed_layout import Layout
 from rlhf_pl.models.quantization import disable_repacking, quantization_config
 from rlhf_pl.models.rotary import stabilize_rotary
@@ -79,7 +79,7 @@ class PolicyLM(nn.Module):
             if takes_prefix_groups(lm):
                 hidden = hidden_states(lm, input_ids, position_ids, layout).index_select(0, logit_positions)
             else:
-                ids, mask = padded(input_ids, layout.lengths)
+                ids, mask = unpack(input_ids, layout.lengths)
                 rows = lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
                 hidden = rows[response_ids, position_ids[0, logit_positions]]
         layer = lm.get_output_embeddings()

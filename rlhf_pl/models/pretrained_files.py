@@ -16,7 +16,7 @@ from torch import Tensor
 from rlhf_pl.models.config_files import WEIGHTS
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.disk import format_bytes
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, first_line
 
 _DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}  # as safetensors calls them
 _PIECES, _PIECE_BYTES = 64, 65536
@@ -186,8 +186,8 @@ class WeightFiles:
             mmap = zipfile.is_zipfile(file)  # files of torch before 1.6 are not zip files
             state: Any = torch.load(file, map_location="cpu", weights_only=True, mmap=mmap)
         except Exception as error:  # pickle and zip errors of many kinds
-            line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-            raise InputError(f"`{self.source.option}`: cannot read {file} as weights only: {line}") from error
+            message = f"`{self.source.option}`: cannot read {file} as weights only: {first_line(error)}."
+            raise InputError(message) from error
         if not isinstance(state, dict):
             raise InputError(
                 f"`{self.source.option}`: {file} holds a {type(state).__name__}; it must be tensors by name"

@@ -237,7 +237,7 @@ def reward_renderer(
     return Renderer(tokenizer, max_tokens, system_prompt, pair_encoding, option or source.option, place, eos)
 
 
-def padded(rows: Sequence[Rendered], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
+def pad_rows(rows: Sequence[Rendered], pad_id: int, device: torch.device | str = "cpu") -> dict[str, Tensor]:
     """Right-padded `input_ids`, `attention_mask` and, if rows have them, `token_type_ids`, each of shape (R, T)."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), pad_id)

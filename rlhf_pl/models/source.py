@@ -19,7 +19,7 @@ from rlhf_pl.models.config_files import (
     find_small_file_problem,
 )
 from rlhf_pl.models.rotary import thresholds
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, first_line
 
 
 @dataclass(frozen=True)
@@ -158,7 +158,7 @@ class ModelSource:
         except OSError:  # the file is optional
             return GenerationConfig.from_model_config(self.config)
         except Exception as error:  # transformers raises any error class for a damaged file
-            line = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+            line = first_line(error)
             raise InputError(
                 f"`{self.option}`: transformers can't read the generation_config.json of {self.path!r}: {line}. "
                 "Correct that file."

@@ -22,7 +22,8 @@ from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
 from rlhf_pl.modules.logging import Means
-from rlhf_pl.modules.optimization import Optimization, check_precision
+from rlhf_pl.modules.optimizer_hooks import Optimization
+from rlhf_pl.modules.trainer_options import check_precision
 
 
 class TrainedModule(L.LightningModule, ABC):

@@ -5,7 +5,6 @@ from typing import Any
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
-from rlhf_pl.checkpointing.progress import run_seed
 from rlhf_pl.distributed.weight_placement import reads_weights
 from rlhf_pl.models.compute import get_compute
 from rlhf_pl.models.lora import LoRA, add_lora, base_dtype
@@ -14,6 +13,7 @@ from rlhf_pl.models.rotary import longest_row
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.base import TrainedModule
 from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.seed import run_seed
 
 
 class CausalLMModule(TrainedModule):

@@ -16,7 +16,7 @@ from rlhf_pl.models.policy import RESCALING
 from rlhf_pl.models.pretrained_files import WeightFiles
 from rlhf_pl.models.quantization import without_frozen_base
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, first_line
 from rlhf_pl.utils.finite import find_first_nonfinite
 
 # of models that also take images or audio; servers need them even for text
@@ -91,7 +91,7 @@ def try_export(model: Any, source: ModelSource, tokenizer: Any, dtype: str | Non
     except InputError:  # its message is complete
         raise
     except Exception as error:  # configs, tokenizers and code that comes with models may raise anything
-        line = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
+        line = first_line(error)
         raise InputError(
             f"`{source.option}`: {source.path!r} could not be exported after the training: {line}. Repair that file of "
             "the model, or choose another one."

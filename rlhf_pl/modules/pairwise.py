@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
 from rlhf_pl.algorithms.losses import RebelLoss
-from rlhf_pl.algorithms.policy_loss import PolicyLoss, check_needs, logged, logged_names
+from rlhf_pl.algorithms.policy_loss import PolicyLoss, check_needs, element_losses, logged, logged_names
 from rlhf_pl.algorithms.prompt_groups import PromptGroups
 from rlhf_pl.data.group_batches import GroupBatch
 from rlhf_pl.distributed.ranks import ranks_of
@@ -54,6 +54,8 @@ class RebelModule(CausalLMModule):
     """
 
     batch_type = GroupBatch
+    # names of methods that compute a number per token before a round trains: see `PolicyModule.needs`
+    extra_passes: ClassVar[tuple[str, ...]] = ()
 
     def __init__(
         self,
@@ -75,10 +77,11 @@ class RebelModule(CausalLMModule):
         trust_remote_code: bool = False,
     ) -> None:
         check_at_least("model", kl_coef=(kl_coef, 0))
-        needs = check_needs(loss, kl_coef)
+        needs = check_needs(loss, kl_coef, self.extra_passes)
         if reference is not None and "reference_logps" not in needs:
             raise InputError(
-                f"`model.reference` is {reference!r} but `model.kl_coef` is 0, so it would have no effect."
+                f"`model.reference` is {reference!r} but `model.kl_coef` is 0, so it would have no effect: "
+                f"`model.loss` {type(loss).__name__} reads no reference log-probs. Leave it out."
             )
         if trainable_layers is not None and trainable_layers < 1:
             raise InputError(f"`model.trainable_layers` must be 1 or more, or null for all, got {trainable_layers}.")
@@ -197,7 +200,7 @@ class RebelModule(CausalLMModule):
         """Loss of each element of a batch, and the prompt groups that it was computed from."""
         rows = batch.rows
         groups = batch.groups(self(**rows.inputs(), temperature=batch.temperature), self.kl_coef)
-        return self.loss.losses(groups), groups
+        return element_losses(self.loss, groups), groups
 
     def on_validation_epoch_end(self) -> None:
         self.log_dict(with_variance(self.val_means.compute_and_reset("val", ranks_of(self.trainer)), "val/ratio"))

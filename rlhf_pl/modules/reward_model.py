@@ -11,7 +11,6 @@ from torchmetrics.classification import BinaryCalibrationError
 
 from rlhf_pl.algorithms.agreement import wilson_interval
 from rlhf_pl.algorithms.losses import bradley_terry_loss, centering_loss
-from rlhf_pl.checkpointing.progress import run_seed
 from rlhf_pl.data.preference_batches import PreferenceBatch
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.classifier_head import check_new_classifier, empty_classifier, has_head
@@ -29,6 +28,7 @@ from rlhf_pl.modules.logging import is_update, log_update
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
 from rlhf_pl.modules.padding_token import Padding, add_embedding_rows, choose_padding, padding_in_config
 from rlhf_pl.utils.errors import InputError, check_at_least
+from rlhf_pl.utils.seed import run_seed
 
 PAIR_METRICS = ("loss", "accuracy", "margin", "score_chosen", "score_rejected")
 

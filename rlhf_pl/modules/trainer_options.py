@@ -8,6 +8,7 @@ from lightning.pytorch import callbacks
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
 from rlhf_pl.distributed.strategies import is_sharded
+from rlhf_pl.models.compute import HALF
 from rlhf_pl.models.lora import base_dtype
 from rlhf_pl.utils.errors import InputError
 
@@ -112,4 +113,18 @@ def _check_callback(trainer: L.Trainer, callback: L.Callback) -> None:
     if base_dtype(getattr(trainer.lightning_module, "lora", None)) is not None:
         raise InputError(
             f"`trainer.callbacks`: {name} can't average the 4-bit weights of `model.lora.base_dtype`. Set that to null."
+        )
+
+
+def check_precision(trainer: L.Trainer) -> None:
+    """Refuse precisions that cast more than the computation.
+
+    Raises:
+        InputError: The precision is refused; names the ones to use instead.
+    """
+    if str(trainer.precision) not in ("32-true", *HALF):
+        raise InputError(
+            f"`trainer.precision`: {trainer.precision!r} casts positions and log-probs too, which moves a "
+            "sequence's log-prob by nats. For half-precision weights use `--trainer.precision 32-true` with "
+            "`--model.dtype bfloat16`; for half-precision compute on float32 weights use `bf16-mixed`."
         )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from rlhf_pl.models.armorm import OBJECTIVES, ArmoRM, armorm_heads, load_armorm
 from rlhf_pl.models.load_whole import check_whole
-from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, padded, reward_tokenizer
+from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, pad_rows, reward_tokenizer
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import RewardResult, Sample
 from rlhf_pl.rewards.local_model import LocalModelReward, ModelDType
@@ -130,6 +130,6 @@ class ArmoRMReward(LocalModelReward):
         if module.shares_prompts:
             output = module.score_prefix_groups([group.prefix_group for group in groups], turns, device)
         else:
-            output = module(**padded(rows, 0, device), gating_positions=torch.tensor(turns, device=device))
+            output = module(**pad_rows(rows, 0, device), gating_positions=torch.tensor(turns, device=device))
         outputs = torch.cat([output.score[:, None], output.rewards, output.coefficients], dim=-1)
         return list(outputs.split([len(group.rows) for group in groups]))

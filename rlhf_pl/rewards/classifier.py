@@ -13,7 +13,7 @@ from rlhf_pl.models.liger import apply_liger
 from rlhf_pl.models.load_whole import check_finite
 from rlhf_pl.models.packed_layout import Layout
 from rlhf_pl.models.pretrained_files import stored_config
-from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, padded, reward_renderer
+from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, pad_rows, reward_renderer
 from rlhf_pl.models.score_position import ScoreAt, is_read_before_padding, mean_score, warn_if_read_elsewhere
 from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, prefix_group_inputs
 from rlhf_pl.models.source import ModelSource
@@ -142,5 +142,5 @@ class ClassifierReward(LocalModelReward):
             inputs = prefix_group_inputs([group.prefix_group for group in groups])
             scores = module(**{n: v.to(device) if isinstance(v, Tensor | Layout) else v for n, v in inputs.items()})
         else:
-            scores = module(**padded(rows, module.pad_id or 0, device))
+            scores = module(**pad_rows(rows, module.pad_id or 0, device))
         return list(scores.split([len(group.rows) for group in groups]))

@@ -40,7 +40,7 @@ class IsolatedFunction:
         own_end, worker_end = socket.socketpair()
         with worker_end:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "rlhf_pl.rewards.worker", self._path, str(worker_end.fileno())],
+                [sys.executable, "-m", "rlhf_pl.rewards.isolated_worker", self._path, str(worker_end.fileno())],
                 stdin=subprocess.DEVNULL,
                 pass_fds=[worker_end.fileno()],
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(map(os.path.abspath, sys.path))},

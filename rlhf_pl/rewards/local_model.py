@@ -15,7 +15,7 @@ from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import Reward, Sample
 from rlhf_pl.rewards.response_groups import ResponseGroup, group_responses
 from rlhf_pl.utils.devices import fast_dtype
-from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import InputError, first_line
 
 T = TypeVar("T", bound=Sized)
 ModelDType = Literal["float32", "bfloat16", "float16"]
@@ -43,9 +43,8 @@ class LocalModel(Generic[T]):
         try:
             self.device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device)
         except RuntimeError as error:
-            raise InputError(
-                f"`rollout.reward.device`: {device!r} is not a device: {str(error).splitlines()[0]}"
-            ) from error
+            message = f"`rollout.reward.device`: {device!r} is not a device: {first_line(error)}."
+            raise InputError(message) from error
         if tokens_per_batch < 1:
             raise InputError(f"`rollout.reward.tokens_per_batch` must be 1 or more, got {tokens_per_batch}.")
         self._load, self._run = load, run

@@ -16,11 +16,13 @@ from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack
 from rlhf_pl.rollout import SamplingConfig
 from rlhf_pl.rollout.weight_sync.sync import SamplerSync
-from rlhf_pl.rounds.engine import make_engine_spec, self_check_prompts
+from rlhf_pl.rounds.engine_spec import make_engine_spec, self_check_prompts
+from rlhf_pl.rounds.logps_check import sampler_tolerance
 from rlhf_pl.rounds.policy_kl import PolicyKL
 from rlhf_pl.rounds.policy_snapshot import (
     PolicySnapshot,
     assume_weights_unchanged,
+    extra_passes,
     find_past_policy,
     logps_function,
     snapshot_policy,
@@ -31,7 +33,6 @@ from rlhf_pl.rounds.stages.logps import steps_by_length
 from rlhf_pl.rounds.stages.score import ShardScorer
 from rlhf_pl.rounds.stages.score_ahead import ScoreAhead
 from rlhf_pl.rounds.stamps import RoundStamps
-from rlhf_pl.rounds.tolerance import sampler_tolerance
 from rlhf_pl.store.round_store import DamagedStoreError, Round
 from rlhf_pl.utils.console import Advance, phase
 
@@ -221,15 +222,30 @@ class RoundMaker:
             policies["old"] = policy.logps
         if "reference_logps" in needs:
             policies["reference"] = logps_function(self.trainer, self.module, self.module.load_reference())
+        extra = extra_passes(self.trainer, self.module)
+        if extra and policy is not self.policy():
+            raise DamagedStoreError(
+                f"{stored.path} can't be completed: {', '.join(extra)} came from the module as it was at the start of "
+                "that round. Resume from the checkpoint of that moment, or move the folder away, and run the same "
+                "command with --repair."
+            )
         pairs = stored.info("pairs")
-        rows = len(policies) * pairs.get("responses", 2 * pairs["pairs"])
+        rows = (len(policies) + len(extra)) * pairs.get("responses", 2 * pairs["pairs"])
         with self._phase(f"log-probs of {what}", rows, "responses") as report, assume_weights_unchanged(self.module):
             check = policy.logps if from_sampler else None
             divide = steps_by_length(self.options.logps_batch_tokens, self.ranks)
             if not stored.is_held_out:
                 divide = partial(self.data.training_steps, int(stored.path.name))
             store_logps(
-                stored, policies, divide, temperature, report, self.ranks, needs=needs, check_sampler_with=check
+                stored,
+                policies,
+                divide,
+                temperature,
+                report,
+                self.ranks,
+                needs=needs,
+                check_sampler_with=check,
+                extra=extra,
             )
 
     def past_policy(self, stored: Round) -> PolicySnapshot:

@@ -21,9 +21,9 @@ Phase = Callable[[str, int, str], AbstractContextManager[Advance]]
 
 
 class PolicyKL:
-    """Estimates KL(new || old) and KL(new || reference) from the new policy's responses to the held-out prompts.
+    """Estimates KL(new || pi_old) and KL(new || reference) from the new policy's responses to the held-out prompts.
 
-    The old one is pi_old, which sampled the round. Its trainable weights are kept in CPU memory while the round
+    pi_old sampled the round. Its trainable weights are kept in CPU memory while the round
     trains. A run that was resumed in between reads them from a checkpoint, or from the model that the run started from.
     The reference is that of the KL penalty, or, with adapters, the model without them.
 
@@ -67,10 +67,10 @@ class PolicyKL:
             version: Rounds that the policy has trained on.
         """
         ranks, started = ranks_of(self.trainer), time.monotonic()
-        old = self._old_policy(version - 1)
+        pi_old = self._find_pi_old(version - 1)
         reference = self.module.has_reference
         groups = read_prefix_groups(stored)
-        count = sum(len(group.responses) for group in groups) * (1 + (old is not None) + reference)
+        count = sum(len(group.responses) for group in groups) * (1 + (pi_old is not None) + reference)
         temperature = stored.info("responses")["sampling"]["temperature"]
         own = logps_function(self.trainer, self.module, get_callable_policy(self.trainer))
         logps: dict[str, Tensor] = {}
@@ -81,14 +81,14 @@ class PolicyKL:
                     logps[name] = response_logps(groups, policy, temperature, self.tokens_per_batch, ranks, report)
 
             compute("new", own)
-            if old is not None:
-                with old.swapped_in():
+            if pi_old is not None:
+                with pi_old.swapped_in():
                     compute("old", own)
             if reference:
                 compute("reference", logps_function(self.trainer, self.module, self.module.load_reference()))
         ranks.run_on_rank_zero(lambda: write_kl(stored, groups, logps, started))
 
-    def _old_policy(self, index: int) -> KeptWeights | None:
+    def _find_pi_old(self, index: int) -> KeptWeights | None:
         """The policy that generated round `index`; None if it is no longer available."""
         if self._kept_round == index:
             return self._kept

@@ -9,6 +9,7 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from rlhf_pl.algorithms.prompt_groups import extra_needs
 from rlhf_pl.checkpointing.checkpoints import checkpoint_files, read_progress, read_weights
 from rlhf_pl.data.policy_module import PolicyModule, as_lightning
 from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
@@ -108,6 +109,16 @@ def logps_function(trainer: L.Trainer, module: PolicyModule, policy: Any) -> Cal
             return policy(**rows.to(device).inputs(), temperature=temperature)
 
     return logps
+
+
+def extra_passes(trainer: L.Trainer, module: PolicyModule) -> dict[str, Callable[[PackedBatch, float], Tensor]]:
+    """What the module's own methods compute for every token of a round, as it is now: see `PolicyModule.needs`."""
+
+    def compute(name: str, rows: PackedBatch, temperature: float) -> Tensor:
+        with _inference(as_lightning(module)), trainer.precision_plugin.forward_context():
+            return getattr(module, name)(rows.to(trainer.strategy.root_device), temperature)
+
+    return {name: partial(compute, name) for name in extra_needs(module.needs)}
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 
 from rlhf_pl.algorithms.pair_selection import BestWorst, PairSelector
-from rlhf_pl.algorithms.prompt_groups import PER_TOKEN
+from rlhf_pl.algorithms.prompt_groups import SUMMED
 from rlhf_pl.algorithms.reward_shaping import RewardShaping
 from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.data.round_datamodule import RoundDataModule
@@ -74,7 +74,7 @@ def downstream_settings(
 
 def logps_settings(module: PolicyModule) -> dict[str, Any]:
     """How the log-probs that are computed differ from those of a pairwise loss: summed ones under pi_old."""
-    per_token = sorted(name for name in module.needs if name in PER_TOKEN)
+    per_token = sorted(set(module.needs) - {"rewards", *SUMMED})
     return {
         **({} if "old_logps" in module.needs else {"without": "old_logps"}),
         **({"per_token": per_token} if per_token else {}),
@@ -115,6 +115,19 @@ def check_old_logps(module: PolicyModule, options: RoundOptions) -> None:
         raise InputError(
             f"`rollout.old_logps` is sampler, but `model.loss` {loss} uses no log-probs of the policy that sampled "
             "the round, so the option would have no effect. Leave it out."
+        )
+
+
+def check_shaping(module: PolicyModule, options: RoundOptions) -> None:
+    """Refuse shaping of rewards that neither the loss nor a selector of pairs reads.
+
+    Raises:
+        InputError: `rollout.shaping` would have no effect.
+    """
+    if module.loss.per != "pair" and "rewards" not in module.needs and options.shaping != RewardShaping():
+        raise InputError(
+            f"`rollout.shaping` is set, but `model.loss` {type(module.loss).__name__} reads no rewards, so it would "
+            "have no effect. Leave it out."
         )
 
 

@@ -11,7 +11,7 @@ from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.rotary import describe_factors
 from rlhf_pl.rollout import Sampler
-from rlhf_pl.rounds.engine import prompts_per_shard
+from rlhf_pl.rounds.engine_spec import prompts_per_shard
 from rlhf_pl.rounds.settings import RoundOptions, downstream_settings, uses_sampler_logps
 from rlhf_pl.store.provenance import (
     POLICY_KEYS,

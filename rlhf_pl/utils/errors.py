@@ -16,6 +16,18 @@ class InputError(Exception):
         super().__init__(redact(message))
 
 
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without its full stop; the name of its class if it has no text."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def describe_error(error: BaseException) -> str:
+    """The class of an error, and the first line of its text."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
 MAX_WORKERS = 256
 # largest absolute value of a reward, a component or a margin, reward units: its square times that of an `eta` up to
 # 1e6 is still a float32

@@ -223,6 +223,7 @@ def test_only_the_log_probs_that_a_loss_needs_are_computed(command: Callable[...
     [
         ("AllPairsRebel", ("--rollout.selector", "RandomPair"), "no pairs are selected"),
         ("Plain", ("--model.kl_coef", "0.1"), "reads no rewards"),
+        ("Plain", ("--rollout.shaping.normalize", "round"), "reads no rewards"),
         ("Plain", ("--model.reference", "x"), "it would have no effect"),
         ("Plain", ("--rollout.sampling.temperature", "1", "--rollout.old_logps", "sampler"), "uses no log-probs"),
         ("ClippedTokens", ("--rollout.sampling.temperature", "1", "--rollout.old_logps", "sampler"), "of every token"),
@@ -235,4 +236,13 @@ def test_options_without_effect_on_a_loss_are_refused(
     error = capsys.readouterr().err
     assert message in error
     assert error.count("error: ") == 1
+    assert not Path("run").exists()
+
+
+def test_an_argument_that_a_loss_does_not_have_is_refused(
+    command: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command("Reinforce", "--model.loss.eta", "2")
+    assert "Option 'eta' is not accepted" in capsys.readouterr().err
     assert not Path("run").exists()

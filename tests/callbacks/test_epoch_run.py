@@ -125,7 +125,7 @@ def test_a_stop_inside_an_epoch_writes_a_resume_point_and_prints_its_position(
     assert "epoch 1: " in printed
     assert "epoch 2: " not in printed
     where = "Stopped inside epoch 2 at update 4, after 1 of its 3 micro-batches."
-    assert f"{where} `trainer.max_steps` is reached: raise it to go on." in printed
+    assert f"{where} `trainer.max_steps` is reached: increase it to continue." in printed
     assert stopped.max_steps == 4  # the Trainer's option is restored
     saved = tmp_path / "run" / "checkpoints" / "update-00000004.ckpt"
     assert (tmp_path / "run" / "checkpoints" / "last.ckpt").resolve() == saved

@@ -134,8 +134,8 @@ def test_the_reference_can_be_another_model(llama: Path, tmp_path: Path, write_j
     module = {"kl_coef": 0.05, "reference": str(reference)}
     (loss,), _ = train(tmp_path / "run", llama, write_jsonl(PLAIN), module)
     old, ref = logps(llama, PLAIN), logps(reference, PLAIN)
-    apply_kl_penalty = rewards(PLAIN) - 0.05 * (old - ref)
-    assert loss == pytest.approx(rebel_mean(old, old, apply_kl_penalty), rel=1e-3)
+    penalized = rewards(PLAIN) - 0.05 * (old - ref)
+    assert loss == pytest.approx(rebel_mean(old, old, penalized), rel=1e-3)
     assert abs(loss - rebel_mean(old, old, rewards(PLAIN))) > 0.1
 
 

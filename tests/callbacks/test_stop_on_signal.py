@@ -110,7 +110,7 @@ def test_a_request_waits_for_a_save_in_progress(tmp_path: Path) -> None:
     def save() -> None:
         with request.postpone():
             request.receive(signal.SIGTERM)
-            with request.postponed():
+            with request.postpone():
                 request.receive(signal.SIGTERM)  # a second SIGTERM also waits
             reached.append(True)
 

@@ -20,7 +20,7 @@ from tests.checkpointing.checkpoint_json import read_json
 from tests.checkpointing.stored_run import STORED, restore_inputs, restore_run
 
 # updates done when the run was stopped
-DONE = {"scoring": 0, "between": 4, "inside": 6, "lora": 2, "offline": 3, "reward_model": 3, "sft": 3}
+DONE = {"scoring": 0, "between": 4, "inside": 6, "lora": 2, "offline": 3, "reward_model": 3, "sft": 2}
 
 
 class StoredRun:
@@ -66,7 +66,7 @@ def shard_names(paths: Any) -> list[str]:
 @pytest.mark.parametrize("stored", DONE, indirect=True)
 def test_a_run_resumes_where_an_earlier_version_stopped(stored: StoredRun, capsys: pytest.CaptureFixture[str]) -> None:
     """Weights are equal up to the rounding of other CPUs; everything else is equal exactly."""
-    before, rounds = stored.shards(), RoundStore(stored.run).everything()
+    before, rounds = stored.shards(), RoundStore(stored.run).all_rounds()
     stages = {each.name: each.manifest["stages"] for each in rounds}
     stored.resume()
     output = capsys.readouterr().out

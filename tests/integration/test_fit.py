@@ -238,7 +238,7 @@ def test_eos_is_part_of_the_response_and_its_logp(tmp_path: Path, llama: Path, p
 
 
 def test_kl_penalty_enters_the_margins(tmp_path: Path, llama: Path, prompts: str) -> None:
-    """In round 2 the policy differs from the reference, and the loss at log-ratio 0 uses the apply_kl_penalty rewards."""
+    """In round 2 the policy differs from the reference, and the loss at log-ratio 0 uses the penalized rewards."""
     recorder = Recorder()
     fit(
         tmp_path,

@@ -84,7 +84,7 @@ assert {name for name in rlhf_pl.__all__ if name not in globals()} == set()
 from rlhf_pl.callbacks import HFExport, RoundRefresh, RunReport, SampleTable, DegenerationGuard
 
 for module in pkgutil.walk_packages(rlhf_pl.__path__, "rlhf_pl."):  # also the command line's
-    if not any(part in module.name for part in ("vllm_", "kernels", "by_path", "worker")):
+    if not any(part in module.name for part in ("vllm_", "weight_sync.receive", "kernels", "by_path", "worker")):
         importlib.import_module(module.name)
 
 after_import = read_state()

@@ -314,7 +314,7 @@ def test_scores_survive_a_failure_and_a_change_of_on_failure(fit: Fit, capsys: p
     scored = [call for call in resume_rewards.calls if call != "p3"]
     assert len(scored) == 6 + 11 * 3  # the trial calls, and every other response once
     stored = RoundStore("run").round(0)
-    assert stored.info("rewards")["failures"] == {"find_nonfinite": 3}
+    assert stored.info("rewards")["failures"] == {"not_finite": 3}
     assert stored.info("pairs")["dropped"]["not_scored"] == 1
     assert stored.read("rewards")["reward"].null_count == 3
 

@@ -87,7 +87,7 @@ POINTS: dict[str, Callable[[pytest.MonkeyPatch], None] | None] = {
     "on_validation_end": None,
     "on_train_epoch_end": None,
     "before an export is renamed": lambda patch: _kill_at(
-        hf_export, "_open_by_umask", lambda folder: "round-2" in folder.name, patch
+        hf_export, "_apply_umask", lambda folder: "round-2" in folder.name, patch
     ),
     "before the round is saved": lambda patch: _kill_at(
         RoundCheckpoint, "_save", lambda self, trainer, name: name == "after-round-0002.ckpt", patch

@@ -9,7 +9,7 @@ import torch
 
 from rlhf_pl.models import score_position
 from rlhf_pl.models.packed_batch import make_prefix_group
-from rlhf_pl.models.rendering import Renderer, padded, reward_renderer
+from rlhf_pl.models.rendering import Renderer, pad_rows, reward_renderer
 from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, new_classifier, prefix_group_inputs
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.padding_token import choose_padding
@@ -80,7 +80,7 @@ def test_scores_do_not_depend_on_padding_or_packing(ambiguous: Path) -> None:
     model = ClassifierLM(load_classifier(ModelSource(str(ambiguous)))).eval()
     render = reward_renderer(ModelSource(str(ambiguous)), 99, "keep")
     rows = [render(s.messages, s.response) for s in SAMPLES]
-    right = padded(rows, EOS)
+    right = pad_rows(rows, EOS)
     left = {name: torch.zeros_like(tensor) for name, tensor in right.items()}
     for i, row in enumerate(rows):
         left["input_ids"][i, -len(row) :], left["attention_mask"][i, -len(row) :] = torch.tensor(row.ids), 1

@@ -4,8 +4,8 @@ import inspect
 
 import pytest
 
-from rlhf_pl.data.base_datamodule import PairsDataModule
-from rlhf_pl.data.rows_datamodule import RowsDataModule
+from rlhf_pl.data.base_datamodule import RowsDataModule
+from rlhf_pl.data.pairs_datamodule import PairsDataModule
 from rlhf_pl.modules.base import TrainedModule
 from rlhf_pl.modules.causal_lm import CausalLMModule
 from rlhf_pl.rewards.chat_judge import JudgeReward

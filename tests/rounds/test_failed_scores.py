@@ -40,7 +40,7 @@ def test_statistics_exclude_failed_responses(tmp_path: Path, llama: Path, write_
             by_prompt.setdefault(row["prompt_id"], []).append(len(set(row["response"])) / 10)
     rewards = [value for values in by_prompt.values() for value in values]
     found = stored.info("rewards")
-    assert found["failures"] == {"find_nonfinite": 3, "exception": 3}
+    assert found["failures"] == {"not_finite": 3, "exception": 3}
     assert found["scored"] == len(rewards) == 3 * 12
     assert [found[name] for name in ("mean", "std", "best", "worst")] == pytest.approx(
         [

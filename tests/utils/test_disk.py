@@ -42,7 +42,7 @@ def test_a_round_needs_space_for_two_checkpoints(tmp_path: Path, monkeypatch: py
     trainer = SimpleNamespace(checkpoint_callbacks=[object()], max_epochs=2)
 
     def parts(index: int) -> dict[str, int]:
-        round_space.check_room(trainer, module, data, SamplingConfig(), index)  # type: ignore[arg-type]
+        round_space.check_disk_space(trainer, module, data, SamplingConfig(), index)  # type: ignore[arg-type]
         return checked[-1]
 
     assert parts(0) == {"responses": 0, "2 checkpoints": 2 * (1600 + 2 * 400)}

@@ -126,8 +126,8 @@ def test_rewards_and_samplers_retry_the_same_statuses(
     engine = ServedEngine("http://server", 1.0)
     engine._http = httpx.Client(transport=httpx.MockTransport(FakeServer(status)))
     with pytest.raises(ServerError) as refused:
-        engine.served()
-    assert (server.requests == 2) == refused.value.again == (status in RETRYABLE)
+        engine.get_model_info()
+    assert (server.requests == 2) == refused.value.is_retryable == (status in RETRYABLE)
 
 
 def test_an_unreachable_server_is_dropped_after_its_retries(slept: list[float]) -> None:

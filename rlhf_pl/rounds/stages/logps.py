@@ -46,6 +46,7 @@ def store_logps(
     needs: Collection[str] = (),
     given: Mapping[str, np.ndarray] | None = None,
     check_sampler_with: LogpsFunction | None = None,
+    extra: Mapping[str, LogpsFunction] | None = None,
 ) -> None:
     """Store the log-probs of each response that is used, under each of `policies` (`old`, `reference`).
 
@@ -63,6 +64,7 @@ def store_logps(
         given: Known sums, shape (R,), by the name of their policy.
         check_sampler_with: The policy, where the sampler's log-probs are stored as `old`; the mean difference to this
             policy's is then measured on one batch.
+        extra: Other per-token values to compute, by name in `needs`; without their sums.
     """
     started = time.monotonic()
     groups = read_stored_groups(stored)
@@ -71,6 +73,8 @@ def store_logps(
     for name, policy in policies.items():
         per_token = f"{name}_token_logps"
         columns |= steps.logps(policy, f"{name}_logp", per_token if per_token in needs else None, report)
+    for name, function in (extra or {}).items():
+        columns |= steps.logps(function, None, name, report)
     columns |= {f"{name}_logp": values for name, values in (given or {}).items()}
     difference = {}
     if check_sampler_with is not None:
@@ -94,8 +98,8 @@ class _Steps:
     def __init__(self, groups: StoredGroups, steps: Steps, temperature: float, ranks: Ranks) -> None:
         self.groups, self.steps, self.temperature, self.ranks = groups, steps, temperature, ranks
 
-    def logps(self, policy: LogpsFunction, name: str, per_token: str | None, report: Report) -> dict[str, Any]:
-        """Compute the columns `name` and, unless it is None, `per_token`; all ranks call it."""
+    def logps(self, policy: LogpsFunction, name: str | None, per_token: str | None, report: Report) -> dict[str, Any]:
+        """Compute the columns `name`, of sums, and `per_token`, unless they are None; all ranks call it."""
         lengths = self.groups.response_lengths()
         starts = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         logps = torch.zeros(len(lengths), dtype=torch.float64)
@@ -118,7 +122,7 @@ class _Steps:
                     if is_mine:
                         tokens[starts[response] : starts[response + 1]] = part
             report(count, "")
-        columns: dict[str, Any] = {name: self.ranks.all_reduce_sum(logps).numpy()}
+        columns: dict[str, Any] = {} if name is None else {name: self.ranks.all_reduce_sum(logps).numpy()}
         if per_token:
             values = pa.array(self.ranks.all_reduce_sum(tokens).numpy())
             columns[per_token] = pa.ListArray.from_arrays(pa.array(starts, pa.int32()), values)

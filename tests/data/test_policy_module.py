@@ -12,7 +12,7 @@ from torch import Tensor
 from rlhf_pl import RebelLoss, RebelModule, RoundDataModule, SamplingConfig, TransformersSampler
 from rlhf_pl.callbacks import RoundRefresh
 from rlhf_pl.data import GroupBatch
-from rlhf_pl.data.options import check_policy_module
+from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.policy_module import find_missing_members, is_policy_module
 from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
 from rlhf_pl.models.policy import PolicyLM, load_lm

@@ -1,4 +1,4 @@
-"""The worker process of an isolated reward function: `python -m rlhf_pl.rewards.worker PATH DESCRIPTOR`.
+"""The worker process of an isolated reward function: `python -m rlhf_pl.rewards.isolated_worker PATH DESCRIPTOR`.
 
 It receives pickled batches of samples from its parent and returns JSON, so that the parent never unpickles what a
 function returns. It exits with its parent, whatever the function is doing.

@@ -12,26 +12,10 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.run_limits import get_limits
-from rlhf_pl.models.compute import HALF
 from rlhf_pl.models.working_copy import WorkingCopy
 from rlhf_pl.modules.optimizers import WarmupCosine, hyperparameters, restore_hyperparameters
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import describe
-
-
-def check_precision(trainer: L.Trainer) -> None:
-    """Refuse precisions that cast more than the computation.
-
-    Raises:
-        InputError: The precision is refused; names the ones to use instead.
-    """
-    if str(trainer.precision) not in ("32-true", *HALF):
-        raise InputError(
-            f"`trainer.precision`: {trainer.precision!r} casts positions and log-probs too, which moves a "
-            "sequence's log-prob by nats. For half-precision weights use `--trainer.precision 32-true` with "
-            "`--model.dtype bfloat16`; for half-precision compute on float32 weights use `bf16-mixed`."
-        )
-
 
 _KEY = "rlhf_pl_skipped"
 

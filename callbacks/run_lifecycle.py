@@ -1,0 +1,58 @@
+"""What `RoundRefresh` and `EpochRun` do alike: the run directory's lock, the run's limits, and its end."""
+
+from typing import Any
+
+import lightning as L
+
+from rlhf_pl.checkpointing.progress import is_at_round_end, is_stopping_inside
+from rlhf_pl.data.run_limits import report_stop, restore_limits, restore_monitors, stop_at_max_steps, suspend_monitors
+from rlhf_pl.distributed.ranks import forget_ranks, ranks_of, report_failure
+from rlhf_pl.utils.lock import RunLock
+
+
+class RunLifecycle(L.Callback):
+    """Locks the run directory and applies the run's limits, which a subclass takes over in `setup`."""
+
+    epoch_name = "epoch"  # what messages call an epoch of the Trainer
+
+    def __init__(self) -> None:
+        self._lock: RunLock | None = None
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Lock the run directory: from here on only this process writes to it."""
+        self._lock = RunLock(trainer.default_root_dir)
+        ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if not is_at_round_end(trainer):
+            stop_at_max_steps(trainer)  # a resumed run may have reached them
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        stop_at_max_steps(trainer)
+
+    def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if is_stopping_inside(trainer):
+            suspend_monitors(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        restore_monitors(trainer)
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        report_stop(trainer, self.epoch_name)
+
+    def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.end()
+        restore_limits(trainer)
+        forget_ranks(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        report_failure(trainer, exception)
+        self.end()
+        restore_limits(trainer)
+
+    def end(self) -> None:
+        """Release the run directory; a subclass first closes what it holds."""
+        if self._lock is not None:
+            self._lock.release()

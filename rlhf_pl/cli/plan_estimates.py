@@ -1,0 +1,203 @@
+"""The memory and the time of a run, computed from its config."""
+
+from collections.abc import Mapping
+from typing import Any, Protocol
+
+import torch
+
+from rlhf_pl.callbacks import RoundRefresh
+from rlhf_pl.data import RoundDataModule
+from rlhf_pl.data.policy_module import PolicyModule
+from rlhf_pl.models.footprint import (
+    DTYPE_BYTES,
+    Kernels,
+    activation_bytes,
+    head_bytes,
+    kv_bytes,
+    model_size,
+    reward_bytes,
+)
+from rlhf_pl.models.lora import LoRA
+from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
+from rlhf_pl.rollout.vllm_checks import MARGIN_BYTES
+from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
+from rlhf_pl.utils.devices import fast_precision
+
+
+class PlannedModule(PolicyModule, Protocol):
+    """A `PolicyModule` with the options that memory and time depend on; see `RebelModule`."""
+
+    trainable_layers: int | None
+    lora: LoRA | None
+    attn_implementation: str
+    use_liger_kernel: bool | None
+    gradient_checkpointing: bool
+    logprob_chunk_tokens: int
+
+
+class Plan:
+    """Estimates of a run's memory and time.
+
+    Args:
+        module: The policy module.
+        data: The DataModule.
+        options: The round's options.
+        trainer: Options of the Trainer.
+        refresh: The callback with the sampler.
+    """
+
+    def __init__(
+        self, module: Any, data: RoundDataModule, options: Any, trainer: Mapping[str, Any], refresh: RoundRefresh
+    ) -> None:
+        self.module, self.data, self.options, self.trainer = module, data, options, trainer
+        self.sampler: Any = refresh.sampler
+        self.devices = _count_devices(trainer["devices"]) * int(trainer["num_nodes"])
+        strategy = trainer["strategy"]
+        name = strategy if isinstance(strategy, str) else type(strategy).__name__
+        self.accumulate: int = trainer["accumulate_grad_batches"]
+        self.all_ranks_read = name in ("fsdp", "fsdp_cpu_offload") or "FSDPStrategy" in name
+        self.sharded = "fsdp" in name.lower() or "ModelParallel" in name
+        self.on_gpu = trainer["accelerator"] != "cpu" and (torch.cuda.is_available() or self.devices > 1)
+        precision = fast_precision(str(trainer["precision"] or "32-true"), self.on_gpu)
+        mixed = getattr(strategy, "mixed_precision", None)
+        self.bf16 = "16" in precision or (mixed is not None and mixed.param_dtype is not None)
+        self.config = module.source.config
+        half = self.bf16 or module.dtype_name != "float32"
+        liger = self.on_gpu and module.use_liger_kernel is not False
+        flash = self.on_gpu and half and module.attn_implementation == "sdpa"
+        self.kernels = Kernels(half, module.attn_implementation, flash, liger)
+        self.model = model_size(self.config, module.trainable_layers, module.lora)
+        self.longest = data.max_prompt_tokens + options.sampling.max_response_tokens
+        # responses per prompt that are trained on
+        self.used = 2 if module.loss.per == "pair" else options.sampling.num_responses
+
+    def memory(self, device_memory: float) -> dict[str, dict[str, int]]:
+        """Bytes per device by phase and part, on devices of `device_memory` bytes."""
+        module, model, config = self.module, self.model, self.config
+        width, shards = DTYPE_BYTES[module.dtype_name], self.devices if self.sharded else 1
+        held = {
+            "parameters": width * model.total // shards,
+            "optimizer": 2 * width * model.trainable // shards,
+        }
+        if self.kernels.half and width == 4 and not self.sharded:
+            held["copies in bf16"] = 2 * model.total
+        if not self.on_gpu:
+            held["policy before the round"] = self.snapshot_bytes()
+        unit = max(model.rest, model.layer)
+        groups, response = self.data.batch_size, self.options.sampling.max_response_tokens
+        group_tokens = self.longest + (self.used - 1) * response
+        if self.data.max_tokens_per_batch is not None:
+            groups = max(1, min(groups * self.accumulate, self.data.max_tokens_per_batch // group_tokens))
+        # with shared-prefix attention a group holds its prompt once, and a batch is one row without padding
+        shares = module.attn_implementation == "sdpa"
+        rows, tokens = (1, groups * group_tokens) if shares else (self.used * groups, self.longest)
+        training = {
+            **held,
+            "gradients": width * model.trainable // shards * (1 if self.sharded or self.devices == 1 else 2),
+            "activations": activation_bytes(config, rows, tokens, self.kernels, module.gradient_checkpointing),
+            "output head": head_bytes(
+                config,
+                min(module.logprob_chunk_tokens, self.used * groups * response),
+                self.on_gpu,
+                self.kernels.half,
+                module.lora is None,
+            ),
+        }
+        compute = 2 if self.kernels.half else width
+        if self.sharded:
+            training["gathered units"] = compute * (model.rest + 2 * model.layer)
+        engine = self._engine_bytes(device_memory, held)
+        sync = {
+            **held,
+            "sampler": engine,
+            "gathered unit": width * unit if self.sharded else 0,
+            "sync buffers": self._sync_buffer_bytes(unit),
+        }
+        return {
+            "train": training | ({} if self.on_gpu else {"sampler": engine}),
+            "generate": held | {"sampler": engine},
+            "score": held | {"sampler": engine, "reward model": self._reward_bytes()},
+            "sync": sync,
+        }
+
+    def _engine_bytes(self, device_memory: float, held: Mapping[str, int]) -> int:
+        """Weights and KV cache of a rank's sampler. vLLM on a GPU fills its configured share of the memory."""
+        if isinstance(self.sampler, VLLMServerSampler):
+            return 0
+        dtype = DTYPE_BYTES[self.sampler.dtype]
+        weights = dtype * (self.model.total - self.model.adapters) // self.sampler.ranks_per_engine
+        if isinstance(self.sampler, VLLMSampler) and not self.on_gpu:
+            return weights + int(self.sampler.kv_cache_gib * 2**30)
+        if isinstance(self.sampler, VLLMSampler):
+            share = self.sampler.gpu_memory_utilization
+            if share is None:
+                return max(weights, int(device_memory - sum(held.values()) - self._reward_bytes() - MARGIN_BYTES))
+            return max(weights, int(share * device_memory))
+        sequences = min(
+            getattr(self.sampler, "max_sequences", None) or self.sampler.batch_size,
+            self.options.sampling.num_responses * self.options.shard_prompts,
+        )
+        return weights + kv_bytes(self.config, sequences, self.longest, dtype) // self.sampler.ranks_per_engine
+
+    def host_memory(self) -> tuple[int, int]:
+        """Bytes of the model in host memory, on rank 0 and on each other rank. Under FSDP1 all ranks read it."""
+        whole = DTYPE_BYTES[self.module.dtype_name] * self.model.total
+        return whole, whole if self.all_ranks_read else 0
+
+    def checkpoint(self) -> int:
+        """Bytes of a checkpoint: weights, and AdamW's two moments of the trainable ones."""
+        return DTYPE_BYTES[self.module.dtype_name] * (self.model.total + 2 * self.model.trainable)
+
+    def snapshot_bytes(self) -> int:
+        """Bytes of each rank's snapshot of pi_old in host memory, for the KL on held-out prompts."""
+        held_out = self.data.val_prompts_source not in (0, 0.0)
+        return (
+            held_out
+            * DTYPE_BYTES[self.module.dtype_name]
+            * self.model.trainable
+            // (self.devices if self.sharded else 1)
+        )
+
+    def _sync_buffer_bytes(self, unit: int) -> int:
+        """Bytes of the buffers for syncing weights: copies of the largest unit in the sampler's dtype, or a bucket."""
+        if isinstance(self.sampler, VLLMServerSampler):
+            return BUCKET_BYTES
+        return 2 * DTYPE_BYTES[self.sampler.dtype] * unit
+
+    def _reward_bytes(self) -> int:
+        return reward_bytes(self.options.reward)
+
+    def seconds(self, response_tokens: float, tokens_per_s: float, tflops: float, prompts: int) -> dict[str, float]:
+        """Seconds of a round by phase. Scoring counts reward models in this process only.
+
+        Args:
+            response_tokens: Mean length of a response.
+            tokens_per_s: Throughput of an engine.
+            tflops: Throughput of a device in training, TFLOP/s.
+            prompts: Prompts of the round.
+        """
+        responses = prompts * self.options.sampling.num_responses
+        engines = max(1, self.devices // self.sampler.ranks_per_engine)
+        if isinstance(self.sampler, VLLMServerSampler):
+            engines = len(self.sampler.urls)
+        row = self.data.max_prompt_tokens / 2 + response_tokens
+        others = self.used - 1
+        shares = self.module.attn_implementation == "sdpa"
+        used_tokens = prompts * (row + others * response_tokens if shares else self.used * row)
+        models = sum(name in self.module.needs for name in ("old_logps", "reference_logps"))
+        per_token = 6 if self.module.lora is None and self.module.trainable_layers is None else 4
+        per_token += 2 * self.module.gradient_checkpointing
+        speed = tflops * 1e12 * self.devices
+        reward = self._reward_bytes() / 2  # approximate number of parameters
+        return {
+            "generate": responses * response_tokens / (tokens_per_s * engines),
+            "score": 2 * reward * responses * row / speed,
+            "log-probs": 2 * models * self.model.total * used_tokens / speed,
+            "train": per_token * self.model.total * self.data.passes * used_tokens / speed,
+        }
+
+
+def _count_devices(devices: Any) -> int:
+    if isinstance(devices, list):
+        return len(devices)
+    return int(devices) if str(devices).isdigit() else max(1, torch.cuda.device_count())
