@@ -88,6 +88,8 @@ def check_needs(loss: PolicyLoss, kl_coef: float, extra_passes: Collection[str] 
         InputError: The loss needs something unknown or has an unknown `per`, or it reads no rewards that a KL penalty
             could change.
     """
+    if not isinstance(loss, PolicyLoss):
+        raise InputError(f"`model.loss` must be a PolicyLoss, got {loss!r}. Leave it out for RebelLoss.")
     name = type(loss).__name__
     if loss.per not in get_args(Element):
         raise InputError(f"`model.loss`: {name}.per is {loss.per!r}. Available: {', '.join(get_args(Element))}.")

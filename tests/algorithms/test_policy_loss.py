@@ -54,3 +54,8 @@ def test_elements_that_do_not_count_may_be_left_out() -> None:
     assert len(element_losses(Finished(torch.ones(3), per="response"), two_groups())) == 3
     with pytest.raises(InputError, match="Finished returned values of shape"):
         element_losses(Finished(torch.ones(5), per="response"), two_groups())
+
+
+def test_something_else_than_a_loss_is_refused() -> None:
+    with pytest.raises(InputError, match=r"`model\.loss` must be a PolicyLoss, got None\."):
+        check_needs(None, 0.0)  # type: ignore[arg-type]
