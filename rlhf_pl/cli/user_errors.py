@@ -162,7 +162,8 @@ def as_user_error(what: str) -> Iterator[None]:
     """Raise errors about the config's values as LibraryErrors, while the config is parsed and its classes are built.
 
     A library may refuse a value with any exception. A class that the config names, including the user's own, refuses a
-    value with a ValueError, an OSError or an ImportError raised by its constructor itself. Anything else is a bug.
+    value with a ValueError, an OSError or an ImportError raised by its constructor itself. This package's classes
+    also fail on null where an option needs a value. Anything else is a bug.
 
     Args:
         what: First words of the message.
@@ -181,7 +182,12 @@ def _refuses_values(error: BaseException | None) -> bool:
         raised = calls[-1] if calls else None
         by_library = raised is not None and raised.is_library and not any(c.is_user or c.is_own for c in calls)
         in_constructor = raised is not None and raised.function in ("__init__", "__post_init__", "__new__")
-        if not by_library and not (in_constructor and isinstance(error, ValueError | OSError | ImportError)):
+        is_null = (
+            raised is not None and raised.is_own and "NoneType" in str(error)
+        )  # null for an option that needs a value
+        if not (by_library or is_null) and not (
+            in_constructor and isinstance(error, ValueError | OSError | ImportError)
+        ):
             return False
         error = _get_wrapped_error(error)
     return True

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import lightning as L
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
@@ -24,6 +24,7 @@ from rlhf_pl.modules.export import check_weights, export_adapter, export_folder,
 from rlhf_pl.modules.logging import Means
 from rlhf_pl.modules.optimizer_hooks import Optimization
 from rlhf_pl.modules.trainer_options import check_precision
+from rlhf_pl.utils.errors import InputError
 
 
 class TrainedModule(L.LightningModule, ABC):
@@ -59,6 +60,10 @@ class TrainedModule(L.LightningModule, ABC):
         gradient_checkpointing: bool,
     ) -> None:
         super().__init__()
+        if dtype not in get_args(DType):
+            raise InputError(f"`model.dtype` must be one of {', '.join(get_args(DType))}, got {dtype!r}.")
+        if not isinstance(attn_implementation, str):
+            raise InputError(f"`model.attn_implementation` must be a name, got {attn_implementation!r}.")
         check_lora(lora)
         self.source, self.lora = source, lora
         self.optimization = Optimization(optimizer, lr_scheduler)
