@@ -178,19 +178,24 @@ def as_user_error(what: str) -> Iterator[None]:
 
 def _refuses_values(error: BaseException | None) -> bool:
     while error is not None:
-        calls = _get_calls(error)
-        raised = calls[-1] if calls else None
-        by_library = raised is not None and raised.is_library and not any(c.is_user or c.is_own for c in calls)
-        in_constructor = raised is not None and raised.function in ("__init__", "__post_init__", "__new__")
-        is_null = (
-            raised is not None and raised.is_own and "NoneType" in str(error)
-        )  # null for an option that needs a value
-        if not (by_library or is_null) and not (
-            in_constructor and isinstance(error, ValueError | OSError | ImportError)
-        ):
+        if not _refuses_value(error):
             return False
         error = _get_wrapped_error(error)
     return True
+
+
+def _refuses_value(error: BaseException) -> bool:
+    """Whether a library, a constructor, or a class of this package that was given null raised the error."""
+    calls = _get_calls(error)
+    if not calls:
+        return False
+    raised = calls[-1]
+    if raised.is_library and not any(call.is_user or call.is_own for call in calls):
+        return True
+    if raised.is_own and "NoneType" in str(error):
+        return True
+    in_constructor = raised.function in ("__init__", "__post_init__", "__new__")
+    return in_constructor and isinstance(error, ValueError | OSError | ImportError)
 
 
 def _summarize(error: BaseException) -> str:
