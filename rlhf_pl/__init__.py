@@ -5,8 +5,16 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from rlhf_pl.algorithms.losses import PairwiseLoss, PolicyLoss, RebelLoss
-    from rlhf_pl.algorithms.pair_selection import BestWorst, PairSelector, RandomPair
+    from rlhf_pl.algorithms.pair_selection import (
+        AllPairs,
+        BestVsRest,
+        BestWorst,
+        LengthMatched,
+        PairSelector,
+        RandomPair,
+    )
     from rlhf_pl.algorithms.prompt_groups import PromptGroups
+    from rlhf_pl.algorithms.sum_of_losses import SumOfLosses
     from rlhf_pl.data import OfflineDataModule, PreferenceDataModule, RoundDataModule, SFTDataModule
     from rlhf_pl.data.policy_module import PolicyModule
     from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
@@ -25,7 +33,11 @@ _HOME = {
     "PolicyModule": "rlhf_pl.data.policy_module",
     "PromptGroups": "rlhf_pl.algorithms.prompt_groups",
     **dict.fromkeys(("PairwiseLoss", "PolicyLoss", "RebelLoss"), "rlhf_pl.algorithms.losses"),
-    **dict.fromkeys(("BestWorst", "PairSelector", "RandomPair"), "rlhf_pl.algorithms.pair_selection"),
+    "SumOfLosses": "rlhf_pl.algorithms.sum_of_losses",
+    **dict.fromkeys(
+        ("AllPairs", "BestVsRest", "BestWorst", "LengthMatched", "PairSelector", "RandomPair"),
+        "rlhf_pl.algorithms.pair_selection",
+    ),
     **dict.fromkeys(("FunctionReward", "Reward", "RewardResult", "Sample"), "rlhf_pl.rewards"),
     **dict.fromkeys(
         ("Sampler", "SamplingConfig", "TransformersSampler", "VLLMSampler", "VLLMServerSampler"), "rlhf_pl.rollout"
@@ -33,10 +45,13 @@ _HOME = {
 }
 
 __all__ = [
+    "AllPairs",
+    "BestVsRest",
     "BestWorst",
     "CPUFSDPStrategy",
     "FSDP2Strategy",
     "FunctionReward",
+    "LengthMatched",
     "LoRA",
     "OfflineDataModule",
     "PairSelector",
@@ -57,6 +72,7 @@ __all__ = [
     "Sample",
     "Sampler",
     "SamplingConfig",
+    "SumOfLosses",
     "TransformersSampler",
     "VLLMSampler",
     "VLLMServerSampler",

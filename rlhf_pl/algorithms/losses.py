@@ -53,6 +53,8 @@ class RebelLoss(PairwiseLoss):
         eta: Nats per reward unit, positive; larger moves further from pi_old, the policy that sampled the round.
     """
 
+    ties = True
+
     def __init__(self, eta: float = 1.0) -> None:
         if not 0 < eta < math.inf:
             raise InputError(f"`model.loss.eta` must be positive and finite, got {eta}.")

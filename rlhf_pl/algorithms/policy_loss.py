@@ -1,7 +1,7 @@
 """Base classes of policy losses: what a loss needs, what its mean is taken over, and what is logged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import ClassVar, get_args
 
 import torch
@@ -21,8 +21,8 @@ class PolicyLoss(ABC):
         needs: What the loss reads, from `rewards`, `old_logps`, `reference_logps` (summed over each response),
             `old_token_logps` and `reference_token_logps`; and from the module's `extra_passes`, which are in
             `PromptGroups.stored` by name, a number per token.
-        per: The element that the loss returns a value for. With `pair`, the policy trains on the selector's pairs;
-            otherwise on all scored responses to a prompt, in one micro-batch.
+        per: The element that the loss returns a value for. With `pair`, the policy trains on the selector's pairs, and
+            a prompt counts once, whatever its number of pairs; otherwise on all scored responses to a prompt.
         metric_names: Names of the metrics that `metrics` returns.
     """
 
@@ -32,7 +32,22 @@ class PolicyLoss(ABC):
 
     @abstractmethod
     def losses(self, groups: PromptGroups) -> Tensor:
-        """Loss of every pair, group, response or token, as `per` says; shape (pairs,), (G,), (R,) or (M,)."""
+        """Loss of every pair, group, response or token, as `per` says; shape (P,), (G,), (R,) or (M,)."""
+
+    @property
+    def terms(self) -> Sequence[tuple[float, "PolicyLoss"]]:
+        """The losses whose weighted sum this is, with their weights; each is a mean over its own elements."""
+        return [(1.0, self)]
+
+    @property
+    def uses_pairs(self) -> bool:
+        """Whether the policy trains on pairs. All terms then see the responses of the pairs alone."""
+        return any(term.per == "pair" for _, term in self.terms)
+
+    @property
+    def uses_ties(self) -> bool:
+        """Whether pairs with equal rewards are of use, as for a regression onto margins."""
+        return any(getattr(term, "ties", False) for _, term in self.terms)
 
     def metrics(self, groups: PromptGroups) -> dict[str, Tensor]:
         """Further metrics, logged as means over all elements of an update: tensors of any shape, by name."""
@@ -50,15 +65,29 @@ class PolicyLoss(ABC):
         """
         return lengths if self.per == "token" else torch.ones_like(lengths)
 
+    def counts_in(self, groups: PromptGroups) -> Tensor:
+        """The same, where rewards or pairs decide; `groups` has no log-probs of tokens. Override one of the two."""
+        return self.counts(groups.lengths, groups.finished)
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether some elements may not count."""
+        kind = type(self)
+        return kind.counts is not PolicyLoss.counts or kind.counts_in is not PolicyLoss.counts_in
+
 
 class PairwiseLoss(PolicyLoss):
     """A loss on (chosen, rejected) pairs. Subclass it and name your class in `model.loss.class_path`.
 
     The log-ratios are relative to pi_old, the policy that sampled the round. Where `needs` names `reference_logps` and
     not `old_logps`, they are relative to the fixed reference.
+
+    Attributes:
+        ties: Whether pairs with equal rewards are of use: for a regression onto margins, whose target is then 0.
     """
 
     per: ClassVar[Element] = "pair"
+    ties: ClassVar[bool] = False
 
     @abstractmethod
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
@@ -71,7 +100,7 @@ class PairwiseLoss(PolicyLoss):
 
 
 def reward_margins(groups: PromptGroups) -> Tensor:
-    """Chosen minus rejected reward of each pair, shape (pairs,)."""
+    """Chosen minus rejected reward of each pair, shape (P,)."""
     chosen, rejected = groups.pairs(groups.rewards)
     return chosen - rejected
 
@@ -90,14 +119,9 @@ def check_needs(loss: PolicyLoss, kl_coef: float, extra_passes: Collection[str] 
     """
     if not isinstance(loss, PolicyLoss):
         raise InputError(f"`model.loss` must be a PolicyLoss, got {loss!r}. Leave it out for RebelLoss.")
-    name = type(loss).__name__
-    if loss.per not in get_args(Element):
-        raise InputError(f"`model.loss`: {name}.per is {loss.per!r}. Available: {', '.join(get_args(Element))}.")
-    if isinstance(loss.needs, str):
-        raise InputError(f"`model.loss`: {name}.needs is a string. Write a set: needs = {{{loss.needs!r}}}.")
-    needs, known = frozenset(loss.needs), (*NEEDS, *extra_passes)
-    if unknown := sorted(needs - set(known)):
-        raise InputError(f"`model.loss`: {name} needs {', '.join(unknown)}. Available: {', '.join(known)}.")
+    name, needs = type(loss).__name__, frozenset[str]()
+    for _, term in loss.terms:
+        needs |= _declared_needs(term, extra_passes)
     needs |= {summed for summed, per_token in zip(SUMMED, PER_TOKEN, strict=True) if per_token in needs}
     if kl_coef == 0:
         return needs
@@ -109,31 +133,48 @@ def check_needs(loss: PolicyLoss, kl_coef: float, extra_passes: Collection[str] 
     return needs | set(SUMMED)
 
 
+def _declared_needs(loss: PolicyLoss, extra_passes: Collection[str]) -> frozenset[str]:
+    """The needs of one term, if what it declares is known."""
+    name = type(loss).__name__
+    if loss.per not in get_args(Element):
+        raise InputError(f"`model.loss`: {name}.per is {loss.per!r}. Available: {', '.join(get_args(Element))}.")
+    if isinstance(loss.needs, str):
+        raise InputError(f"`model.loss`: {name}.needs is a string. Write a set: needs = {{{loss.needs!r}}}.")
+    needs, known = frozenset(loss.needs), (*NEEDS, *extra_passes)
+    if unknown := sorted(needs - set(known)):
+        raise InputError(f"`model.loss`: {name} needs {', '.join(unknown)}. Available: {', '.join(known)}.")
+    return needs
+
+
 def element_losses(loss: PolicyLoss, groups: PromptGroups) -> Tensor:
-    """The values of `loss.losses`, one per element.
+    """The values of `loss.losses`, one per element; for pairs their mean over each prompt, shape (G,).
+
+    Args:
+        loss: A loss that is no sum of several.
+        groups: Its input.
 
     Raises:
         InputError: They do not have the shape that `per` says.
     """
     losses, responses, name = loss.losses(groups), len(groups.lengths), type(loss).__name__
     elements = {
-        "pair": responses // 2,
+        "pair": responses // 2 if groups.pair_rows is None else groups.pair_rows.shape[1],
         "group": len(groups.sizes),
         "response": responses,
         "token": len(groups.token_logps),
     }[loss.per]
-    leaves_out = loss.per in ("response", "token") and type(loss).counts is not PolicyLoss.counts
+    leaves_out = loss.per in ("response", "token") and loss.leaves_out
     if losses.dim() != 1 or (len(losses) > elements if leaves_out else len(losses) != elements):
         raise InputError(
             f"`model.loss`: {name} returned values of shape {tuple(losses.shape)}, but its `per` is {loss.per!r}: "
             f"return one value per {loss.per}, not reduced, here shape ({elements},)."
         )
-    return losses
+    return groups.mean_per_prompt(losses) if loss.per == "pair" else losses
 
 
 def logged_names(loss: PolicyLoss, needs: Collection[str]) -> tuple[str, ...]:
     """Names of the metrics logged with every update: those of `logged`, with means and variances of ratios."""
-    pairs, old = loss.per == "pair", "old_logps" in needs
+    pairs, old = loss.uses_pairs, "old_logps" in needs
     names: tuple[str, ...] = ("loss",)
     if old:
         names += ("kl", *(("kl_chosen", "kl_rejected") if pairs else ()), "ratio_mean", "ratio_var")
@@ -149,7 +190,7 @@ def logged(loss: PolicyLoss, groups: PromptGroups) -> dict[str, Tensor]:
     `ratio` and `ratio_square` are of pi_theta / pi_old - 1, which is near 0, so that float32 keeps variances as small
     as rounding errors.
     """
-    stored, pairs = groups.stored, loss.per == "pair"
+    stored, pairs = groups.stored, loss.uses_pairs
     parts: dict[str, Tensor] = {}
     if "old_logps" in stored:
         logratios = groups.logps - groups.old_logps
@@ -166,13 +207,15 @@ def _response_metrics(logratios: Tensor) -> dict[str, Tensor]:
 
 
 def _pair_metrics(groups: PromptGroups, logratios: Tensor) -> dict[str, Tensor]:
-    both, ratios = groups.pairs(logratios), groups.pairs(logratios.expm1())
+    """Metrics of the responses of pairs, a value per prompt."""
+    ratios = logratios.expm1()
+    chosen, rejected = groups.pairs(logratios)
     return {
-        "kl": -both.mean(0),
-        "kl_chosen": -both[0],
-        "kl_rejected": -both[1],
-        "ratio": ratios.mean(0),
-        "ratio_square": ratios.square().mean(0),
+        "kl": -groups.sum_per_group(logratios) / groups.sizes,
+        "kl_chosen": groups.mean_per_prompt(-chosen),
+        "kl_rejected": groups.mean_per_prompt(-rejected),
+        "ratio": groups.sum_per_group(ratios) / groups.sizes,
+        "ratio_square": groups.sum_per_group(ratios.square()) / groups.sizes,
     }
 
 
@@ -180,7 +223,7 @@ def _margin_metrics(groups: PromptGroups, logratios: Tensor) -> dict[str, Tensor
     chosen, rejected = groups.pairs(logratios)
     rewards = reward_margins(groups)
     return {
-        "logratio_margin": chosen - rejected,
-        "reward_margin": rewards,
-        "sign_align": ((chosen - rejected).sign() == rewards.sign()).float(),
+        "logratio_margin": groups.mean_per_prompt(chosen - rejected),
+        "reward_margin": groups.mean_per_prompt(rewards),
+        "sign_align": groups.mean_per_prompt(((chosen - rejected).sign() == rewards.sign()).float()),
     }

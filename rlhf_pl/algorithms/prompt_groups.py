@@ -24,7 +24,7 @@ def extra_needs(needs: Collection[str]) -> list[str]:
 class PromptGroups:
     """G prompts with the R responses to train on, group by group, and their M tokens, response by response.
 
-    In a batch of pairs a group is a pair: the chosen response, then the rejected one.
+    In a batch of pairs a group has the responses that the pairs of its prompt use, each of them once.
 
     Args:
         token_logps: log pi_theta of every response token, shape (M,), float32, nats, with gradient.
@@ -35,6 +35,9 @@ class PromptGroups:
         sizes: Responses of each group, shape (G,), int64.
         stored: Log-probs under the policies that do not train, by their names in `NEEDS`, and the values of the
             module's `extra_passes`, shape (M,), as far as the loss needs them.
+        pair_rows: Indices among the R responses of the chosen and the rejected response of each of P pairs, group after
+            group, shape (2, P), int64. None if each group is one pair, (chosen, rejected), or there are no pairs.
+        pair_sizes: Number of pairs of each group, shape (G,), int64; None together with `pair_rows`.
     """
 
     token_logps: Tensor
@@ -44,6 +47,8 @@ class PromptGroups:
     finished: Tensor
     sizes: Tensor
     stored: Mapping[str, Tensor]
+    pair_rows: Tensor | None = None
+    pair_sizes: Tensor | None = None
 
     @property
     def old_logps(self) -> Tensor:
@@ -71,8 +76,19 @@ class PromptGroups:
         return self.stored[name]
 
     def pairs(self, values: Tensor) -> Tensor:
-        """Values of the chosen and of the rejected responses: (R,) to (2, pairs)."""
-        return values.view(-1, 2).T
+        """Values of the chosen and of the rejected response of each pair: (R,) to (2, P)."""
+        return values.view(-1, 2).T if self.pair_rows is None else values[self.pair_rows]
+
+    def mean_per_prompt(self, values: Tensor) -> Tensor:
+        """Mean over the pairs of each prompt, which counts once whatever its number of pairs: (P,) to (G,)."""
+        return values if self.pair_sizes is None else segment_sums(values, self.pair_sizes) / self.pair_sizes
+
+    @property
+    def is_chosen(self) -> Tensor:
+        """Whether a pair has the response as its chosen one, shape (R,), bool."""
+        chosen = torch.zeros(len(self.lengths), dtype=torch.bool, device=self.lengths.device)
+        chosen[slice(None, None, 2) if self.pair_rows is None else self.pair_rows[0]] = True
+        return chosen
 
     def sum_per_response(self, values: Tensor) -> Tensor:
         """Sums over the tokens of each response: (M,) to (R,)."""

@@ -69,7 +69,8 @@ class Plan:
         self.model = model_size(self.config, module.trainable_layers, module.lora)
         self.longest = data.max_prompt_tokens + options.sampling.max_response_tokens
         # responses per prompt that are trained on
-        self.used = 2 if module.loss.per == "pair" else options.sampling.num_responses
+        one_pair = module.loss.uses_pairs and (options.selector is None or options.selector.gives_one_pair)
+        self.used = 2 if one_pair else options.sampling.num_responses
 
     def memory(self, device_memory: float) -> dict[str, dict[str, int]]:
         """Bytes per device by phase and part, on devices of `device_memory` bytes."""

@@ -15,10 +15,12 @@ from rlhf_pl.data.stored_groups import StoredGroups, StoredLogps
 from rlhf_pl.models.packed_batch import PackedBatch, pack
 from rlhf_pl.models.packed_layout import to_device
 
+GROUPS_AT_ONCE = 4096  # limits the per-token log-probs that are in memory at a time
+
 
 # Not a dataclass: Lightning's precision plugins would cast its rewards and log-probs to bf16.
 class GroupBatch:
-    """G packed prompt groups; a group may be a pair.
+    """G packed prompt groups, with their pairs where the loss is on pairs.
 
     Args:
         rows: G prefix groups, each a prompt with the responses that are used: R responses of M tokens in total.
@@ -28,7 +30,10 @@ class GroupBatch:
         stored: Log-probs under pi_old and the reference, by their names in `PolicyLoss.needs`; shape (R,), or (M,) if
             per token; float32, nats.
         temperature: The sampling temperature of the responses.
-        weight: Factor on the mean loss of this batch that makes an update's gradient the mean over all its elements.
+        weights: For each term of the loss, the factor on its mean over this batch that makes an update's gradient the
+            mean over all elements of the update.
+        pair_rows: See `PromptGroups`.
+        pair_sizes: See `PromptGroups`.
     """
 
     def __init__(
@@ -39,7 +44,9 @@ class GroupBatch:
         sizes: Tensor,
         stored: Mapping[str, Tensor],
         temperature: float,
-        weight: float = 1.0,
+        weights: tuple[float, ...] = (1.0,),
+        pair_rows: Tensor | None = None,
+        pair_sizes: Tensor | None = None,
     ) -> None:
         self.rows = rows
         self.rewards = rewards
@@ -47,16 +54,24 @@ class GroupBatch:
         self.sizes = sizes
         self.stored = dict(stored)
         self.temperature = temperature
-        self.weight = weight
+        self.weights = weights
+        self.pair_rows, self.pair_sizes = pair_rows, pair_sizes
 
     def __len__(self) -> int:
         return len(self.sizes)
+
+    @property
+    def counts(self) -> bool:
+        """Whether the batch counts; a rank without a batch of its own repeats one that does not."""
+        return any(weight > 0 for weight in self.weights)
 
     def to(self, device: torch.device | str, **kwargs: Any) -> "GroupBatch":
         """The batch on `device`; Lightning calls it."""
         stored = {name: to_device(values, device) for name, values in self.stored.items()}
         rewards, finished, sizes = (to_device(values, device) for values in (self.rewards, self.finished, self.sizes))
-        return GroupBatch(self.rows.to(device), rewards, finished, sizes, stored, self.temperature, self.weight)
+        pairs = (None if values is None else to_device(values, device) for values in (self.pair_rows, self.pair_sizes))
+        rows = self.rows.to(device)
+        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, self.weights, *pairs)
 
     def groups(self, token_logps: Tensor, kl_coef: float = 0.0) -> PromptGroups:
         """The input of the loss.
@@ -67,7 +82,8 @@ class GroupBatch:
         """
         rewards = apply_kl_penalty(self.rewards, kl_coef, self.stored)
         logps, lengths = self.rows.sum_per_response(token_logps), self.rows.counts
-        return PromptGroups(token_logps, logps, rewards, lengths, self.finished, self.sizes, self.stored)
+        numbers = (rewards, lengths, self.finished, self.sizes, self.stored)
+        return PromptGroups(token_logps, logps, *numbers, self.pair_rows, self.pair_sizes)
 
 
 class GroupDataset(Dataset):
@@ -83,6 +99,7 @@ class GroupDataset(Dataset):
         self.stored, self.logps, self.temperature = groups, logps, temperature
         self.rewards = torch.tensor(groups.rewards, dtype=torch.float32)
         self.finished = torch.from_numpy(groups.finished.copy())
+        self.has_single_pairs = groups.pairs is not None and groups.pairs.are_simple
 
     def __len__(self) -> int:
         return len(self.stored)
@@ -91,14 +108,22 @@ class GroupDataset(Dataset):
         """Number of tokens of each group."""
         return self.stored.lengths()
 
-    def counts(self, loss: PolicyLoss) -> list[int] | None:
-        """Number of loss elements in each group; None if all groups have the same weight."""
-        if loss.per in ("pair", "group"):
-            return None
-        lengths = torch.from_numpy(self.stored.response_lengths().astype(np.int64))
-        return self.stored.sum_per_group(loss.counts(lengths, self.finished).numpy()).tolist()
+    def sizes(self, loss: PolicyLoss, kl_coef: float = 0.0) -> list[list[int] | None]:
+        """For each term of a loss, the number of its elements in each group; None if each group has one."""
+        return [None if term.per in ("pair", "group") else self._elements(term, kl_coef) for _, term in loss.terms]
 
-    def batch(self, indices: Sequence[int], weight: float = 1.0) -> GroupBatch:
+    def _elements(self, loss: PolicyLoss, kl_coef: float) -> list[int]:
+        if not loss.leaves_out:
+            lengths = torch.from_numpy(self.stored.response_lengths().astype(np.int64))
+            return self.stored.sum_per_group(loss.counts(lengths, self.finished).numpy()).tolist()
+        counts: list[int] = []
+        for start in range(0, len(self), GROUPS_AT_ONCE):
+            numbers = range(start, min(start + GROUPS_AT_ONCE, len(self)))
+            groups = self.groups_before_training(numbers, kl_coef, torch.device("cpu"), with_tokens=False)
+            counts += groups.sum_per_group(loss.counts_in(groups).double()).long().tolist()
+        return counts
+
+    def batch(self, indices: Sequence[int], weights: tuple[float, ...] = (1.0,)) -> GroupBatch:
         """The groups at `indices`."""
         rows = pack([self.stored.prefix_group(i) for i in indices])
         members = [self.stored.rows(i) for i in indices]
@@ -106,27 +131,44 @@ class GroupDataset(Dataset):
         stored = {name: _select(values, responses) for name, values in self.logps.items()}
         sizes = torch.tensor([len(part) for part in members])
         rewards, finished = self.rewards[responses], self.finished[responses]
-        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, weight)
+        pairs = self._pairs(indices, members)
+        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, weights, *pairs)
 
-    def groups_before_training(self, indices: Sequence[int], kl_coef: float, device: torch.device) -> PromptGroups:
+    def _pairs(self, indices: Sequence[int], members: Sequence[np.ndarray]) -> tuple[Tensor | None, Tensor | None]:
+        """`pair_rows` and `pair_sizes` of a batch of the groups at `indices`, whose responses are `members`."""
+        pairs = self.stored.pairs
+        if pairs is None or self.has_single_pairs:
+            return None, None
+        starts = np.concatenate([[0], np.cumsum([len(part) for part in members])])
+        own = [pairs.of_group(i) for i in indices]
+        rows = np.concatenate([part + start for part, start in zip(own, starts, strict=False)])
+        return torch.from_numpy(rows.T.copy()), torch.tensor([len(part) for part in own])
+
+    def groups_before_training(
+        self, indices: Sequence[int], kl_coef: float, device: torch.device, with_tokens: bool = True
+    ) -> PromptGroups:
         """The input of the loss, on `device`, for a policy that equals pi_old.
 
-        If log-probs under pi_old are not stored, those under the reference are used instead, or 0.
+        If log-probs under pi_old are not stored, those under the reference are used instead, or 0. Without
+        `with_tokens`, those of tokens are 0.
         """
         members = [self.stored.rows(i) for i in indices]
         responses = torch.from_numpy(np.concatenate(members))
         sizes = torch.tensor([len(part) for part in members], device=device)
         lengths = torch.from_numpy(self.stored.response_lengths().astype(np.int64))[responses].to(device)
-        stored = {name: _select(values, responses).to(device) for name, values in self.logps.items()}
+        known = {name: values for name, values in self.logps.items() if with_tokens or isinstance(values, Tensor)}
+        stored = {name: _select(values, responses).to(device) for name, values in known.items()}
         zeros = torch.zeros(int(lengths.sum()), device=device)
         token_logps = stored.get("old_token_logps", stored.get("reference_token_logps", zeros))
         logps = stored.get("old_logps", stored.get("reference_logps", torch.zeros(len(responses), device=device)))
         rewards = apply_kl_penalty(self.rewards[responses].to(device), kl_coef, stored)
-        return PromptGroups(token_logps, logps, rewards, lengths, self.finished[responses].to(device), sizes, stored)
+        pairs = (None if values is None else values.to(device) for values in self._pairs(indices, members))
+        finished = self.finished[responses].to(device)
+        return PromptGroups(token_logps, logps, rewards, lengths, finished, sizes, stored, *pairs)
 
-    def __getitems__(self, request: tuple[list[int], float]) -> GroupBatch | None:
-        indices, weight = request
-        return self.batch(indices, weight) if indices else None
+    def __getitems__(self, request: tuple[list[int], tuple[float, ...]]) -> GroupBatch | None:
+        indices, weights = request
+        return self.batch(indices, weights) if indices else None
 
 
 def _select(values: Tensor | pa.ListArray, responses: Tensor) -> Tensor:

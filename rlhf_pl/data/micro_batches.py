@@ -12,7 +12,7 @@ from rlhf_pl.data.update_plan import UpdatePlan
 
 
 class MicroBatchSampler(Sampler):
-    """Yields (pair indices, loss weight) for each micro-batch of one rank: a pure function of (seed, epoch, rank).
+    """Yields (pair indices, loss weights) for each micro-batch of one rank: a pure function of (seed, epoch, rank).
 
     A pair may also be a prompt group, or a row of SFT examples.
 
@@ -22,8 +22,8 @@ class MicroBatchSampler(Sampler):
         rank: Rank of this process.
         lengths: Number of tokens of each pair. If given, the pairs of each update are sorted by length, so that those
             of a micro-batch are of similar length. The update keeps its pairs.
-        sizes: Number of loss elements in each pair. If given, an update's gradient is the mean over elements instead of
-            pairs.
+        sizes: For each term of the loss, the number of its elements in each pair; None if every pair has one. The
+            gradient of an update is the mean over elements.
     """
 
     def __init__(
@@ -32,7 +32,7 @@ class MicroBatchSampler(Sampler):
         order_seed: str,
         rank: int = 0,
         lengths: Sequence[int] | None = None,
-        sizes: Sequence[int] | None = None,
+        sizes: Sequence[Sequence[int] | None] = (None,),
     ) -> None:
         self.plan, self.order_seed, self.rank, self.lengths, self.sizes = plan, order_seed, rank, lengths, sizes
         self.skip = 0
@@ -41,7 +41,7 @@ class MicroBatchSampler(Sampler):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[tuple[list[int], float]]:
+    def __iter__(self) -> Iterator[tuple[list[int], tuple[float, ...]]]:
         skip, self.skip = self.skip, 0  # on the first `next`: loaders with workers create an iterator they never use
         yield from self._batches[skip:]
 
@@ -61,16 +61,19 @@ class MicroBatchSampler(Sampler):
         return max(map(len, self._updates), default=1)
 
     @cached_property
-    def _batches(self) -> list[tuple[list[int], float]]:
-        batches: list[tuple[list[int], float]] = []
+    def _batches(self) -> list[tuple[list[int], tuple[float, ...]]]:
+        batches: list[tuple[list[int], tuple[float, ...]]] = []
+        no_weight = (0.0,) * len(self.sizes)
         for full_update in self._updates:
             update = full_update if self.limit is None else full_update[: max(0, self.limit - len(batches))]
             pairs = [i for micro_batch in update for part in micro_batch for i in part]
             for micro_batch in update:
                 own = micro_batch[self.rank]
                 # strategies need a step from every rank: a rank without a pair repeats one with weight 0
-                batches.append((own, self._weight(own, pairs)) if own else (pairs[:1], 0.0))
-        return batches or [([], 0.0)]  # Lightning ends a run whose loader is empty, but skips a batch that is None
+                batches.append((own, self._weights(own, pairs)) if own else (pairs[:1], no_weight))
+        return batches or [
+            ([], no_weight)
+        ]  # Lightning ends a run whose loader is empty, but skips a batch that is None
 
     def _order(self) -> list[int]:
         """The order of all passes, each shuffled separately. No update contains a pair twice."""
@@ -87,15 +90,18 @@ class MicroBatchSampler(Sampler):
             order += once
         return order
 
-    def _weight(self, own: list[int], update: list[int]) -> float:
-        """Factor on the mean over `own` that makes Lightning's mean the mean over the update.
+    def _weights(self, own: list[int], update: list[int]) -> tuple[float, ...]:
+        """Factors on each term's mean over `own` that make Lightning's mean the mean over the update.
 
         Lightning divides each micro-batch's loss by `accumulate` and averages over ranks.
         """
-        share = len(own) / len(update)
-        if self.sizes is not None:
-            share = sum(self.sizes[i] for i in own) / max(1, sum(self.sizes[i] for i in update))
-        return self.accumulate * self.plan.world_size * share
+        shares = (
+            len(own) / len(update)
+            if sizes is None
+            else sum(sizes[i] for i in own) / max(1, sum(sizes[i] for i in update))
+            for sizes in self.sizes
+        )
+        return tuple(self.accumulate * self.plan.world_size * share for share in shares)
 
 
 class ResumableLoader(DataLoader):

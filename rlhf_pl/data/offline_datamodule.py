@@ -161,8 +161,8 @@ class OfflineDataModule(PairsDataModule):
 
     def _batches(self, epoch: int, dataset: GroupDataset) -> MicroBatchSampler:
         module: Any = self._trainer.lightning_module
-        counts = dataset.counts(module.loss)
-        return self._divide(f"{self.seed}:{epoch}", len(dataset), dataset.lengths(), counts=counts)
+        sizes = dataset.sizes(module.loss, module.kl_coef)
+        return self._divide(f"{self.seed}:{epoch}", len(dataset), dataset.lengths(), sizes=sizes)
 
     def val_dataloader(self) -> Any:
         if not self.val_set:

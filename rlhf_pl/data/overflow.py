@@ -3,15 +3,13 @@
 import torch
 from torch import Tensor
 
-from rlhf_pl.algorithms.policy_loss import PolicyLoss, reward_margins
+from rlhf_pl.algorithms.policy_loss import PolicyLoss, element_losses, reward_margins
 from rlhf_pl.algorithms.prompt_groups import PromptGroups
-from rlhf_pl.data.group_batches import GroupDataset
+from rlhf_pl.data.group_batches import GROUPS_AT_ONCE, GroupDataset
 from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.data.stored_groups import read_stored_groups, read_stored_logps
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
-
-_GROUPS_AT_ONCE = 4096  # limits the per-token log-probs that are in memory at a time
 
 
 def read_groups(module: PolicyModule, stored: Round, temperature: float, rewards: str) -> GroupDataset:
@@ -27,7 +25,7 @@ def read_groups(module: PolicyModule, stored: Round, temperature: float, rewards
         InputError: The round was prepared for another loss, or the loss overflows with its rewards.
     """
     loss, groups = type(module.loss).__name__, read_stored_groups(stored)
-    if module.loss.per == "pair" and not groups.are_pairs:
+    if module.loss.uses_pairs and groups.pairs is None:
         raise InputError(f"`model.loss` {loss} requires pairs, but {stored.path} was prepared without pairs.")
     numbers = read_stored_logps(stored.read("logps"), groups)
     if missing := sorted(name for name in module.needs if name != "rewards" and name not in numbers):
@@ -55,15 +53,15 @@ def check_overflow(module: PolicyModule, dataset: GroupDataset, rewards: str) ->
     """
     overflows: list[int] = []
     message = ""
-    for start in range(0, len(dataset), _GROUPS_AT_ONCE):
-        numbers = range(start, min(start + _GROUPS_AT_ONCE, len(dataset)))
+    for start in range(0, len(dataset), GROUPS_AT_ONCE):
+        numbers = range(start, min(start + GROUPS_AT_ONCE, len(dataset)))
         groups = dataset.groups_before_training(numbers, module.kl_coef, module.device)
-        found = _find_overflows(module.loss, groups)
+        found = sorted({i for _, term in module.loss.terms for i in _find_overflows(term, groups)})
         if found and not overflows:
             message = _describe_rewards(dataset, start + found[0], groups, found[0], module.loss)
         overflows += found
     if overflows:
-        unit = "pairs" if module.loss.per == "pair" else "prompt groups"
+        unit = "pairs" if module.loss.uses_pairs and dataset.has_single_pairs else "prompt groups"
         raise InputError(
             f"{rewards}: {message} whose loss overflows float32 ({len(overflows)} of {len(dataset)} {unit}). Scale the "
             "rewards (--rollout.shaping.normalize round), or lower `model.loss.eta`, `model.kl_coef` or the penalties "
@@ -73,7 +71,7 @@ def check_overflow(module: PolicyModule, dataset: GroupDataset, rewards: str) ->
 
 def _find_overflows(loss: PolicyLoss, groups: PromptGroups) -> list[int]:
     """Indices of the groups whose loss is not finite."""
-    finite = loss.losses(groups).isfinite().flatten()
+    finite = element_losses(loss, groups).isfinite()
     if finite.all():
         return []
     if loss.per == "response" and len(finite) == len(groups.lengths):
@@ -94,7 +92,7 @@ def _describe_rewards(dataset: GroupDataset, group: int, groups: PromptGroups, p
     rows = dataset.stored.rows(group)
     values = dataset.rewards[torch.from_numpy(rows)].tolist()
     prompt_id = dataset.stored.prompt_ids[int(rows[0])].as_py()
-    if loss.per == "pair":
+    if loss.uses_pairs and dataset.has_single_pairs:
         margin = reward_margins(groups)[place].item()
         return (
             f"the rewards {values[0]:g} (chosen) and {values[1]:g} (rejected) of prompt_id {prompt_id!r} make a margin "

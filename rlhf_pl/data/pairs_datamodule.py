@@ -51,12 +51,12 @@ class PairsDataModule(RowsDataModule):
         pairs: int,
         lengths: Sequence[int] | None,
         passes: int = 1,
-        counts: Sequence[int] | None = None,
+        sizes: Sequence[Sequence[int] | None] = (None,),
     ) -> MicroBatchSampler:
         trainer, world_size = self._trainer, self._trainer.world_size
         accumulate = self.pairs_per_update(trainer) // self.batch_size // world_size
         plan = UpdatePlan(passes * pairs, self.batch_size, accumulate, world_size, self.max_tokens_per_batch, passes)
-        return MicroBatchSampler(plan, order, trainer.global_rank, lengths, counts)
+        return MicroBatchSampler(plan, order, trainer.global_rank, lengths, sizes)
 
     def accumulate_over(self, batches: MicroBatchSampler) -> MicroBatchSampler:
         """Set the Trainer's accumulation to the micro-batches of an update. No other code sets it.

@@ -88,8 +88,8 @@ class PreferenceDataset(Dataset):
             return prefix_group_inputs(groups)
         return pad_rows([row for i in indices for row in self.rows[i]], self.pad_id)
 
-    def __getitems__(self, request: tuple[list[int], float]) -> PreferenceBatch:
-        indices, weight = request
+    def __getitems__(self, request: tuple[list[int], tuple[float]]) -> PreferenceBatch:
+        indices, (weight,) = request
         pairs = [self.pairs[i] for i in indices]
         longer = [longer_text(p.chosen, p.rejected) for p in pairs]
         return PreferenceBatch(

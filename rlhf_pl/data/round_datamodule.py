@@ -198,11 +198,13 @@ class RoundDataModule(PairsDataModule):
 
     def _batches(self, index: int, dataset: GroupDataset) -> MicroBatchSampler:
         module: Any = self._trainer.lightning_module
-        return self._batches_of(index, dataset.lengths(), dataset.counts(module.loss))
+        return self._batches_of(index, dataset.lengths(), dataset.sizes(module.loss, module.kl_coef))
 
-    def _batches_of(self, index: int, lengths: Sequence[int], counts: Sequence[int] | None = None) -> MicroBatchSampler:
+    def _batches_of(
+        self, index: int, lengths: Sequence[int], sizes: Sequence[Sequence[int] | None] = (None,)
+    ) -> MicroBatchSampler:
         sorted_by = None if self.max_tokens_per_batch is None else lengths
-        return self._divide(f"{self.seed}:{index}", len(lengths), sorted_by, self.passes, counts)
+        return self._divide(f"{self.seed}:{index}", len(lengths), sorted_by, self.passes, sizes)
 
     def val_dataloader(self) -> Any:
         """The held-out pairs of the policy that sampled the current round, if there are any."""

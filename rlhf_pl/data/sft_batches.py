@@ -48,6 +48,6 @@ class SFTDataset(Dataset):
         """Number of target tokens of each row."""
         return [sum(sum(self.examples[i].mask[1:]) for i in row) for row in self.rows]
 
-    def __getitems__(self, request: tuple[list[int], float]) -> SFTBatch:
-        indices, weight = request
+    def __getitems__(self, request: tuple[list[int], tuple[float]]) -> SFTBatch:
+        indices, (weight,) = request
         return SFTBatch(pack_examples([self.examples[i] for row in indices for i in self.rows[row]]), weight)

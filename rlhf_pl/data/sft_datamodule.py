@@ -177,7 +177,9 @@ class SFTDataModule(RowsDataModule):
     def _loader(
         self, dataset: SFTDataset, plan: UpdatePlan, order: str, epoch: int, trains: bool = False
     ) -> ResumableLoader:
-        batches = MicroBatchSampler(plan, order, self._trainer.global_rank, dataset.lengths(), dataset.target_counts())
+        batches = MicroBatchSampler(
+            plan, order, self._trainer.global_rank, dataset.lengths(), [dataset.target_counts()]
+        )
         if trains:
             limit_epoch(self._trainer, batches)
         return ResumableLoader(dataset, batches, epoch, self.num_workers)

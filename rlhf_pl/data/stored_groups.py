@@ -34,8 +34,34 @@ StoredLogps = Mapping[str, Tensor | pa.ListArray]  # (R,) float32; or a list of 
 
 
 @dataclass(frozen=True)
+class StoredPairs:
+    """The P pairs of G groups, group after group.
+
+    Args:
+        positions: Positions of each pair's chosen and rejected response among those of its group, shape (P, 2), int64.
+        counts: Number of pairs of each group, shape (G,), int64.
+    """
+
+    positions: np.ndarray
+    counts: np.ndarray
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_starts", np.concatenate([[0], np.cumsum(self.counts)]))
+
+    def of_group(self, group: int) -> np.ndarray:
+        """Positions of the pairs of one group, shape (its pairs, 2)."""
+        starts = self._starts  # type: ignore[attr-defined]
+        return self.positions[starts[group] : starts[group + 1]]
+
+    @property
+    def are_simple(self) -> bool:
+        """Whether each group is one pair, (chosen, rejected)."""
+        return bool((self.counts == 1).all() and (self.positions == (0, 1)).all())
+
+
+@dataclass(frozen=True)
 class StoredGroups:
-    """The R responses that a round trains on, and their G groups. A group may be a pair, (chosen, rejected).
+    """The R responses that a round trains on, and their G groups: a prompt with the responses that are used.
 
     Args:
         prompt_ids: Prompt id of each response, length R.
@@ -46,7 +72,7 @@ class StoredGroups:
         rewards: Shaped rewards, shape (R,), float64, reward units.
         sizes: Number of responses of each group, shape (G,), int64.
         members: Rows (0 to R - 1) of the responses of each group, group after group, int64.
-        are_pairs: Whether the groups are pairs.
+        pairs: The pairs of the groups; None if the round trains on whole groups.
     """
 
     prompt_ids: pa.Array
@@ -57,7 +83,7 @@ class StoredGroups:
     rewards: np.ndarray
     sizes: np.ndarray
     members: np.ndarray
-    are_pairs: bool
+    pairs: StoredPairs | None
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "_starts", np.concatenate([[0], np.cumsum(self.sizes)]))
@@ -101,11 +127,12 @@ def read_stored_groups(stored: Round) -> StoredGroups:
     table = stored.read("pairs")
     if "prompt_tokens" in table.column_names:
         return read_pair_copies(table)
-    are_pairs = "chosen_index" in table.column_names
-    if are_pairs:
+    pairs = None
+    if "chosen_index" in table.column_names:
         prompt_ids = pa.array(np.repeat(table["prompt_id"].to_numpy(zero_copy_only=False), 2), pa.string())
         indices, rewards = _interleave(table, "index").astype(np.int64), _interleave(table, "reward")
-        sizes = np.full(len(table), 2)
+        used, sizes, pairs = _group_pairs(table, indices, stored.info("pairs").get("grouped", False))
+        prompt_ids, indices, rewards = prompt_ids.take(pa.array(used)), indices[used], rewards[used]
     else:
         prompt_ids = table["prompt_id"].combine_chunks()
         indices, rewards = table["response_index"].to_numpy().astype(np.int64), table["reward"].to_numpy()
@@ -129,7 +156,7 @@ def read_stored_groups(stored: Round) -> StoredGroups:
         row_rewards,
         sizes,
         members,
-        are_pairs,
+        pairs,
     )
 
 
@@ -153,8 +180,41 @@ def read_pair_copies(table: pa.Table) -> StoredGroups:
         _interleave(table, "reward"),
         np.full(count, 2),
         np.arange(2 * count),
-        are_pairs=True,
+        one_pair_each(count),
     )
+
+
+def one_pair_each(count: int) -> StoredPairs:
+    """The pairs of `count` groups of a chosen and a rejected response."""
+    return StoredPairs(np.tile(np.arange(2), (count, 1)), np.ones(count, np.int64))
+
+
+def _group_pairs(table: pa.Table, indices: np.ndarray, by_prompt: bool) -> tuple[np.ndarray, np.ndarray, StoredPairs]:
+    """Put pairs into groups.
+
+    Args:
+        table: P rows of the stage `pairs`.
+        indices: Index of the chosen and the rejected response of each pair among those of its prompt, shape (2 x P,).
+        by_prompt: Whether adjacent pairs of a prompt are a group, as selectors make them; otherwise each pair is one.
+
+    Returns:
+        (places in `indices` of the responses of all groups, each response once and in the order of its first use;
+        number of responses of each group; the pairs).
+    """
+    if not by_prompt or len(table) == 0:
+        return np.arange(len(indices)), np.full(len(table), 2), one_pair_each(len(table))
+    counts = _run_lengths(table["prompt_id"].combine_chunks())
+    if (counts == 1).all():
+        return np.arange(len(indices)), np.full(len(table), 2), one_pair_each(len(table))
+    group_of = np.repeat(np.arange(len(counts)), 2 * counts)
+    _, first, inverse = np.unique(group_of * _MAX_RESPONSES + indices, return_index=True, return_inverse=True)
+    order = np.argsort(first)  # of the responses, by their first use; a group's responses are adjacent
+    rank = np.empty_like(order)
+    rank[order] = np.arange(len(order))
+    sizes = np.bincount(group_of[first], minlength=len(counts))
+    starts = np.concatenate([[0], np.cumsum(sizes)[:-1]])
+    positions = rank[inverse] - starts[group_of]
+    return first[order], sizes, StoredPairs(positions.reshape(-1, 2), counts)
 
 
 def read_stored_logps(table: pa.Table, groups: StoredGroups) -> dict[str, Tensor | pa.ListArray]:

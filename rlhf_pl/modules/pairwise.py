@@ -7,8 +7,9 @@ from typing import Any, ClassVar
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from rlhf_pl.algorithms.loss_terms import loss_names, sum_of_means, term_losses, with_total_loss
 from rlhf_pl.algorithms.losses import RebelLoss
-from rlhf_pl.algorithms.policy_loss import PolicyLoss, check_needs, element_losses, logged, logged_names
+from rlhf_pl.algorithms.policy_loss import PolicyLoss, check_needs, logged, logged_names
 from rlhf_pl.algorithms.prompt_groups import PromptGroups
 from rlhf_pl.data.group_batches import GroupBatch
 from rlhf_pl.distributed.ranks import ranks_of
@@ -18,7 +19,7 @@ from rlhf_pl.models.lora import LoRA, record_settings, without_adapters
 from rlhf_pl.models.policy import DType, check_lm, train_last_layers
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.causal_lm import CausalLMModule
-from rlhf_pl.modules.logging import is_update, log_update, with_variance
+from rlhf_pl.modules.logging import Means, is_update, log_update, with_variance
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
 from rlhf_pl.utils.errors import InputError, check_at_least
 from rlhf_pl.utils.fingerprints import describe
@@ -108,7 +109,7 @@ class RebelModule(CausalLMModule):
             source if reference is None else ModelSource(reference, None, None, trust_remote_code, "model.reference")
         )
         self.loss, self.needs, self.kl_coef, self.trainable_layers = loss, needs, kl_coef, trainable_layers
-        names = logged_names(loss, needs)
+        names = tuple(dict.fromkeys(("loss", *loss_names(loss), *logged_names(loss, needs))))
         self.train_metrics = tuple(f"train/{name}" for name in ("lr", *names))
         self.val_metrics = tuple(f"val/{name}" for name in names)
         self._round = dict(_EMPTY_ROUND)
@@ -164,21 +165,22 @@ class RebelModule(CausalLMModule):
         return "reference_logps" in self.needs or self.lora is not None
 
     def training_step(self, batch: GroupBatch, batch_idx: int) -> Tensor:
-        losses, groups = self._losses(batch)
+        groups = self._groups(batch)
+        losses = term_losses(self.loss, groups)
         is_first_update = batch_idx < self.trainer.accumulate_grad_batches
-        if batch.weight > 0:
-            self.train_means.add(loss=losses.detach(), **logged(self.loss, groups))
+        if batch.counts:
+            self._add(self.train_means, losses, groups)
             if is_first_update and "old_logps" in groups.stored:  # the policy is still pi_old
                 logratios = (groups.logps.detach() - groups.old_logps).abs()
                 self.train_means.add(groups.lengths, first_logratio=logratios / groups.lengths)
         if is_update(self.trainer, batch_idx):
             self._log_update(is_first_update)
-        return losses.mean() * batch.weight if len(losses) else groups.logps.sum() * 0
+        return sum_of_means(self.loss, losses, batch.weights, groups)
 
     def _log_update(self, is_first_update: bool) -> None:
         """Log an update's metrics over all its elements, and add them to those of the round."""
-        metrics = with_variance(self.train_means.compute_and_reset("train", ranks_of(self.trainer)), "train/ratio")
-        count = self.train_means.last_weights.get("loss", 0.0)
+        metrics = self._compute(self.train_means, "train")
+        count = self.train_means.last_weights.get(loss_names(self.loss)[0], 0.0)
         first = metrics.pop("train/first_logratio", None)
         if is_first_update:
             self.first_logratio = first
@@ -192,18 +194,26 @@ class RebelModule(CausalLMModule):
         log_update(self, metrics)
 
     def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
-        losses, groups = self._losses(batch)
-        if batch.weight > 0:
-            self.val_means.add(loss=losses, **logged(self.loss, groups))
+        groups = self._groups(batch)
+        if batch.counts:
+            self._add(self.val_means, term_losses(self.loss, groups), groups)
 
-    def _losses(self, batch: GroupBatch) -> tuple[Tensor, PromptGroups]:
-        """Loss of each element of a batch, and the prompt groups that it was computed from."""
-        rows = batch.rows
-        groups = batch.groups(self(**rows.inputs(), temperature=batch.temperature), self.kl_coef)
-        return element_losses(self.loss, groups), groups
+    def _groups(self, batch: GroupBatch) -> PromptGroups:
+        """The prompt groups of a batch, with their log-probs under the policy."""
+        return batch.groups(self(**batch.rows.inputs(), temperature=batch.temperature), self.kl_coef)
+
+    def _add(self, means: Means, losses: list[Tensor], groups: PromptGroups) -> None:
+        for name, values in zip(loss_names(self.loss), losses, strict=True):
+            means.add(**{name: values})
+        means.add(**logged(self.loss, groups))
+
+    def _compute(self, means: Means, prefix: str) -> dict[str, float]:
+        """Metrics over all values since the last call and all ranks; all of them call it together."""
+        metrics = with_variance(means.compute_and_reset(prefix, ranks_of(self.trainer)), f"{prefix}/ratio")
+        return with_total_loss(self.loss, metrics, prefix)
 
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(with_variance(self.val_means.compute_and_reset("val", ranks_of(self.trainer)), "val/ratio"))
+        self.log_dict(self._compute(self.val_means, "val"))
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
         """The held-out metrics of an epoch over offline pairs, in a line."""

@@ -139,15 +139,15 @@ class RoundMaker:
         if self._is_missing(stored, "pairs"):
             limit = self.data.max_val_pairs if stored.is_held_out else None
             selector, shaping = pair_selector(self.module, self.options), self.options.shaping
-            ties = self._keep_ties(stored)
+            ties = (self._kl_breaks_ties(stored), self.module.loss.uses_ties)
             with self.ranks.phase("making pairs"):
-                self.ranks.run_on_rank_zero(lambda: select(stored, selector, self.data.seed, limit, shaping, ties))
+                self.ranks.run_on_rank_zero(lambda: select(stored, selector, self.data.seed, limit, shaping, *ties))
         if self._is_missing(stored, "logps"):
             self._store_logps(stored, policy(), what)
 
-    def _keep_ties(self, stored: Round) -> bool:
+    def _kl_breaks_ties(self, stored: Round) -> bool:
         """Whether the KL term will break ties in rewards. It is 0 while the policy equals the reference."""
-        if self.module.loss.per != "pair":
+        if not self.module.loss.uses_pairs:
             return False
         starts_at_reference = self.module.reference_source is self.module.source
         return self.module.kl_coef > 0 and not (starts_at_reference and int(stored.path.name) == 0)
@@ -265,4 +265,4 @@ class RoundMaker:
 
     def reconcile(self, stored: Round, made_by: dict[str, Any] | None = None) -> None:
         """Stamp or check a round; `made_by` names its policy if that is not the current one."""
-        self.stamps.reconcile(stored, self._keep_ties(stored), made_by)
+        self.stamps.reconcile(stored, self._kl_breaks_ties(stored), made_by)

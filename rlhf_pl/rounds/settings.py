@@ -87,7 +87,7 @@ def pair_selector(module: PolicyModule, options: RoundOptions) -> PairSelector |
     Raises:
         InputError: A selector is given, but the loss takes no pairs.
     """
-    if module.loss.per == "pair":
+    if module.loss.uses_pairs:
         return options.selector or BestWorst()
     if options.selector is not None:
         raise InputError(
@@ -124,7 +124,7 @@ def check_shaping(module: PolicyModule, options: RoundOptions) -> None:
     Raises:
         InputError: `rollout.shaping` would have no effect.
     """
-    if module.loss.per != "pair" and "rewards" not in module.needs and options.shaping != RewardShaping():
+    if not module.loss.uses_pairs and "rewards" not in module.needs and options.shaping != RewardShaping():
         raise InputError(
             f"`rollout.shaping` is set, but `model.loss` {type(module.loss).__name__} reads no rewards, so it would "
             "have no effect. Leave it out."
@@ -133,7 +133,10 @@ def check_shaping(module: PolicyModule, options: RoundOptions) -> None:
 
 def _selection_settings(module: PolicyModule, options: RoundOptions) -> dict[str, Any]:
     selector = pair_selector(module, options)
-    return {"groups": "all scored responses"} if selector is None else {"selector": describe(selector)}
+    if selector is None:
+        return {"groups": "all scored responses"}
+    without_ties = selector.gives_ties and not module.loss.uses_ties
+    return {"selector": describe(selector), **({"ties": False} if without_ties else {})}
 
 
 def check_sampler_logps(sampling: SamplingConfig, reshapes: Sequence[str] = ()) -> None:

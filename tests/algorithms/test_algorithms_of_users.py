@@ -1,20 +1,16 @@
 """Users' losses on pairs, groups, responses and tokens, trained for a round by the real command."""
 
-import csv
-import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from torch import Tensor
 
-from rlhf_pl.__main__ import main
 from rlhf_pl.store.round_store import RoundStore
+from tests.algorithms.trained_round import Group, assert_same_training, logged_losses, naive_updates, stored_prompts
 
-LR, TEMPERATURE = 0.002, 0.9
 LOSSES = '''
 import torch
 from rlhf_pl import PairwiseLoss, PolicyLoss
@@ -80,72 +76,13 @@ class Plain(PolicyLoss):
     def losses(self, groups):
         return -groups.logps
 '''
-CONFIG = f"""
-model:
-  optimizer: {{class_path: torch.optim.SGD, init_args: {{lr: {LR}}}}}
-  lr_scheduler: {{class_path: torch.optim.lr_scheduler.ConstantLR, init_args: {{factor: 1.0}}}}
-data: {{max_prompt_tokens: 64, batch_size: 2, passes: 2}}
-rollout:
-  sampler: TransformersSampler
-  sampling: {{num_responses: 3, max_response_tokens: 32, temperature: {TEMPERATURE}}}
-trainer:
-  max_epochs: 1
-  accelerator: cpu
-  accumulate_grad_batches: 4
-  log_every_n_steps: 1
-  default_root_dir: run
-  logger: {{class_path: lightning.pytorch.loggers.CSVLogger, init_args: {{save_dir: logs, name: csv, version: ""}}}}
-"""
-REWARD = "def score(response):\n    return len(set(response)) / 4 + sum(map(ord, response)) % 7 / 10\n"
 
 
 @pytest.fixture
-def command(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
-    """`rlhf-pl fit` with seven prompts, so that micro-batches differ in size; both passes are one update each."""
-    rows = [{"prompt_id": f"p{i}", "prompt": f"What is {i} plus {i}?"} for i in range(7)]
-    for name, text in (
-        ("prompts.jsonl", "\n".join(map(json.dumps, rows))),
-        ("users_reward.py", REWARD),
-        ("users_losses.py", LOSSES),
-        ("users.yaml", CONFIG),
-    ):
-        (tmp_path / name).write_text(text)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.syspath_prepend(str(tmp_path))
-
-    def run(loss: str, *arguments: str) -> int:
-        given = (
-            "--model.policy",
-            str(llama),
-            "--data.prompts",
-            "prompts.jsonl",
-            "--model.loss",
-            f"users_losses.{loss}",
-        )
-        reward = ("--rollout.reward", "users_reward.score")
-        return main(["fit", "--config", "users.yaml", *given, *reward, *arguments])
-
-    return run
-
-
-Group = list[dict[str, Any]]
-
-
-def stored_prompts() -> list[Group]:
-    """The scored responses to each prompt, read from the files."""
-    stored = RoundStore("run").round(0)
-    groups: dict[str, Group] = {}
-    rewards = stored.read("rewards")["reward"].to_pylist()
-    for row, reward in zip(stored.read("responses").to_pylist(), rewards, strict=True):
-        groups.setdefault(row["prompt_id"], []).append(row | {"reward": reward})
-    return list(groups.values())
-
-
-def token_logps(lm: Any, row: dict[str, Any]) -> Tensor:
-    """Log-prob of each token of a response, from full logits."""
-    prompt, response = row["prompt_tokens"], row["response_tokens"]
-    table = (lm(input_ids=torch.tensor([prompt + response])).logits[0] / TEMPERATURE).log_softmax(-1)
-    return torch.stack([table[len(prompt) + i - 1, token] for i, token in enumerate(response)])
+def command(fit: Callable[..., int]) -> Callable[..., int]:
+    """The command with one of the losses."""
+    Path("users_losses.py").write_text(LOSSES)
+    return lambda loss, *arguments: fit("--model.loss", f"users_losses.{loss}", *arguments)
 
 
 def naive_loss(name: str, new: dict[int, Tensor], old: dict[int, Tensor], groups: list[Group]) -> Tensor:
@@ -175,33 +112,11 @@ def naive_loss(name: str, new: dict[int, Tensor], old: dict[int, Tensor], groups
 @pytest.mark.parametrize("name", ["Logistic", "AllPairsRebel", "Reinforce", "ClippedTokens"])
 def test_a_round_trains_like_the_naive_computation(name: str, command: Callable[..., int], llama: Path) -> None:
     """Two plain SGD updates over the whole round; the second is off-policy. Micro-batches of 2, 2, 2 and 1 groups."""
-    from transformers import AutoModelForCausalLM
-
     assert command(name) == 0
-    groups = stored_prompts()
-    assert name != "ClippedTokens" or len({row["finished"] for group in groups for row in group}) == 2
-    lm = AutoModelForCausalLM.from_pretrained(llama).eval()
-    start = {n: p.detach().clone() for n, p in lm.named_parameters()}
-    old: dict[int, Tensor] = {}
-    losses = []
-    for _ in range(2):
-        new = {id(row): token_logps(lm, row) for group in groups for row in group}
-        old = old or {key: value.detach() for key, value in new.items()}
-        loss = naive_loss(name, new, old, groups)
-        lm.zero_grad()
-        loss.backward()
-        losses.append(loss.item())
-        with torch.no_grad():
-            for parameter in lm.parameters():
-                parameter -= LR * parameter.grad
-    with Path("logs/csv/metrics.csv").open() as file:
-        logged = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
-    assert logged == pytest.approx(losses, rel=1e-4, abs=1e-6)
-    trained = load_file("run/model/model.safetensors")
-    for key, parameter in lm.named_parameters():
-        moved = parameter.detach() - start[key]
-        assert moved.norm() > 1e-6
-        assert (trained[key] - start[key] - moved).norm() < 1e-3 * moved.norm(), key
+    assert name != "ClippedTokens" or len({row["finished"] for group in stored_prompts() for row in group}) == 2
+    losses, start, wanted = naive_updates(llama, 2, partial(naive_loss, name))
+    assert logged_losses() == pytest.approx(losses, rel=1e-4, abs=1e-6)
+    assert_same_training(start, wanted)
 
 
 def test_only_the_log_probs_that_a_loss_needs_are_computed(command: Callable[..., int]) -> None:

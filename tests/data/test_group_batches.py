@@ -27,7 +27,7 @@ def make_dataset(count: int, reference: bool = False) -> GroupDataset:
 
 
 def test_batch_holds_a_prefix_group_per_pair() -> None:
-    batch = make_dataset(4, reference=True).batch([1, 2], weight=0.5)
+    batch = make_dataset(4, reference=True).batch([1, 2], weights=(0.5,))
     assert batch.rows.input_ids.tolist() == [[1, 1, 101, 201, 201, 2, 2, 102, 202, 202, 202]]
     assert batch.rows.position_ids.tolist() == [[0, 1, 2, 2, 3, 0, 1, 2, 2, 3, 4]]
     assert batch.rows.logit_positions.tolist() == [1, 1, 3, 6, 6, 8, 9]
@@ -37,7 +37,7 @@ def test_batch_holds_a_prefix_group_per_pair() -> None:
     assert batch.rewards.tolist() == [1.0, -1.0, 2.0, -2.0]
     assert batch.stored["old_logps"].tolist() == [1.0, 3.0, 2.0, 4.0]  # i and i + 2 for pair i
     assert set(batch.stored) == {"old_logps", "reference_logps"}
-    assert (len(batch), batch.weight, batch.temperature) == (2, 0.5, 0.8)
+    assert (len(batch), batch.weights, batch.temperature) == (2, (0.5,), 0.8)
 
 
 def test_rewards_and_logps_stay_float32_under_half_precision() -> None:

@@ -22,13 +22,13 @@ def test_all_pairs_of_an_update_have_the_same_weight(pairs: int, world_size: int
     plan = UpdatePlan(pairs, batch_size=2, accumulate=2, world_size=world_size)
     ranks = [list(MicroBatchSampler(plan, "x", rank)) for rank in range(world_size)]
     assert len({len(batches) for batches in ranks}) == 1
-    used = sorted(i for batches in ranks for batch, weight in batches for i in batch if weight > 0)
+    used = sorted(i for batches in ranks for batch, (weight,) in batches for i in batch if weight > 0)
     assert used == list(range(pairs))
     assert all(batch for batches in ranks for batch, _ in batches)  # a rank without a pair repeats one with weight 0
     for start in range(0, len(ranks[0]), 2):
         share: dict[int, float] = {}
         for batches in ranks:
-            for indices, weight in batches[start : start + 2]:
+            for indices, (weight,) in batches[start : start + 2]:
                 for i in indices if weight > 0 else ():
                     share[i] = weight / len(indices) / plan.accumulate / world_size
         assert sum(share.values()) == pytest.approx(1.0)
@@ -52,7 +52,7 @@ def test_token_budgets_divide_updates_without_changing_their_pairs(pairs: int, w
     for number, update in enumerate(expected):
         share: dict[int, float] = {}
         for of_rank in batches:
-            for indices, weight in of_rank[number * count : (number + 1) * count]:
+            for indices, (weight,) in of_rank[number * count : (number + 1) * count]:
                 share |= {i: weight / len(indices) / count / world_size for i in indices if weight > 0}
         assert sorted(share) == update
         assert list(share.values()) == pytest.approx([1 / len(update)] * len(update))
@@ -87,5 +87,5 @@ def test_a_truncated_update_is_the_mean_over_its_remaining_pairs() -> None:
     """7 pairs in micro-batches of 2, 2 per update, limited to 3: updates [2, 2] and [2], each with its own mean."""
     batches = MicroBatchSampler(UpdatePlan(7, 2, 2), "0")
     batches.limit = 3
-    assert [(len(pairs), weight) for pairs, weight in batches] == [(2, 1.0), (2, 1.0), (2, 2.0)]
+    assert [(len(pairs), *weights) for pairs, weights in batches] == [(2, 1.0), (2, 1.0), (2, 2.0)]
     assert len(batches.steps()) == 4  # `steps` is not limited

@@ -109,7 +109,7 @@ def test_a_response_in_two_pairs_is_stored_once(tmp_path: Path) -> None:
 def test_whole_groups(tmp_path: Path) -> None:
     rows = [{"prompt_id": p, "response_index": i, "reward": reward(p, i)} for p, i, _ in RESPONSES]
     groups = read_stored_groups(store(tmp_path, pa.Table.from_pylist(rows, schema=GROUPS)))
-    assert not groups.are_pairs
+    assert groups.pairs is None
     assert [tuple(map(list, (t.prompt, *t.responses))) for t in map(groups.prefix_group, range(2))] == [
         ([1, 2], [10], [11, 12], [13, 14, 15]),
         ([3], [16], [17, 18]),

@@ -288,7 +288,7 @@ def test_comparisons_train_on_the_scores_of_each_row_alone(tmp_path: Path, kind:
     dataset = PreferenceDataset(pairs, render, source.config)
     dataset.pad_id, dataset.shares_prompts = 1, unit.shares_prompts
     assert unit.shares_prompts == (attention == "sdpa")
-    together = unit(**dataset.__getitems__(([0, 1, 2], 1.0)).inputs)
+    together = unit(**dataset.__getitems__(([0, 1, 2], (1.0,))).inputs)
     rows = [row for both in dataset.rows for row in both]
     assert min(map(len, rows)) < LIMIT < max(map(len, rows))
     for score, row in zip(together, rows, strict=True):

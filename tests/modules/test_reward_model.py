@@ -176,7 +176,7 @@ def test_shared_prefixes_give_the_loss_and_gradient_of_padded_rows(llama: Path, 
     found, tokens = [], []
     for shares in (True, False):
         dataset.shares_prompts = shares
-        batch = dataset.__getitems__((list(range(len(dataset))), 1.0))
+        batch = dataset.__getitems__((list(range(len(dataset))), (1.0,)))
         tokens.append(batch.inputs["input_ids"].numel())
         chosen, rejected = classifier(**batch.inputs).view(-1, 2).T
         loss = bradley_terry_loss(chosen - rejected, batch.labels, batch.margins).mean()

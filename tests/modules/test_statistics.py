@@ -276,9 +276,9 @@ def test_an_update_has_each_pair_at_most_once(pairs: int, max_tokens: int | None
     updates = []
     for start in range(0, len(batches[0]), count):
         here = [b for of_rank in batches for b in of_rank[start : start + count]]
-        update = [i for indices, weight in here for i in indices if weight > 0]
+        update = [i for indices, (weight,) in here for i in indices if weight > 0]
         assert len(update) == len(set(update))
-        share = [weight / count / world_size for indices, weight in here if weight > 0 and indices]
+        share = [weight / count / world_size for indices, (weight,) in here if weight > 0 and indices]
         assert sum(share) == pytest.approx(1.0)
         updates.append(update)
     assert all(len(u) == min(size, pairs) for u in updates[:-1])

@@ -9,11 +9,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from rlhf_pl.algorithms.pair_selection import PairSelector
+from rlhf_pl.algorithms.pair_selection import Pair, PairSelector
 from rlhf_pl.algorithms.reward_shaping import RewardShaping, break_ties, shape_rewards
 from rlhf_pl.data.stored_groups import GROUPS, PAIRS
 from rlhf_pl.rounds.stages.generate import prompt_seed
 from rlhf_pl.store.round_store import Round
+from rlhf_pl.utils.errors import InputError
 
 _COLUMNS = ("prompt_id", "response_index", "finished", "response_tokens")
 
@@ -37,6 +38,7 @@ def select(
     limit: int | None = None,
     shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
     keep_ties: bool = False,
+    uses_ties: bool = True,
 ) -> None:
     """Select pairs or groups to train on, and count the prompts without any, by reason.
 
@@ -45,10 +47,14 @@ def select(
             prompt's responses, and shaped rewards.
         selector: Selects pairs; None for whole groups, of the prompts with at least two scored responses.
         run_seed: The run's seed.
-        limit: Maximum number of pairs or groups.
+        limit: Maximum number of prompts with pairs, or of groups.
         shaping: Penalties and normalisation, applied to the scores first.
         keep_ties: Keep pairs with equal rewards, because a KL term will break the tie. The selector sees such rewards
             in a random order.
+        uses_ties: Whether the loss can use pairs with equal rewards.
+
+    Raises:
+        InputError: The selector returned something else than pairs of a prompt's responses.
     """
     groups = _scored_groups(stored)
     rewards, lengths, finished = (
@@ -64,8 +70,10 @@ def select(
         table = _groups_table(usable)
         counts = {"pairs": len(usable), "groups": len(usable), "responses": len(table)}
     else:
-        table = _pairs_table(usable, selector, run_seed, keep_ties, dropped).slice(0, limit)
-        counts = {"pairs": len(table)}
+        pairs = _select_pairs(usable, selector, run_seed, (keep_ties, uses_ties), dropped)[:limit]
+        table = _pairs_table(pairs)
+        responses = sum(len({index for pair in selected for index in pair}) for _, selected in pairs)
+        counts = {"pairs": len(table), "groups": len(pairs), "responses": responses, "grouped": True}
         if keep_ties:
             counts["kept_ties"] = pc.sum(pc.equal(table["chosen_reward"], table["rejected_reward"])).as_py() or 0
     stored.write_shard("pairs", 0, table)
@@ -88,23 +96,62 @@ def _groups_table(groups: Sequence[_Group]) -> pa.Table:
                                 schema=GROUPS)  # fmt: skip
 
 
-def _pairs_table(
-    groups: Sequence[_Group], selector: PairSelector, run_seed: int, keep_ties: bool, dropped: dict[str, int]
-) -> pa.Table:
-    """Table with a row for each pair; counts the prompts without a pair in `dropped`."""
-    rows = []
+def _select_pairs(
+    groups: Sequence[_Group],
+    selector: PairSelector,
+    run_seed: int,
+    ties: tuple[bool, bool],
+    dropped: dict[str, int],
+) -> list[tuple[_Group, list[Pair]]]:
+    """Each prompt that has pairs, with them; counts the others in `dropped`."""
+    keep_ties, uses_ties = ties
+    prompts = []
     for group in groups:
         rewards, seed = group.rewards, prompt_seed(run_seed, "select", group.prompt_id)
         if keep_ties:
             rewards = break_ties(rewards, group.digests, seed)
-        selected = selector(rewards, group.lengths, group.finished, seed)
+        selected = list(selector(rewards, group.lengths, group.finished, seed))
+        _check_pairs(selected, group, rewards, selector)
+        if not keep_ties:
+            if not uses_ties:
+                selected = [(c, r) for c, r in selected if rewards[c] != rewards[r]]
+            if all(rewards[c] == rewards[r] for c, r in selected):
+                selected = []
         different = [(c, r) for c, r in selected if group.digests[c] != group.digests[r]]
         if not selected:
             dropped["no_reward_difference"] += 1
         elif not different:
             dropped["same_answer"] += 1
-        for c, r in different:
-            rows.append((group.prompt_id, group.indices[c], group.indices[r], group.rewards[c], group.rewards[r]))
+        else:
+            prompts.append((group, different))
+    return prompts
+
+
+def _check_pairs(selected: Sequence[Pair], group: _Group, rewards: Sequence[float], selector: PairSelector) -> None:
+    """Raise InputError unless all of `selected` are different pairs whose chosen response is not the worse one."""
+    count, name = len(group.indices), type(selector).__name__
+    for chosen, rejected in selected:
+        what = f"`rollout.selector`: {name} returned the pair ({chosen}, {rejected}) for prompt_id {group.prompt_id!r}"
+        if not (0 <= chosen < count and 0 <= rejected < count and chosen != rejected):
+            raise InputError(
+                f"{what}, which has {count} responses. Return two different indices from 0 to {count - 1}."
+            )
+        if rewards[chosen] < rewards[rejected]:
+            raise InputError(
+                f"{what}, whose chosen response has the lower reward ({rewards[chosen]:g} against "
+                f"{rewards[rejected]:g}). Return (better, worse)."
+            )
+    if len({frozenset(pair) for pair in selected}) < len(selected):
+        raise InputError(f"`rollout.selector`: {name} returned a pair twice for prompt_id {group.prompt_id!r}.")
+
+
+def _pairs_table(prompts: Sequence[tuple[_Group, list[Pair]]]) -> pa.Table:
+    """Table with a row for each pair."""
+    rows = [
+        (group.prompt_id, group.indices[c], group.indices[r], group.rewards[c], group.rewards[r])
+        for group, pairs in prompts
+        for c, r in pairs
+    ]
     columns = list(zip(*rows, strict=True)) or [()] * len(PAIRS)
     return pa.Table.from_arrays([pa.array(c, t) for c, t in zip(columns, PAIRS.types, strict=True)], schema=PAIRS)
 
