@@ -61,6 +61,12 @@ class GroupBatch:
         return len(self.sizes)
 
     @property
+    def weight(self) -> float:
+        """The factor of a loss with one term, which is any but a sum of losses."""
+        (weight,) = self.weights
+        return weight
+
+    @property
     def counts(self) -> bool:
         """Whether the batch counts; a rank without a batch of its own repeats one that does not."""
         return any(weight > 0 for weight in self.weights)
