@@ -121,7 +121,8 @@ class DegenerationGuard(L.Callback):
         length, first_length = (r.info("responses")["tokens_mean"] for r in (stored, first))
         ratio = max(length, first_length) / max(1e-9, min(length, first_length))
         pairs, std = stored.info("pairs"), stored.info("rewards")["std"]
-        share = pairs["pairs"] / max(1, pairs["prompts"])
+        used = pairs.get("groups", pairs["pairs"])  # prompts; rounds of earlier versions have only their pairs
+        share = used / max(1, pairs["prompts"])
         reasons = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in pairs["dropped"].items() if count)
         signs: dict[str, tuple[bool, str]] = {
             "distinct": (
@@ -140,7 +141,7 @@ class DegenerationGuard(L.Callback):
             ),
             "pairs": (
                 share < self.min_pair_share or pairs["pairs"] == 0,
-                f"{pairs['pairs']} of {pairs['prompts']} prompts give a usable pair ({reasons})"
+                f"{used} of {pairs['prompts']} prompts give a usable pair ({reasons})"
                 + ("; there is nothing to train on in this round" if pairs["pairs"] == 0 else ""),
             ),
             "reward_std": (

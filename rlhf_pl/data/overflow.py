@@ -7,7 +7,7 @@ from rlhf_pl.algorithms.policy_loss import PolicyLoss, element_losses, reward_ma
 from rlhf_pl.algorithms.prompt_groups import PromptGroups
 from rlhf_pl.data.group_batches import GROUPS_AT_ONCE, GroupDataset
 from rlhf_pl.data.policy_module import PolicyModule
-from rlhf_pl.data.stored_groups import read_stored_groups, read_stored_logps
+from rlhf_pl.data.stored_groups import order_ties, read_stored_groups, read_stored_logps
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 
@@ -34,6 +34,8 @@ def read_groups(module: PolicyModule, stored: Round, temperature: float, rewards
             f"{stored.path} lacks."
         )
     used = {name: values for name, values in numbers.items() if name in module.needs}
+    if module.kl_coef > 0 and groups.pairs is not None:
+        groups = order_ties(groups, module.kl_coef * (used["old_logps"] - used["reference_logps"]).numpy())
     dataset = GroupDataset(groups, used, temperature)
     check_overflow(module, dataset, rewards)
     return dataset

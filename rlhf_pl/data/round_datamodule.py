@@ -45,15 +45,15 @@ class RoundDataModule(PairsDataModule):
         val_prompts: Prompts held out for evaluation: a number, a share below 1 (at least one prompt), or a file or Hub
             id.
         prompts_per_round: Number of prompts of a round; null for all.
-        batch_size: Pairs per micro-batch and device; prompt groups for a loss on prompt groups. An update has
-            batch_size x accumulate_grad_batches x devices.
+        batch_size: Pairs per micro-batch and device; prompts for a loss on prompt groups, or if `rollout.selector`
+            gives several pairs of a prompt. An update has batch_size x accumulate_grad_batches x devices.
         max_tokens_per_batch: Maximum tokens of a micro-batch, prompts counted once; only a single pair may be longer.
             An update keeps its pairs and is divided into as many micro-batches as needed, of pairs of similar length.
             null for batch_size pairs per micro-batch.
         passes: Number of training passes over a round's pairs. An update has no pair twice: if a round has fewer pairs
             than an update, each pass is one update.
-        max_val_pairs: Maximum number of held-out pairs for `val/loss` and `val/sign_align`; 0 for none. They require 2
-            or more responses to each held-out prompt.
+        max_val_pairs: Maximum number of held-out prompts whose pairs give `val/loss` and `val/sign_align`; 0 for none.
+            They require 2 or more responses to each held-out prompt.
         num_workers: Loader processes.
         seed: Shuffles prompts and pairs; null for the run's `seed_everything`.
     """

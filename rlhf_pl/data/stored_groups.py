@@ -1,7 +1,7 @@
 """Reads the prompt groups that a round trains on, with their tokens and log-probs in Arrow, from its store."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import pyarrow as pa
@@ -187,6 +187,19 @@ def read_pair_copies(table: pa.Table) -> StoredGroups:
 def one_pair_each(count: int) -> StoredPairs:
     """The pairs of `count` groups of a chosen and a rejected response."""
     return StoredPairs(np.tile(np.arange(2), (count, 1)), np.ones(count, np.int64))
+
+
+def order_ties(groups: StoredGroups, penalties: np.ndarray) -> StoredGroups:
+    """Order each pair of equal rewards by the penalties of its responses, shape (R,): the lower one is chosen."""
+    assert groups.pairs is not None
+    starts = np.concatenate([[0], np.cumsum(groups.sizes)[:-1]])
+    rows = groups.members[np.repeat(starts, groups.pairs.counts)[:, None] + groups.pairs.positions]
+    chosen, rejected = rows.T
+    swapped = (groups.rewards[chosen] == groups.rewards[rejected]) & (penalties[chosen] > penalties[rejected])
+    if not swapped.any():
+        return groups
+    positions = np.where(swapped[:, None], groups.pairs.positions[:, ::-1], groups.pairs.positions)
+    return replace(groups, pairs=StoredPairs(positions, groups.pairs.counts))
 
 
 def _group_pairs(table: pa.Table, indices: np.ndarray, by_prompt: bool) -> tuple[np.ndarray, np.ndarray, StoredPairs]:

@@ -95,3 +95,24 @@ def test_all_pairs_in_closed_form() -> None:
     d = np.array([0.0, 1.0, 3.0])
     pairs = [(d[i] - d[j]) ** 2 for i, j in combinations(range(3), 2)]
     assert sum(pairs) == pytest.approx(3 * ((d - d.mean()) ** 2).sum()) == pytest.approx(14)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        ("[(0, 9)]", "returned the pair (0, 9) for prompt_id 'p0', which has 3 responses. Return two different"),
+        ("[(1, 1)]", "Return two different indices from 0 to 2"),
+        ("[(rewards.index(min(rewards)), rewards.index(max(rewards)))]", "whose chosen response has the lower reward"),
+        ("[(rewards.index(max(rewards)), rewards.index(min(rewards)))] * 2", "returned a pair twice"),
+    ],
+)
+def test_a_selector_that_returns_no_pairs_of_responses_is_refused(
+    returned: str, message: str, fit: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = f"users_selector_{len(returned)}"  # a name of its own: imported modules stay
+    Path(f"{module}.py").write_text(
+        "from rlhf_pl import PairSelector\n\n\nclass Wrong(PairSelector):\n"
+        f"    def __call__(self, rewards, lengths, finished, seed):\n        return {returned}\n"
+    )
+    assert fit("--rollout.selector", f"{module}.Wrong") == 1
+    assert message in capsys.readouterr().err

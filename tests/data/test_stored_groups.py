@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from rlhf_pl.data.group_batches import GroupDataset
-from rlhf_pl.data.stored_groups import GROUPS, PAIRS, read_stored_groups, read_stored_logps
+from rlhf_pl.data.stored_groups import GROUPS, PAIRS, order_ties, read_stored_groups, read_stored_logps
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.packed_batch import PackedBatch
 from rlhf_pl.rounds.stages import store_logps
@@ -26,7 +26,7 @@ def reward(prompt_id: str, index: int) -> float:
     return index + 0.5 * (prompt_id == "b")
 
 
-def store(folder: Path, table: pa.Table) -> Round:
+def store(folder: Path, table: pa.Table, **info: Any) -> Round:
     """A round with two shards of responses, and with `table` as its stage `pairs`."""
     stored = Round(folder / "rounds" / "0000")
     for number, rows in enumerate((RESPONSES[:3], RESPONSES[3:])):
@@ -40,7 +40,7 @@ def store(folder: Path, table: pa.Table) -> Round:
         stored.write_shard("responses", number, pa.table(columns))
     stored.complete("responses")
     stored.write_shard("pairs", 0, table)
-    stored.complete("pairs")
+    stored.complete("pairs", **info)
     return stored
 
 
@@ -104,6 +104,31 @@ def test_a_response_in_two_pairs_is_stored_once(tmp_path: Path) -> None:
         store_logps(stored, {"old": Counting()}, steps_by_length(1, ranks), 1.0, ranks=ranks)
     assert torch.stack(Halves.totals).sum(0).tolist() == [-10.0, -23.0, -42.0, -16.0, -35.0]
     assert (torch.stack(Halves.totals) == 0).sum(0).tolist() == [1] * 5
+
+
+def test_the_pairs_of_a_prompt_are_a_group_with_each_response_once(tmp_path: Path) -> None:
+    groups = read_stored_groups(store(tmp_path, pairs_table(), grouped=True))
+    assert [tuple(map(list, (t.prompt, *t.responses))) for t in map(groups.prefix_group, range(2))] == [
+        ([3], [17, 18], [16]),
+        ([1, 2], [11, 12], [10], [13, 14, 15]),  # in the order of their first use
+    ]
+    batch = GroupDataset(groups, {}, 1.0).batch([1, 0])
+    assert batch.rewards.tolist() == [1.0, 0.0, 2.0, 1.5, 0.5]
+    inputs = batch.groups(torch.zeros(len(batch.rows.targets)))
+    assert inputs.pairs(batch.rewards).tolist() == [[1.0, 2.0, 1.5], [0.0, 0.0, 0.5]]
+    assert inputs.mean_per_prompt(torch.tensor([1.0, 3.0, 5.0])).tolist() == [2.0, 5.0]
+    assert inputs.is_chosen.tolist() == [True, False, True, True, False]
+
+
+def test_a_tie_is_ordered_by_the_penalties(tmp_path: Path) -> None:
+    table = pairs_table()
+    table = table.set_column(3, "chosen_reward", pa.array([0.5, 0.0, 2.0])).set_column(
+        4, "rejected_reward", pa.array([0.5, 0.0, 0.0])
+    )
+    groups = read_stored_groups(store(tmp_path, table))
+    penalties = np.array([1.0, 2.0, 3.0, 4.0, 3.0])  # in the order of RESPONSES
+    inputs = GroupDataset(order_ties(groups, penalties), {}, 1.0).batch([0, 1, 2]).groups(torch.zeros(11))
+    assert inputs.pairs(torch.tensor(penalties[[4, 3, 1, 0, 2, 0]])).tolist() == [[3.0, 1.0, 3.0], [4.0, 2.0, 1.0]]
 
 
 def test_whole_groups(tmp_path: Path) -> None:
