@@ -63,7 +63,6 @@ BENCHMARKS := scoring generation growth vocabulary_memory "whole_round --prompts
 	"reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo"
 
 bench: setup model
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps -r requirements/bench.txt
 	@for name in $(BENCHMARKS); do echo "## $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; echo; done
 
 lock:
