@@ -34,6 +34,7 @@ from rlhf_pl.rounds.logps_check import check_first_update
 from rlhf_pl.rounds.maker import RoundMaker
 from rlhf_pl.rounds.metrics import training_metrics
 from rlhf_pl.rounds.preparation import RoundPreparation
+from rlhf_pl.rounds.refill import check_refill
 from rlhf_pl.rounds.settings import (
     RoundOptions,
     check_old_logps,
@@ -62,6 +63,10 @@ class RoundRefresh(RunLifecycle):
         scoring: How the reward is called: time limit, retries, what to do about failures.
         shaping: Penalties on scores, and their normalisation, before pairs are selected.
         selector: Selects pairs of scored responses; null for `BestWorst`. Refused where the loss is not pairwise.
+        refill: Maximum number of times that a round samples further prompts in place of those without a pair, or, where
+            the loss is on groups, without a difference in (shaped) reward: each time as many of the next prompts as are
+            missing from `data.prompts_per_round` usable ones. 0 for never. Refused where every round samples all
+            prompts.
         val_num_responses: Responses per held-out prompt; 2 or more also give held-out pairs for `val/loss`.
         val_temperature: Temperature on held-out prompts; null for that of training, 0 for greedy decoding.
         prompts_per_shard: Prompts per file of the round store, sampled together: the most that a crash can lose. null
@@ -93,6 +98,7 @@ class RoundRefresh(RunLifecycle):
         scoring: ScoringConfig = ScoringConfig(),  # noqa: B008 - frozen
         shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
         selector: BestWorst | PairSelector | None = None,  # configs may give `min_margin` without a class
+        refill: int = 0,
         val_num_responses: int = 1,
         val_temperature: float | None = None,
         prompts_per_shard: int | None = None,
@@ -107,12 +113,17 @@ class RoundRefresh(RunLifecycle):
             val_num_responses=(val_num_responses, 1),
             prompts_per_shard=(prompts_per_shard, 1),
             logps_batch_tokens=(logps_batch_tokens, 1),
+            refill=(refill, 0),
         )
         check_finite("rollout", timeout_minutes=timeout_minutes)
         if timeout_minutes <= 0:
             raise InputError(f"`rollout.timeout_minutes` must be above 0, got {timeout_minutes}.")
         if sampling.num_responses < 2:
             raise InputError(f"`rollout.sampling.num_responses` must be 2 or more, got {sampling.num_responses}.")
+        if refill and reward is None:
+            raise InputError(
+                f"`rollout.refill` is {refill}, but without `rollout.reward` no prompts are sampled. Leave it out."
+            )
         if old_logps == "sampler":
             check_sampler_logps(sampling)
         self.options: RoundOptions | None = None
@@ -126,6 +137,7 @@ class RoundRefresh(RunLifecycle):
                 selector=selector,
                 prompts_per_shard=prompts_per_shard,
                 stream_shards=stream_shards,
+                refill=refill,
                 logps_batch_tokens=logps_batch_tokens,
                 old_logps=old_logps,
             )
@@ -157,6 +169,7 @@ class RoundRefresh(RunLifecycle):
         pair_selector(pl_module, options)
         check_old_logps(pl_module, options)
         check_shaping(pl_module, options)
+        check_refill(pl_module, data, options)
         ranks = ranks_of(trainer, self._timeout)
         data.max_response_tokens = options.sampling.max_response_tokens
         check_sampling(trainer, pl_module, data, self.sampler, options)

@@ -83,6 +83,8 @@ def round_line(store: RoundStore, index: int) -> str:
         f"seconds: generate {responses['seconds']:.0f}, score {rewards['seconds']:.0f}, "
         f"log-probs {stages['logps']['seconds']:.0f}, train {training['seconds']:.0f}",
     ]
+    if refilled := responses.get("refilled"):
+        parts.insert(1, f"{refilled} prompts refilled")
     if store.held_out(index + 1).is_complete("rewards"):
         after = store.held_out(index + 1)
         kl = policy_kl(after)

@@ -4,7 +4,25 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from rlhf_pl.algorithms.losses import PairwiseLoss, PolicyLoss, RebelLoss
+    from rlhf_pl.algorithms.losses import (
+        APODownLoss,
+        APOZeroLoss,
+        ChosenNLL,
+        CPOLoss,
+        DPOLoss,
+        HingeLoss,
+        IPOLoss,
+        KTOLoss,
+        ORPOLoss,
+        PairwiseLoss,
+        PolicyLoss,
+        RebelLoss,
+        RobustDPOLoss,
+        SimPOLoss,
+        SPPOHardLoss,
+        SPPOLoss,
+        SumOfLosses,
+    )
     from rlhf_pl.algorithms.pair_selection import (
         AllPairs,
         BestVsRest,
@@ -14,7 +32,6 @@ if TYPE_CHECKING:
         RandomPair,
     )
     from rlhf_pl.algorithms.prompt_groups import PromptGroups
-    from rlhf_pl.algorithms.sum_of_losses import SumOfLosses
     from rlhf_pl.data import OfflineDataModule, PreferenceDataModule, RoundDataModule, SFTDataModule
     from rlhf_pl.data.policy_module import PolicyModule
     from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
@@ -32,8 +49,28 @@ _HOME = {
     **dict.fromkeys(("CPUFSDPStrategy", "FSDP2Strategy"), "rlhf_pl.distributed.strategies"),
     "PolicyModule": "rlhf_pl.data.policy_module",
     "PromptGroups": "rlhf_pl.algorithms.prompt_groups",
-    **dict.fromkeys(("PairwiseLoss", "PolicyLoss", "RebelLoss"), "rlhf_pl.algorithms.losses"),
-    "SumOfLosses": "rlhf_pl.algorithms.sum_of_losses",
+    **dict.fromkeys(
+        (
+            "APODownLoss",
+            "APOZeroLoss",
+            "CPOLoss",
+            "ChosenNLL",
+            "DPOLoss",
+            "HingeLoss",
+            "IPOLoss",
+            "KTOLoss",
+            "ORPOLoss",
+            "PairwiseLoss",
+            "PolicyLoss",
+            "RebelLoss",
+            "RobustDPOLoss",
+            "SPPOHardLoss",
+            "SPPOLoss",
+            "SimPOLoss",
+            "SumOfLosses",
+        ),
+        "rlhf_pl.algorithms.losses",
+    ),
     **dict.fromkeys(
         ("AllPairs", "BestVsRest", "BestWorst", "LengthMatched", "PairSelector", "RandomPair"),
         "rlhf_pl.algorithms.pair_selection",
@@ -45,14 +82,23 @@ _HOME = {
 }
 
 __all__ = [
+    "APODownLoss",
+    "APOZeroLoss",
     "AllPairs",
     "BestVsRest",
     "BestWorst",
+    "CPOLoss",
     "CPUFSDPStrategy",
+    "ChosenNLL",
+    "DPOLoss",
     "FSDP2Strategy",
     "FunctionReward",
+    "HingeLoss",
+    "IPOLoss",
+    "KTOLoss",
     "LengthMatched",
     "LoRA",
+    "ORPOLoss",
     "OfflineDataModule",
     "PairSelector",
     "PairwiseLoss",
@@ -66,12 +112,16 @@ __all__ = [
     "Reward",
     "RewardModelModule",
     "RewardResult",
+    "RobustDPOLoss",
     "RoundDataModule",
     "SFTDataModule",
     "SFTModule",
+    "SPPOHardLoss",
+    "SPPOLoss",
     "Sample",
     "Sampler",
     "SamplingConfig",
+    "SimPOLoss",
     "SumOfLosses",
     "TransformersSampler",
     "VLLMSampler",

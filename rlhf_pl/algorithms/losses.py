@@ -1,17 +1,39 @@
-"""Losses on pairs: pure functions, and a small configurable class for losses of a policy."""
+"""REBEL and the losses of reward models; and all losses of a policy by their names, for the command line."""
 
 import math
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from rlhf_pl.algorithms.apo_losses import APODownLoss, APOZeroLoss
+from rlhf_pl.algorithms.chosen_nll import ChosenNLL
+from rlhf_pl.algorithms.dpo_losses import DPOLoss, HingeLoss, IPOLoss, RobustDPOLoss
+from rlhf_pl.algorithms.kto_loss import KTOLoss
+from rlhf_pl.algorithms.orpo_loss import ORPOLoss
 from rlhf_pl.algorithms.policy_loss import PairwiseLoss, PolicyLoss
+from rlhf_pl.algorithms.reference_free_losses import CPOLoss, SimPOLoss
+from rlhf_pl.algorithms.sppo_losses import SPPOHardLoss, SPPOLoss
+from rlhf_pl.algorithms.sum_of_losses import SumOfLosses
 from rlhf_pl.utils.errors import InputError
 
 __all__ = [
+    "APODownLoss",
+    "APOZeroLoss",
+    "CPOLoss",
+    "ChosenNLL",
+    "DPOLoss",
+    "HingeLoss",
+    "IPOLoss",
+    "KTOLoss",
+    "ORPOLoss",
     "PairwiseLoss",
     "PolicyLoss",
     "RebelLoss",
+    "RobustDPOLoss",
+    "SPPOHardLoss",
+    "SPPOLoss",
+    "SimPOLoss",
+    "SumOfLosses",
     "bradley_terry_loss",
     "centering_loss",
     "rebel_loss",

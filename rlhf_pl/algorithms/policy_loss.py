@@ -23,11 +23,16 @@ class PolicyLoss(ABC):
             `PromptGroups.stored` by name, a number per token.
         per: The element that the loss returns a value for. With `pair`, the policy trains on the selector's pairs, and
             a prompt counts once, whatever its number of pairs; otherwise on all scored responses to a prompt.
+        on_pairs: Whether a loss per response or token needs the selector's pairs as well, as one on chosen responses.
+        rewards_as_labels: Whether rewards only tell which responses of a prompt are the better ones, so that their
+            values do not matter; offline pairs then need none.
         metric_names: Names of the metrics that `metrics` returns.
     """
 
     needs: ClassVar[Collection[str]] = frozenset({"rewards", "old_logps"})
     per: ClassVar[Element] = "group"
+    on_pairs: ClassVar[bool] = False
+    rewards_as_labels: ClassVar[bool] = False
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -42,7 +47,12 @@ class PolicyLoss(ABC):
     @property
     def uses_pairs(self) -> bool:
         """Whether the policy trains on pairs. All terms then see the responses of the pairs alone."""
-        return any(term.per == "pair" for _, term in self.terms)
+        return any(term.per == "pair" or term.on_pairs for _, term in self.terms)
+
+    @property
+    def needs_reward_values(self) -> bool:
+        """Whether it reads the values of rewards, rather than none or only which responses are the better ones."""
+        return any("rewards" in term.needs and not term.rewards_as_labels for _, term in self.terms)
 
     @property
     def uses_ties(self) -> bool:

@@ -24,6 +24,8 @@ class SumOfLosses(PolicyLoss):
     def __init__(self, losses: list[PolicyLoss], weights: list[float] | None = None) -> None:
         if not losses:
             raise InputError("`model.loss.losses` is empty. Name at least one loss.")
+        if wrong := [loss for loss in losses if not isinstance(loss, PolicyLoss)]:
+            raise InputError(f"`model.loss.losses` must be PolicyLosses, got {wrong[0]!r}.")
         weights = [1.0] * len(losses) if weights is None else [float(weight) for weight in weights]
         if len(weights) != len(losses):
             raise InputError(

@@ -132,6 +132,12 @@ def _show(plan: Plan, available: float, own: argparse.Namespace, keep_rounds: in
         "allocator.",
         soft_wrap=True,
     )
+    if refill := plan.options.refill:
+        console.print(
+            f"`rollout.refill` is {refill}: a round may sample up to {1 + refill} times its prompts, so generate and "
+            f"score take up to {1 + refill} times as long.",
+            soft_wrap=True,
+        )
     worst = max(totals, key=lambda phase: totals[phase])
     if totals[worst] <= available:
         console.print(f"Fits: the peak ({worst}) takes {totals[worst] / available:.0%} of {format_bytes(available)}.")

@@ -20,6 +20,7 @@ from rlhf_pl.models.export_stamp import find_damaged_files, find_exports
 from rlhf_pl.rounds.metrics import KL_NOTE
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.round_store import ORDER, STAGES, Round, RoundStore
+from rlhf_pl.store.waves import count_waves, shard_ranges
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.disk import format_bytes
 from rlhf_pl.utils.errors import InputError
@@ -125,6 +126,9 @@ def make_overview(store: RoundStore) -> Group:
         table.add_row(str(index + 1), *_cells(manifest["stages"], manifest.get("prompts", {})), describe_state(stored))
         if reasons := _reasons(manifest["stages"]):
             notes.append(Text(f"round {index + 1}, left out: {reasons}"))
+        if (waves := count_waves(manifest)) and waves["refilled"]:
+            listed = " + ".join(map(str, waves["waves"]))
+            notes.append(Text(f"round {index + 1}, refilled: {waves['refilled']} prompts ({listed})"))
         notes += [Text(f"round {index + 1}, warning: {text}", style="yellow")
                   for text in manifest.get("warnings", {}).values()]  # fmt: skip
     return Group(table, Text(KL_NOTE, style="dim"), *notes)
@@ -161,8 +165,7 @@ def _reasons(stages: dict[str, dict[str, Any]]) -> str:
 def describe_state(stored: Round) -> str:
     """`complete`, or the progress of the first incomplete stage."""
     manifest = stored.manifest
-    wanted = manifest.get("prompts", {}).get("in_round", 0)
-    shards = -(-wanted // manifest.get("prompts_per_shard", 1))
+    shards = len(shard_ranges(manifest, manifest.get("prompts", {}).get("in_round", 0)))
     names = STAGES if stored.is_held_out else ORDER
     for name in names:
         if manifest["stages"].get(name, {}).get("complete"):

@@ -19,12 +19,13 @@ from rlhf_pl.utils.run_date import save_run_date, set_run_date
 
 
 class OfflineDataModule(PairsDataModule):
-    """Pairs with rewards, as the only round of a run that does not sample.
+    """Pairs of responses, as the only round of a run that does not sample.
 
-    A row has `prompt`, `chosen`, `rejected`, `chosen_reward` and `rejected_reward`. The columns of the authors'
-    published data (`reject`, `llama_chosen_tokens`, `chosen_logprob`, ...) are known. Token columns are used without
-    their padding. The log-probs under pi_old are computed once, by the initial policy, and stored in the run directory.
-    Every epoch is another pass over the same pairs.
+    A row has `prompt`, `chosen` and `rejected`; or two conversations in `chosen` and `rejected`, whose common beginning
+    is the prompt. `chosen_reward` and `rejected_reward` are required where the loss reads rewards, as REBEL does. The
+    columns of the REBEL authors' data (`reject`, `llama_chosen_tokens`, `chosen_logprob`, ...) are known. Token columns
+    are used without their padding. Log-probs under pi_old and the reference, as far as the loss needs them, are
+    computed once before training and stored in the run directory. Every epoch is another pass over the same pairs.
 
     Args:
         pairs: A .jsonl, .json, .csv or .parquet file, or a Hub id.
@@ -127,6 +128,7 @@ class OfflineDataModule(PairsDataModule):
             use_logprobs=self.use_logprobs,
             max_prompt_tokens=self.max_prompt_tokens,
             max_response_tokens=self.max_response_tokens,
+            needs_rewards=module.loss.needs_reward_values or module.kl_coef != 0,
             has_kl=module.kl_coef != 0,
             starts_as_reference=module.reference_source is module.source,
         )

@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from rlhf_pl.data.files import Row, check_columns, parse_rows
 from rlhf_pl.data.message_reader import MessageReader
-from rlhf_pl.data.preferences import EqualResponsesError, parse_responses, read_number
+from rlhf_pl.data.preferences import EqualResponsesError, parse_responses, read_label, read_number
 from rlhf_pl.data.stored_groups import PAIRS, TOKENS
 from rlhf_pl.models.chat import Message, Tools, encode_conversation, encode_prompt, plain_text, with_system_prompt
 from rlhf_pl.models.source import ModelSource
@@ -27,6 +27,7 @@ ALIASES = {
     "rejected_tokens": ("llama_reject_tokens",),
     "chosen_logprob": (),
     "rejected_logprob": ("reject_logprob",),
+    "label": (),
     "tools": (),
 }
 RESPONSES = pa.schema(
@@ -41,6 +42,8 @@ RESPONSES = pa.schema(
 )
 _TOKENS = ("prompt_tokens", "chosen_tokens", "rejected_tokens")
 _LOGPROBS = ("chosen_logprob", "rejected_logprob")
+_REWARDS = ("chosen_reward", "rejected_reward")
+_EXCHANGED = (("chosen", "rejected"), ("chosen_tokens", "rejected_tokens"), _LOGPROBS)
 
 
 @dataclass(frozen=True)
@@ -80,6 +83,8 @@ class PairReader:
         use_logprobs: Whether log-prob columns are used, if a row has them; they require the token columns.
         max_prompt_tokens: Pairs with longer prompts are dropped.
         max_response_tokens: Pairs with longer responses are dropped.
+        needs_rewards: Whether the loss reads the values of rewards. Otherwise a row may have none: the better response
+            counts as 1, the other one as 0.
         has_kl: Whether a KL penalty is subtracted from rewards. Without one, pairs with equal rewards are dropped.
         starts_as_reference: Whether the initial policy is the reference. Equal rewards then stay equal despite the KL
             penalty, unless the row has log-probs of another policy.
@@ -96,6 +101,7 @@ class PairReader:
     use_logprobs: bool
     max_prompt_tokens: int
     max_response_tokens: int
+    needs_rewards: bool
     has_kl: bool
     starts_as_reference: bool
     dropped: dict[str, int] = field(default_factory=dict)
@@ -114,8 +120,7 @@ class PairReader:
         reader = MessageReader(self.parse_dialogues)
 
         def parse(where: str, number: int, row: Row) -> OfflinePair | None:
-            columns = {ours: _find_column(ours, row, names) for ours in ALIASES}
-            found = self._parse(row, columns, number, reader)
+            found = self._parse(row, self._find_columns(row, names), number, reader)
             if isinstance(found, str):
                 self.dropped[found] = self.dropped.get(found, 0) + 1
                 return None
@@ -131,11 +136,7 @@ class PairReader:
 
     def _parse(self, row: Row, columns: Mapping[str, str], number: int, reader: MessageReader) -> OfflinePair | str:
         """A pair, or the reason why its row is dropped."""
-        for name in ("chosen_reward", "rejected_reward"):
-            if row.get(columns[name]) in (None, ""):
-                found = ", ".join(map(str, row))
-                raise InputError(f"no `{columns[name]}`; found {found}. Name yours with --data.columns.{name}")
-        rewards = (read_number(row, columns["chosen_reward"], 0.0), read_number(row, columns["rejected_reward"], 0.0))
+        rewards = self._read_rewards(row, columns)
         try:
             before, *responses = parse_responses(row, columns, reader)
         except EqualResponsesError:
@@ -166,6 +167,32 @@ class PairReader:
         prompt_id = row.get(columns["prompt_id"])
         prompt_id = f"row-{number}" if prompt_id is None else str(prompt_id)
         return OfflinePair(prompt_id, prompt, (texts[0], texts[1]), (tokens[0], tokens[1]), rewards, logps)
+
+    def _find_columns(self, row: Row, names: Mapping[str, str]) -> dict[str, str]:
+        """The columns of a row by our names; those of the responses are exchanged where its label says so."""
+        columns = {ours: _find_column(ours, row, names) for ours in ALIASES}
+        if not self._has_rewards(row, columns) and read_label(row, columns["label"]) < 0.5:
+            for chosen, rejected in _EXCHANGED:
+                columns[chosen], columns[rejected] = columns[rejected], columns[chosen]
+        return columns
+
+    def _has_rewards(self, row: Row, columns: Mapping[str, str]) -> bool:
+        """Whether the row has or needs rewards; otherwise its label counts, if it has one."""
+        return self.needs_rewards or any(row.get(columns[name]) not in (None, "") for name in _REWARDS)
+
+    def _read_rewards(self, row: Row, columns: Mapping[str, str]) -> tuple[float, float]:
+        """Rewards of the chosen and the rejected response; without any, 1 and 0, or equal ones for a tie."""
+        if not self._has_rewards(row, columns):
+            return 1.0, float(read_label(row, columns["label"]) == 0.5)
+        missing = [name for name in _REWARDS if row.get(columns[name]) in (None, "")]
+        if missing:
+            found = ", ".join(map(str, row))
+            way_out = ", or choose a loss without rewards, such as --model.loss DPOLoss" if self.needs_rewards else ""
+            raise InputError(
+                f"no `{columns[missing[0]]}`; found {found}. Name yours with --data.columns.{missing[0]}{way_out}"
+            )
+        chosen, rejected = (read_number(row, columns[name], 0.0) for name in _REWARDS)
+        return chosen, rejected
 
     def _encode(self, messages: list[Message], tools: Tools | None) -> list[int]:
         """The token ids of the last message, as if it were a finished sample."""

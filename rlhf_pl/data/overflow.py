@@ -64,6 +64,11 @@ def check_overflow(module: PolicyModule, dataset: GroupDataset, rewards: str) ->
         overflows += found
     if overflows:
         unit = "pairs" if module.loss.uses_pairs and dataset.has_single_pairs else "prompt groups"
+        if "rewards" not in module.needs:
+            raise InputError(
+                f"`model.loss` {type(module.loss).__name__} overflows float32 before any training, in "
+                f"{len(overflows)} of {len(dataset)} {unit}: choose less extreme options."
+            )
         raise InputError(
             f"{rewards}: {message} whose loss overflows float32 ({len(overflows)} of {len(dataset)} {unit}). Scale the "
             "rewards (--rollout.shaping.normalize round), or lower `model.loss.eta`, `model.kl_coef` or the penalties "

@@ -144,7 +144,7 @@ def parse_preference(row: Row, names: Mapping[str, str], reader: MessageReader) 
     """
     columns = {key: names.get(key, key) for key in COLUMNS}
     messages, *responses = parse_responses(row, columns, reader)
-    label, margin = _label(row, columns["label"]), read_number(row, columns["margin"], 0.0)
+    label, margin = read_label(row, columns["label"]), read_number(row, columns["margin"], 0.0)
     if margin < 0:
         raise InputError(f"`{columns['margin']}` is {margin}; expected 0 or more")
     if label < 0.5:
@@ -181,7 +181,8 @@ def parse_responses(row: Row, columns: Mapping[str, str], reader: MessageReader)
     return messages, chosen, rejected
 
 
-def _label(row: Row, column: str) -> float:
+def read_label(row: Row, column: str) -> float:
+    """Probability that the chosen response is the better one: 1 if the column is empty, 0.5 for a tie."""
     value = row.get(column)
     if isinstance(value, str) and value.strip().lower() == "tie":
         return 0.5

@@ -155,7 +155,35 @@ def select_prompts(prompts: Sequence[Prompt], round_index: int, per_round: int |
     again. So a round has no prompt twice, and (almost) all prompts are used before one is repeated.
     """
     size = len(prompts) if per_round is None else min(per_round, len(prompts))
-    cycle, part = divmod(round_index, len(prompts) // size)
-    order = list(range(len(prompts)))
-    random.Random(f"{seed}:{cycle}").shuffle(order)
-    return [prompts[i] for i in order[part * size : (part + 1) * size]]
+    return take_prompts(prompts, slice_start(round_index, size, len(prompts)), size, seed)[0]
+
+
+def slice_start(round_index: int, size: int, total: int) -> int:
+    """Position, in the order of `take_prompts`, of the slice of a round with `size` of `total` prompts."""
+    cycle, part = divmod(round_index, total // size)
+    return cycle * total + part * size
+
+
+def take_prompts(prompts: Sequence[Prompt], start: int, count: int, seed: int) -> tuple[list[Prompt], int]:
+    """Take prompts from the endless order of a run: all prompts shuffled, then all shuffled again, and so on.
+
+    Args:
+        prompts: All training prompts.
+        start: Position of the first prompt to take.
+        count: Number of prompts to take; all prompts if there are fewer.
+        seed: Seed of the order.
+
+    Returns:
+        (the next `count` prompts, none of them twice; position after the last one).
+    """
+    taken: dict[int, None] = {}  # an ordered set
+    order: list[int] = []
+    position = start
+    while len(taken) < min(count, len(prompts)):
+        cycle, part = divmod(position, len(prompts))
+        if part == 0 or not order:
+            order = list(range(len(prompts)))
+            random.Random(f"{seed}:{cycle}").shuffle(order)
+        taken[order[part]] = None
+        position += 1
+    return [prompts[i] for i in taken], position

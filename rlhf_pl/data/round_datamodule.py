@@ -1,6 +1,6 @@
 """The DataModule of the round store: an epoch is a round."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,11 +17,13 @@ from rlhf_pl.data.prompts import (
     count_duplicates,
     load_prompts,
     select_prompts,
+    take_prompts,
     tokenize_prompts,
 )
 from rlhf_pl.data.run_limits import is_run_over, make_empty_loader
 from rlhf_pl.models.chat_template import check_template_kwargs
 from rlhf_pl.store.round_store import Round, RoundStore
+from rlhf_pl.store.waves import REFILL
 from rlhf_pl.utils.errors import InputError, check_at_least
 from rlhf_pl.utils.run_date import save_run_date, set_run_date
 
@@ -155,12 +157,23 @@ class RoundDataModule(PairsDataModule):
         return load_prompts(source, self.columns, self.system_prompt, self.split, self.parse_dialogues, option)
 
     def round_prompts(self, round_index: int) -> list[Prompt]:
-        """The training prompts of a round."""
+        """The training prompts of a round, if no round before it was refilled."""
         return select_prompts(self.train_prompts, round_index, self.prompts_per_round, self.seed)
 
-    def prompts_of(self, stored: Round) -> list[Prompt]:
-        """The prompts of a stored round, or of an evaluation."""
-        return self.val_prompts if stored.is_held_out else self.round_prompts(int(stored.path.name))
+    def prompts_of(self, stored: Round, manifest: Mapping[str, Any] | None = None) -> list[Prompt]:
+        """The prompts of a stored round, refilled ones included, or of an evaluation.
+
+        Args:
+            stored: The round.
+            manifest: Its manifest, where that is known; null to read it.
+        """
+        if stored.is_held_out:
+            return self.val_prompts
+        refill = (stored.manifest if manifest is None else manifest).get(REFILL)
+        if refill is None:
+            return self.round_prompts(int(stored.path.name))
+        count = sum(wave["prompts"] for wave in refill["waves"])
+        return take_prompts(self.train_prompts, refill["start"], count, self.seed)[0]
 
     def check_ready(self) -> None:
         """Raise before the model loads if rounds are missing and no `RoundSource` can prepare them."""

@@ -243,8 +243,10 @@ class RebelModule(CausalLMModule):
 
     def training_settings(self) -> dict[str, Any]:
         """Settings that the training on a round depends on; builds nothing heavy."""
+        terms = self.loss.terms
         return {
             "loss": describe(self.loss),
+            **({} if len(terms) == 1 else {"terms": [f"{weight} {describe(term)}" for weight, term in terms]}),
             **self.optimization.settings(),
             "kl_coef": self.kl_coef,
             "dtype": self.dtype_name,

@@ -8,7 +8,7 @@ import lightning as L
 from rlhf_pl.checkpointing.checkpoints import checkpoint_files
 from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.data.round_datamodule import RoundDataModule
-from rlhf_pl.rollout import SamplingConfig
+from rlhf_pl.rounds.settings import RoundOptions
 from rlhf_pl.store.round_store import STAGES
 from rlhf_pl.utils.disk import check_space
 
@@ -16,14 +16,14 @@ CHECKPOINTS = 2  # in addition to those kept: that of the last update stays unti
 
 
 def check_disk_space(
-    trainer: L.Trainer, module: PolicyModule, data: RoundDataModule, sampling: SamplingConfig, index: int
+    trainer: L.Trainer, module: PolicyModule, data: RoundDataModule, options: RoundOptions, index: int
 ) -> None:
     """Refuse a round whose responses, checkpoints or final model would not fit on the disk.
 
     Raises:
         DiskFullError: There is too little space; lists what the round needs.
     """
-    parts = {"responses": _response_bytes(data, sampling, index)}
+    parts = {"responses": _response_bytes(data, options, index)}
     weights = sum(t.numel() * t.element_size() for t in module.weights().like.values())
     if trainer.checkpoint_callbacks:
         checkpoint = _newest_checkpoint_bytes(data.store.run_dir) or int(weights * (1 + 2 * _trainable_share(module)))
@@ -46,12 +46,16 @@ def _trainable_share(module: PolicyModule) -> float:
     return sum(p.numel() for p in parameters if p.requires_grad) / max(1, sum(p.numel() for p in parameters))
 
 
-def _response_bytes(data: RoundDataModule, sampling: SamplingConfig, index: int) -> int:
-    """Bytes of a round's files: twice those of the previous round, or those of responses of the maximum length."""
+def _response_bytes(data: RoundDataModule, options: RoundOptions, index: int) -> int:
+    """Bytes of a round's files: twice those of the previous round, or those of responses of the maximum length.
+
+    The latter are of all prompts that `rollout.refill` may sample.
+    """
     previous = data.store.round(index - 1)
     sizes = [f.stat().st_size for stage in STAGES for f in previous.shards(stage).values()] if index else []
     if sizes:
         return 2 * sum(sizes)
-    prompts = data.round_prompts(index)
+    prompts, sampling = data.round_prompts(index), options.sampling
     prompt_bytes = sum(len(json.dumps(p.messages, default=str)) + 4 * len(p.token_ids) for p in prompts)
-    return sampling.num_responses * (prompt_bytes + len(prompts) * (200 + 8 * sampling.max_response_tokens))
+    waves = 1 + options.refill
+    return waves * sampling.num_responses * (prompt_bytes + len(prompts) * (200 + 8 * sampling.max_response_tokens))

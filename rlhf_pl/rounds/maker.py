@@ -16,7 +16,7 @@ from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack
 from rlhf_pl.rollout import SamplingConfig
 from rlhf_pl.rollout.weight_sync.sync import SamplerSync
-from rlhf_pl.rounds.engine_spec import make_engine_spec, self_check_prompts
+from rlhf_pl.rounds.engine_spec import make_engine_spec, prompts_per_shard, self_check_prompts
 from rlhf_pl.rounds.logps_check import sampler_tolerance
 from rlhf_pl.rounds.policy_kl import PolicyKL
 from rlhf_pl.rounds.policy_snapshot import (
@@ -27,13 +27,15 @@ from rlhf_pl.rounds.policy_snapshot import (
     logps_function,
     snapshot_policy,
 )
-from rlhf_pl.rounds.settings import RoundOptions, pair_selector, uses_sampler_logps
-from rlhf_pl.rounds.stages import generate, score, select, store_logps
+from rlhf_pl.rounds.refill import open_wave
+from rlhf_pl.rounds.settings import RoundOptions, drops_equal_groups, pair_selector, uses_sampler_logps
+from rlhf_pl.rounds.stages import count_usable, generate, score, select, store_logps
 from rlhf_pl.rounds.stages.logps import steps_by_length
 from rlhf_pl.rounds.stages.score import ShardScorer
 from rlhf_pl.rounds.stages.score_ahead import ScoreAhead
 from rlhf_pl.rounds.stamps import RoundStamps
 from rlhf_pl.store.round_store import DamagedStoreError, Round
+from rlhf_pl.store.waves import shard_ranges
 from rlhf_pl.utils.console import Advance, phase
 
 
@@ -125,25 +127,44 @@ class RoundMaker:
             what: Its pairs, for the progress bar.
             pairs: Whether to make pairs and their log-probs too.
         """
-        prompts, sampling = self.data.prompts_of(stored), self.options.get_sampling(stored)
-        name = "held-out " if stored.is_held_out else ""
-        if self._is_missing(stored, "responses"):
-            self._generate(stored, prompts, sampling, policy(), name)
-        if self._is_missing(stored, "rewards"):
-            total = stored.info("responses")["responses"]
-            with self._phase(f"scoring {name}responses", total, "responses") as report:
-                tokenizer = self.module.source.tokenizer
-                score(stored, prompts, self.options.reward, self.options.scoring, report, self.ranks, tokenizer)
+        self._sample_and_score(stored, policy)
         if not pairs:
             return
         if self._is_missing(stored, "pairs"):
             limit = self.data.max_val_pairs if stored.is_held_out else None
             selector, shaping = pair_selector(self.module, self.options), self.options.shaping
             ties = (self._kl_breaks_ties(stored), self.module.loss.uses_ties)
+            drop_equal = drops_equal_groups(self.options) and not stored.is_held_out
+            how = (selector, self.data.seed, limit, shaping, *ties, drop_equal)
+            while self._adds_prompts(stored, lambda: count_usable(stored, *how)):
+                self._sample_and_score(stored, policy)
             with self.ranks.phase("making pairs"):
-                self.ranks.run_on_rank_zero(lambda: select(stored, selector, self.data.seed, limit, shaping, *ties))
+                self.ranks.run_on_rank_zero(lambda: select(stored, *how))
         if self._is_missing(stored, "logps"):
             self._store_logps(stored, policy(), what)
+
+    def _sample_and_score(self, stored: Round, policy: Callable[[], PolicySnapshot]) -> None:
+        """Make the missing responses and rewards."""
+        manifest = self.ranks.broadcast(stored.manifest)  # as rank 0 sees it: it adds prompts
+        prompts, sampling = self.data.prompts_of(stored, manifest), self.options.get_sampling(stored)
+        name = "held-out " if stored.is_held_out else ""
+        if self._is_missing(stored, "responses"):
+            self._generate(stored, prompts, shard_ranges(manifest, len(prompts)), sampling, policy(), name)
+        if self._is_missing(stored, "rewards"):
+            total = stored.info("responses")["responses"]
+            with self._phase(f"scoring {name}responses", total, "responses") as report:
+                tokenizer = self.module.source.tokenizer
+                score(stored, prompts, self.options.reward, self.options.scoring, report, self.ranks, tokenizer)
+
+    def _adds_prompts(self, stored: Round, count_usable: Callable[[], int]) -> bool:
+        """Whether `rollout.refill` adds prompts to a scored round."""
+        if self.options.refill == 0 or stored.is_held_out:
+            return False
+        per_shard = partial(prompts_per_shard, self.trainer, self.sync.sampler, self.options)
+        with self.ranks.phase("refilling the round"):
+            return self.ranks.run_on_rank_zero(
+                lambda: open_wave(stored, self.data, self.options, count_usable, per_shard)
+            )
 
     def _kl_breaks_ties(self, stored: Round) -> bool:
         """Whether the KL term will break ties in rewards. It is 0 while the policy equals the reference."""
@@ -162,7 +183,13 @@ class RoundMaker:
             yield report
 
     def _generate(
-        self, stored: Round, prompts: list[Prompt], sampling: SamplingConfig, policy: PolicySnapshot, name: str
+        self,
+        stored: Round,
+        prompts: list[Prompt],
+        shards: list[range],
+        sampling: SamplingConfig,
+        policy: PolicySnapshot,
+        name: str,
     ) -> None:
         lost = stored.manifest["stages"].get("responses", {}).get("lost", [])
         self._refuse_diverged(policy)
@@ -176,7 +203,6 @@ class RoundMaker:
         if metrics:
             self.log(metrics)
             self.ranks.run_on_rank_zero(lambda: stored.update(sync=metrics))
-        shard = stored.manifest["prompts_per_shard"]
         tokenizer = self.module.source.tokenizer
         reward = self.options.reward
         scorer = ShardScorer(stored, prompts, reward, self.options.scoring, tokenizer)
@@ -191,7 +217,7 @@ class RoundMaker:
                 sampling,
                 tokenizer,
                 self.data.seed,
-                shard,
+                shards,
                 report,
                 self.ranks,
                 on_shard=ahead.add,

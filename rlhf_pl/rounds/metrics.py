@@ -39,6 +39,7 @@ ROLLOUT = (
     "rollout/response_tokens",
     "rollout/finished_share",
     "rollout/pairs",
+    "rollout/refilled_prompts",
     "rollout/distinct_3",
     "rollout/identical_share",
     "rollout/sampler_logp_error",
@@ -67,6 +68,7 @@ def metric_names(options: RoundOptions, has_reference: bool, held_out: bool) -> 
     is_greedy = options.val_sampling.temperature == 0
     is_absent = {
         "rollout/old_logp_difference": options.old_logps == "policy",
+        "rollout/refilled_prompts": options.refill == 0,
         "val/kl_new_old": is_greedy,
         "val/kl_new_reference": is_greedy or not has_reference,
     }
@@ -134,6 +136,7 @@ def round_metrics(stored: Round) -> dict[str, float]:
         "rollout/response_tokens": responses["tokens_mean"],
         "rollout/finished_share": responses["finished_share"],
         "rollout/pairs": pairs["pairs"],
+        **_refilled_prompts(stored),
         "time/generate_s": responses["seconds"],
         "time/score_s": rewards["seconds"],
         "time/logps_s": stages["logps"]["seconds"],
@@ -160,6 +163,12 @@ def training_metrics(stored: Round, passes: int) -> dict[str, float]:
         **({"train/pairs_per_s": pairs / training["seconds"]} if training["seconds"] else {}),  # 0: not known
         **{f"train/round_{name}": training[name] for name in ("loss", "kl") if training.get(name) is not None},
     }
+
+
+def _refilled_prompts(stored: Round) -> dict[str, float]:
+    """Prompts that the round sampled in place of others, where `rollout.refill` is on."""
+    is_on = "refill" in stored.manifest.get("settings", {}).get("responses", {})
+    return {"rollout/refilled_prompts": float(stored.info("responses").get("refilled", 0))} if is_on else {}
 
 
 def _sampler_difference(logps: dict[str, Any]) -> dict[str, float]:

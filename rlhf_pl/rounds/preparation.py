@@ -42,9 +42,7 @@ class RoundPreparation:
             self._keep_metrics(index)
             return
         self._announce(index)
-        maker.ranks.run_on_rank_zero(
-            lambda: check_disk_space(trainer, maker.module, data, maker.options.sampling, index)
-        )
+        maker.ranks.run_on_rank_zero(lambda: check_disk_space(trainer, maker.module, data, maker.options, index))
         self.evaluate(index)
         if maker.has_held_out_pairs:
             maker.make_held_out_pairs(index)

@@ -35,6 +35,7 @@ class RoundOptions:
     logps_batch_tokens: int
     old_logps: Literal["policy", "sampler"] = "policy"
     stream_shards: bool = False
+    refill: int = 0
 
     @property
     def shard_prompts(self) -> int:
@@ -131,10 +132,16 @@ def check_shaping(module: PolicyModule, options: RoundOptions) -> None:
         )
 
 
+def drops_equal_groups(options: RoundOptions) -> bool:
+    """Whether rounds without pairs leave out prompts whose shaped rewards are all equal: others take their place."""
+    return options.refill > 0
+
+
 def _selection_settings(module: PolicyModule, options: RoundOptions) -> dict[str, Any]:
     selector = pair_selector(module, options)
     if selector is None:
-        return {"groups": "all scored responses"}
+        which = " of prompts with a difference in reward" if drops_equal_groups(options) else ""
+        return {"groups": f"all scored responses{which}"}
     without_ties = selector.gives_ties and not module.loss.uses_ties
     return {"selector": describe(selector), **({"ties": False} if without_ties else {})}
 

@@ -12,6 +12,7 @@ from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.rotary import describe_factors
 from rlhf_pl.rollout import Sampler
 from rlhf_pl.rounds.engine_spec import prompts_per_shard
+from rlhf_pl.rounds.refill import plan_first_wave
 from rlhf_pl.rounds.settings import RoundOptions, downstream_settings, uses_sampler_logps
 from rlhf_pl.store.provenance import (
     POLICY_KEYS,
@@ -91,6 +92,8 @@ class RoundStamps:
             del settings["training"]
         else:
             settings["responses"]["prompts_per_round"] = self.data.prompts_per_round
+            if self.options.refill:
+                settings["responses"]["refill"] = self.options.refill
         return settings
 
     def refuse_changes(self) -> None:
@@ -148,10 +151,9 @@ class RoundStamps:
         settings = self.settings(stored)
         if made_by is not None:
             settings["responses"] |= {k: made_by[k] for k in POLICY_KEYS}
-        counts = self._counts(len(self.data.prompts_of(stored)))
 
         def change() -> None:
-            reconcile_round(stored, settings, self.accept_changes, counts)
+            reconcile_round(stored, settings, self.accept_changes, self._fresh_entries(stored))
             scored = stored.manifest["stages"].get("rewards", {})
             has_changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
             if scored.get("failures") and has_changed and not stored.is_complete("training"):
@@ -162,15 +164,19 @@ class RoundStamps:
 
         self.ranks.run_on_rank_zero(change)
 
-    def _counts(self, in_round: int) -> dict[str, Any]:
-        """Numbers of prompts that a new manifest records."""
+    def _fresh_entries(self, stored: Round) -> dict[str, Any]:
+        """Numbers and order of prompts that a new manifest records."""
+        index, data = int(stored.path.name), self.data
+        in_round = len(data.val_prompts if stored.is_held_out else data.round_prompts(index))
+        per_shard = prompts_per_shard(self.trainer, self.sampler, self.options, in_round)
         return {
-            "prompts_per_shard": prompts_per_shard(self.trainer, self.sampler, self.options, in_round),
+            "prompts_per_shard": per_shard,
+            **({} if stored.is_held_out else plan_first_wave(data, self.options, index, per_shard)),
             "prompts": {
-                "training": len(self.data.train_prompts),
-                "held_out": len(self.data.val_prompts),
-                "too_long": self.data.prompts_too_long,
-                "duplicates": self.data.duplicate_prompts,
+                "training": len(data.train_prompts),
+                "held_out": len(data.val_prompts),
+                "too_long": data.prompts_too_long,
+                "duplicates": data.duplicate_prompts,
                 "in_round": in_round,
             },
         }

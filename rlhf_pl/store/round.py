@@ -86,6 +86,8 @@ class Round:
         """Mark a stage complete, with its counts and times."""
         manifest = self.manifest
         shards = {"shards": [file.name for file in self.shards(stage).values()]} if stage in STAGES else {}
+        if "seconds_before" in manifest["stages"].get(stage, {}):
+            info["seconds"] += manifest["stages"][stage]["seconds_before"]
         manifest["stages"][stage] = {"complete": True, **info, **shards}
         self._manifest.write(manifest)
         if shards:
@@ -267,6 +269,14 @@ class Round:
         for kind in ("_*.shard", "_*.journal"):
             for file in (self.path / stage).glob(kind):
                 file.unlink()
+
+    def extend(self, stages: Sequence[str], **entries: Any) -> None:
+        """Mark complete stages incomplete, because shards will be added, and merge `entries` in the same write."""
+        manifest = self.manifest | entries
+        for stage in stages:
+            info = manifest["stages"][stage]
+            info |= {"complete": False, "seconds_before": info["seconds"]}
+        self._manifest.write(manifest)
 
     def reopen(self, stage: str) -> None:
         """Mark a stage incomplete but keep its shards, and delete the stages after it."""

@@ -153,7 +153,7 @@ def test_useless_pairs_are_counted_and_invalid_rows_named(
     del row["chosen_reward"]
     other_tokens = published(PLAIN[0]) | {"llama_chosen_tokens": [10, 11, 12]}
     for rows, message in (
-        ([row], "no `chosen_reward`; found prompt"),
+        ([row], "no `chosen_reward`; found prompt.* or choose a loss without rewards"),
         ([PLAIN[0] | {"chosen_reward": "NaN"}], "`chosen_reward` is 'NaN'; expected a number"),
         ([PLAIN[0] | {"chosen": ""}], "the response in `chosen` is empty"),
         ([other_tokens], "the ids are of another model. `data.use_tokens: false`"),

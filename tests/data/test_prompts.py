@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from rlhf_pl.data.files import read_rows
-from rlhf_pl.data.prompts import Prompt, load_prompts, select_prompts, tokenize_prompts
+from rlhf_pl.data.prompts import Prompt, load_prompts, select_prompts, take_prompts, tokenize_prompts
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError
 
@@ -143,3 +143,15 @@ def test_parquet_is_read_in_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert wheres == [f"row {i}" for i in range(2500)]
     found = load_prompts(str(tmp_path / "p.parquet"))
     assert [(p.prompt_id, p.messages) for p in found] == [(r["prompt_id"], user(r["prompt"])) for r in rows]
+
+
+def test_prompts_follow_each_other_over_the_end_of_the_order() -> None:
+    """Position 9 of 10: the last prompt of the first order, then the second order without it."""
+    prompts = [Prompt(f"p{i}", user("Hi")) for i in range(10)]
+    first, second = (take_prompts(prompts, start, 10, seed=1)[0] for start in (0, 10))
+    assert first == select_prompts(prompts, 0, None, seed=1)
+    taken, end = take_prompts(prompts, 9, 4, seed=1)
+    rest = [p for p in second if p != first[9]]
+    assert taken == [first[9], *rest[:3]]
+    assert end == 10 + second.index(rest[2]) + 1
+    assert len({p.prompt_id for p in take_prompts(prompts, 9, 99, seed=1)[0]}) == 10

@@ -17,7 +17,8 @@ KINDS = {
     "reward": "--model RewardModelModule --model.backbone {model} --data PreferenceDataModule --data.preferences "
     "{rows} --data.val_preferences 7 --data.max_tokens 64",
     "offline": "--model.policy {model} --model.kl_coef 0.01 --data OfflineDataModule --data.pairs {rows} "
-    "--data.val_pairs 7 --data.max_prompt_tokens 64 --data.max_response_tokens 64",
+    "--data.val_pairs 7 --data.max_prompt_tokens 64 --data.max_response_tokens 64 --model.loss SumOfLosses "
+    "--model.loss.losses+ RebelLoss --model.loss.losses+ ChosenNLL --model.loss.weights [1,0.5]",
 }
 
 

@@ -1,14 +1,17 @@
 """The docs name options, files and links that exist."""
 
 import inspect
+import json
 import re
 from pathlib import Path
 
 import pytest
 
+import rlhf_pl
 from rlhf_pl import (
     LoRA,
     OfflineDataModule,
+    PolicyLoss,
     PreferenceDataModule,
     RebelModule,
     RewardModelModule,
@@ -16,6 +19,7 @@ from rlhf_pl import (
     SamplingConfig,
     SFTDataModule,
     SFTModule,
+    SumOfLosses,
     TransformersSampler,
     VLLMSampler,
     rewards,
@@ -28,6 +32,13 @@ ROOT = Path(__file__).parents[2]
 CLASSES = [RebelModule, RoundDataModule, RoundRefresh, SamplingConfig, VLLMSampler, TransformersSampler, SampleTable]
 CLASSES += [RewardModelModule, SFTModule, PreferenceDataModule, SFTDataModule, OfflineDataModule, LoRA, RewardShaping]
 CLASSES += [ScoringConfig, HFExport, RoundCheckpoint, DegenerationGuard, OfflineLogps]
+
+
+def _is_loss(kind: object) -> bool:
+    """Whether it is a loss of a policy that the command line can name."""
+    return isinstance(kind, type) and issubclass(kind, PolicyLoss) and not inspect.isabstract(kind)
+
+
 REWARDS = [getattr(rewards, n) for n in rewards.__all__ if n.endswith("Reward") and n not in ("Reward", "RuleReward")]
 REWARDS += [rewards.ExactAnswer, rewards.NumericAnswer, rewards.RegexMatch, rewards.JSONSchema, rewards.LengthWindow]
 
@@ -40,6 +51,29 @@ def test_every_option_is_documented(cls: type) -> None:
         pattern = rf"\b{name}\b" if name == "rewards" else rf"[`.]{name}[`(]"
         assert re.search(pattern, page), f"docs/{name_of_page} does not mention `{name}` of {cls.__name__}"
         assert re.search(rf"^\s+{name}: ", cls.__doc__ or "", re.MULTILINE), f"{cls.__name__} does not explain `{name}`"
+
+
+LOSSES = [kind for name in rlhf_pl.__all__ if _is_loss(kind := getattr(rlhf_pl, name))]
+
+
+@pytest.mark.parametrize("cls", LOSSES, ids=lambda c: c.__name__)
+def test_the_table_of_losses_says_what_they_declare(cls: type[PolicyLoss]) -> None:
+    """References, rewards, and options with their defaults."""
+    page = (ROOT / "docs" / "algorithms.md").read_text()
+    row = re.search(rf"^\| `{cls.__name__}` \|(.*)\|(.*)\|(.*)\|(.*)\|.*\|$", page, re.MULTILINE)
+    assert row is not None
+    _, reference, rewards, options = (cell.strip() for cell in row.groups())
+    parameters = inspect.signature(cls).parameters.values() if cls.__init__ is not object.__init__ else ()
+    for parameter in parameters:
+        written = f"`{parameter.name}`"
+        if parameter.default is not parameter.empty:
+            written += f" {json.dumps(parameter.default)}"
+        assert written in options
+        assert re.search(rf"^\s+{parameter.name}: ", cls.__doc__ or "", re.MULTILINE), parameter.name
+    if cls is not SumOfLosses:
+        needs = set(cls().needs)
+        assert reference == ("pi_old" if "old_logps" in needs else "pi_ref" if "reference_logps" in needs else "none")
+        assert rewards == ("no" if "rewards" not in needs else "as labels" if cls.rewards_as_labels else "yes")
 
 
 @pytest.mark.parametrize("page", ["README.md", *sorted(f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md"))])

@@ -58,7 +58,8 @@ def run_generate(
 ) -> None:
     sampler.start(EngineSpec(source, 64, 64))
     sampler.load_weights(lm.state_dict().items())
-    generate(stored, prompts, sampler, SAMPLING, source.tokenizer, run_seed=1, prompts_per_shard=4, **options)
+    shards = [range(4), range(4, 8), range(8, 10)]
+    generate(stored, prompts, sampler, SAMPLING, source.tokenizer, run_seed=1, shards=shards, **options)
 
 
 def test_a_round_from_responses_to_logps(tmp_path: Path, prompts: list[Prompt], source: ModelSource, lm: Any) -> None:

@@ -39,10 +39,11 @@ def test_a_round_needs_space_for_two_checkpoints(tmp_path: Path, monkeypatch: py
     policy[1].requires_grad_(False)  # a quarter of the weights trains
     module = SimpleNamespace(policy=policy, weights=lambda: weights_of(policy.state_dict()))
     data = SimpleNamespace(store=RoundStore(tmp_path), round_prompts=lambda index: [])
+    options = SimpleNamespace(sampling=SamplingConfig(), refill=0)
     trainer = SimpleNamespace(checkpoint_callbacks=[object()], max_epochs=2)
 
     def parts(index: int) -> dict[str, int]:
-        round_space.check_disk_space(trainer, module, data, SamplingConfig(), index)  # type: ignore[arg-type]
+        round_space.check_disk_space(trainer, module, data, options, index)  # type: ignore[arg-type]
         return checked[-1]
 
     assert parts(0) == {"responses": 0, "2 checkpoints": 2 * (1600 + 2 * 400)}

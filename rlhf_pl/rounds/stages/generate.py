@@ -1,6 +1,7 @@
 """Samples the responses of a round, shard by shard."""
 
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +16,7 @@ from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.chat import Message
 from rlhf_pl.rollout.base import LOGP_TEMPERATURE, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.store.round_store import Round
+from rlhf_pl.store.waves import count_waves
 
 TOKENS = pa.list_(pa.int32())
 # describes `sampler_logp` in files and manifest: the sum of log softmax(logits) over a response's tokens
@@ -49,7 +51,7 @@ def generate(
     sampling: SamplingConfig,
     tokenizer: Any,
     run_seed: int,
-    prompts_per_shard: int,
+    shards: Sequence[range],
     report: Report = lambda count, note: None,
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
     on_shard: Callable[[int], None] = lambda number: None,
@@ -69,7 +71,7 @@ def generate(
         sampling: How responses are sampled.
         tokenizer: The policy's tokenizer, for texts.
         run_seed: The run's seed.
-        prompts_per_shard: Prompts per shard.
+        shards: Indices of the prompts of each shard, in order.
         report: Receives (prompts done, note).
         ranks: The run's ranks; all of them call this function.
         on_shard: Receives the number of every shard that this rank has written.
@@ -79,16 +81,17 @@ def generate(
     """
     seeds = [prompt_seed(run_seed, stored.name, p.prompt_id) for p in prompts]
     done = ranks.broadcast(set(stored.shards("responses")))
-    starts = list(enumerate(range(0, len(prompts), prompts_per_shard)))
+    shard_of = {index: number for number, shard in enumerate(shards) for index in shard}
     per_engine = sampler.ranks_per_engine
-    mine = [n for n, _ in starts if n not in done][ranks.rank // per_engine :: ranks.size // per_engine]
+    missing = [number for number in range(len(shards)) if number not in done]
+    mine = missing[ranks.rank // per_engine :: ranks.size // per_engine]
     started, tokens = time.monotonic(), 0
-    for number, first in starts:
+    for number, shard in enumerate(shards):
         if number in done:
-            report(len(prompts[first : first + prompts_per_shard]), "")
+            report(len(shard), "")
     for part in [mine] if stream and mine else [[number] for number in mine]:
-        left = {n: set(range(n * prompts_per_shard, min((n + 1) * prompts_per_shard, len(prompts)))) for n in part}
-        indices = sorted(i for shard in left.values() for i in shard)
+        left = {number: set(shards[number]) for number in part}
+        indices = sorted(index for shard in left.values() for index in shard)
         sampler.reset()
         requests = [PromptTokens(list(prompts[i].token_ids), seeds[i], logps) for i in indices]
         sampled: dict[int, list[Response]] = {}
@@ -97,19 +100,18 @@ def generate(
             sampled[index] = responses
             tokens += sum(len(r.token_ids) for r in responses)
             report(1, _speed(tokens, started))
-            number = index // prompts_per_shard
+            number = shard_of[index]
             left[number].discard(index)
             if left[number] or ranks.rank % per_engine:
                 continue
-            shard = range(number * prompts_per_shard, min((number + 1) * prompts_per_shard, len(prompts)))
-            rows = [row for i in shard for row in _response_rows(prompts[i], seeds[i], sampled.pop(i), tokenizer)]
+            parts = (_response_rows(prompts[i], seeds[i], sampled.pop(i), tokenizer) for i in shards[number])
+            rows = list(itertools.chain.from_iterable(parts))
             stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
             on_shard(number)
     total = sum(ranks.all_gather(tokens if ranks.rank % per_engine == 0 else 0))
     seconds = time.monotonic() - started
-    others = [n for n, _ in starts if n not in done and n not in mine]
-    report(sum(min(prompts_per_shard, len(prompts) - n * prompts_per_shard) for n in others), _speed(total, started))
-    ranks.run_on_rank_zero(lambda: _complete(stored, len(starts), len(prompts), seconds, total, sampling))
+    report(sum(len(shards[number]) for number in missing if number not in mine), _speed(total, started))
+    ranks.run_on_rank_zero(lambda: _complete(stored, len(shards), len(prompts), seconds, total, sampling))
 
 
 def _speed(tokens: int, started: float) -> str:
@@ -135,6 +137,7 @@ def _complete(stored: Round, shards: int, prompts: int, seconds: float, tokens: 
         tokens_per_s=tokens / seconds,
         sampling=vars(sampling),
         **({"sampler_logp": SAMPLER_LOGP} if has_logps else {}),
+        **count_waves(stored.manifest),
     )
 
 

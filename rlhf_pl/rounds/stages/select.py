@@ -4,6 +4,7 @@ import hashlib
 import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -39,6 +40,7 @@ def select(
     shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
     keep_ties: bool = False,
     uses_ties: bool = True,
+    drop_equal: bool = False,
 ) -> None:
     """Select pairs or groups to train on, and count the prompts without any, by reason.
 
@@ -52,10 +54,32 @@ def select(
         keep_ties: Keep pairs with equal rewards, because a KL term will break the tie. The selector sees such rewards
             in a random order.
         uses_ties: Whether the loss can use pairs with equal rewards.
+        drop_equal: Drop whole groups whose shaped rewards are all equal.
 
     Raises:
         InputError: The selector returned something else than pairs of a prompt's responses.
     """
+    table, info = _select(stored, selector, run_seed, limit, shaping, keep_ties, uses_ties, drop_equal)
+    stored.write_shard("pairs", 0, table)
+    stored.complete("pairs", **info)
+
+
+def count_usable(stored: Round, *arguments: Any) -> int:
+    """Number of a round's prompts that `select` with the same arguments would give pairs or a group."""
+    return pc.count_distinct(_select(stored, *arguments)[0]["prompt_id"]).as_py()
+
+
+def _select(
+    stored: Round,
+    selector: PairSelector | None,
+    run_seed: int,
+    limit: int | None,
+    shaping: RewardShaping,
+    keep_ties: bool,
+    uses_ties: bool,
+    drop_equal: bool,
+) -> tuple[pa.Table, dict[str, Any]]:
+    """(table of the stage `pairs`, counts)."""
     groups = _scored_groups(stored)
     rewards, lengths, finished = (
         [getattr(group, name) for group in groups] for name in ("rewards", "lengths", "finished")
@@ -66,7 +90,9 @@ def select(
     usable = [group for group in groups if len(group.indices) > 1]
     dropped = {"no_reward_difference": 0, "same_answer": 0, "not_scored": len(groups) - len(usable)}
     if selector is None:
-        usable = usable[:limit]
+        different = [group for group in usable if not drop_equal or len(set(group.rewards)) > 1]
+        dropped["no_reward_difference"] = len(usable) - len(different)
+        usable = different[:limit]
         table = _groups_table(usable)
         counts = {"pairs": len(usable), "groups": len(usable), "responses": len(table)}
     else:
@@ -76,15 +102,13 @@ def select(
         counts = {"pairs": len(table), "groups": len(pairs), "responses": responses, "grouped": True}
         if keep_ties:
             counts["kept_ties"] = pc.sum(pc.equal(table["chosen_reward"], table["rejected_reward"])).as_py() or 0
-    stored.write_shard("pairs", 0, table)
-    stored.complete(
-        "pairs",
-        prompts=len(groups),
+    return table, {
+        "prompts": len(groups),
         **counts,
-        dropped=dropped,
-        selector=None if selector is None else type(selector).__name__,
-        penalties=penalties,
-    )
+        "dropped": dropped,
+        "selector": None if selector is None else type(selector).__name__,
+        "penalties": penalties,
+    }
 
 
 def _groups_table(groups: Sequence[_Group]) -> pa.Table:

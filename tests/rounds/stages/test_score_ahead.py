@@ -17,6 +17,7 @@ from rlhf_pl.rounds.stages.score_ahead import ScoreAhead
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 
+SHARDS = [range(4), range(4, 8), range(8, 10)]
 CONFIG = ScoringConfig(retries=0, prompts_per_call=2)
 
 
@@ -72,7 +73,7 @@ def sample(stored: Round, prompts: list[Prompt], source: ModelSource, reward: El
     sampler.load_weights(load_lm(source).state_dict().items())
     sampling = SamplingConfig(num_responses=2, max_response_tokens=8)
     with ScoreAhead(ShardScorer(stored, prompts, reward, CONFIG)) as ahead:
-        generate(stored, prompts, sampler, sampling, source.tokenizer, 1, 4, on_shard=ahead.add)
+        generate(stored, prompts, sampler, sampling, source.tokenizer, 1, SHARDS, on_shard=ahead.add)
 
 
 def test_responses_are_scored_once_while_others_are_sampled(
@@ -125,7 +126,7 @@ def test_interrupted_sampling_does_not_wait_for_the_reward(
     sampling = SamplingConfig(num_responses=2, max_response_tokens=8)
     ahead = ScoreAhead(ShardScorer(stored, prompts, reward, CONFIG))
     with pytest.raises(KeyboardInterrupt), ahead:
-        generate(stored, prompts, sampler, sampling, source.tokenizer, 1, 4, on_shard=ahead.add)
+        generate(stored, prompts, sampler, sampling, source.tokenizer, 1, SHARDS, on_shard=ahead.add)
     assert ahead._thread.is_alive()
     may_score.set()
     ahead._thread.join(30)
