@@ -12,7 +12,16 @@ from rich.text import Text
 
 from rlhf_pl.checkpointing.progress import has_stopped_inside, rounds_done
 from rlhf_pl.data.round_datamodule import RoundDataModule
-from rlhf_pl.rounds.metrics import KL_NOTE, first_responses, held_out_metrics, policy_kl, prompt_ids
+from rlhf_pl.rounds.metrics import (
+    KL_NOTE,
+    choices,
+    describe_margins,
+    first_responses,
+    held_out_metrics,
+    policy_kl,
+    prompt_ids,
+    training_margins,
+)
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.console import console, warn
 
@@ -83,6 +92,8 @@ def round_line(store: RoundStore, index: int) -> str:
         f"seconds: generate {responses['seconds']:.0f}, score {rewards['seconds']:.0f}, "
         f"log-probs {stages['logps']['seconds']:.0f}, train {training['seconds']:.0f}",
     ]
+    if margins := describe_margins(store.round(index).manifest):
+        parts.insert(3, margins)
     if refilled := responses.get("refilled"):
         parts.insert(1, f"{refilled} prompts refilled")
     if store.held_out(index + 1).is_complete("rewards"):
@@ -100,10 +111,14 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
     style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
     table = Table(title=title, title_justify="left", caption=KL_NOTE, caption_justify="left", **style)
     headers = ["round", "reward", "best", "worst", "tokens", "finished", "pairs", "KL\nold||new", "loss", "time"]
+    manifests = [store.round(index).manifest for index in range(rounds)]
+    further = list(dict.fromkeys(name for manifest in manifests for name in choices(manifest)))  # eta
+    has_reached = any("reached" in training_margins(manifest) for manifest in manifests)
+    headers += [*further, *(["targets\nreached"] if has_reached else [])]
     for header in headers + (["before", "after", "KL\nnew||old"] if held_out else []):
         table.add_column(header, justify="right", no_wrap=True)
     for index in range(rounds):
-        stages = store.round(index).manifest["stages"]
+        stages = manifests[index]["stages"]
         if not stages.get("rewards", {}).get("complete"):  # the round is lost, and not needed any more
             continue
         responses, rewards, training = stages["responses"], stages["rewards"], stages.get("training", {})
@@ -120,6 +135,9 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
             _number(training.get("loss"), 3),
             f"{seconds:.0f} s",
         ]
+        cells += [_number(choices(manifests[index]).get(name), 3) for name in further]
+        if has_reached:
+            cells.append(_number(training_margins(manifests[index]).get("reached"), 0, "%"))
         if held_out:
             cells += [_held_out_mean(store, version) for version in (index, index + 1)]
             cells.append(_number(policy_kl(store.held_out(index + 1)).get("new_old"), 2))
@@ -127,9 +145,9 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
     return table
 
 
-def _number(value: float | None, digits: int) -> str:
+def _number(value: float | None, digits: int, kind: str = "f") -> str:
     """A number as text; a dash for None, of a round without updates."""
-    return "-" if value is None else f"{value:.{digits}f}"
+    return "-" if value is None else f"{value:.{digits}{kind}}"
 
 
 def _held_out_mean(store: RoundStore, version: int) -> str:

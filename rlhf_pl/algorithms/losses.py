@@ -1,17 +1,20 @@
 """REBEL and the losses of reward models; and all losses of a policy by their names, for the command line."""
 
 import math
+from typing import Literal
 
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from rlhf_pl.algorithms.apo_losses import APODownLoss, APOZeroLoss
+from rlhf_pl.algorithms.auto_eta import DEFAULT_SPREAD, check_targets, eta_by_kl, eta_by_spread
 from rlhf_pl.algorithms.chosen_nll import ChosenNLL
 from rlhf_pl.algorithms.dpo_losses import DPOLoss, HingeLoss, IPOLoss, RobustDPOLoss
 from rlhf_pl.algorithms.kto_loss import KTOLoss
 from rlhf_pl.algorithms.orpo_loss import ORPOLoss
 from rlhf_pl.algorithms.policy_loss import PairwiseLoss, PolicyLoss
 from rlhf_pl.algorithms.reference_free_losses import CPOLoss, SimPOLoss
+from rlhf_pl.algorithms.round_facts import Choice, RoundFacts
 from rlhf_pl.algorithms.sppo_losses import SPPOHardLoss, SPPOLoss
 from rlhf_pl.algorithms.sum_of_losses import SumOfLosses
 from rlhf_pl.utils.errors import InputError
@@ -72,18 +75,55 @@ class RebelLoss(PairwiseLoss):
     """REBEL: regress the log-ratio margin of a pair onto its reward margin (arXiv:2404.16767).
 
     Args:
-        eta: Nats per reward unit, positive; larger moves further from pi_old, the policy that sampled the round.
+        eta: Nats per reward unit, positive; larger moves further from pi_old, the policy that sampled the round. `auto`
+            chooses it for each round, by one of the two targets: see "eta: auto" in docs/how_it_works.md.
+        target_spread: With `eta: auto`, the root mean square of the targets (eta times a pair's reward margin) over the
+            round's pairs, nats; 2 if neither target is given.
+        target_kl: With `eta: auto`, the KL(new || old) that a round should reach, nats per response; corrected after
+            each round by the KL that it has reached.
     """
 
     ties = True
 
-    def __init__(self, eta: float = 1.0) -> None:
-        if not 0 < eta < math.inf:
-            raise InputError(f"`model.loss.eta` must be positive and finite, got {eta}.")
+    def __init__(
+        self,
+        eta: float | Literal["auto"] = 1.0,
+        target_spread: float | None = None,
+        target_kl: float | None = None,
+    ) -> None:
+        check_targets(eta, target_spread, target_kl)
         self.eta = eta
+        if eta == "auto" and target_kl is not None:  # only what has an effect is a setting
+            self.target_kl = float(target_kl)
+        elif eta == "auto":
+            self.target_spread = DEFAULT_SPREAD if target_spread is None else float(target_spread)
+
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        return ("eta",) if self.eta == "auto" else ()
+
+    def choose(self, facts: RoundFacts) -> Choice:
+        if hasattr(self, "target_kl"):
+            return eta_by_kl(facts, self.target_kl)
+        return eta_by_spread(facts, self.target_spread)
+
+    @property
+    def current_eta(self) -> float:
+        """`eta`, or what was chosen for the round.
+
+        Raises:
+            InputError: `eta` is auto, and no round was read yet.
+        """
+        found = self.choice.get("eta") if self.eta == "auto" else self.eta
+        if not isinstance(found, float | int):
+            raise InputError("`model.loss.eta` is auto: it is known once a round is read for training.")
+        return found
+
+    def targets(self, reward_margins: Tensor) -> Tensor:
+        return self.current_eta * reward_margins
 
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
-        return rebel_loss(chosen_logratios, rejected_logratios, reward_margins, self.eta)
+        return rebel_loss(chosen_logratios, rejected_logratios, reward_margins, self.current_eta)
 
 
 def bradley_terry_loss(margins: Tensor, labels: Tensor, targets: Tensor) -> Tensor:

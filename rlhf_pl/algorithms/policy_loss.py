@@ -1,13 +1,14 @@
 """Base classes of policy losses: what a loss needs, what its mean is taken over, and what is logged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import ClassVar, get_args
 
 import torch
 from torch import Tensor
 
 from rlhf_pl.algorithms.prompt_groups import NEEDS, PER_TOKEN, SUMMED, Element, PromptGroups
+from rlhf_pl.algorithms.round_facts import Choice, RoundFacts
 from rlhf_pl.utils.errors import InputError
 
 
@@ -85,6 +86,29 @@ class PolicyLoss(ABC):
         kind = type(self)
         return kind.counts is not PolicyLoss.counts or kind.counts_in is not PolicyLoss.counts_in
 
+    @property
+    def chooses(self) -> tuple[str, ...]:
+        """Names of the numbers that `choose` sets for each round, logged as `train/<name>`; empty to choose nothing."""
+        return ()
+
+    def choose(self, facts: RoundFacts) -> Choice:
+        """Choose numbers for a round, before its first update: a pure function of the round's facts.
+
+        Returns:
+            The numbers that `chooses` names, and what explains them, plain numbers and text: all is in the round's
+            manifest. An entry `kept` says why nothing could be chosen; it is shown to the user.
+        """
+        return {}
+
+    @property
+    def choice(self) -> Mapping[str, float | str]:
+        """What `choose` returned for the round in training; empty before the first one."""
+        return getattr(self, "_choice", {})
+
+    def use(self, choice: Mapping[str, float | str]) -> None:
+        """Use a round's choice. It is no setting: `_choice` is in no description of the loss."""
+        self._choice = dict(choice)
+
 
 class PairwiseLoss(PolicyLoss):
     """A loss on (chosen, rejected) pairs. Subclass it and name your class in `model.loss.class_path`.
@@ -105,8 +129,12 @@ class PairwiseLoss(PolicyLoss):
 
     def losses(self, groups: PromptGroups) -> Tensor:
         base = groups.old_logps if "old_logps" in self.needs else groups.reference_logps
-        chosen, rejected = groups.pairs(groups.logps - base)
+        chosen, rejected = groups.pair_logps - groups.pairs(base)
         return self(chosen, rejected, reward_margins(groups))
+
+    def targets(self, reward_margins: Tensor) -> Tensor | None:
+        """The log-ratio margins that are the loss's minimum, shape (B,), nats; None where it has no such targets."""
+        return None
 
 
 def reward_margins(groups: PromptGroups) -> Tensor:

@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import torch
@@ -89,6 +90,11 @@ class PromptGroups:
         chosen = torch.zeros(len(self.lengths), dtype=torch.bool, device=self.lengths.device)
         chosen[slice(None, None, 2) if self.pair_rows is None else self.pair_rows[0]] = True
         return chosen
+
+    @cached_property
+    def pair_logps(self) -> Tensor:
+        """The pairs' `logps`, shape (2, P), nats: one tensor, so that the gradient of each pair can be asked for."""
+        return self.pairs(self.logps)
 
     def sum_per_response(self, values: Tensor) -> Tensor:
         """Sums over the tokens of each response: (M,) to (R,)."""

@@ -15,9 +15,10 @@ from rich.text import Text
 
 from rlhf_pl.checkpointing.checkpoints import FOLDER
 from rlhf_pl.cli.parser_errors import CommandParser
+from rlhf_pl.data.round_choice import ENTRY
 from rlhf_pl.models.chat import message_text
 from rlhf_pl.models.export_stamp import find_damaged_files, find_exports
-from rlhf_pl.rounds.metrics import KL_NOTE
+from rlhf_pl.rounds.metrics import KL_NOTE, describe_margins, without_bins
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.round_store import ORDER, STAGES, Round, RoundStore
 from rlhf_pl.store.waves import count_waves, shard_ranges
@@ -124,6 +125,8 @@ def make_overview(store: RoundStore) -> Group:
             table.add_row(str(index + 1), *["-"] * (len(columns) - 2), "manifest damaged")
             continue
         table.add_row(str(index + 1), *_cells(manifest["stages"], manifest.get("prompts", {})), describe_state(stored))
+        if margins := describe_margins(manifest):
+            notes.append(Text(f"round {index + 1}: {margins}"))
         if reasons := _reasons(manifest["stages"]):
             notes.append(Text(f"round {index + 1}, left out: {reasons}"))
         if (waves := count_waves(manifest)) and waves["refilled"]:
@@ -224,7 +227,7 @@ def make_details(stored: Round) -> Group:
             str(len(files)) if files else "-",
             format_bytes(sum(file.stat().st_size for file in files)) if files else "-",
             _text(info.get("seconds"), 1),
-            "\n".join(f"{key}: {_short(value)}" for key, value in numbers.items()),
+            "\n".join(f"{key}: {_short(value)}" for key, value in without_bins(numbers).items()),
         )
     settings = [
         f"{stage}.{name}: {_short(value)}"
@@ -232,6 +235,7 @@ def make_details(stored: Round) -> Group:
         for name, value in values.items()
     ]
     prompts = [f"{name}: {count}" for name, count in manifest.get("prompts", {}).items()]
+    settings += [f"chosen by the loss: {_short(choice)}" for choice in manifest.get(ENTRY, {}).get("terms", [])]
     warnings = [f"warning: {text}" for text in manifest.get("warnings", {}).values()]
     return Group(
         table,

@@ -12,6 +12,7 @@ from rlhf_pl.data.offline_pairs import OfflinePair, PairReader, describe_dropped
 from rlhf_pl.data.overflow import read_groups
 from rlhf_pl.data.pairs_datamodule import PairsDataModule
 from rlhf_pl.data.run_limits import is_run_over, limit_epoch, make_empty_loader
+from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.chat_template import check_template_kwargs
 from rlhf_pl.store.round_store import Round, RoundStore
 from rlhf_pl.utils.errors import InputError, check_at_least, check_finite
@@ -181,4 +182,4 @@ class OfflineDataModule(PairsDataModule):
                 f"The log-probs of {stored.path} are missing: add OfflineLogps() to the Trainer's callbacks."
             )
         module: Any = self._trainer.lightning_module
-        return read_groups(module, stored, self.temperature, "`data.pairs`")
+        return read_groups(module, stored, self.temperature, "`data.pairs`", ranks_of(self._trainer))

@@ -7,23 +7,38 @@ from rlhf_pl.algorithms.policy_loss import PolicyLoss, element_losses, reward_ma
 from rlhf_pl.algorithms.prompt_groups import PromptGroups
 from rlhf_pl.data.group_batches import GROUPS_AT_ONCE, GroupDataset
 from rlhf_pl.data.policy_module import PolicyModule
+from rlhf_pl.data.round_choice import choose_for_round, training_round, use_recorded_choice
 from rlhf_pl.data.stored_groups import order_ties, read_stored_groups, read_stored_logps
+from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 
 
-def read_groups(module: PolicyModule, stored: Round, temperature: float, rewards: str) -> GroupDataset:
-    """Read the prompt groups of a stored round whose stage `logps` is complete.
+def read_groups(module: PolicyModule, stored: Round, temperature: float, rewards: str, ranks: Ranks) -> GroupDataset:
+    """Read the prompt groups of a stored round whose stage `logps` is complete, and let the loss choose for it.
+
+    Held-out pairs get what the loss chose for the round that trains at that time. All ranks call it together.
 
     Args:
         module: The module that trains on them.
         stored: The round.
         temperature: Temperature at which its responses were sampled.
         rewards: Name of the source of the rewards, for errors.
+        ranks: The run's ranks.
 
     Raises:
         InputError: The round was prepared for another loss, or the loss overflows with its rewards.
     """
+    dataset = _read(module, stored, temperature)
+    if not stored.is_held_out:
+        choose_for_round(module, dataset, stored, ranks)
+    elif not use_recorded_choice(module, trains := training_round(stored), ranks):
+        choose_for_round(module, _read(module, trains, temperature), trains, ranks)
+    check_overflow(module, dataset, rewards)
+    return dataset
+
+
+def _read(module: PolicyModule, stored: Round, temperature: float) -> GroupDataset:
     loss, groups = type(module.loss).__name__, read_stored_groups(stored)
     if module.loss.uses_pairs and groups.pairs is None:
         raise InputError(f"`model.loss` {loss} requires pairs, but {stored.path} was prepared without pairs.")
@@ -36,9 +51,7 @@ def read_groups(module: PolicyModule, stored: Round, temperature: float, rewards
     used = {name: values for name, values in numbers.items() if name in module.needs}
     if module.kl_coef > 0 and groups.pairs is not None:
         groups = order_ties(groups, module.kl_coef * (used["old_logps"] - used["reference_logps"]).numpy())
-    dataset = GroupDataset(groups, used, temperature)
-    check_overflow(module, dataset, rewards)
-    return dataset
+    return GroupDataset(groups, used, temperature)
 
 
 @torch.no_grad()

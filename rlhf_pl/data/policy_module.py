@@ -67,8 +67,8 @@ class PolicyModule(Protocol):
     def training_settings(self) -> Mapping[str, Any]:
         """The settings that training on a round depends on, for the manifest."""
 
-    def round_summary(self) -> Mapping[str, float | None]:
-        """Mean `loss` and `kl` over the training on the round; None if unknown."""
+    def round_summary(self) -> Mapping[str, Any]:
+        """Mean `loss` and `kl` over the training on the round, None if unknown; and more for its manifest."""
 
 
 def find_missing_members(module: object, protocol: type = PolicyModule) -> list[str]:

@@ -21,6 +21,7 @@ from rlhf_pl.data.prompts import (
     tokenize_prompts,
 )
 from rlhf_pl.data.run_limits import is_run_over, make_empty_loader
+from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.chat_template import check_template_kwargs
 from rlhf_pl.store.round_store import Round, RoundStore
 from rlhf_pl.store.waves import REFILL
@@ -233,7 +234,7 @@ class RoundDataModule(PairsDataModule):
         temperature = stored.info("responses")["sampling"]["temperature"]
         scored_by = stored.manifest["stages"].get("rewards", {}).get("reward", "")
         module: Any = self._trainer.lightning_module
-        return read_groups(module, stored, temperature, f"Reward `{scored_by}`")
+        return read_groups(module, stored, temperature, f"Reward `{scored_by}`", ranks_of(self._trainer))
 
     def transfer_batch_to_device(self, batch: Any, device: torch.device, dataloader_idx: int) -> Any:
         return None if batch is None else batch.to(device)  # None: a round without usable pairs

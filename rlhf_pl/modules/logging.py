@@ -4,6 +4,7 @@ import math
 
 import lightning as L
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from rlhf_pl.distributed.ranks import Ranks
@@ -74,6 +75,14 @@ def publish_metrics(trainer: L.Trainer, metrics: dict[str, float], step: int) ->
     expose_metrics(trainer, metrics)
     for logger in trainer.loggers:
         logger.log_metrics(metrics, step=step)
+
+
+def log_histograms(trainer: L.Trainer, values: dict[str, Tensor]) -> None:
+    """Log histograms of values, by name, to the run's TensorBoard loggers."""
+    for logger in trainer.loggers:
+        if isinstance(logger, TensorBoardLogger) and trainer.is_global_zero:
+            for name, numbers in values.items():
+                logger.experiment.add_histogram(name, numbers, max(0, trainer.global_step - 1))
 
 
 def expose_metrics(trainer: L.Trainer, metrics: dict[str, float]) -> None:

@@ -7,10 +7,13 @@ from typing import Any, ClassVar
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from rlhf_pl.algorithms.loss_choices import chosen_names, chosen_numbers
 from rlhf_pl.algorithms.loss_terms import loss_names, sum_of_means, term_losses, with_total_loss
 from rlhf_pl.algorithms.losses import RebelLoss
+from rlhf_pl.algorithms.margin_metrics import has_margins, margin_metric_names, pair_columns
 from rlhf_pl.algorithms.policy_loss import PolicyLoss, check_needs, logged, logged_names
 from rlhf_pl.algorithms.prompt_groups import PromptGroups
+from rlhf_pl.checkpointing.progress import has_stopped_inside
 from rlhf_pl.data.group_batches import GroupBatch
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import get_callable_policy, shard_frozen
@@ -19,8 +22,9 @@ from rlhf_pl.models.lora import LoRA, record_settings, without_adapters
 from rlhf_pl.models.policy import DType, check_lm, train_last_layers
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.causal_lm import CausalLMModule
-from rlhf_pl.modules.logging import Means, is_update, log_update, with_variance
+from rlhf_pl.modules.logging import Means, is_update, log_histograms, log_update, with_variance
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
+from rlhf_pl.modules.pair_margins import PairMargins
 from rlhf_pl.utils.errors import InputError, check_at_least
 from rlhf_pl.utils.fingerprints import describe
 
@@ -110,14 +114,20 @@ class RebelModule(CausalLMModule):
         )
         self.loss, self.needs, self.kl_coef, self.trainable_layers = loss, needs, kl_coef, trainable_layers
         names = tuple(dict.fromkeys(("loss", *loss_names(loss), *logged_names(loss, needs))))
-        self.train_metrics = tuple(f"train/{name}" for name in ("lr", *names))
-        self.val_metrics = tuple(f"val/{name}" for name in names)
+        margins = margin_metric_names(loss, needs)
+        self.train_metrics = tuple(f"train/{name}" for name in ("lr", *names, *margins, *chosen_names(loss)))
+        margins = margin_metric_names(loss, needs, held_out=True)
+        self.val_metrics = tuple(f"val/{name}" for name in (*names, *margins))
         self._round = dict(_EMPTY_ROUND)
+        self._has_margins = has_margins(loss, needs)
+        self._train_margins, self._val_margins = PairMargins(), PairMargins()
         # mean absolute log-ratio a token in a round's first update, set right after it; None after the others
         self.first_logratio: float | None = None
 
     def setup(self, stage: str) -> None:
         super().setup(stage)
+        for _, term in self.loss.terms:
+            term.use({})  # what it chose in an earlier run is not for this one
         if self.reference_source is not self.source:
             self._check_reference()
         check_ready = getattr(getattr(self.trainer, "datamodule", None), "check_ready", None)
@@ -170,6 +180,8 @@ class RebelModule(CausalLMModule):
         is_first_update = batch_idx < self.trainer.accumulate_grad_batches
         if batch.counts:
             self._add(self.train_means, losses, groups)
+            if self._has_margins:
+                self._train_margins.add(pair_columns(self.loss, groups, losses))
             if is_first_update and "old_logps" in groups.stored:  # the policy is still pi_old
                 logratios = (groups.logps.detach() - groups.old_logps).abs()
                 self.train_means.add(groups.lengths, first_logratio=logratios / groups.lengths)
@@ -179,7 +191,8 @@ class RebelModule(CausalLMModule):
 
     def _log_update(self, is_first_update: bool) -> None:
         """Log an update's metrics over all its elements, and add them to those of the round."""
-        metrics = self._compute(self.train_means, "train")
+        metrics = self._compute(self.train_means, "train") | self._compute_margins(self._train_margins, "train")
+        metrics |= {f"train/{name}": value for name, value in chosen_numbers(self.loss).items()}
         count = self.train_means.last_weights.get(loss_names(self.loss)[0], 0.0)
         first = metrics.pop("train/first_logratio", None)
         if is_first_update:
@@ -197,6 +210,8 @@ class RebelModule(CausalLMModule):
         groups = self._groups(batch)
         if batch.counts:
             self._add(self.val_means, term_losses(self.loss, groups), groups)
+            if self._has_margins:
+                self._val_margins.add(pair_columns(self.loss, groups))
 
     def _groups(self, batch: GroupBatch) -> PromptGroups:
         """The prompt groups of a batch, with their log-probs under the policy."""
@@ -212,25 +227,43 @@ class RebelModule(CausalLMModule):
         metrics = with_variance(means.compute_and_reset(prefix, ranks_of(self.trainer)), f"{prefix}/ratio")
         return with_total_loss(self.loss, metrics, prefix)
 
+    def _compute_margins(self, margins: PairMargins, prefix: str) -> dict[str, float]:
+        return margins.compute_and_reset(prefix, ranks_of(self.trainer)) if self._has_margins else {}
+
     def on_validation_epoch_end(self) -> None:
-        self.log_dict(self._compute(self.val_means, "val"))
+        self.log_dict(self._compute(self.val_means, "val") | self._compute_margins(self._val_margins, "val"))
+        self._val_margins.start_round()
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
         """The held-out metrics of an epoch over offline pairs, in a line."""
         texts = {
             "val/loss": "held-out loss {:.3f}",
             "val/sign_align": "sign agreement {:.3f}",
+            "val/slope": "slope {:.3g} nats per reward unit",
+            "val/r2": "R² {:.2f}",
             "val/kl": f"KL(old||new) {{:.3f}} nats (k1, {held_out} pairs)",
         }
         return ", ".join(text.format(metrics[name]) for name, text in texts.items() if name in metrics)
 
-    def round_summary(self) -> dict[str, float | None]:
-        """Mean loss and KL over all elements that the round has trained on; None without updates, or if not known."""
+    def round_summary(self) -> dict[str, Any]:
+        """Mean loss and KL over all elements that the round has trained on; None without updates, or if not known.
+
+        With pairs, `margins` has the metrics of `summarise_margins`, over all pairs of the round.
+        """
         pairs, known = self._round["pairs"], ("loss", "kl") if "old_logps" in self.needs else ("loss",)
-        return {name: self._round[name] / pairs if pairs and name in known else None for name in ("loss", "kl")}
+        means = {name: self._round[name] / pairs if pairs and name in known else None for name in ("loss", "kl")}
+        margins = self._train_margins.summary()
+        return means | ({"margins": margins} if margins else {})
+
+    def on_train_epoch_end(self) -> None:
+        super().on_train_epoch_end()
+        if self._has_margins and not has_stopped_inside(self.trainer):
+            log_histograms(self.trainer, self._train_margins.histograms("train"))
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["rlhf_pl"] = {"round": dict(self._round)}
+        if self._has_margins:
+            checkpoint["rlhf_pl"]["margins"] = self._train_margins.of_round()
         super().on_save_checkpoint(checkpoint)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -238,6 +271,7 @@ class RebelModule(CausalLMModule):
         saved = checkpoint.get("rlhf_pl")
         if saved is not None:
             self._round = _EMPTY_ROUND | saved["round"]
+            self._train_margins.start_round(saved.get("margins"))
             if "kl" not in saved["round"]:  # of an earlier version, which saved only that of the last update
                 self._round["kl"] = self._round["pairs"] * (saved["last_kl"] or 0.0)
 
@@ -246,7 +280,7 @@ class RebelModule(CausalLMModule):
         terms = self.loss.terms
         return {
             "loss": describe(self.loss),
-            **({} if len(terms) == 1 else {"terms": [f"{weight} {describe(term)}" for weight, term in terms]}),
+            **({} if len(terms) == 1 else {"terms": [f"{weight:g} x {describe(term)}" for weight, term in terms]}),
             **self.optimization.settings(),
             "kl_coef": self.kl_coef,
             "dtype": self.dtype_name,
@@ -257,3 +291,4 @@ class RebelModule(CausalLMModule):
     def on_train_epoch_start(self) -> None:
         super().on_train_epoch_start()
         self._round = dict(_EMPTY_ROUND)
+        self._train_margins.start_round()

@@ -2,12 +2,13 @@
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from rlhf_pl.data.round_choice import ENTRY
 from rlhf_pl.models.chat import message_text
 from rlhf_pl.rewards import CombinedReward, FunctionReward, HTTPReward, Reward
 from rlhf_pl.rounds.settings import RoundOptions
@@ -142,6 +143,33 @@ def round_metrics(stored: Round) -> dict[str, float]:
         "time/logps_s": stages["logps"]["seconds"],
         **_sampler_difference(stages["logps"]),
     }
+
+
+def choices(manifest: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that the loss has chosen for a round, such as `eta`, by the names of their metrics."""
+    return manifest.get(ENTRY, {}).get("numbers", {})
+
+
+def training_margins(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """How far the policy has followed the reward margins of a round's pairs: see `summarise_margins`."""
+    return manifest["stages"].get("training", {}).get("margins", {})
+
+
+def describe_margins(manifest: Mapping[str, Any]) -> str:
+    """What the loss chose for a round, and how far the policy has followed the reward margins; empty if not known."""
+    margins = training_margins(manifest)
+    parts = [f"{name} {value:.3g} (auto)" for name, value in choices(manifest).items()]
+    if "reached" in margins:
+        parts.append(f"{margins['reached']:.0%} of the targets reached")
+    elif "slope" in margins:
+        parts.append(f"slope {margins['slope']:.3g} nats per reward unit")
+    return ", ".join(parts + ([f"R² {margins['r2']:.2f}"] if "r2" in margins else []))
+
+
+def without_bins(info: Mapping[str, Any]) -> dict[str, Any]:
+    """A stage's numbers without the `bins` of its margins, which are for pictures."""
+    margins = info.get("margins")
+    return {**info, **({"margins": {k: v for k, v in margins.items() if k != "bins"}} if margins else {})}
 
 
 def sync_metrics(store: RoundStore, index: int) -> dict[str, float]:

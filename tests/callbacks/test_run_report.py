@@ -47,7 +47,9 @@ def test_a_rounds_line_has_its_numbers(run: SmallRun, index: int) -> None:
         f"{tokens:.0f} tokens, {finished:.0%} finished",
         f"KL(old||new) {training['kl']:.2f} (k1), loss {training['loss']:.3f}",
     ]
-    assert parts[4].startswith("seconds: generate ")
+    margins = training["margins"]
+    assert parts[4] == f"{margins['reached']:.0%} of the targets reached, R² {margins['r2']:.2f}"
+    assert parts[5].startswith("seconds: generate ")
 
 
 def test_the_final_table_has_a_line_for_each_round(run: SmallRun) -> None:
@@ -55,14 +57,14 @@ def test_the_final_table_has_a_line_for_each_round(run: SmallRun) -> None:
     start = next(i for i, line in enumerate(lines) if line.startswith("round  reward"))
     assert lines[start].split() == [
         *("round", "reward", "best", "worst", "tokens", "finished", "pairs", "old||new", "loss", "time"),
-        *("before", "after", "new||old"),
+        *("reached", "before", "after", "new||old"),
     ]
     for index in range(2):
         rows, training = run.rows("rounds", index), run.store.round(index).info("training")
         groups = by_prompt(rows)
         before, after = (mean_reward(run.rows("heldout", version)) for version in (index, index + 1))
         cells = lines[start + 2 + index].split()
-        assert cells[-4:-2] == ["s", f"{before:.3f}"]
+        assert cells[-5:-2] == ["s", f"{training['margins']['reached']:.0%}", f"{before:.3f}"]
         assert cells[:9] + cells[-2:] == [
             str(index + 1),
             f"{mean_reward(rows):.3f}",

@@ -108,7 +108,17 @@ def _select(
         "dropped": dropped,
         "selector": None if selector is None else type(selector).__name__,
         "penalties": penalties,
+        "reward_variance": _reward_variance([group.rewards for group in usable]),
     }
+
+
+def _reward_variance(groups: Sequence[Sequence[float]]) -> float:
+    """Mean over prompts of the (unbiased) variance of their responses' shaped rewards; `eta: auto` reads it."""
+    variances = []
+    for rewards in groups:
+        mean = sum(rewards) / len(rewards)
+        variances.append(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
+    return sum(variances) / max(1, len(variances))
 
 
 def _groups_table(groups: Sequence[_Group]) -> pa.Table:
