@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
 from typing import Any, Literal
 
 import lightning as L
@@ -28,6 +30,7 @@ from rlhf_pl.modules.logging import publish_metrics
 from rlhf_pl.modules.trainer_options import check_trainer
 from rlhf_pl.rewards import Reward, ScoringConfig, as_reward
 from rlhf_pl.rewards.combine import isolate_functions
+from rlhf_pl.rewards.stored import StoredReward
 from rlhf_pl.rollout import Sampler, SamplingConfig, VLLMSampler
 from rlhf_pl.rollout.weight_sync.sync import SamplerSync
 from rlhf_pl.rounds.logps_check import check_first_update
@@ -40,10 +43,13 @@ from rlhf_pl.rounds.settings import (
     check_old_logps,
     check_sampler_logps,
     check_shaping,
+    check_token_logps,
     held_out_sampling,
     pair_selector,
 )
-from rlhf_pl.rounds.start_checks import check_reward, check_round_monitors, check_sampling
+from rlhf_pl.rounds.start_checks import check_context, check_reward, check_round_monitors, check_sampling
+from rlhf_pl.rounds.stored_rounds import StoredRounds, is_off_policy
+from rlhf_pl.rounds.stored_start import check_before_weights, check_first_policy, open_rounds
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.utils.errors import InputError, check_at_least, check_finite
 
@@ -57,7 +63,8 @@ class RoundRefresh(RunLifecycle):
 
     Args:
         reward: A `Reward`, or a Python function, in a config by its import path: `package.module.function` or
-            `file.py:function`. With null no rounds are made: the run directory's store must have them.
+            `file.py:function`. With null no rounds are made: the run directory's store must have them, or
+            `--rounds_from` names a run that has them.
         sampler: Samples the responses.
         sampling: How responses are sampled for training.
         scoring: How the reward is called: time limit, retries, what to do about failures.
@@ -81,6 +88,11 @@ class RoundRefresh(RunLifecycle):
             temperature 1, without top_p, top_k, min_p or anything else that reshapes the distribution. The difference
             is measured on one batch and logged. Held-out pairs sampled at another `val_temperature` get the policy's
             own.
+        store_token_logps: Also store pi_old's log-prob of every token (float32) of all scored responses, not only of
+            those that the loss uses, so that any loss can train on the round later (`--rounds_from`). Costs a forward
+            pass of the responses that are not used, and 4 bytes a token.
+        evaluate: Whether responses to the held-out prompts are sampled and scored, before and after every round; null
+            for yes, but no with `--rounds_from`, which else needs no sampler and no reward.
         timeout_minutes: In a run with several processes, minutes that a process waits for the others before the run
             ends with a message that names the late process and its phase.
     """
@@ -89,6 +101,7 @@ class RoundRefresh(RunLifecycle):
     repair = False  # set by `--repair`: regenerate damaged files of the store
     progress: Progress | None = None  # of the checkpoint to resume from
     accept_changes = False  # set by `--accept_changes`: continue in a run directory made with other settings
+    _rounds_from: str | None = None
 
     def __init__(
         self,
@@ -105,6 +118,8 @@ class RoundRefresh(RunLifecycle):
         stream_shards: bool = False,
         logps_batch_tokens: int = 4096,
         old_logps: Literal["policy", "sampler"] = "policy",
+        store_token_logps: bool = False,
+        evaluate: bool | None = None,
         timeout_minutes: float = DEFAULT_TIMEOUT,
     ) -> None:
         super().__init__()
@@ -126,23 +141,28 @@ class RoundRefresh(RunLifecycle):
             )
         if old_logps == "sampler":
             check_sampler_logps(sampling)
+        self._val_sampling = partial(held_out_sampling, num_responses=val_num_responses, temperature=val_temperature)
+        self._make_options = partial(
+            RoundOptions,
+            scoring=scoring,
+            sampling=sampling,
+            val_sampling=self._val_sampling(sampling),
+            shaping=shaping,
+            selector=selector,
+            prompts_per_shard=prompts_per_shard,
+            stream_shards=stream_shards,
+            refill=refill,
+            logps_batch_tokens=logps_batch_tokens,
+            old_logps=old_logps,
+            store_token_logps=store_token_logps,
+        )
         self.options: RoundOptions | None = None
         if reward is not None:
-            self.options = RoundOptions(
-                reward=as_reward(reward),
-                scoring=scoring,
-                sampling=sampling,
-                val_sampling=held_out_sampling(sampling, val_num_responses, val_temperature),
-                shaping=shaping,
-                selector=selector,
-                prompts_per_shard=prompts_per_shard,
-                stream_shards=stream_shards,
-                refill=refill,
-                logps_batch_tokens=logps_batch_tokens,
-                old_logps=old_logps,
-            )
+            self.options = self._make_options(reward=as_reward(reward))
             if scoring.isolate:
                 isolate_functions(self.options.reward)
+        self.evaluate = evaluate
+        self._stored: StoredRounds | None = None
         self.sampler, self._sync = sampler, SamplerSync(sampler)
         self._timeout = timeout_minutes
         self._trainer: L.Trainer | None = None  # while its rounds are prepared
@@ -150,11 +170,29 @@ class RoundRefresh(RunLifecycle):
         self._at_end = False  # resumed after a round's last update
         self._training_since = time.monotonic()
 
+    @property
+    def rounds_from(self) -> str | None:
+        """Directory of the run whose responses and rewards are taken instead of sampling and scoring; None for none.
+
+        The command line sets it by `--rounds_from`. Set it before the Trainer starts.
+        """
+        return self._rounds_from
+
+    @rounds_from.setter
+    def rounds_from(self, run_dir: str | None) -> None:
+        if run_dir is None:
+            return
+        if self.evaluate and self.options is None:
+            raise InputError("`rollout.evaluate` is true, which needs a `rollout.reward`. Give one, or leave it out.")
+        reward = self.options.reward if self.evaluate and self.options is not None else StoredReward()
+        self._rounds_from, self.options = str(run_dir), self._make_options(reward=reward, from_other_run=True)
+
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Check everything that needs no weights, and register as the DataModule's source of rounds."""
         if stage != "fit":
             return
         data, options = _datamodule(trainer), self.options
+        self._set_evaluation(data)
         check_trainer(trainer, in_rounds=True)
         check_round_monitors(trainer, pl_module, data, options)
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
@@ -170,12 +208,23 @@ class RoundRefresh(RunLifecycle):
         check_old_logps(pl_module, options)
         check_shaping(pl_module, options)
         check_refill(pl_module, data, options)
+        check_token_logps(pl_module, options)
         ranks = ranks_of(trainer, self._timeout)
+        given = options.sampling
+        if self._rounds_from is not None:
+            self._stored, sampling = open_rounds(trainer, self._rounds_from, options)
+            options = replace(options, sampling=sampling, val_sampling=self._val_sampling(sampling))
+            self.options = options
         data.max_response_tokens = options.sampling.max_response_tokens
-        check_sampling(trainer, pl_module, data, self.sampler, options)
+        samples = not options.from_other_run or bool(data.val_prompts)
+        if samples:
+            check_sampling(trainer, pl_module, data, self.sampler, options)
+        else:
+            check_context(pl_module, data, options)
         if not self.repair:
             ranks.run_on_rank_zero(lambda: self._refuse_damage(data))
-        check_reward(trainer, data, options)
+        if samples:
+            check_reward(trainer, data, options)
         maker = RoundMaker(
             trainer,
             pl_module,
@@ -184,11 +233,27 @@ class RoundRefresh(RunLifecycle):
             options,
             lambda metrics: publish_metrics(trainer, metrics, trainer.global_step),
             self.accept_changes,
+            self._stored,
         )
+        if (stored := self._stored) is not None:
+            left_out = len(data.held_out) - len(data.val_prompts)
+            ranks.run_on_rank_zero(lambda: check_before_weights(stored, maker, given, left_out))
         if not self.repair:
             maker.stamps.refuse_changes()
         self._trainer, self._rounds = trainer, RoundPreparation(trainer, data, maker, self.repair)
         data.prepare_with(self)
+
+    def _set_evaluation(self, data: RoundDataModule) -> None:
+        """Let the DataModule leave out the held-out prompts where they are not sampled."""
+        data.evaluates = self._rounds_from is None if self.evaluate is None else self.evaluate
+        if self.evaluate and not data.held_out:
+            raise InputError("`rollout.evaluate` is true, but there are no held-out prompts. Set `data.val_prompts`.")
+
+    def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Compare the policy with that of stored rounds, while nothing is written yet; lock the run directory."""
+        if self._stored is not None and self._rounds is not None:
+            check_first_policy(self._stored, self._rounds.maker)
+        super().on_fit_start(trainer, pl_module)
 
     def _refuse_damage(self, data: RoundDataModule) -> None:
         """Refuse missing, damaged or foreign files before any weights load; checksums are compared on reading."""
@@ -231,7 +296,12 @@ class RoundRefresh(RunLifecycle):
         """After a round's first update, check that the stored log-probs were the policy's own before it."""
         assert is_policy_module(pl_module)
         first, pl_module.first_logratio = pl_module.first_logratio, None
-        if first is not None and self.options is not None and not self.accept_changes:
+        if (
+            first is not None
+            and self.options is not None
+            and not self.accept_changes
+            and not is_off_policy(_datamodule(trainer).store.round(rounds_done(trainer)))
+        ):
             check_first_update(trainer, pl_module, self.options, self.sampler, first)
         stop_inside_round(trainer, batch_idx)
         super().on_train_batch_end(trainer, as_lightning(pl_module), outputs, batch, batch_idx)
@@ -268,7 +338,7 @@ class RoundRefresh(RunLifecycle):
         self._sync.close()
         if self.options is not None:
             self.options.reward.close()
-        self._rounds = self._trainer = None
+        self._rounds = self._trainer = self._stored = None
         super().end()
 
 

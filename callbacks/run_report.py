@@ -1,5 +1,6 @@
 """A run's report at the terminal: a line a round; at the end a table, responses before and after, and next steps."""
 
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -186,10 +187,11 @@ def before_after(store: RoundStore, version: int, count: int) -> Group:
 
 def next_steps(run_dir: str) -> str:
     """Commands that a user may want after a finished run."""
+    samples = f"{run_dir}/samples.html, and " if (Path(run_dir) / "samples.html").exists() else ""
     return (
         "\nNext:\n"
         f"  see the curves:  tensorboard --logdir {run_dir}\n"
-        f"  read responses:  {run_dir}/samples.html, and {run_dir}/rounds/*/ (Parquet)\n"
+        f"  read responses:  {samples}{run_dir}/rounds/*/ (Parquet)\n"
         f"  use the model:   {run_dir}/model, with transformers or `vllm serve {run_dir}/model`\n"
         f"  change the run:  {run_dir}/config.yaml holds every setting; `rlhf-pl fit --help` explains them"
     )

@@ -7,7 +7,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, Optional
 
 import lightning as L
 import torch
@@ -47,6 +47,7 @@ from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.export import Exportable
 from rlhf_pl.modules.trainer_options import refuse_options
 from rlhf_pl.rounds.settings import downstream_settings
+from rlhf_pl.rounds.stored_rounds import refuse_same_directory
 from rlhf_pl.store.provenance import StageSettings
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.cpu import cpu_fsdp
@@ -104,6 +105,14 @@ class RlhfCLI(LightningCLI):
             action="store_true",
             help="Continue in a run directory that was created with other settings; the new ones apply from here on.",
         )
+        parser.add_argument(
+            "--rounds_from",
+            type=Optional[str],  # noqa: UP045 - shown in the help
+            default=None,
+            metavar="RUN_DIR",
+            help="Train again on the rounds of another run: take the responses and rewards in its directory instead of "
+            "sampling and scoring. It is only read; this run needs a directory of its own.",
+        )
         parser.set_defaults({key: {"class_path": f"rlhf_pl.{kind.__name__}"} for key, kind in DEFAULT_CLASSES.items()})
 
     def instantiate_trainer(self, **kwargs: Any) -> L.Trainer:
@@ -132,17 +141,29 @@ class RlhfCLI(LightningCLI):
         self.rounds: RoundRefresh = next(callback for callback in defaults if isinstance(callback, RoundRefresh))
         self.rounds.repair = self._get(self.config_init, "repair")
         self.rounds.accept_changes = self._get(self.config_init, "accept_changes")
+        rounds_from = self._get(self.config_init, "rounds_from")
         report: list[Callback] = [RunReport()]
         if not is_policy_module(self.model) or isinstance(self.datamodule, OfflineDataModule):
-            defaults, report = self._fixed_data_callbacks(defaults), []
+            defaults, report = self._fixed_data_callbacks(defaults, rounds_from), []
+        elif rounds_from is not None:
+            refuse_same_directory(rounds_from, run_dir)
+            self.rounds.rounds_from = rounds_from
         stop = [] if _has(callbacks, StopOnSignal) else [StopOnSignal()]
         # the default callbacks run first: EarlyStopping and others read the metrics that they log
         return self._instantiate_trainer(
             config | kwargs | {"callbacks": [DivergenceCheck(), *defaults, *callbacks, *stop]}, report
         )
 
-    def _fixed_data_callbacks(self, defaults: list[Callback]) -> list[Callback]:
+    def _fixed_data_callbacks(self, defaults: list[Callback], rounds_from: str | None) -> list[Callback]:
         """Callbacks of a run that does not sample: reward models, SFT, offline pairs, users' own modules."""
+        if rounds_from is not None:
+            if isinstance(self.datamodule, RoundDataModule):
+                check_policy_module(self.model, self.datamodule)
+            raise InputError(
+                f"`--rounds_from` is {rounds_from!r}, but {type(self.model).__name__} with "
+                f"{type(self.datamodule).__name__} trains on fixed data, not on rounds. Remove it, or train a "
+                "RebelModule on a RoundDataModule."
+            )
         if self.rounds.options is not None:
             if isinstance(self.datamodule, RoundDataModule):
                 check_policy_module(self.model, self.datamodule)

@@ -36,6 +36,18 @@ def replace_classes(config: Namespace) -> Namespace:
     return config
 
 
+def leave_out_rollout(config: Namespace) -> Namespace:
+    """A config without its sampler and reward where `--rounds_from` makes them useless, so that none is built."""
+    fit = config.get(str(config.get("subcommand")), config)
+    rollout = fit.get("rollout")
+    if fit.get("rounds_from") is not None and rollout is not None and not rollout.get("evaluate"):
+        rollout["reward"] = None
+        for name in ("sampler", "refill"):  # their defaults have no effect
+            if name in rollout:
+                del rollout[name]
+    return config
+
+
 def _strategy(given: Any, gpu: bool) -> Any:
     kind = _kind(given)
     sizes = given.get("init_args", {}) if kind is ModelParallelStrategy else {}

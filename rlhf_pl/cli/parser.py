@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
-from rlhf_pl.cli.own_classes import replace_classes
+from rlhf_pl.cli.own_classes import leave_out_rollout, replace_classes
 from rlhf_pl.cli.parser_errors import FOR_ALL_COMMANDS, exit_with_error
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.modules import RebelModule
@@ -41,7 +41,7 @@ class Parser(LightningArgumentParser):
 
     def instantiate_classes(self, cfg: Any, **kwargs: Any) -> Any:
         """Instantiate with this package's subclasses of some Lightning classes. A dumped config keeps the user's."""
-        return super().instantiate_classes(replace_classes(cfg), **kwargs)
+        return super().instantiate_classes(leave_out_rollout(replace_classes(cfg)), **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         exit_with_error(re.sub(r"required: (\w+)$", _full_name, str(message)), "fit", ex)

@@ -44,6 +44,11 @@ class _PlannedCLI(RlhfCLI):
 
     def instantiate_trainer(self, **kwargs: Any) -> Any:
         self.settings = {**self._get(self.config_init, "trainer", default={})}
+        if (rounds_from := self._get(self.config_init, "rounds_from")) is not None:
+            raise InputError(
+                f"`--rounds_from` is {rounds_from!r}, and `rlhf-pl plan` estimates runs that sample. Leave it out: of "
+                "the plan then only the phase `train` and the seconds of `log-probs` and `train` count."
+            )
         self.options = self._get(self.config_init, "rollout").options
         self.keep_rounds = self._get(self.config_init, "checkpoint").keep_rounds
         return None

@@ -20,7 +20,7 @@ from rlhf_pl.models.chat import message_text
 from rlhf_pl.models.export_stamp import find_damaged_files, find_exports
 from rlhf_pl.rounds.metrics import KL_NOTE, describe_margins, without_bins
 from rlhf_pl.store.check import find_problems
-from rlhf_pl.store.round_store import ORDER, STAGES, Round, RoundStore
+from rlhf_pl.store.round_store import GIVEN, ORDER, STAGES, Round, RoundStore
 from rlhf_pl.store.waves import count_waves, shard_ranges
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.disk import format_bytes
@@ -171,11 +171,11 @@ def describe_state(stored: Round) -> str:
     shards = len(shard_ranges(manifest, manifest.get("prompts", {}).get("in_round", 0)))
     names = STAGES if stored.is_held_out else ORDER
     for name in names:
-        if manifest["stages"].get(name, {}).get("complete"):
+        if manifest["stages"].get(name, {}).get("complete") or (name == GIVEN and name not in manifest["stages"]):
             continue
         if stored.is_held_out and name in ("pairs", "logps"):
             return "complete"  # optional stages
-        if name in ("responses", "rewards"):
+        if name in ("responses", GIVEN, "rewards"):
             return f"{name}: {len(stored.shards(name))} of {shards} shards"
         return f"{name} missing"
     return "complete"
@@ -219,6 +219,8 @@ def make_details(stored: Round) -> Group:
         table.add_column(name)
     for name in ORDER:
         info = manifest["stages"].get(name, {})
+        if name == GIVEN and not info:
+            continue
         files = list(stored.shards(name).values()) if name in STAGES else []
         numbers = {k: v for k, v in info.items() if k not in ("complete", "seconds", "shards", "sampling")}
         table.add_row(
@@ -229,7 +231,9 @@ def make_details(stored: Round) -> Group:
             _text(info.get("seconds"), 1),
             "\n".join(f"{key}: {_short(value)}" for key, value in without_bins(numbers).items()),
         )
-    settings = [
+    record = {name: value for name, value in manifest.get("rounds_from", {}).items() if name != "files"}
+    settings = [f"rounds_from.{name}: {value}" for name, value in record.items()]
+    settings += [
         f"{stage}.{name}: {_short(value)}"
         for stage, values in manifest.get("settings", {}).items()
         for name, value in values.items()

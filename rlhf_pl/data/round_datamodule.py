@@ -105,7 +105,8 @@ class RoundDataModule(PairsDataModule):
         self.passes = passes
         self.max_val_pairs = max_val_pairs
         self.train_prompts: list[Prompt] = []
-        self.val_prompts: list[Prompt] = []
+        self.held_out: list[Prompt] = []
+        self.evaluates = True  # set by the callback that prepares rounds: whether held-out prompts are sampled
         self.prompts_too_long = 0
         self.duplicate_prompts = 0
         self.max_response_tokens: int | None = None  # set by the callback that prepares rounds
@@ -116,12 +117,17 @@ class RoundDataModule(PairsDataModule):
         return RoundStore(self._trainer.default_root_dir)
 
     @property
+    def val_prompts(self) -> list[Prompt]:
+        """The held-out prompts that the policy is evaluated on."""
+        return self.held_out if self.evaluates else []
+
+    @property
     def longest_tokens(self) -> int:
         """Maximum number of tokens of a prompt with its response."""
         response_tokens = self.max_response_tokens
         if response_tokens is None:  # the rounds were prepared elsewhere
             response_tokens = int(self.store.round(0).info("responses")["sampling"]["max_response_tokens"])
-        return response_tokens + max(len(p.token_ids) for p in [*self.train_prompts, *self.val_prompts])
+        return response_tokens + max(len(p.token_ids) for p in [*self.train_prompts, *self.held_out])
 
     @property
     def round_index(self) -> int:
@@ -143,8 +149,8 @@ class RoundDataModule(PairsDataModule):
         train, val = hold_out(rows, val_source, val_option, self._load, lambda p: p.prompt_id, least=1)
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens, kwargs)
         val_option = val_option if isinstance(val_source, str) else "data.prompts"
-        self.val_prompts, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens, kwargs, val_option)
-        for prompts, option in ((self.train_prompts, "data.prompts"), (self.val_prompts, val_option)):
+        self.held_out, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens, kwargs, val_option)
+        for prompts, option in ((self.train_prompts, "data.prompts"), (self.held_out, val_option)):
             module.source.check_ids(((p.name, p.token_ids) for p in prompts), option)
         self.prompts_too_long = too_long + val_too_long
         self.duplicate_prompts = count_duplicates([*train, *val])

@@ -136,7 +136,7 @@ def read_stored_groups(stored: Round) -> StoredGroups:
     else:
         prompt_ids = table["prompt_id"].combine_chunks()
         indices, rewards = table["response_index"].to_numpy().astype(np.int64), table["reward"].to_numpy()
-        sizes = _run_lengths(prompt_ids)
+        sizes = run_lengths(prompt_ids)
     codes = {prompt_id: code for code, prompt_id in enumerate(pc.unique(prompt_ids).to_pylist())}
     wanted = _make_keys(prompt_ids, indices, codes)
     found, keys = _read_responses(stored, codes, np.unique(wanted))
@@ -216,7 +216,7 @@ def _group_pairs(table: pa.Table, indices: np.ndarray, by_prompt: bool) -> tuple
     """
     if not by_prompt or len(table) == 0:
         return np.arange(len(indices)), np.full(len(table), 2), one_pair_each(len(table))
-    counts = _run_lengths(table["prompt_id"].combine_chunks())
+    counts = run_lengths(table["prompt_id"].combine_chunks())
     if (counts == 1).all():
         return np.arange(len(indices)), np.full(len(table), 2), one_pair_each(len(table))
     group_of = np.repeat(np.arange(len(counts)), 2 * counts)
@@ -234,7 +234,8 @@ def read_stored_logps(table: pa.Table, groups: StoredGroups) -> dict[str, Tensor
     """Read the log-probs and further values per token of a round's stage `logps`, by their names in a loss's `needs`.
 
     Args:
-        table: The stage, with a row per response; in earlier versions, with a row per pair.
+        table: The stage, with a row per response, those of other responses last; in earlier versions, with a row per
+            pair.
         groups: The groups of the same round.
 
     Raises:
@@ -242,6 +243,8 @@ def read_stored_logps(table: pa.Table, groups: StoredGroups) -> dict[str, Tensor
     """
     logps: dict[str, Tensor | pa.ListArray] = {}
     by_pair = "response_index" not in table.column_names
+    if not by_pair:
+        table = table.slice(0, len(groups.indices))  # `rollout.store_token_logps` adds those that are not used
     if len(table) * (2 if by_pair else 1) != len(groups.indices):
         raise ValueError(f"{len(groups.indices)} responses, but {len(table)} rows of log-probs.")
     for name in SUMMED:
@@ -277,7 +280,7 @@ def _make_keys(prompt_ids: pa.StringArray, indices: np.ndarray, codes: Mapping[s
     return numbers[encoded.indices.to_numpy()] * _MAX_RESPONSES + indices
 
 
-def _run_lengths(prompt_ids: pa.Array) -> np.ndarray:
+def run_lengths(prompt_ids: pa.Array) -> np.ndarray:
     """Lengths of the runs of equal prompt ids."""
     ends = pc.run_end_encode(prompt_ids, pa.int64()).run_ends.to_numpy()
     return np.diff(ends, prepend=0)

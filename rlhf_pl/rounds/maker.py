@@ -8,10 +8,12 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from rlhf_pl.algorithms.prompt_groups import extra_needs
 from rlhf_pl.checkpointing.divergence import make_diverged_error, refuse_diverged_weights
 from rlhf_pl.data.policy_module import PolicyModule, as_lightning
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.round_datamodule import RoundDataModule
+from rlhf_pl.data.stored_groups import StoredGroups
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack
 from rlhf_pl.rollout import SamplingConfig
@@ -30,10 +32,12 @@ from rlhf_pl.rounds.policy_snapshot import (
 from rlhf_pl.rounds.refill import open_wave
 from rlhf_pl.rounds.settings import RoundOptions, drops_equal_groups, pair_selector, uses_sampler_logps
 from rlhf_pl.rounds.stages import count_usable, generate, score, select, store_logps
-from rlhf_pl.rounds.stages.logps import steps_by_length
+from rlhf_pl.rounds.stages.given import given_columns
+from rlhf_pl.rounds.stages.logps import sampler_columns, steps_by_length
 from rlhf_pl.rounds.stages.score import ShardScorer
 from rlhf_pl.rounds.stages.score_ahead import ScoreAhead
 from rlhf_pl.rounds.stamps import RoundStamps
+from rlhf_pl.rounds.stored_rounds import StoredRounds, is_off_policy
 from rlhf_pl.store.round_store import DamagedStoreError, Round
 from rlhf_pl.store.waves import shard_ranges
 from rlhf_pl.utils.console import Advance, phase
@@ -50,6 +54,7 @@ class RoundMaker:
         options: How rounds are made.
         log: Logs metrics.
         accept_changes: Continue although upstream settings have changed.
+        rounds: The other run that responses and rewards come from; None to sample and score them.
 
     In a run with several processes, all of them make every call together. Each process samples and scores its share;
     rank 0 decides for all of them and writes what exists once.
@@ -64,7 +69,9 @@ class RoundMaker:
         options: RoundOptions,
         log: Callable[[dict[str, float]], None],
         accept_changes: bool = False,
+        rounds: StoredRounds | None = None,
     ) -> None:
+        self.rounds, self.accept_changes = rounds, accept_changes
         self.trainer, self.module, self.data, self.sync = trainer, module, data, sync
         self.options, self.log = options, log
         self.ranks = ranks_of(trainer)
@@ -72,7 +79,7 @@ class RoundMaker:
         self._current: tuple[int, PolicySnapshot] | None = None  # of the update with that number
         self._kl = PolicyKL(trainer, module, data, options.logps_batch_tokens, self._phase)
         self.stamps = RoundStamps(
-            trainer, module, data, sync.sampler, options, lambda: self.policy().fingerprint, accept_changes
+            trainer, module, data, sync.sampler, options, lambda: self.policy().fingerprint, accept_changes, rounds
         )
 
     def policy(self) -> PolicySnapshot:
@@ -127,21 +134,34 @@ class RoundMaker:
             what: Its pairs, for the progress bar.
             pairs: Whether to make pairs and their log-probs too.
         """
+        if self.rounds is not None and not stored.is_held_out:
+            self._copy(self.rounds, stored)
         self._sample_and_score(stored, policy)
         if not pairs:
             return
         if self._is_missing(stored, "pairs"):
             limit = self.data.max_val_pairs if stored.is_held_out else None
             selector, shaping = pair_selector(self.module, self.options), self.options.shaping
-            ties = (self._kl_breaks_ties(stored), self.module.loss.uses_ties)
             drop_equal = drops_equal_groups(self.options) and not stored.is_held_out
-            how = (selector, self.data.seed, limit, shaping, *ties, drop_equal)
+            how = (selector, self.data.seed, limit, shaping, *self.ties(stored), drop_equal)
             while self._adds_prompts(stored, lambda: count_usable(stored, *how)):
                 self._sample_and_score(stored, policy)
             with self.ranks.phase("making pairs"):
                 self.ranks.run_on_rank_zero(lambda: select(stored, *how))
         if self._is_missing(stored, "logps"):
-            self._store_logps(stored, policy(), what)
+            off_policy = self.ranks.broadcast(is_off_policy(stored))
+            is_needed = not off_policy or bool(extra_needs(self.module.needs))
+            self._store_logps(stored, policy() if is_needed else self.policy(), what, off_policy)
+
+    def _copy(self, rounds: StoredRounds, stored: Round) -> None:
+        """Take the responses and rewards of a round from the other run."""
+        with self.ranks.phase("copying responses"):
+            self.ranks.run_on_rank_zero(lambda: rounds.copy(stored))
+        rounds.say_whose(stored, "old_logps" in self.module.needs)
+
+    def ties(self, stored: Round) -> tuple[bool, bool]:
+        """Whether pairs with equal rewards are kept because a KL term breaks ties, and whether the loss uses them."""
+        return self._kl_breaks_ties(stored), self.module.loss.uses_ties
 
     def _sample_and_score(self, stored: Round, policy: Callable[[], PolicySnapshot]) -> None:
         """Make the missing responses and rewards."""
@@ -238,16 +258,21 @@ class RoundMaker:
         if not all(self.ranks.all_gather(bool(policy.logps(rows, 1.0).isfinite().all()))):
             raise make_diverged_error(self.trainer, "the log-probs of the policy are not finite")
 
-    def _store_logps(self, stored: Round, policy: PolicySnapshot, what: str) -> None:
+    def _store_logps(self, stored: Round, policy: PolicySnapshot, what: str, off_policy: bool) -> None:
+        """Store the log-probs that the loss needs; `off_policy` ones under pi_old came with the round."""
         if not stored.is_held_out:
             self.sync.release_gpu()  # no more responses are sampled before training
         needs, from_sampler = self.module.needs, uses_sampler_logps(self.options, self.options.get_sampling(stored))
         temperature = stored.info("responses")["sampling"]["temperature"]
         policies: dict[str, Callable[[PackedBatch, float], Tensor]] = {}
-        if "old_logps" in needs and not from_sampler:
+        stores_all = self.options.store_token_logps and not stored.is_held_out and not off_policy
+        if stores_all or ("old_logps" in needs and not from_sampler and not off_policy):
             policies["old"] = policy.logps
         if "reference_logps" in needs:
             policies["reference"] = logps_function(self.trainer, self.module, self.module.load_reference())
+        known: Callable[[StoredGroups], dict[str, Any]] | None = None
+        if off_policy and "old_logps" in needs:
+            known = partial(sampler_columns, stored) if from_sampler else partial(given_columns, stored, needs=needs)
         extra = extra_passes(self.trainer, self.module)
         if extra and policy is not self.policy():
             raise DamagedStoreError(
@@ -256,9 +281,11 @@ class RoundMaker:
                 "command with --repair."
             )
         pairs = stored.info("pairs")
-        rows = (len(policies) + len(extra)) * pairs.get("responses", 2 * pairs["pairs"])
+        used = pairs.get("responses", 2 * pairs["pairs"])
+        rows = (len(policies) + len(extra)) * used
+        rows += max(0, stored.info("rewards")["scored"] - used) if stores_all else 0
         with self._phase(f"log-probs of {what}", rows, "responses") as report, assume_weights_unchanged(self.module):
-            check = policy.logps if from_sampler else None
+            check = policy.logps if from_sampler and not off_policy else None
             divide = steps_by_length(self.options.logps_batch_tokens, self.ranks)
             if not stored.is_held_out:
                 divide = partial(self.data.training_steps, int(stored.path.name))
@@ -272,6 +299,8 @@ class RoundMaker:
                 needs=needs,
                 check_sampler_with=check,
                 extra=extra,
+                known=known,
+                divide_unused=steps_by_length(self.options.logps_batch_tokens, self.ranks) if stores_all else None,
             )
 
     def past_policy(self, stored: Round) -> PolicySnapshot:

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 from rlhf_pl.data.round_choice import ENTRY
 from rlhf_pl.models.chat import message_text
 from rlhf_pl.rewards import CombinedReward, FunctionReward, HTTPReward, Reward
+from rlhf_pl.rewards.stored import StoredReward
 from rlhf_pl.rounds.settings import RoundOptions
 from rlhf_pl.rounds.stages import prompt_means
 from rlhf_pl.rounds.stages.kl import STAGE
@@ -87,7 +88,7 @@ def _component_names(reward: Reward) -> list[str]:
         named = list(zip(reward.names, reward.parts, strict=True))
         return [*reward.names, *(f"{name}/{inner}" for name, part in named for inner in _component_names(part))]
     is_ours = type(reward).__module__.partition(".")[0] == "rlhf_pl"
-    return [] if is_ours and not isinstance(reward, HTTPReward | FunctionReward) else [""]
+    return [] if is_ours and not isinstance(reward, HTTPReward | FunctionReward | StoredReward) else [""]
 
 
 def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:

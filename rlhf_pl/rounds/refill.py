@@ -19,7 +19,7 @@ def check_refill(module: PolicyModule, data: RoundDataModule, options: RoundOpti
     Raises:
         InputError: The option would have no effect.
     """
-    if options.refill == 0:
+    if options.refill == 0 or options.from_other_run:  # the other run has refilled its rounds, or not
         return
     per_round, total = data.prompts_per_round, len(data.train_prompts)
     if per_round is None or per_round >= total:

@@ -36,6 +36,8 @@ class RoundOptions:
     old_logps: Literal["policy", "sampler"] = "policy"
     stream_shards: bool = False
     refill: int = 0
+    store_token_logps: bool = False
+    from_other_run: bool = False  # responses and rewards of the rounds come from another run
 
     @property
     def shard_prompts(self) -> int:
@@ -52,16 +54,13 @@ def downstream_settings(
 ) -> StageSettings:
     """Settings of all stages after `responses`; they are known before any weights load."""
     return {
-        "rewards": {
-            "reward": options.reward.fingerprint(),
-            **options.scoring.withheld,
-            **({"chat_template_kwargs": data.chat_template_kwargs} if data.chat_template_kwargs else {}),
-        },
+        "rewards": {"reward": "those of the other run"} if options.from_other_run else _scoring_settings(options, data),
         "pairs": {**_selection_settings(module, options), **_shaping_settings(options.shaping)},
         "logps": {
             "reference": module.reference_source.path if "reference_logps" in module.needs else None,
             **({} if options.old_logps == "policy" else {"old": options.old_logps}),
             **logps_settings(module),
+            **({"token_logps": "of all scored responses"} if options.store_token_logps else {}),
         },
         "training": {
             **module.training_settings(),
@@ -70,6 +69,14 @@ def downstream_settings(
             "precision": str(trainer.precision),
             "gradient_clip_val": trainer.gradient_clip_val,
         },
+    }
+
+
+def _scoring_settings(options: RoundOptions, data: RoundDataModule) -> dict[str, Any]:
+    return {
+        "reward": options.reward.fingerprint(),
+        **options.scoring.withheld,
+        **({"chat_template_kwargs": data.chat_template_kwargs} if data.chat_template_kwargs else {}),
     }
 
 
@@ -117,6 +124,23 @@ def check_old_logps(module: PolicyModule, options: RoundOptions) -> None:
             f"`rollout.old_logps` is sampler, but `model.loss` {loss} uses no log-probs of the policy that sampled "
             "the round, so the option would have no effect. Leave it out."
         )
+
+
+def check_token_logps(module: PolicyModule, options: RoundOptions) -> None:
+    """Refuse to store the log-probs of all tokens where none are computed, or all are stored anyway.
+
+    Raises:
+        InputError: `rollout.store_token_logps` would have no effect.
+    """
+    if not options.store_token_logps:
+        return
+    reason = ""
+    if options.old_logps == "sampler":
+        reason = "`rollout.old_logps` is sampler, and only the sums of the sampler's log-probs are kept"
+    elif not module.loss.uses_pairs and "old_token_logps" in module.needs:
+        reason = f"`model.loss` {type(module.loss).__name__} needs them of all responses, so they are stored anyway"
+    if reason:
+        raise InputError(f"`rollout.store_token_logps` is true, but {reason}. Leave it out.")
 
 
 def check_shaping(module: PolicyModule, options: RoundOptions) -> None:

@@ -1,6 +1,7 @@
 """A round's stamp: the settings it is made with, written to its manifest and compared when the run continues."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import lightning as L
@@ -14,6 +15,7 @@ from rlhf_pl.rollout import Sampler
 from rlhf_pl.rounds.engine_spec import prompts_per_shard
 from rlhf_pl.rounds.refill import plan_first_wave
 from rlhf_pl.rounds.settings import RoundOptions, downstream_settings, uses_sampler_logps
+from rlhf_pl.rounds.stored_rounds import StoredRounds
 from rlhf_pl.store.provenance import (
     POLICY_KEYS,
     StageSettings,
@@ -37,6 +39,7 @@ class RoundStamps:
         options: How rounds are made.
         weights: Returns the fingerprint of the policy's current weights; all ranks call it together.
         accept_changes: Continue although upstream settings have changed.
+        rounds: The other run that responses and rewards come from; None if they are made here.
     """
 
     def __init__(
@@ -48,10 +51,11 @@ class RoundStamps:
         options: RoundOptions,
         weights: Callable[[], str],
         accept_changes: bool,
+        rounds: StoredRounds | None = None,
     ) -> None:
         self.trainer, self.module, self.data, self.sampler = trainer, module, data, sampler
         self.options, self.accept_changes = options, accept_changes
-        self._weights, self.ranks = weights, ranks_of(trainer)
+        self._weights, self.ranks, self._rounds = weights, ranks_of(trainer), rounds
         self._fingerprints = {
             held_out: (
                 rows_fingerprint((p.prompt_id, list(p.token_ids)) for p in prompts),
@@ -70,6 +74,10 @@ class RoundStamps:
         """
         prompts, columns, messages = self._fingerprints[stored.is_held_out]
         sampling = self.options.get_sampling(stored)
+        options = replace(self.options, from_other_run=False) if stored.is_held_out else self.options
+        sampled_by = {"sampler": f"{type(self.sampler).__name__}({getattr(self.sampler, 'dtype', '')})"}
+        if options.from_other_run and self._rounds is not None:
+            sampled_by = {"rounds_from": self._rounds.run}
         settings: StageSettings = {
             "responses": {
                 "policy": self.module.source.path,
@@ -77,18 +85,20 @@ class RoundStamps:
                 "weights": self._weights() if with_policy else None,
                 "seed": self.data.seed,
                 "prompts": prompts,
-                "sampler": f"{type(self.sampler).__name__}({getattr(self.sampler, 'dtype', '')})",
+                **sampled_by,
                 "sampling": vars(sampling),
             },
-            **downstream_settings(self.module, self.options, self.trainer, self.data),
+            **downstream_settings(self.module, options, self.trainer, self.data),
         }
-        settings["rewards"] |= {"columns": columns, **messages}
+        if not options.from_other_run:
+            settings["rewards"] |= {"columns": columns, **messages}
         if (factors := describe_factors(self.module.source.config, self.data.longest_tokens)) is not None:
             settings["responses"]["rotary_factors"] = factors
         if not uses_sampler_logps(self.options, sampling):
             settings["logps"].pop("old", None)
         if stored.is_held_out:
             settings["pairs"]["limit"] = self.data.max_val_pairs
+            settings["logps"].pop("token_logps", None)
             del settings["training"]
         else:
             settings["responses"]["prompts_per_round"] = self.data.prompts_per_round
@@ -156,7 +166,8 @@ class RoundStamps:
             reconcile_round(stored, settings, self.accept_changes, self._fresh_entries(stored))
             scored = stored.manifest["stages"].get("rewards", {})
             has_changed = scored.get("on_failure") != Round.as_stored(self.options.scoring.on_failure)
-            if scored.get("failures") and has_changed and not stored.is_complete("training"):
+            is_scored_here = stored.is_held_out or not self.options.from_other_run
+            if scored.get("failures") and has_changed and is_scored_here and not stored.is_complete("training"):
                 stored.reopen("rewards")
             paired = stored.manifest["stages"].get("pairs", {})
             if paired and ("kept_ties" in paired) != keep_ties and not stored.is_complete("training"):
@@ -169,9 +180,10 @@ class RoundStamps:
         index, data = int(stored.path.name), self.data
         in_round = len(data.val_prompts if stored.is_held_out else data.round_prompts(index))
         per_shard = prompts_per_shard(self.trainer, self.sampler, self.options, in_round)
+        is_sampled = not stored.is_held_out and not self.options.from_other_run
         return {
             "prompts_per_shard": per_shard,
-            **({} if stored.is_held_out else plan_first_wave(data, self.options, index, per_shard)),
+            **(plan_first_wave(data, self.options, index, per_shard) if is_sampled else {}),
             "prompts": {
                 "training": len(data.train_prompts),
                 "held_out": len(data.val_prompts),
@@ -192,7 +204,7 @@ def _hash_unrendered_keys(prompts: Sequence[Prompt]) -> dict[str, str]:
 def _refuse_changed_downstream(stored: Round, now: StageSettings) -> None:
     refuse_upstream_change(stored, now)
     before = stored.manifest.get("settings", now)
-    changed = [line for stage in ORDER[1:] for line in list_differences(before[stage], now[stage])]
+    changed = [line for stage in ORDER[1:] if stage in now for line in list_differences(before[stage], now[stage])]
     if changed:
         raise InputError(
             f"The training on {stored.path} was started with other settings:\n"

@@ -18,7 +18,7 @@ from rlhf_pl.utils.errors import InputError
 
 _MISSING_HINT = (
     "Metrics of responses come from held-out prompts: set `data.val_prompts`. Those of held-out pairs also need "
-    "`rollout.val_num_responses` of 2 or more."
+    "`rollout.val_num_responses` of 2 or more. With --rounds_from they are sampled with `rollout.evaluate: true` alone."
 )
 _MAX_KINDS = 64  # of conversations that a reward is tried on, each with three responses
 
@@ -53,20 +53,29 @@ def check_sampling(
             f"{trainer.world_size} ranks of this run. Change tensor_parallel_size or the number of devices."
         )
     sampler.check()
-    longest = data.max_prompt_tokens + options.sampling.max_response_tokens
     if options.old_logps == "sampler":
         check_sampler_logps(options.sampling, sampler.reshapes())
-    if longest > module.source.max_context_tokens:
-        raise InputError(
-            f"`data.max_prompt_tokens` + `rollout.sampling.max_response_tokens` = {data.max_prompt_tokens} + "
-            f"{options.sampling.max_response_tokens} = {longest} is over the context of {module.source.path!r}, "
-            f"{module.source.max_context_tokens} tokens. Lower one of them."
-        )
+    check_context(module, data, options)
     sampler.check_rotary(module.source.config, data.longest_tokens)
     if options.reward.by_prompt and data.val_prompts and options.val_sampling.num_responses < 2:
         raise InputError(
             f"`rollout.val_num_responses` must be 2 or more: {options.reward.name} compares the responses to a "
             "prompt with each other, on held-out prompts too."
+        )
+
+
+def check_context(module: PolicyModule, data: RoundDataModule, options: RoundOptions) -> None:
+    """Refuse rows that may be longer than the policy's context.
+
+    Raises:
+        InputError: Names the options that add up to too many tokens.
+    """
+    longest = data.max_prompt_tokens + options.sampling.max_response_tokens
+    if longest > module.source.max_context_tokens:
+        raise InputError(
+            f"`data.max_prompt_tokens` + `rollout.sampling.max_response_tokens` = {data.max_prompt_tokens} + "
+            f"{options.sampling.max_response_tokens} = {longest} is over the context of {module.source.path!r}, "
+            f"{module.source.max_context_tokens} tokens. Lower one of them."
         )
 
 

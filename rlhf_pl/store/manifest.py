@@ -13,7 +13,8 @@ from rlhf_pl.utils.secrets import redacted
 
 SCHEMA_VERSION = 2
 COPY = ".manifest.copy.json"
-STAGES = ("responses", "rewards", "pairs", "logps")
+GIVEN = "given_logps"  # only in rounds of another run: log-probs under the policy that sampled them
+STAGES = ("responses", GIVEN, "rewards", "pairs", "logps")
 ORDER = (*STAGES, "training")  # each stage depends on those before it
 
 

@@ -154,7 +154,10 @@ class Round:
         """Write a shard atomically; it replaces an earlier shard with the same number."""
         sink = pa.BufferOutputStream()
         pq.write_table(table, sink)
-        content = sink.getvalue()
+        self.write_shard_bytes(stage, number, sink.getvalue())
+
+    def write_shard_bytes(self, stage: str, number: int, content: Any) -> None:
+        """Write the bytes of a Parquet file as a shard, in the same way."""
         target = self.path / stage / f"{number:05d}-{checksum(content)}.parquet"
         manifest = self.manifest
         known = [name for name in self._list_known(stage, manifest, number) if name != target.name]
@@ -163,7 +166,7 @@ class Round:
             names = [*(file.name for file in replaced if file.exists()), target.name]
             note = {"run": manifest["run"], "round": self.name, "stage": stage, "shards": names}
             write_checked(self._note_path(stage, number), note)
-        write_atomically(target, lambda file: file.write(content), content.size)
+        write_atomically(target, lambda file: file.write(content), len(content))
         for file in replaced:
             file.unlink(missing_ok=True)
 

@@ -3,11 +3,11 @@
 from pathlib import Path
 
 from rlhf_pl.store.files import DamagedStoreError, read_checked, write_checked
-from rlhf_pl.store.manifest import ORDER, STAGES
+from rlhf_pl.store.manifest import GIVEN, ORDER, STAGES
 from rlhf_pl.store.round import Round
 from rlhf_pl.store.run_identity import HELD_OUT, ROUNDS, STORE, find_round_folders, find_run, identify, recorded_run
 
-__all__ = ["ORDER", "STAGES", "DamagedStoreError", "Round", "RoundStore"]
+__all__ = ["GIVEN", "ORDER", "STAGES", "DamagedStoreError", "Round", "RoundStore"]
 
 
 class RoundStore:

@@ -63,6 +63,7 @@ def fit(
     data: dict[str, Any] | None = None,
     refresh: dict[str, Any] | None = None,
     ckpt_path: str | None = None,
+    attributes: dict[str, Any] | None = None,
     **trainer: Any,
 ) -> tuple[L.Trainer, RebelModule]:
     L.seed_everything(5, verbose=False)
@@ -75,23 +76,23 @@ def fit(
         "enable_checkpointing": False,
         "enable_progress_bar": False,
     } | trainer
+    rounds = RoundRefresh(
+        **{
+            "reward": "tests.integration.test_fit.reward",
+            "sampler": TransformersSampler(),
+            "sampling": SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.9),
+            "val_num_responses": 2,
+            "prompts_per_shard": 3,
+        }
+        | (refresh or {})
+    )
+    for name, value in (attributes or {}).items():
+        setattr(rounds, name, value)
     run = L.Trainer(
         devices=1,
         default_root_dir=folder,
         enable_model_summary=False,
-        callbacks=[
-            RoundRefresh(
-                **{
-                    "reward": "tests.integration.test_fit.reward",
-                    "sampler": TransformersSampler(),
-                    "sampling": SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.9),
-                    "val_num_responses": 2,
-                    "prompts_per_shard": 3,
-                }
-                | (refresh or {})
-            ),
-            *(callbacks or []),
-        ],
+        callbacks=[rounds, *(callbacks or [])],
         **settings,
     )
     rebel = RebelModule(

@@ -60,7 +60,10 @@ def carry_out(folder: Path, runs: list[dict[str, Any]]) -> None:
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Runs of one process, and of every strategy on two ranks."""
     folder = tmp_path_factory.mktemp("ranks")
-    carry_out(folder, [make_run(folder, "one", "auto", 1), *(make_run(folder, f"{s}-2", s, 2) for s in STRATEGIES)])
+    runs = [make_run(folder, "one", "auto", 1), *(make_run(folder, f"{s}-2", s, 2) for s in STRATEGIES)]
+    again = make_run(folder, "again-2", "ddp", 2)  # on the stored rounds of the first run
+    again["arguments"] += ["--rounds_from", str(folder / "one"), "--rollout.evaluate", "true"]
+    carry_out(folder, [*runs, again])
     return folder
 
 
@@ -95,6 +98,16 @@ def assert_close(run: Path, expected: Path) -> None:
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_every_strategy_trains_as_one_process_does(folder: Path, strategy: str) -> None:
     assert_close(folder / f"{strategy}-2", folder / "one")
+
+
+def test_two_ranks_train_again_on_the_rounds_of_one_process(folder: Path) -> None:
+    weights, expected = (read_result(folder / name)["weights"] for name in ("again-2", "one"))
+    for name, tensor in expected.items():
+        torch.testing.assert_close(weights[name], tensor, rtol=0, atol=2e-5)
+    for index in range(2):
+        found, original = (RoundStore(folder / name).round(index) for name in ("again-2", "one"))
+        assert found.read("responses").equals(original.read("responses"))
+        assert found.manifest["rounds_from"]["off_policy"] == (index > 0)  # sums on two ranks round differently
 
 
 @pytest.mark.parametrize("strategy", STRATEGIES)

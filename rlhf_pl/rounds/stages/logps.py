@@ -14,6 +14,7 @@ from rlhf_pl.data.stored_groups import KEY, StoredGroups, read_stored_groups
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.packed_batch import PackedBatch, batches_by_length, pack
 from rlhf_pl.rounds.stages.generate import Report
+from rlhf_pl.rounds.stages.unused import read_unused
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 
@@ -47,6 +48,8 @@ def store_logps(
     given: Mapping[str, np.ndarray] | None = None,
     check_sampler_with: LogpsFunction | None = None,
     extra: Mapping[str, LogpsFunction] | None = None,
+    known: Callable[[StoredGroups], Mapping[str, Any]] | None = None,
+    divide_unused: Callable[[Sequence[int]], Steps] | None = None,
 ) -> None:
     """Store the log-probs of each response that is used, under each of `policies` (`old`, `reference`).
 
@@ -65,28 +68,39 @@ def store_logps(
         check_sampler_with: The policy, where the sampler's log-probs are stored as `old`; the mean difference to this
             policy's is then measured on one batch.
         extra: Other per-token values to compute, by name in `needs`; without their sums.
+        known: Returns further columns, of values that came with the round: a value per response of these groups.
+        divide_unused: Divides, like `divide`, the groups of the scored responses that are not used. With it their
+            log-probs under `old` are stored after those of the others, and per token for all of them.
     """
     started = time.monotonic()
     groups = read_stored_groups(stored)
     steps = _Steps(groups, divide(groups.lengths()) if len(groups) else [], temperature, ranks)
     columns: dict[str, Any] = {KEY[0]: groups.prompt_ids, KEY[1]: groups.indices}
+    needs = needs if divide_unused is None else {*needs, "old_token_logps"}
     for name, policy in policies.items():
         per_token = f"{name}_token_logps"
         columns |= steps.logps(policy, f"{name}_logp", per_token if per_token in needs else None, report)
     for name, function in (extra or {}).items():
         columns |= steps.logps(function, None, name, report)
     columns |= {f"{name}_logp": values for name, values in (given or {}).items()}
+    columns |= {} if known is None else known(groups)
     difference = {}
     if check_sampler_with is not None:
-        columns["old_logp"] = _reported_by_sampler(stored, groups)
+        columns |= sampler_columns(stored, groups)
         if (mean := steps.mean_difference(check_sampler_with, columns["old_logp"])) is not None:
             difference = {"sampler_difference": mean}
 
+    table = pa.table(columns)
+    if divide_unused is not None and len(unused := read_unused(stored, groups)):
+        others = _Steps(unused, divide_unused(unused.lengths()), temperature, ranks)
+        values = others.logps(policies["old"], "old_logp", "old_token_logps", report)
+        rest = pa.table({KEY[0]: unused.prompt_ids, KEY[1]: unused.indices, **values})
+        table = pa.concat_tables([table, rest], promote_options="default")
+
     def write() -> None:
-        table = pa.table(columns)
         for number, start in enumerate(range(0, max(1, len(table)), _SHARD_ROWS)):
             stored.write_shard("logps", number, table.slice(start, _SHARD_ROWS))
-        names = [*(["given"] if given else []), *(["sampler"] if difference else []), *policies]
+        names = [*(["given"] if given or known else []), *(["sampler"] if difference else []), *policies]
         stored.complete("logps", seconds=time.monotonic() - started, policies=names, **difference)
 
     ranks.run_on_rank_zero(write)
@@ -151,8 +165,8 @@ class _Steps:
         return float(np.abs(own - reported[self._responses(batch)]).sum() / len(rows.targets))
 
 
-def _reported_by_sampler(stored: Round, groups: StoredGroups) -> np.ndarray:
-    """The sampler's log-probs of the used responses, shape (R,), float64, nats."""
+def sampler_columns(stored: Round, groups: StoredGroups) -> dict[str, np.ndarray]:
+    """The sampler's log-probs of the used responses as `old_logp`, shape (R,), float64, nats."""
     sampled = stored.read("responses", [*KEY, "sampler_logp"])
     if sampled["sampler_logp"].null_count:
         raise InputError(
@@ -161,4 +175,4 @@ def _reported_by_sampler(stored: Round, groups: StoredGroups) -> np.ndarray:
         )
     used = pa.table({KEY[0]: groups.prompt_ids, KEY[1]: groups.indices, "row": np.arange(len(groups.indices))})
     joined = used.join(sampled, list(KEY)).sort_by("row")
-    return pc.cast(joined["sampler_logp"], pa.float64()).to_numpy()
+    return {"old_logp": pc.cast(joined["sampler_logp"], pa.float64()).to_numpy()}

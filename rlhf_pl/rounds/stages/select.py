@@ -59,17 +59,17 @@ def select(
     Raises:
         InputError: The selector returned something else than pairs of a prompt's responses.
     """
-    table, info = _select(stored, selector, run_seed, limit, shaping, keep_ties, uses_ties, drop_equal)
+    table, info = make_selection(stored, selector, run_seed, limit, shaping, keep_ties, uses_ties, drop_equal)
     stored.write_shard("pairs", 0, table)
     stored.complete("pairs", **info)
 
 
 def count_usable(stored: Round, *arguments: Any) -> int:
     """Number of a round's prompts that `select` with the same arguments would give pairs or a group."""
-    return pc.count_distinct(_select(stored, *arguments)[0]["prompt_id"]).as_py()
+    return pc.count_distinct(make_selection(stored, *arguments)[0]["prompt_id"]).as_py()
 
 
-def _select(
+def make_selection(
     stored: Round,
     selector: PairSelector | None,
     run_seed: int,
@@ -79,7 +79,7 @@ def _select(
     uses_ties: bool,
     drop_equal: bool,
 ) -> tuple[pa.Table, dict[str, Any]]:
-    """(table of the stage `pairs`, counts)."""
+    """The table that `select` writes with the same arguments, and its counts; writes nothing."""
     groups = _scored_groups(stored)
     rewards, lengths, finished = (
         [getattr(group, name) for group in groups] for name in ("rewards", "lengths", "finished")
