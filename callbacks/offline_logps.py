@@ -7,6 +7,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
+from rlhf_pl.algorithms.prompt_groups import Z_REF
 from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.offline_datamodule import OfflineDataModule
 from rlhf_pl.data.offline_pairs import OfflinePair, make_tables
@@ -19,7 +20,7 @@ from rlhf_pl.rounds.policy_snapshot import assume_weights_unchanged, extra_passe
 from rlhf_pl.rounds.repair import move_aside
 from rlhf_pl.rounds.settings import logps_settings
 from rlhf_pl.rounds.stages import store_logps
-from rlhf_pl.rounds.stages.logps import steps_by_length
+from rlhf_pl.rounds.stages.logps import mismatched_by_length, steps_by_length
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.provenance import ChangedSettingsError, list_differences
 from rlhf_pl.store.round_store import Round, RoundStore
@@ -141,17 +142,30 @@ class OfflineLogps(L.Callback):
             )
         show = trainer.is_global_zero and trainer.progress_bar_callback is not None
         ranks, description = ranks_of(trainer), "log-probs of pairs"
-        total = 2 * len(pairs) * (len(policies) + len(extra))
+        has_mismatched = Z_REF in module.needs
+        total = 2 * len(pairs) * (len(policies) + len(extra) + has_mismatched)
         with (
             ranks.phase(description),
             phase(description, total, "responses", show) as report,
             assume_weights_unchanged(module),
         ):
             divide = steps_by_length(self.logps_batch_tokens, ranks)
+            mismatched = mismatched_by_length(self.logps_batch_tokens, ranks)
             if not stored.is_held_out:
-                divide = partial(data.training_steps, 0)
+                divide, mismatched = partial(data.training_steps, 0), partial(data.mismatched_steps, 0)
             known = None if given is None else {"old": given}
-            store_logps(stored, policies, divide, data.temperature, report, ranks, module.needs, known, extra=extra)
+            store_logps(
+                stored,
+                policies,
+                divide,
+                data.temperature,
+                report,
+                ranks,
+                module.needs,
+                known,
+                extra=extra,
+                mismatched=mismatched if has_mismatched else None,
+            )
         if given is not None:
             self._compare_logps(trainer, module, data, pairs)
 

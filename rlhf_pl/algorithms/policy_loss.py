@@ -7,7 +7,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from rlhf_pl.algorithms.prompt_groups import NEEDS, PER_TOKEN, SUMMED, Element, PromptGroups
+from rlhf_pl.algorithms.prompt_groups import NEEDS, PER_TOKEN, SUMMED, Z_REF, Element, PromptGroups
 from rlhf_pl.algorithms.round_facts import Choice, RoundFacts
 from rlhf_pl.utils.errors import InputError
 
@@ -20,8 +20,9 @@ class PolicyLoss(ABC):
 
     Attributes:
         needs: What the loss reads, from `rewards`, `old_logps`, `reference_logps` (summed over each response),
-            `old_token_logps` and `reference_token_logps`; and from the module's `extra_passes`, which are in
-            `PromptGroups.stored` by name, a number per token.
+            `old_token_logps` and `reference_token_logps`; `kto_z_ref`, the mean log-ratio to the reference of an
+            update's responses to other prompts, or 0 if that is negative, without gradient, in `PromptGroups.stored`;
+            and from the module's `extra_passes`, which are there by name, a number per token.
         per: The element that the loss returns a value for. With `pair`, the policy trains on the selector's pairs, and
             a prompt counts once, whatever its number of pairs; otherwise on all scored responses to a prompt.
         on_pairs: Whether a loss per response or token needs the selector's pairs as well, as one on chosen responses.
@@ -160,6 +161,8 @@ def check_needs(loss: PolicyLoss, kl_coef: float, extra_passes: Collection[str] 
     name, needs = type(loss).__name__, frozenset[str]()
     for _, term in loss.terms:
         needs |= _declared_needs(term, extra_passes)
+    if Z_REF in needs:
+        needs |= {"reference_logps"}
     needs |= {summed for summed, per_token in zip(SUMMED, PER_TOKEN, strict=True) if per_token in needs}
     if kl_coef == 0:
         return needs
@@ -218,7 +221,7 @@ def logged_names(loss: PolicyLoss, needs: Collection[str]) -> tuple[str, ...]:
         names += ("kl", *(("kl_chosen", "kl_rejected") if pairs else ()), "ratio_mean", "ratio_var")
     if pairs and (old or "reference_logps" in needs):
         names += ("logratio_margin", "reward_margin", "sign_align")
-    return (*names, *loss.metric_names)
+    return (*names, *((Z_REF,) if Z_REF in needs else ()), *loss.metric_names)
 
 
 @torch.no_grad()
@@ -236,6 +239,8 @@ def logged(loss: PolicyLoss, groups: PromptGroups) -> dict[str, Tensor]:
     if pairs and any(name in stored for name in SUMMED):
         base = stored["old_logps" if "old_logps" in stored else "reference_logps"]
         parts |= _margin_metrics(groups, groups.logps - base)
+    if Z_REF in stored:
+        parts[Z_REF] = stored[Z_REF]
     return {**parts, **loss.metrics(groups)}
 
 

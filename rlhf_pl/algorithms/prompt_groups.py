@@ -13,7 +13,9 @@ from rlhf_pl.utils.errors import InputError
 Element = Literal["pair", "group", "response", "token"]
 SUMMED = ("old_logps", "reference_logps")  # of each response
 PER_TOKEN = ("old_token_logps", "reference_token_logps")
-NEEDS = ("rewards", *SUMMED, *PER_TOKEN)
+# KTO's estimate of KL(pi_theta || pi_ref): the mean log-ratio of an update's responses to other prompts, at least 0
+Z_REF = "kto_z_ref"
+NEEDS = ("rewards", *SUMMED, *PER_TOKEN, Z_REF)
 
 
 def extra_needs(needs: Collection[str]) -> list[str]:
@@ -35,7 +37,7 @@ class PromptGroups:
         finished: Whether each response ended with an EOS, shape (R,), bool; the others are truncated.
         sizes: Responses of each group, shape (G,), int64.
         stored: Log-probs under the policies that do not train, by their names in `NEEDS`, and the values of the
-            module's `extra_passes`, shape (M,), as far as the loss needs them.
+            module's `extra_passes`, shape (M,), as far as the loss needs them; `Z_REF` has shape ().
         pair_rows: Indices among the R responses of the chosen and the rejected response of each of P pairs, group after
             group, shape (2, P), int64. None if each group is one pair, (chosen, rejected), or there are no pairs.
         pair_sizes: Number of pairs of each group, shape (G,), int64; None together with `pair_rows`.

@@ -143,6 +143,13 @@ def _show(plan: Plan, available: float, own: argparse.Namespace, keep_rounds: in
             f"score take up to {1 + refill} times as long.",
             soft_wrap=True,
         )
+    if plan.has_mismatched:
+        console.print(
+            f"`model.loss` {type(plan.module.loss).__name__} needs the log-probs of responses to other prompts: a "
+            f"second forward pass before each update, which makes training {plan.training_factor():.2f} times as long, "
+            "and another one in the log-probs. Both are in the times above.",
+            soft_wrap=True,
+        )
     worst = max(totals, key=lambda phase: totals[phase])
     if totals[worst] <= available:
         console.print(f"Fits: the peak ({worst}) takes {totals[worst] / available:.0%} of {format_bytes(available)}.")

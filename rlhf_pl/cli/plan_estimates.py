@@ -5,6 +5,7 @@ from typing import Any, Protocol
 
 import torch
 
+from rlhf_pl.algorithms.prompt_groups import Z_REF
 from rlhf_pl.callbacks import RoundRefresh
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.data.policy_module import PolicyModule
@@ -70,6 +71,7 @@ class Plan:
         self.longest = data.max_prompt_tokens + options.sampling.max_response_tokens
         # responses per prompt that are trained on
         one_pair = module.loss.uses_pairs and (options.selector is None or options.selector.gives_one_pair)
+        self.has_mismatched = Z_REF in module.needs
         self.used = 2 if one_pair else options.sampling.num_responses
 
     def memory(self, device_memory: float) -> dict[str, dict[str, int]]:
@@ -86,19 +88,23 @@ class Plan:
             held["policy before the round"] = self.snapshot_bytes()
         unit = max(model.rest, model.layer)
         groups, response = self.data.batch_size, self.options.sampling.max_response_tokens
-        group_tokens = self.longest + (self.used - 1) * response
-        if self.data.max_tokens_per_batch is not None:
-            groups = max(1, min(groups * self.accumulate, self.data.max_tokens_per_batch // group_tokens))
+        used, budget = self.used, self.data.max_tokens_per_batch
+        group_tokens = self.longest + (used - 1) * response
+        if budget is not None and group_tokens > budget:  # a part of a group, of at least one response
+            groups, used = 1, max(1, 1 + (budget - self.longest) // response)
+        elif budget is not None:
+            groups = max(1, min(groups * self.accumulate, budget // group_tokens))
         # with shared-prefix attention a group holds its prompt once, and a batch is one row without padding
         shares = module.attn_implementation == "sdpa"
-        rows, tokens = (1, groups * group_tokens) if shares else (self.used * groups, self.longest)
+        packed = groups * (self.longest + (used - 1) * response)
+        rows, tokens = (1, packed) if shares else (used * groups, self.longest)
         training = {
             **held,
             "gradients": width * model.trainable // shards * (1 if self.sharded or self.devices == 1 else 2),
             "activations": activation_bytes(config, rows, tokens, self.kernels, module.gradient_checkpointing),
             "output head": head_bytes(
                 config,
-                min(module.logprob_chunk_tokens, self.used * groups * response),
+                min(module.logprob_chunk_tokens, used * groups * response),
                 self.on_gpu,
                 self.kernels.half,
                 module.lora is None,
@@ -120,6 +126,16 @@ class Plan:
             "score": held | {"sampler": engine, "reward model": self._reward_bytes()},
             "sync": sync,
         }
+
+    def training_factor(self) -> float:
+        """How many times the training takes as long because of the responses to other prompts."""
+        per_token = self._training_flops()
+        return (per_token + 2) / per_token
+
+    def _training_flops(self) -> int:
+        """FLOPs of the training for each parameter and token, without passes ahead."""
+        per_token = 6 if self.module.lora is None and self.module.trainable_layers is None else 4
+        return per_token + 2 * self.module.gradient_checkpointing
 
     def _engine_bytes(self, device_memory: float, held: Mapping[str, int]) -> int:
         """Weights and KV cache of a rank's sampler. vLLM on a GPU fills its configured share of the memory."""
@@ -186,14 +202,16 @@ class Plan:
         shares = self.module.attn_implementation == "sdpa"
         used_tokens = prompts * (row + others * response_tokens if shares else self.used * row)
         models = sum(name in self.module.needs for name in ("old_logps", "reference_logps"))
-        per_token = 6 if self.module.lora is None and self.module.trainable_layers is None else 4
-        per_token += 2 * self.module.gradient_checkpointing
+        per_token = self._training_flops()
         speed = tflops * 1e12 * self.devices
         reward = self._reward_bytes() / 2  # approximate number of parameters
+        budget = self.data.max_tokens_per_batch
+        is_split = budget is not None and row + others * response_tokens > budget
+        per_token += 2 * (is_split + self.has_mismatched)  # passes without gradient ahead of each update
         return {
             "generate": responses * response_tokens / (tokens_per_s * engines),
             "score": 2 * reward * responses * row / speed,
-            "log-probs": 2 * models * self.model.total * used_tokens / speed,
+            "log-probs": 2 * (models + self.has_mismatched) * self.model.total * used_tokens / speed,
             "train": per_token * self.model.total * self.data.passes * used_tokens / speed,
         }
 

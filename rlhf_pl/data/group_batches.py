@@ -10,7 +10,10 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlhf_pl.algorithms.policy_loss import PolicyLoss
-from rlhf_pl.algorithms.prompt_groups import PromptGroups, apply_kl_penalty
+from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups, apply_kl_penalty, segment_sums
+from rlhf_pl.data.ahead import Ahead, Mismatched
+from rlhf_pl.data.group_parts import BatchParts, GroupParts, batch_parts, split_groups
+from rlhf_pl.data.group_sampler import AheadRequest
 from rlhf_pl.data.stored_groups import StoredGroups, StoredLogps
 from rlhf_pl.models.packed_batch import PackedBatch, pack
 from rlhf_pl.models.packed_layout import to_device
@@ -34,6 +37,8 @@ class GroupBatch:
             mean over all elements of the update.
         pair_rows: See `PromptGroups`.
         pair_sizes: See `PromptGroups`.
+        parts: Which tokens of its groups `rows` has, if some of them are split; the other numbers are of whole groups.
+        ahead: What is computed before the update that this batch is the first of; None for nothing.
     """
 
     def __init__(
@@ -47,6 +52,8 @@ class GroupBatch:
         weights: tuple[float, ...] = (1.0,),
         pair_rows: Tensor | None = None,
         pair_sizes: Tensor | None = None,
+        parts: BatchParts | None = None,
+        ahead: Ahead | None = None,
     ) -> None:
         self.rows = rows
         self.rewards = rewards
@@ -56,6 +63,7 @@ class GroupBatch:
         self.temperature = temperature
         self.weights = weights
         self.pair_rows, self.pair_sizes = pair_rows, pair_sizes
+        self.parts, self.ahead = parts, ahead
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -77,18 +85,31 @@ class GroupBatch:
         rewards, finished, sizes = (to_device(values, device) for values in (self.rewards, self.finished, self.sizes))
         pairs = (None if values is None else to_device(values, device) for values in (self.pair_rows, self.pair_sizes))
         rows = self.rows.to(device)
-        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, self.weights, *pairs)
+        more = (None if value is None else value.to(device) for value in (self.parts, self.ahead))
+        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, self.weights, *pairs, *more)  # type: ignore[arg-type]
 
-    def groups(self, token_logps: Tensor, kl_coef: float = 0.0) -> PromptGroups:
+    def groups(
+        self,
+        token_logps: Tensor,
+        kl_coef: float = 0.0,
+        known: Mapping[int, Tensor] | None = None,
+        numbers_of_update: Mapping[str, Tensor] | None = None,
+    ) -> PromptGroups:
         """The input of the loss.
 
         Args:
-            token_logps: Log-probs under the policy, shape (M,), float32, nats.
+            token_logps: Log-probs of the tokens of `rows` under the policy, float32, nats.
             kl_coef: Weight of the KL penalty in the rewards, reward units per nat.
+            known: Log-probs of all tokens of the groups that are split, by their indices, without gradient.
+            numbers_of_update: Numbers of shape () that the whole update has in common, by name: `Z_REF`.
         """
         rewards = apply_kl_penalty(self.rewards, kl_coef, self.stored)
-        logps, lengths = self.rows.sum_per_response(token_logps), self.rows.counts
-        numbers = (rewards, lengths, self.finished, self.sizes, self.stored)
+        lengths = self.rows.counts
+        if self.parts is not None:
+            lengths = self.parts.lengths
+            token_logps = self.parts.complete(token_logps, known or {})
+        logps = segment_sums(token_logps, to_device(lengths, token_logps.device))
+        numbers = (rewards, lengths, self.finished, self.sizes, {**self.stored, **(numbers_of_update or {})})
         return PromptGroups(token_logps, logps, *numbers, self.pair_rows, self.pair_sizes)
 
 
@@ -102,9 +123,14 @@ class GroupDataset(Dataset):
     """
 
     def __init__(self, groups: StoredGroups, logps: StoredLogps, temperature: float) -> None:
-        self.stored, self.logps, self.temperature = groups, logps, temperature
+        self.stored, self.temperature = groups, temperature
+        self.logps = {name: values for name, values in logps.items() if name != Z_REF}
+        self.mismatched_reference_logps = logps.get(Z_REF)
         self.rewards = torch.tensor(groups.rewards, dtype=torch.float32)
         self.finished = torch.from_numpy(groups.finished.copy())
+        # what micro-batches are made of; the DataModule changes it where groups are larger than its token budget
+        self.parts = split_groups(groups, None)
+        self.mismatched: GroupParts | None = None
         self.has_single_pairs = groups.pairs is not None and groups.pairs.are_simple
 
     def __len__(self) -> int:
@@ -129,16 +155,41 @@ class GroupDataset(Dataset):
             counts += groups.sum_per_group(loss.counts_in(groups).double()).long().tolist()
         return counts
 
-    def batch(self, indices: Sequence[int], weights: tuple[float, ...] = (1.0,)) -> GroupBatch:
-        """The groups at `indices`."""
-        rows = pack([self.stored.prefix_group(i) for i in indices])
+    def batch(
+        self, items: Sequence[int], weights: tuple[float, ...] = (1.0,), ahead: AheadRequest | None = None
+    ) -> GroupBatch:
+        """The groups, or parts of groups, at `items`; with what is computed ahead of their update."""
+        indices = self.parts.group_of[list(items)].tolist()
+        rows = pack([self.parts.items.prefix_group(i) for i in items])
         members = [self.stored.rows(i) for i in indices]
         responses = torch.from_numpy(np.concatenate(members))
         stored = {name: _select(values, responses) for name, values in self.logps.items()}
         sizes = torch.tensor([len(part) for part in members])
         rewards, finished = self.rewards[responses], self.finished[responses]
         pairs = self._pairs(indices, members)
-        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, weights, *pairs)
+        more = (self._parts_of(items), None if ahead is None else self._ahead(ahead))
+        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, weights, *pairs, *more)
+
+    def _parts_of(self, items: Sequence[int]) -> BatchParts | None:
+        if not any(map(self.parts.is_part, items)):
+            return None
+        return batch_parts(self.parts, self.stored, items)
+
+    def _ahead(self, request: AheadRequest) -> Ahead:
+        parts = tuple(
+            (pack([self.parts.items.prefix_group(i) for i in items]), batch_parts(self.parts, self.stored, items))
+            for items in request.parts
+        )
+        mismatched = tuple(self._mismatched(items, counts) for items, counts in request.mismatched)
+        return Ahead(parts, mismatched)
+
+    def _mismatched(self, items: Sequence[int], counts: bool) -> Mismatched:
+        assert self.mismatched is not None
+        assert isinstance(self.mismatched_reference_logps, Tensor)
+        groups = self.mismatched.items
+        responses = torch.from_numpy(np.concatenate([groups.rows(i) for i in items]))
+        rows = pack([groups.prefix_group(i) for i in items])
+        return Mismatched(rows, self.mismatched_reference_logps[responses], counts)
 
     def _pairs(self, indices: Sequence[int], members: Sequence[np.ndarray]) -> tuple[Tensor | None, Tensor | None]:
         """`pair_rows` and `pair_sizes` of a batch of the groups at `indices`, whose responses are `members`."""
@@ -164,6 +215,8 @@ class GroupDataset(Dataset):
         lengths = torch.from_numpy(self.stored.response_lengths().astype(np.int64))[responses].to(device)
         known = {name: values for name, values in self.logps.items() if with_tokens or isinstance(values, Tensor)}
         stored = {name: _select(values, responses).to(device) for name, values in known.items()}
+        if self.mismatched_reference_logps is not None:
+            stored[Z_REF] = torch.zeros((), device=device)
         zeros = torch.zeros(int(lengths.sum()), device=device)
         token_logps = stored.get("old_token_logps", stored.get("reference_token_logps", zeros))
         logps = stored.get("old_logps", stored.get("reference_logps", torch.zeros(len(responses), device=device)))
@@ -172,9 +225,9 @@ class GroupDataset(Dataset):
         finished = self.finished[responses].to(device)
         return PromptGroups(token_logps, logps, rewards, lengths, finished, sizes, stored, *pairs)
 
-    def __getitems__(self, request: tuple[list[int], tuple[float, ...]]) -> GroupBatch | None:
-        indices, weights = request
-        return self.batch(indices, weights) if indices else None
+    def __getitems__(self, request: tuple[Any, ...]) -> GroupBatch | None:
+        """The batch of a request of `GroupSampler`: (items, weights), or (items, weights, what is computed ahead)."""
+        return self.batch(*request) if request[0] else None
 
 
 def _select(values: Tensor | pa.ListArray, responses: Tensor) -> Tensor:

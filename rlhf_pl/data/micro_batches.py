@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from rlhf_pl.data.update_plan import UpdatePlan
+from rlhf_pl.data.update_plan import RankBatches, UpdatePlan
 
 
 class MicroBatchSampler(Sampler):
@@ -41,12 +41,12 @@ class MicroBatchSampler(Sampler):
     def __len__(self) -> int:
         return len(self._batches)
 
-    def __iter__(self) -> Iterator[tuple[list[int], tuple[float, ...]]]:
+    def __iter__(self) -> Iterator[tuple[Any, ...]]:
         skip, self.skip = self.skip, 0  # on the first `next`: loaders with workers create an iterator they never use
         yield from self._batches[skip:]
 
     @cached_property
-    def _updates(self) -> list[list[list[list[int]]]]:
+    def _updates(self) -> list[list[RankBatches]]:
         return self.plan.divide(self._order(), self.lengths)
 
     def steps(self) -> list[list[list[int]]]:
@@ -61,19 +61,26 @@ class MicroBatchSampler(Sampler):
         return max(map(len, self._updates), default=1)
 
     @cached_property
-    def _batches(self) -> list[tuple[list[int], tuple[float, ...]]]:
-        batches: list[tuple[list[int], tuple[float, ...]]] = []
+    def _batches(self) -> list[tuple[Any, ...]]:
+        batches: list[tuple[Any, ...]] = []
         no_weight = (0.0,) * len(self.sizes)
-        for full_update in self._updates:
+        for number, full_update in enumerate(self._updates):
+            first = len(batches)
             update = full_update if self.limit is None else full_update[: max(0, self.limit - len(batches))]
             pairs = [i for micro_batch in update for part in micro_batch for i in part]
             for micro_batch in update:
                 own = micro_batch[self.rank]
                 # strategies need a step from every rank: a rank without a pair repeats one with weight 0
                 batches.append((own, self._weights(own, pairs)) if own else (pairs[:1], no_weight))
+            if update:
+                batches[first] = (*batches[first], *self._ahead(number, update))
         return batches or [
             ([], no_weight)
         ]  # Lightning ends a run whose loader is empty, but skips a batch that is None
+
+    def _ahead(self, number: int, update: list[RankBatches]) -> tuple[Any, ...]:
+        """What an update's first micro-batch has in addition, for what must be computed before the update."""
+        return ()
 
     def _order(self) -> list[int]:
         """The order of all passes, each shuffled separately. No update contains a pair twice."""

@@ -1,17 +1,18 @@
 """The DataModule of pairs that were sampled and scored elsewhere."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.group_batches import GroupDataset
+from rlhf_pl.data.group_sampler import GroupSampler
 from rlhf_pl.data.held_out import check_held_out, hold_out
 from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
 from rlhf_pl.data.offline_pairs import OfflinePair, PairReader, describe_dropped
 from rlhf_pl.data.overflow import read_groups
 from rlhf_pl.data.pairs_datamodule import PairsDataModule
 from rlhf_pl.data.run_limits import is_run_over, limit_epoch, make_empty_loader
+from rlhf_pl.data.stored_groups import StoredGroups
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.chat_template import check_template_kwargs
 from rlhf_pl.store.round_store import Round, RoundStore
@@ -44,9 +45,11 @@ class OfflineDataModule(PairsDataModule):
         val_pairs: Held-out pairs: a share below 1, a number of pairs, or a file or Hub id.
         split_seed: Selects the held-out prompts.
         batch_size: Pairs per micro-batch and device. An update has batch_size x accumulate_grad_batches x devices.
-        max_tokens_per_batch: Maximum tokens of a micro-batch, prompts counted once; only a single pair may be longer.
-            An update keeps its pairs and is divided into as many micro-batches as needed. null for batch_size pairs per
-            micro-batch.
+        max_tokens_per_batch: Maximum tokens of a micro-batch, prompts counted once; only a prompt with one response may
+            be longer. An update keeps its pairs and is divided into as many micro-batches as needed, of pairs of
+            similar length. The responses of a longer pair or prompt group are divided among micro-batches, each with
+            the prompt; the gradient stays the same, at the cost of one more pass without gradient. null for batch_size
+            pairs per micro-batch.
         num_workers: Loader processes.
         seed: Shuffles the pairs; null for the run's `seed_everything`.
     """
@@ -158,14 +161,24 @@ class OfflineDataModule(PairsDataModule):
     def divide(self, epoch: int) -> MicroBatchSampler:
         return self._batches(epoch, self._read_groups(self.stored))
 
-    def training_steps(self, epoch: int, lengths: Sequence[int]) -> list[list[list[int]]]:
-        """Indices of the pairs of each micro-batch and rank of an epoch, for pairs of these lengths."""
-        return self._divide(f"{self.seed}:{epoch}", len(lengths), lengths).steps()
+    def training_steps(self, epoch: int, groups: StoredGroups) -> tuple[StoredGroups, list[list[list[int]]]]:
+        """What an epoch's micro-batches are made of, and the indices of those in each micro-batch and rank."""
+        batches = self._divide_groups(f"{self.seed}:{epoch}", groups, by_length=True)
+        return batches.parts.items, batches.steps()
 
-    def _batches(self, epoch: int, dataset: GroupDataset) -> MicroBatchSampler:
+    def mismatched_steps(self, epoch: int, groups: StoredGroups) -> tuple[StoredGroups, list[list[list[int]]]]:
+        """The same for the responses under other prompts."""
+        batches = self._divide_groups(f"{self.seed}:{epoch}", groups, by_length=True)
+        if batches.mismatched is None:
+            return groups, []
+        return batches.mismatched.items, batches.mismatched_steps()
+
+    def _batches(self, epoch: int, dataset: GroupDataset) -> GroupSampler:
         module: Any = self._trainer.lightning_module
         sizes = dataset.sizes(module.loss, module.kl_coef)
-        return self._divide(f"{self.seed}:{epoch}", len(dataset), dataset.lengths(), sizes=sizes)
+        batches = self._divide_groups(f"{self.seed}:{epoch}", dataset.stored, by_length=True, sizes=sizes)
+        dataset.parts, dataset.mismatched = batches.parts, batches.mismatched
+        return batches
 
     def val_dataloader(self) -> Any:
         if not self.val_set:
@@ -173,7 +186,7 @@ class OfflineDataModule(PairsDataModule):
         if self._source is not None:
             self._source.prepare_round(0)
         dataset = self._read_groups(self.stored_held_out)
-        batches = self._held_out_batches(len(dataset), dataset.lengths())
+        batches = self._held_out_groups(dataset, len(dataset), by_length=True)
         return ResumableLoader(dataset, batches, 0, self.num_workers)
 
     def _read_groups(self, stored: Round) -> GroupDataset:

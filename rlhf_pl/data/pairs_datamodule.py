@@ -6,9 +6,15 @@ from typing import Any
 
 import lightning as L
 
+from rlhf_pl.algorithms.prompt_groups import Z_REF
 from rlhf_pl.data.base_datamodule import RowsDataModule
+from rlhf_pl.data.group_batches import GroupDataset
+from rlhf_pl.data.group_parts import GroupParts, split_groups
+from rlhf_pl.data.group_sampler import GroupSampler
 from rlhf_pl.data.micro_batches import MicroBatchSampler
+from rlhf_pl.data.mismatched import mismatch_prompts
 from rlhf_pl.data.round_source import RoundSource
+from rlhf_pl.data.stored_groups import StoredGroups
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.utils.errors import check_at_least
 
@@ -19,8 +25,9 @@ class PairsDataModule(RowsDataModule):
     For a loss on prompt groups, read "prompt group" for "pair".
 
     Args:
-        max_tokens_per_batch: Maximum tokens of a micro-batch; only a single pair may be longer. An update keeps its
-            pairs and is divided into as many micro-batches as needed. None for `batch_size` pairs per micro-batch.
+        max_tokens_per_batch: Maximum tokens of a micro-batch; only a single pair, or a prompt with a single response,
+            may be longer. An update keeps its pairs and is divided into as many micro-batches as needed. None for
+            `batch_size` pairs per micro-batch.
         rows: The arguments of `RowsDataModule`; `batch_size` counts pairs.
     """
 
@@ -45,18 +52,37 @@ class PairsDataModule(RowsDataModule):
     def divide(self, epoch: int) -> MicroBatchSampler:
         """Divide an epoch into updates and micro-batches."""
 
-    def _divide(
-        self,
-        order: str,
-        pairs: int,
-        lengths: Sequence[int] | None,
-        passes: int = 1,
-        sizes: Sequence[Sequence[int] | None] = (None,),
-    ) -> MicroBatchSampler:
+    def _divide(self, order: str, pairs: int, lengths: Sequence[int]) -> MicroBatchSampler:
+        return MicroBatchSampler(self._plan(pairs), order, self._trainer.global_rank, lengths)
+
+    def _plan(self, pairs: int, passes: int = 1) -> UpdatePlan:
         trainer, world_size = self._trainer, self._trainer.world_size
         accumulate = self.pairs_per_update(trainer) // self.batch_size // world_size
-        plan = UpdatePlan(passes * pairs, self.batch_size, accumulate, world_size, self.max_tokens_per_batch, passes)
-        return MicroBatchSampler(plan, order, trainer.global_rank, lengths, sizes)
+        return UpdatePlan(passes * pairs, self.batch_size, accumulate, world_size, self.max_tokens_per_batch, passes)
+
+    def _divide_groups(
+        self,
+        order: str,
+        groups: StoredGroups,
+        by_length: bool,
+        passes: int = 1,
+        sizes: Sequence[Sequence[int] | None] = (None,),
+    ) -> GroupSampler:
+        """The same for prompt groups; those above the token budget are split."""
+        parts, mismatched = self._split(groups)
+        return GroupSampler(
+            self._plan(len(groups), passes), order, self._trainer.global_rank, parts, by_length, sizes, mismatched
+        )
+
+    def _split(self, groups: StoredGroups) -> tuple[GroupParts, GroupParts | None]:
+        """Groups within the token budget; and those under other prompts, if the loss needs them and there are any."""
+        module: Any = self._trainer.lightning_module
+        can_split = getattr(module, "computes_ahead", False)  # a user's module may not
+        mismatched = mismatch_prompts(groups) if Z_REF in module.needs else None
+        return (
+            split_groups(groups, self.max_tokens_per_batch if can_split else None),
+            None if mismatched is None else split_groups(mismatched, self.max_tokens_per_batch),
+        )
 
     def accumulate_over(self, batches: MicroBatchSampler) -> MicroBatchSampler:
         """Set the Trainer's accumulation to the micro-batches of an update. No other code sets it.
@@ -75,3 +101,15 @@ class PairsDataModule(RowsDataModule):
         """Micro-batches of held-out pairs, in an order that all epochs share."""
         plan = UpdatePlan(pairs, self.batch_size, 1, self._trainer.world_size)
         return MicroBatchSampler(plan, "held-out", self._trainer.global_rank, lengths)
+
+    def _held_out_groups(self, dataset: GroupDataset, pairs: int, by_length: bool) -> MicroBatchSampler:
+        """Micro-batches of held-out groups; where something is computed ahead, all of them are one update."""
+        dataset.parts, dataset.mismatched = parts, mismatched = self._split(dataset.stored)
+        if not parts.split and mismatched is None:
+            return self._held_out_batches(pairs, dataset.lengths() if by_length else None)
+        world_size = self._trainer.world_size
+        accumulate = -(-pairs // (self.batch_size * world_size))
+        max_tokens = self.max_tokens_per_batch if parts.split else None
+        plan = UpdatePlan(pairs, self.batch_size, accumulate, world_size, max_tokens)
+        rank, by_length = self._trainer.global_rank, by_length or max_tokens is not None
+        return GroupSampler(plan, "held-out", rank, parts, by_length, mismatched=mismatched)

@@ -8,6 +8,7 @@ import torch
 from rlhf_pl.checkpointing.progress import is_inside_round, rounds_done
 from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.group_batches import GroupDataset
+from rlhf_pl.data.group_sampler import GroupSampler
 from rlhf_pl.data.held_out import check_held_out, hold_out
 from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
 from rlhf_pl.data.overflow import read_groups
@@ -21,6 +22,7 @@ from rlhf_pl.data.prompts import (
     tokenize_prompts,
 )
 from rlhf_pl.data.run_limits import is_run_over, make_empty_loader
+from rlhf_pl.data.stored_groups import StoredGroups
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.chat_template import check_template_kwargs
 from rlhf_pl.store.round_store import Round, RoundStore
@@ -50,9 +52,11 @@ class RoundDataModule(PairsDataModule):
         prompts_per_round: Number of prompts of a round; null for all.
         batch_size: Pairs per micro-batch and device; prompts for a loss on prompt groups, or if `rollout.selector`
             gives several pairs of a prompt. An update has batch_size x accumulate_grad_batches x devices.
-        max_tokens_per_batch: Maximum tokens of a micro-batch, prompts counted once; only a single pair may be longer.
-            An update keeps its pairs and is divided into as many micro-batches as needed, of pairs of similar length.
-            null for batch_size pairs per micro-batch.
+        max_tokens_per_batch: Maximum tokens of a micro-batch, prompts counted once; only a prompt with one response may
+            be longer. An update keeps its pairs and is divided into as many micro-batches as needed, of pairs of
+            similar length. The responses of a longer pair or prompt group are divided among micro-batches, each with
+            the prompt; the gradient stays the same, at the cost of one more pass without gradient. null for batch_size
+            pairs per micro-batch.
         passes: Number of training passes over a round's pairs. An update has no pair twice: if a round has fewer pairs
             than an update, each pass is one update.
         max_val_pairs: Maximum number of held-out prompts whose pairs give `val/loss` and `val/sign_align`; 0 for none.
@@ -212,26 +216,36 @@ class RoundDataModule(PairsDataModule):
         assert dataset is not None
         return self._batches(epoch, dataset)
 
-    def training_steps(self, index: int, lengths: Sequence[int]) -> list[list[list[int]]]:
-        """Indices of the pairs (or groups) of each micro-batch and rank of a round, for pairs of these lengths."""
-        return self._batches_of(index, lengths).steps()
+    def training_steps(self, index: int, groups: StoredGroups) -> tuple[StoredGroups, list[list[list[int]]]]:
+        """What a round's micro-batches are made of, and the indices of those in each micro-batch and rank."""
+        batches = self._batches_of(index, groups)
+        return batches.parts.items, batches.steps()
 
-    def _batches(self, index: int, dataset: GroupDataset) -> MicroBatchSampler:
+    def mismatched_steps(self, index: int, groups: StoredGroups) -> tuple[StoredGroups, list[list[list[int]]]]:
+        """The same for the responses under other prompts."""
+        batches = self._batches_of(index, groups)
+        if batches.mismatched is None:
+            return groups, []
+        return batches.mismatched.items, batches.mismatched_steps()
+
+    def _batches(self, index: int, dataset: GroupDataset) -> GroupSampler:
         module: Any = self._trainer.lightning_module
-        return self._batches_of(index, dataset.lengths(), dataset.sizes(module.loss, module.kl_coef))
+        batches = self._batches_of(index, dataset.stored, dataset.sizes(module.loss, module.kl_coef))
+        dataset.parts, dataset.mismatched = batches.parts, batches.mismatched
+        return batches
 
     def _batches_of(
-        self, index: int, lengths: Sequence[int], sizes: Sequence[Sequence[int] | None] = (None,)
-    ) -> MicroBatchSampler:
-        sorted_by = None if self.max_tokens_per_batch is None else lengths
-        return self._divide(f"{self.seed}:{index}", len(lengths), sorted_by, self.passes, sizes)
+        self, index: int, groups: StoredGroups, sizes: Sequence[Sequence[int] | None] = (None,)
+    ) -> GroupSampler:
+        by_length = self.max_tokens_per_batch is not None
+        return self._divide_groups(f"{self.seed}:{index}", groups, by_length, self.passes, sizes)
 
     def val_dataloader(self) -> Any:
         """The held-out pairs of the policy that sampled the current round, if there are any."""
         dataset = self._read_groups(self.store.held_out(self.round_index))
         if dataset is None or len(dataset) == 0:
             return []
-        batches = self._held_out_batches(min(len(dataset), self.max_val_pairs))
+        batches = self._held_out_groups(dataset, min(len(dataset), self.max_val_pairs), by_length=False)
         return ResumableLoader(dataset, batches, self.round_index, self.num_workers)
 
     def _read_groups(self, stored: Round) -> GroupDataset | None:

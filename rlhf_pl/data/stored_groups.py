@@ -9,7 +9,7 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from rlhf_pl.algorithms.prompt_groups import SUMMED
+from rlhf_pl.algorithms.prompt_groups import SUMMED, Z_REF
 from rlhf_pl.models.packed_batch import PrefixGroup
 from rlhf_pl.store.round_store import DamagedStoreError, Round
 
@@ -27,6 +27,7 @@ PAIRS = pa.schema(
 )
 # schema of the same stage for training on whole prompt groups
 GROUPS = pa.schema([("prompt_id", pa.string()), ("response_index", pa.int32()), ("reward", pa.float64())])
+MISMATCHED = "mismatched_reference_logp"  # column of the stage `logps`: under the reference, after another prompt
 _WHICH = ("chosen", "rejected")
 _MAX_RESPONSES = 1 << 31  # exceeds every response index
 
@@ -233,6 +234,8 @@ def _group_pairs(table: pa.Table, indices: np.ndarray, by_prompt: bool) -> tuple
 def read_stored_logps(table: pa.Table, groups: StoredGroups) -> dict[str, Tensor | pa.ListArray]:
     """Read the log-probs and further values per token of a round's stage `logps`, by their names in a loss's `needs`.
 
+    Under the name `Z_REF` are those of the responses to other prompts under the reference.
+
     Args:
         table: The stage, with a row per response, those of other responses last; in earlier versions, with a row per
             pair.
@@ -253,6 +256,8 @@ def read_stored_logps(table: pa.Table, groups: StoredGroups) -> dict[str, Tensor
             logps[name] = torch.tensor(_interleave(table, column), dtype=torch.float32)
         elif column in table.column_names:
             logps[name] = torch.tensor(table[column].to_numpy(), dtype=torch.float32)
+    if MISMATCHED in table.column_names:
+        logps[Z_REF] = torch.tensor(table[MISMATCHED].to_numpy(), dtype=torch.float32)
     for field in table.schema:
         if pa.types.is_list(field.type):  # per token
             logps[field.name] = table[field.name].combine_chunks()

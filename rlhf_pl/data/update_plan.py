@@ -1,6 +1,6 @@
 """Divides the pairs of an epoch into optimizer updates and micro-batches."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 RankBatches = list[list[int]]  # indices of pairs; in a micro-batch, a list for each rank
@@ -16,8 +16,8 @@ class UpdatePlan:
         accumulate: Micro-batches per update.
         world_size: Number of ranks.
         max_tokens: Maximum tokens of a micro-batch of a rank. If given, an update is divided into as many micro-batches
-            as needed, and `batch_size` and `accumulate` only determine its number of pairs. A longer pair or prompt
-            group is a micro-batch of its own, over the limit: groups are not split.
+            as needed, and `batch_size` and `accumulate` only determine its number of pairs. A longer pair, or part of a
+            prompt group, is a micro-batch of its own, over the limit.
         passes: Number of times that an epoch uses each pair; an update has no pair twice.
     """
 
@@ -44,22 +44,28 @@ class UpdatePlan:
         """Number of updates of the epoch."""
         return -(-self.total_pairs // self.pairs_per_update)
 
-    def divide(self, order: Sequence[int], lengths: Sequence[int] | None) -> list[list[RankBatches]]:
+    def divide(
+        self, order: Sequence[int], lengths: Sequence[int] | None, split: Mapping[int, Sequence[int]] | None = None
+    ) -> list[list[RankBatches]]:
         """Indices of the pairs of each update, micro-batch and rank; the list of a rank may be empty.
 
         Args:
             order: Indices of the pairs in training order.
             lengths: Number of tokens of each pair. If given, the pairs of a micro-batch are of similar length.
+            split: The parts of each pair (or prompt group) that is split, with indices and lengths of their own; they
+                take its place in its update.
         """
         starts = range(0, len(order), self.pairs_per_update)
         updates = [list(order[start : start + self.pairs_per_update]) for start in starts]
+        if split:
+            updates = [[part for pair in update for part in split.get(pair, (pair,))] for update in updates]
         if lengths is not None:
             updates = [sorted(update, key=lengths.__getitem__) for update in updates]
         if self.max_tokens is None or lengths is None:
             width = self.batch_size * self.world_size
             parts = [[update[i : i + width] for i in range(0, len(update), width)] for update in updates]
             return [[[part[rank :: self.world_size] for rank in range(self.world_size)] for part in p] for p in parts]
-        counts = [-(-len(_fill_greedily(update, lengths, self.max_tokens)) // self.world_size) for update in updates]
+        counts = [-(-len(fill_greedily(update, lengths, self.max_tokens)) // self.world_size) for update in updates]
         if updates:  # Lightning counts micro-batches, so all updates but the last must have the same number
             counts = [max(counts)] * (len(counts) - 1) + counts[-1:]
         return [
@@ -73,14 +79,20 @@ def _balance(update: list[int], lengths: Sequence[int], world_size: int, micro_b
     low, high = max(lengths[i] for i in update), sum(lengths[i] for i in update)
     while low < high:
         middle = (low + high) // 2
-        low, high = (low, middle) if len(_fill_greedily(update, lengths, middle)) <= count else (middle + 1, high)
-    batches = _fill_greedily(update, lengths, low)
+        low, high = (low, middle) if len(fill_greedily(update, lengths, middle)) <= count else (middle + 1, high)
+    batches = fill_greedily(update, lengths, low)
     batches += [[] for _ in range(count - len(batches))]
     return [batches[i : i + world_size] for i in range(0, count, world_size)]
 
 
-def _fill_greedily(update: list[int], lengths: Sequence[int], capacity: int) -> RankBatches:
-    """Divide an update into consecutive batches of at most `capacity` tokens; a longer pair is a batch of its own."""
+def fill_greedily(update: Sequence[int], lengths: Sequence[int], capacity: int) -> RankBatches:
+    """Divide an update into consecutive batches of at most `capacity` tokens; a longer pair is a batch of its own.
+
+    Args:
+        update: Indices of pairs, prompt groups or responses.
+        lengths: Number of tokens of each.
+        capacity: The limit.
+    """
     batches: RankBatches = []
     room = 0
     for pair in update:

@@ -115,6 +115,11 @@ class PolicyLM(nn.Module):
             self.copy, self.compute = copy, compute
 
 
+def weights_unchanged(policy: PolicyLM | None) -> Any:
+    """Context in which a policy's weights do not change, so that they are cast to the compute dtype only once."""
+    return nullcontext() if policy is None or policy.copy is None else policy.copy.weights_unchanged()
+
+
 def train_in_eval_mode(unit: Unit, mode: bool) -> Unit:
     """`unit.train(mode)`, but modules that behave differently in train mode stay in eval mode (router noise).
 

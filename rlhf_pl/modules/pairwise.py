@@ -4,23 +4,28 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 
+from rlhf_pl.algorithms.group_subsets import select_groups
 from rlhf_pl.algorithms.loss_choices import chosen_names, chosen_numbers
 from rlhf_pl.algorithms.loss_terms import loss_names, sum_of_means, term_losses, with_total_loss
 from rlhf_pl.algorithms.losses import RebelLoss
 from rlhf_pl.algorithms.margin_metrics import has_margins, margin_metric_names, pair_columns
 from rlhf_pl.algorithms.policy_loss import PolicyLoss, check_needs, logged, logged_names
-from rlhf_pl.algorithms.prompt_groups import PromptGroups
+from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups
 from rlhf_pl.checkpointing.progress import has_stopped_inside
+from rlhf_pl.data.ahead import Ahead
 from rlhf_pl.data.group_batches import GroupBatch
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import get_callable_policy, shard_frozen
 from rlhf_pl.distributed.weight_placement import checks_weights
 from rlhf_pl.models.lora import LoRA, record_settings, without_adapters
-from rlhf_pl.models.policy import DType, check_lm, train_last_layers
+from rlhf_pl.models.packed_batch import PackedBatch
+from rlhf_pl.models.policy import DType, check_lm, train_last_layers, weights_unchanged
 from rlhf_pl.models.source import ModelSource
+from rlhf_pl.modules.ahead_pass import AheadPass
 from rlhf_pl.modules.causal_lm import CausalLMModule
 from rlhf_pl.modules.logging import Means, is_update, log_histograms, log_update, with_variance
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
@@ -59,6 +64,7 @@ class RebelModule(CausalLMModule):
     """
 
     batch_type = GroupBatch
+    computes_ahead = True  # what `GroupBatch.ahead` asks for: groups above the token budget are split
     # names of methods that compute a number per token before a round trains: see `PolicyModule.needs`
     extra_passes: ClassVar[tuple[str, ...]] = ()
 
@@ -121,6 +127,7 @@ class RebelModule(CausalLMModule):
         self._round = dict(_EMPTY_ROUND)
         self._has_margins = has_margins(loss, needs)
         self._train_margins, self._val_margins = PairMargins(), PairMargins()
+        self._ahead, self._val_ahead = AheadPass(), AheadPass()
         # mean absolute log-ratio a token in a round's first update, set right after it; None after the others
         self.first_logratio: float | None = None
 
@@ -179,15 +186,28 @@ class RebelModule(CausalLMModule):
         losses = term_losses(self.loss, groups)
         is_first_update = batch_idx < self.trainer.accumulate_grad_batches
         if batch.counts:
-            self._add(self.train_means, losses, groups)
-            if self._has_margins:
-                self._train_margins.add(pair_columns(self.loss, groups, losses))
-            if is_first_update and "old_logps" in groups.stored:  # the policy is still pi_old
-                logratios = (groups.logps.detach() - groups.old_logps).abs()
-                self.train_means.add(groups.lengths, first_logratio=logratios / groups.lengths)
+            counted = self._add(self.train_means, self._train_margins, batch, groups, losses)
+            if is_first_update and "old_logps" in groups.stored and counted is not None:  # the policy is still pi_old
+                logratios = (counted.logps.detach() - counted.old_logps).abs()
+                self.train_means.add(counted.lengths, first_logratio=logratios / counted.lengths)
         if is_update(self.trainer, batch_idx):
             self._log_update(is_first_update)
+            self._ahead.clear()
         return sum_of_means(self.loss, losses, batch.weights, groups)
+
+    @property
+    def _zeros(self) -> dict[str, Tensor]:
+        """The numbers of an update where nothing gives them, as for a round with a single prompt."""
+        return {Z_REF: torch.zeros((), device=self.device)} if Z_REF in self.needs else {}
+
+    def _compute_ahead(self, ahead: AheadPass, batches: Ahead, temperature: float) -> None:
+        """Compute, without gradient, what this update needs of the policy as it is now."""
+
+        def logps(rows: PackedBatch) -> Tensor:
+            return self(**rows.inputs(), temperature=temperature)
+
+        with weights_unchanged(self.policy):
+            ahead.compute(batches, logps, ranks_of(self.trainer), self.device)
 
     def _log_update(self, is_first_update: bool) -> None:
         """Log an update's metrics over all its elements, and add them to those of the round."""
@@ -207,20 +227,37 @@ class RebelModule(CausalLMModule):
         log_update(self, metrics)
 
     def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
-        groups = self._groups(batch)
+        groups = self._groups(batch, self._val_ahead)
         if batch.counts:
-            self._add(self.val_means, term_losses(self.loss, groups), groups)
-            if self._has_margins:
-                self._val_margins.add(pair_columns(self.loss, groups))
+            self._add(self.val_means, self._val_margins, batch, groups, term_losses(self.loss, groups))
 
-    def _groups(self, batch: GroupBatch) -> PromptGroups:
-        """The prompt groups of a batch, with their log-probs under the policy."""
-        return batch.groups(self(**batch.rows.inputs(), temperature=batch.temperature), self.kl_coef)
+    def _groups(self, batch: GroupBatch, ahead: AheadPass | None = None) -> PromptGroups:
+        """The prompt groups of a batch, with their log-probs under the policy; `ahead` is that of the training."""
+        ahead = self._ahead if ahead is None else ahead
+        if batch.ahead is not None:
+            self._compute_ahead(ahead, batch.ahead, batch.temperature)
+        logps = self(**batch.rows.inputs(), temperature=batch.temperature)
+        return batch.groups(logps, self.kl_coef, ahead.token_logps, self._zeros | ahead.numbers)
 
-    def _add(self, means: Means, losses: list[Tensor], groups: PromptGroups) -> None:
+    def _add(
+        self, means: Means, margins: PairMargins, batch: GroupBatch, groups: PromptGroups, losses: list[Tensor]
+    ) -> PromptGroups | None:
+        """Add a batch to the metrics; a group that is split counts with its first part alone.
+
+        Returns:
+            The groups that count; None if there is none.
+        """
+        if batch.parts is not None:
+            if not batch.parts.counted:
+                return None
+            groups = select_groups(groups, batch.parts.counted)
+            losses = term_losses(self.loss, groups)
         for name, values in zip(loss_names(self.loss), losses, strict=True):
             means.add(**{name: values})
         means.add(**logged(self.loss, groups))
+        if self._has_margins:
+            margins.add(pair_columns(self.loss, groups, losses if torch.is_grad_enabled() else None))
+        return groups
 
     def _compute(self, means: Means, prefix: str) -> dict[str, float]:
         """Metrics over all values since the last call and all ranks; all of them call it together."""
@@ -233,6 +270,7 @@ class RebelModule(CausalLMModule):
     def on_validation_epoch_end(self) -> None:
         self.log_dict(self._compute(self.val_means, "val") | self._compute_margins(self._val_margins, "val"))
         self._val_margins.start_round()
+        self._val_ahead.clear()
 
     def describe_epoch(self, metrics: Mapping[str, float], held_out: int) -> str:
         """The held-out metrics of an epoch over offline pairs, in a line."""

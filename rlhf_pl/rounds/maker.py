@@ -8,7 +8,7 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from rlhf_pl.algorithms.prompt_groups import extra_needs
+from rlhf_pl.algorithms.prompt_groups import Z_REF, extra_needs
 from rlhf_pl.checkpointing.divergence import make_diverged_error, refuse_diverged_weights
 from rlhf_pl.data.policy_module import PolicyModule, as_lightning
 from rlhf_pl.data.prompts import Prompt
@@ -33,7 +33,7 @@ from rlhf_pl.rounds.refill import open_wave
 from rlhf_pl.rounds.settings import RoundOptions, drops_equal_groups, pair_selector, uses_sampler_logps
 from rlhf_pl.rounds.stages import count_usable, generate, score, select, store_logps
 from rlhf_pl.rounds.stages.given import given_columns
-from rlhf_pl.rounds.stages.logps import sampler_columns, steps_by_length
+from rlhf_pl.rounds.stages.logps import mismatched_by_length, sampler_columns, steps_by_length
 from rlhf_pl.rounds.stages.score import ShardScorer
 from rlhf_pl.rounds.stages.score_ahead import ScoreAhead
 from rlhf_pl.rounds.stamps import RoundStamps
@@ -282,13 +282,16 @@ class RoundMaker:
             )
         pairs = stored.info("pairs")
         used = pairs.get("responses", 2 * pairs["pairs"])
-        rows = (len(policies) + len(extra)) * used
+        has_mismatched = Z_REF in needs
+        rows = (len(policies) + len(extra) + has_mismatched) * used
         rows += max(0, stored.info("rewards")["scored"] - used) if stores_all else 0
         with self._phase(f"log-probs of {what}", rows, "responses") as report, assume_weights_unchanged(self.module):
             check = policy.logps if from_sampler and not off_policy else None
             divide = steps_by_length(self.options.logps_batch_tokens, self.ranks)
+            mismatched = mismatched_by_length(self.options.logps_batch_tokens, self.ranks)
             if not stored.is_held_out:
                 divide = partial(self.data.training_steps, int(stored.path.name))
+                mismatched = partial(self.data.mismatched_steps, int(stored.path.name))
             store_logps(
                 stored,
                 policies,
@@ -301,6 +304,7 @@ class RoundMaker:
                 extra=extra,
                 known=known,
                 divide_unused=steps_by_length(self.options.logps_batch_tokens, self.ranks) if stores_all else None,
+                mismatched=mismatched if has_mismatched else None,
             )
 
     def past_policy(self, stored: Round) -> PolicySnapshot:

@@ -16,7 +16,7 @@ from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import get_callable_policy
 from rlhf_pl.models.packed_batch import PackedBatch
-from rlhf_pl.models.policy import PolicyLM
+from rlhf_pl.models.policy import PolicyLM, weights_unchanged
 from rlhf_pl.rollout.weight_sync.sync import PolicySnapshot
 from rlhf_pl.utils.fingerprints import weights_fingerprint
 
@@ -134,9 +134,8 @@ def _inference(module: L.LightningModule) -> Iterator[None]:
 
 
 def assume_weights_unchanged(module: PolicyModule) -> Any:
-    """Context in which the policy's weights do not change, so that they are cast to the compute dtype only once."""
-    copy = None if module.policy is None else module.policy.copy
-    return nullcontext() if copy is None else copy.weights_unchanged()
+    """Context in which the policy's weights do not change: see `weights_unchanged`."""
+    return weights_unchanged(module.policy)
 
 
 def _compute_with_stored_weights(policy: Any) -> Any:

@@ -8,7 +8,7 @@ import lightning as L
 import torch
 
 from rlhf_pl.algorithms.pair_selection import BestWorst, PairSelector
-from rlhf_pl.algorithms.prompt_groups import SUMMED
+from rlhf_pl.algorithms.prompt_groups import SUMMED, Z_REF
 from rlhf_pl.algorithms.reward_shaping import RewardShaping
 from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.data.round_datamodule import RoundDataModule
@@ -82,10 +82,11 @@ def _scoring_settings(options: RoundOptions, data: RoundDataModule) -> dict[str,
 
 def logps_settings(module: PolicyModule) -> dict[str, Any]:
     """How the log-probs that are computed differ from those of a pairwise loss: summed ones under pi_old."""
-    per_token = sorted(set(module.needs) - {"rewards", *SUMMED})
+    per_token = sorted(set(module.needs) - {"rewards", *SUMMED, Z_REF})
     return {
         **({} if "old_logps" in module.needs else {"without": "old_logps"}),
         **({"per_token": per_token} if per_token else {}),
+        **({"mismatched": ["reference_logps"]} if Z_REF in module.needs else {}),
     }
 
 

@@ -95,7 +95,12 @@ def assert_same_training(start: dict[str, Tensor], wanted: dict[str, Tensor], fo
 
 def logged_losses() -> list[float]:
     """`train/loss` of each update."""
+    return logged("train/loss")
+
+
+def logged(name: str) -> list[float]:
+    """A metric of each update, where it is logged."""
     import csv
 
     with Path("logs/csv/metrics.csv").open() as file:
-        return [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
+        return [float(row[name]) for row in csv.DictReader(file) if row.get(name)]

@@ -126,10 +126,15 @@ def test_sharding_divides_the_parameters(capsys: pytest.CaptureFixture[str], lla
     assert float(total[0]) == pytest.approx(4 * checkpoint / 1024, abs=0.06)
     accumulate = ["--trainer.accumulate_grad_batches", "4"]
     activations = []
-    for budget in ("1", "1000000"):  # a pair, and all 16 of an update
+    for budget in ("1", "1000000"):  # one response of a pair, and all 16 pairs of an update
         assert main([*arguments, *accumulate, "--data.max_tokens_per_batch", budget]) == 0
         activations.append(_cell(capsys.readouterr().out, "activations"))
     assert [text.split()[1] for text in activations] == ["MiB", "GiB"]
+    for budget in ("1280", "1536"):  # a prompt of 1,024 tokens with one response of 256, and with both
+        assert main([*arguments, *accumulate, "--data.max_tokens_per_batch", budget]) == 0
+        activations.append(_cell(capsys.readouterr().out, "activations"))
+    part, pair = (float(text.split()[0]) for text in activations[2:])
+    assert pair * (1280 / 1536) ** 2 < part < pair * 1280 / 1536  # plain attention grows with the square
     assert main([*arguments, "--device_memory_gib", "0.001"]) == 1
     assert "Does not fit" in capsys.readouterr().out
 
@@ -170,3 +175,23 @@ def test_the_engine_gets_the_memory_that_the_trainer_leaves(llama: Path) -> None
     assert compute_engine_share(80 * 2**30, 10 * 2**30) == pytest.approx(1 - 14 / 80, abs=1e-3)
     with pytest.raises(InputError, match="leaves no room for an engine"):
         compute_engine_share(80 * 2**30, 74 * 2**30)
+
+
+def test_responses_to_other_prompts_take_a_second_forward_pass(
+    capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path
+) -> None:
+    """A forward pass is 2 of the 6 FLOPs that training takes for each parameter and token."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    arguments = ["plan", "--model.policy", str(llama), "--data.prompts", str(tmp_path / "prompts.jsonl")]
+    arguments += ["--rollout.reward", "examples.short_answer.score", "--trainer.accelerator", "cpu"]
+    seconds = []
+    for name in ("Relative", "Spread"):
+        loss = f"tests.data.test_group_parts.{name}"
+        assert main([*arguments, "--tflops", "1e-5", "--model.loss", loss]) == 0
+        out = capsys.readouterr().out
+        assert ("forward pass before each update, which makes training 1.33 times as long" in out) == (not seconds)
+        row = next(line for line in out.splitlines() if "│ seconds" in line).split("│")
+        seconds.append([float(cell.replace(",", "")) for cell in row[2:-1]])
+    (_, _, logps, train, _), (_, _, one_logps, one_train, _) = seconds
+    assert train == pytest.approx(one_train * 8 / 6, rel=0.01)
+    assert logps == pytest.approx(2 * one_logps, rel=0.01)

@@ -84,14 +84,18 @@ def test_training_moves_the_margins_towards_the_rewards(llama: Path, tmp_path: P
 
 
 def test_updates_divided_by_tokens_are_the_same(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:
+    """In micro-batches of two pairs, and of a single response: pairs are split, also the held-out ones."""
     file = write_jsonl(PLAIN)
     plain = fit(tmp_path / "pairs", llama, file, max_epochs=1)
-    split = fit(tmp_path / "tokens", llama, file, {"max_tokens_per_batch": 60}, max_epochs=1)
-    assert split.trainer.num_training_batches > plain.trainer.num_training_batches
-    assert split.trainer.global_step == plain.trainer.global_step
-    expected = plain.state_dict()
-    for name, tensor in split.state_dict().items():
-        assert torch.allclose(tensor, expected[name], atol=2e-4), name
+    expected, metrics = plain.state_dict(), plain.trainer.callback_metrics
+    for tokens in (60, 25):
+        split = fit(tmp_path / str(tokens), llama, file, {"max_tokens_per_batch": tokens}, max_epochs=1)
+        assert split.trainer.num_training_batches > plain.trainer.num_training_batches
+        assert split.trainer.global_step == plain.trainer.global_step
+        for name, tensor in split.state_dict().items():
+            assert torch.allclose(tensor, expected[name], atol=2e-4), name
+        for name in split.val_metrics:
+            assert split.trainer.callback_metrics[name] == pytest.approx(float(metrics[name]), rel=1e-2), name
 
 
 def test_published_columns_give_the_same_pairs_as_plain_ones(llama: Path, tmp_path: Path, write_jsonl: Write) -> None:

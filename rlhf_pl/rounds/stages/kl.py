@@ -11,7 +11,7 @@ from torch import Tensor
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack
 from rlhf_pl.rounds.stages.generate import Report
-from rlhf_pl.rounds.stages.logps import LogpsFunction, steps_by_length
+from rlhf_pl.rounds.stages.logps import LogpsFunction, divide_by_length
 from rlhf_pl.store.round_store import Round
 
 STAGE = "kl"
@@ -45,7 +45,7 @@ def response_logps(
     for group in groups:
         starts.append(starts[-1] + len(group.responses))
     logps = torch.zeros(starts[-1], dtype=torch.float64)
-    for step in steps_by_length(tokens_per_batch, ranks)([len(group) for group in groups]):
+    for step in divide_by_length([len(group) for group in groups], tokens_per_batch, ranks):
         mine = step[ranks.rank]
         rows: PackedBatch = pack([groups[i] for i in mine or [0]])  # sharded policies need all ranks at every call
         sums = rows.sum_per_response(policy(rows, temperature)).cpu().double()

@@ -10,7 +10,8 @@ import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
-from rlhf_pl.data.stored_groups import KEY, StoredGroups, read_stored_groups
+from rlhf_pl.data.mismatched import mismatch_prompts
+from rlhf_pl.data.stored_groups import KEY, MISMATCHED, StoredGroups, read_stored_groups
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.packed_batch import PackedBatch, batches_by_length, pack
 from rlhf_pl.rounds.stages.generate import Report
@@ -20,19 +21,31 @@ from rlhf_pl.utils.errors import InputError
 
 LogpsFunction = Callable[[PackedBatch, float], Tensor]
 Steps = list[list[list[int]]]  # [step][rank] -> indices of the groups in that micro-batch
+Division = Callable[[StoredGroups], tuple[StoredGroups, Steps]]  # the same responses in the groups of the steps
 _SHARD_ROWS = 1 << 15  # limits memory: one file with every token's log-prob would be in memory twice
 
 
-def steps_by_length(tokens_per_batch: int, ranks: Ranks) -> Callable[[Sequence[int]], Steps]:
-    """Function that divides groups, by their lengths, among steps and ranks.
+def divide_by_length(lengths: Sequence[int], tokens_per_batch: int, ranks: Ranks) -> Steps:
+    """Divide groups, by their lengths, among steps and ranks.
 
     Groups of similar length share a micro-batch of at most `tokens_per_batch` tokens.
     """
+    batches = list(batches_by_length([range(n) for n in lengths], tokens_per_batch))
+    parts = (batches[start : start + ranks.size] for start in range(0, len(batches), ranks.size))
+    return [part + [[]] * (ranks.size - len(part)) for part in parts]
 
-    def divide(lengths: Sequence[int]) -> Steps:
-        batches = list(batches_by_length([range(n) for n in lengths], tokens_per_batch))
-        parts = (batches[start : start + ranks.size] for start in range(0, len(batches), ranks.size))
-        return [part + [[]] * (ranks.size - len(part)) for part in parts]
+
+def steps_by_length(tokens_per_batch: int, ranks: Ranks) -> Division:
+    """Function that divides groups by their lengths: see `divide_by_length`."""
+    return lambda groups: (groups, divide_by_length(groups.lengths(), tokens_per_batch, ranks))
+
+
+def mismatched_by_length(tokens_per_batch: int, ranks: Ranks) -> Division:
+    """The same for responses under the prompts of other groups."""
+
+    def divide(groups: StoredGroups) -> tuple[StoredGroups, Steps]:
+        others = mismatch_prompts(groups)
+        return (groups, []) if others is None else steps_by_length(tokens_per_batch, ranks)(others)
 
     return divide
 
@@ -40,7 +53,7 @@ def steps_by_length(tokens_per_batch: int, ranks: Ranks) -> Callable[[Sequence[i
 def store_logps(
     stored: Round,
     policies: Mapping[str, LogpsFunction],
-    divide: Callable[[Sequence[int]], Steps],
+    divide: Division,
     temperature: float,
     report: Report = lambda count, note: None,
     ranks: Ranks = Ranks(),  # noqa: B008 - one process
@@ -49,14 +62,15 @@ def store_logps(
     check_sampler_with: LogpsFunction | None = None,
     extra: Mapping[str, LogpsFunction] | None = None,
     known: Callable[[StoredGroups], Mapping[str, Any]] | None = None,
-    divide_unused: Callable[[Sequence[int]], Steps] | None = None,
+    divide_unused: Division | None = None,
+    mismatched: Division | None = None,
 ) -> None:
     """Store the log-probs of each response that is used, under each of `policies` (`old`, `reference`).
 
     Args:
         stored: The round. Its groups are read and its `logps` written, a row per response.
         policies: (rows, temperature) -> log-probs of the M targets, shape (M,), by name.
-        divide: Lengths of groups -> which groups are computed together. For a round that trains these are the
+        divide: Groups -> (these, or parts of them; which are computed together). For a round that trains these are the
             training's own micro-batches: the last digits of log-probs depend on what is computed together, so there an
             unchanged policy gives identical numbers. A response that occurs again is skipped.
         temperature: The temperature that the responses were sampled at.
@@ -71,10 +85,12 @@ def store_logps(
         known: Returns further columns, of values that came with the round: a value per response of these groups.
         divide_unused: Divides, like `divide`, the groups of the scored responses that are not used. With it their
             log-probs under `old` are stored after those of the others, and per token for all of them.
+        mismatched: Divides the responses under the prompts of other groups, where their log-probs under the reference
+            are needed as well.
     """
     started = time.monotonic()
     groups = read_stored_groups(stored)
-    steps = _Steps(groups, divide(groups.lengths()) if len(groups) else [], temperature, ranks)
+    steps = _Steps(*(divide(groups) if len(groups) else (groups, [])), temperature, ranks)
     columns: dict[str, Any] = {KEY[0]: groups.prompt_ids, KEY[1]: groups.indices}
     needs = needs if divide_unused is None else {*needs, "old_token_logps"}
     for name, policy in policies.items():
@@ -82,6 +98,9 @@ def store_logps(
         columns |= steps.logps(policy, f"{name}_logp", per_token if per_token in needs else None, report)
     for name, function in (extra or {}).items():
         columns |= steps.logps(function, None, name, report)
+    if mismatched is not None:
+        others = _Steps(*(mismatched(groups) if len(groups) else (groups, [])), temperature, ranks)
+        columns |= others.logps(policies["reference"], MISMATCHED, None, report)
     columns |= {f"{name}_logp": values for name, values in (given or {}).items()}
     columns |= {} if known is None else known(groups)
     difference = {}
@@ -92,7 +111,7 @@ def store_logps(
 
     table = pa.table(columns)
     if divide_unused is not None and len(unused := read_unused(stored, groups)):
-        others = _Steps(unused, divide_unused(unused.lengths()), temperature, ranks)
+        others = _Steps(*divide_unused(unused), temperature, ranks)
         values = others.logps(policies["old"], "old_logp", "old_token_logps", report)
         rest = pa.table({KEY[0]: unused.prompt_ids, KEY[1]: unused.indices, **values})
         table = pa.concat_tables([table, rest], promote_options="default")
