@@ -58,8 +58,9 @@ test-gpu:
 	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); \
 		$$python -m pytest -rs -m gpu tests/integration/test_gpu.py
 
-# three of them in a short version: together under half an hour
+# four of them in a short version: together under half an hour
 BENCHMARKS := scoring generation growth vocabulary_memory "whole_round --prompts 24" "training_step --pairs 4" \
+	"all_pairs --seeds 1" \
 	"reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo"
 
 bench: setup model

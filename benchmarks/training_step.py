@@ -13,6 +13,7 @@ moments, are reported.
 """
 
 import argparse
+import random
 import tempfile
 import time
 from pathlib import Path
@@ -38,6 +39,7 @@ ON_CPU = {
     "chunked": "+ log-probs in chunks, only at response tokens",
     "shared": "+ prompts shared between responses, no padding",
     "rlhf-pl": "rlhf-pl: the same in RebelModule and Lightning's Trainer",
+    "all-pairs": "rlhf-pl, all 6 pairs of 4 responses to each prompt; prompts/s",
     "trl": "TRL DPOTrainer",
     "trl-ref": "TRL DPOTrainer, reference log-probs precomputed",
 }
@@ -133,7 +135,7 @@ def measure(args: argparse.Namespace, profile_name: str, variant: str) -> dict[s
         }
     if variant.startswith("trl"):
         return train_with_trl(args, pairs, variant) | counts
-    if variant in ("rlhf-pl", "plain-layers"):
+    if variant in ("rlhf-pl", "plain-layers", "all-pairs"):
         return train_with_lightning(args, pairs, variant) | counts
     return train_in_plain_loop(args, pairs, variant, profile) | counts
 
@@ -216,14 +218,51 @@ def train_in_plain_loop(args: argparse.Namespace, pairs: list[Pair], variant: st
     return {"pairs_per_s": len(timed) / seconds, "gib": peak["gib"], "loss": losses[0]}
 
 
+def make_more(args: argparse.Namespace, pairs: list[Pair], variant: str) -> list[Pair]:
+    """Further pairs of responses of the same lengths, for the variant with all pairs of four responses."""
+    if variant != "all-pairs":
+        return []
+    order = list(range(len(pairs)))
+    random.Random(args.seed).shuffle(order)
+    return [pairs[i] for i in order]
+
+
+def make_dataset(pairs: list[Pair], others: list[Pair]) -> Any:
+    """A group of two responses, one pair, for each prompt; with the responses of `others`, of four, all pairs."""
+    import itertools
+
+    import numpy as np
+    import pyarrow as pa
+    import torch
+
+    from rlhf_pl.data.group_batches import GroupDataset
+    from rlhf_pl.data.stored_groups import TOKENS, StoredGroups, StoredPairs
+
+    responses = [[p.chosen, p.rejected] for p in pairs]
+    for row, other in zip(responses, others, strict=False):
+        row += [other.chosen, other.rejected]
+    size, count = len(responses[0]), len(pairs)
+    total = size * count
+    positions = np.tile(list(itertools.combinations(range(size), 2)), (count, 1))
+    groups = StoredGroups(
+        prompt_ids=pa.array([str(i) for i in range(count) for _ in range(size)]),
+        indices=np.tile(np.arange(size), count),
+        prompt_tokens=pa.array([p.prompt for p in pairs for _ in range(size)], TOKENS),
+        response_tokens=pa.array([r for row in responses for r in row], TOKENS),
+        finished=np.ones(total, bool),
+        rewards=np.zeros(total),
+        sizes=np.full(count, size),
+        members=np.arange(total),
+        pairs=StoredPairs(positions, np.full(count, len(positions) // count)),
+    )
+    return GroupDataset(groups, {"old_logps": torch.zeros(total)}, 1.0)
+
+
 def train_with_lightning(args: argparse.Namespace, pairs: list[Pair], variant: str) -> dict[str, float]:
     import lightning as L
-    import pyarrow as pa
 
     from rlhf_pl import RebelModule
-    from rlhf_pl.data.group_batches import GroupDataset
     from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
-    from rlhf_pl.data.stored_groups import read_pair_copies, read_stored_logps
     from rlhf_pl.data.update_plan import UpdatePlan
     from rlhf_pl.optim import AdamW
 
@@ -240,12 +279,7 @@ def train_with_lightning(args: argparse.Namespace, pairs: list[Pair], variant: s
         def _order(self) -> list[int]:
             return list(range(self.plan.total_pairs))
 
-    tokens = {f"{name}_tokens": [getattr(p, name) for p in pairs] for name in ("prompt", "chosen", "rejected")}
-    numbers = {
-        f"{name}_{number}": [0.0] * len(pairs) for name in ("chosen", "rejected") for number in ("reward", "old_logp")
-    }
-    groups = read_pair_copies(pa.table(tokens | numbers | {"prompt_id": [str(i) for i in range(len(pairs))]}))
-    dataset = GroupDataset(groups, read_stored_logps(pa.table(numbers), groups), 1.0)
+    dataset = make_dataset(pairs, others=make_more(args, pairs, variant))
     plan = UpdatePlan(len(pairs), args.micro_batch, args.pairs // args.micro_batch, 1, args.max_tokens)
     batches = InOrder(plan, "", 0, dataset.lengths() if args.max_tokens else None)
     with tempfile.TemporaryDirectory() as folder, peak_memory(args.device) as peak:

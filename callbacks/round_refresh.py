@@ -161,7 +161,7 @@ class RoundRefresh(RunLifecycle):
             self.options = self._make_options(reward=as_reward(reward))
             if scoring.isolate:
                 isolate_functions(self.options.reward)
-        self.evaluate = evaluate
+        self.evaluate, self.selector = evaluate, selector
         self._stored: StoredRounds | None = None
         self.sampler, self._sync = sampler, SamplerSync(sampler)
         self._timeout = timeout_minutes

@@ -16,14 +16,14 @@ from rlhf_pl.rounds.metrics import choices, training_margins
 from rlhf_pl.store.round_store import RoundStore
 
 
-def plot_targets(axis: Any, label: str, manifest: Mapping[str, Any]) -> None:
-    """The last round's pairs, in bins by target: mean, 10 % and 90 % quantile of their log-ratio margins."""
+def plot_targets(axis: Any, color: str, manifest: Mapping[str, Any]) -> None:
+    """A round's pairs, in bins by target: mean, 10 % and 90 % quantile of their log-ratio margins."""
     bins = training_margins(manifest).get("bins", {})
     x = bins.get("target", bins.get("reward", []))
     if not x:
         return
-    (line,) = axis.plot(x, bins["mean"], marker="o", markersize=3, label=label)
-    axis.fill_between(x, bins["p10"], bins["p90"], alpha=0.15, color=line.get_color())
+    axis.plot(x, bins["mean"], marker="o", markersize=3, color=color)
+    axis.fill_between(x, bins["p10"], bins["p90"], alpha=0.15, color=color)
     if "target" in bins:
         axis.axline((0, 0), slope=1, color="grey", linewidth=0.8, linestyle="--")
 
@@ -54,17 +54,17 @@ def main() -> None:
 
     figure, axes = plt.subplots(2, 3, figsize=(13, 6.5), constrained_layout=True)
     ((targets, slopes, fits), (kls, rewards, etas)) = axes
-    for run in map(Path, sys.argv[2:]):
-        store, label = RoundStore(run), run.name
+    for number, run in enumerate(map(Path, sys.argv[2:])):
+        store, label, color = RoundStore(run), run.name, f"C{number}"
         if not (rounds := store.rounds()):
             sys.exit(f"{run} holds no rounds.")
-        plot_targets(targets, label, rounds[max(rounds)].manifest)
+        plot_targets(targets, color, rounds[min(rounds)].manifest)
         for axis, tag in ((slopes, "train/slope"), (fits, "train/r2")):
-            axis.plot(*read_scalars(run, tag), label=label)
+            axis.plot(*read_scalars(run, tag), color=color)
         for axis, (x, y) in zip((kls, rewards, etas), round_values(store).values(), strict=True):
-            axis.plot(x, y, marker="o", markersize=4, label=label)
+            axis.plot(x, y, marker="o", markersize=4, label=label, color=color)
     titles = {
-        targets: ("last round: log-ratio margin against target, nats", "target (eta x reward margin)"),
+        targets: ("first round: log-ratio margin against target, nats", "target (eta x reward margin)"),
         slopes: ("slope of log-ratio on reward margins (nats per reward unit)", "updates"),
         fits: ("R² of that line", "updates"),
         kls: ("KL of a round (nats; new||old where known)", "rounds"),
@@ -75,7 +75,12 @@ def main() -> None:
         axis.set(title=title, xlabel=label)
         axis.title.set_fontsize(9)
         axis.grid(alpha=0.3)
-    targets.legend(fontsize=8)
+        if axis is not targets:
+            axis.xaxis.get_major_locator().set_params(integer=True)
+    # far targets would squeeze the others
+    targets.set(xscale="symlog", yscale="linear")
+    kls.set(yscale="symlog")
+    rewards.legend(fontsize=8)
     figure.savefig(sys.argv[1], dpi=110)
 
 

@@ -170,8 +170,8 @@ class IPOLoss(PolicyLoss):
         self.tau, self.mean_over_tokens = tau, mean_over_tokens
 
     def losses(self, groups: PromptGroups) -> Tensor:
-        logratios = groups.logps - groups.reference_logps
-        chosen, rejected = groups.pairs(logratios / groups.lengths if self.mean_over_tokens else logratios)
+        logratios = groups.pair_logps - groups.pairs(groups.reference_logps)
+        chosen, rejected = logratios / groups.pairs(groups.lengths) if self.mean_over_tokens else logratios
         return ipo_loss(chosen, rejected, self.tau)
 
 

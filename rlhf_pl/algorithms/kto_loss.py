@@ -5,10 +5,9 @@ from torch import Tensor
 
 from rlhf_pl.algorithms.loss_arguments import check_not_negative, check_positive, check_tensors
 from rlhf_pl.algorithms.policy_loss import PolicyLoss
-from rlhf_pl.algorithms.prompt_groups import PromptGroups
+from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups
 from rlhf_pl.utils.errors import InputError
 
-Z_REF = "kto_z_ref"
 _ROUNDING = 1e-6  # rewards this close to their mean, relative to the largest, are equal to it in float32
 
 

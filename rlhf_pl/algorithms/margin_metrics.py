@@ -27,7 +27,7 @@ def margin_metric_names(loss: PolicyLoss, needs: Collection[str], held_out: bool
     if not has_margins(loss, needs):
         return ()
     targets = ("target_p50", "target_p95") if any(_has_targets(term) for _, term in loss.terms) else ()
-    gradient = () if held_out else ("gradient_top5",)
+    gradient = () if held_out or all(term.per != "pair" for _, term in loss.terms) else ("gradient_top5",)
     return ("slope", "r2", "reached_p50", "reached_p95", *targets, *gradient)
 
 
@@ -64,8 +64,8 @@ def _pair_gradient(loss: PolicyLoss, groups: PromptGroups, losses: Sequence[Tens
     logps = groups.pair_logps
     terms = zip(loss.terms, losses, strict=True)
     sums = [weight * values.sum() for (weight, term), values in terms if term.per == "pair"]
-    total = sum(sums[1:], sums[0])
-    if not total.requires_grad:
+    total = sum(sums, torch.zeros((), device=logps.device))
+    if not total.requires_grad:  # also without a term on pairs
         return None
     return torch.autograd.grad(total, logps, retain_graph=True, allow_unused=True)[0]
 

@@ -1,6 +1,7 @@
 """Pair selectors: which responses to a prompt become pairs (chosen, rejected)."""
 
 import itertools
+import math
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
@@ -65,7 +66,7 @@ class BestWorst(PairSelector):
         self, rewards: Sequence[float], lengths: Sequence[int], finished: Sequence[bool], seed: int
     ) -> list[Pair]:
         best, worst = rewards.index(max(rewards)), rewards.index(min(rewards))
-        return [(best, worst)] if rewards[best] - rewards[worst] > self.min_margin else []
+        return [(best, worst)] if _exceeds(rewards[best] - rewards[worst], self.min_margin) else []
 
 
 class RandomPair(PairSelector):
@@ -108,7 +109,7 @@ class AllPairs(PairSelector):
         pairs = [
             (i, j) if rewards[i] >= rewards[j] else (j, i)
             for i, j in itertools.combinations(range(len(rewards)), 2)
-            if self.min_margin == 0 or abs(rewards[i] - rewards[j]) > self.min_margin
+            if self.min_margin == 0 or _exceeds(abs(rewards[i] - rewards[j]), self.min_margin)
         ]
         if self.max_pairs is not None and len(pairs) > self.max_pairs:
             kept = random.Random(seed).sample(range(len(pairs)), self.max_pairs)
@@ -133,7 +134,7 @@ class BestVsRest(PairSelector):
         self, rewards: Sequence[float], lengths: Sequence[int], finished: Sequence[bool], seed: int
     ) -> list[Pair]:
         best = rewards.index(max(rewards))
-        return [(best, i) for i, reward in enumerate(rewards) if rewards[best] - reward > self.min_margin]
+        return [(best, i) for i, reward in enumerate(rewards) if _exceeds(rewards[best] - reward, self.min_margin)]
 
 
 class LengthMatched(PairSelector):
@@ -163,7 +164,12 @@ class LengthMatched(PairSelector):
             (i, j)
             for i in range(len(rewards))
             for j in range(len(rewards))
-            if rewards[i] - rewards[j] > self.min_margin
+            if _exceeds(rewards[i] - rewards[j], self.min_margin)
             and abs(lengths[i] - lengths[j]) <= self.max_difference * max(lengths[i], lengths[j])
         ]
         return [max(pairs, key=lambda pair: rewards[pair[0]] - rewards[pair[1]])] if pairs else []
+
+
+def _exceeds(margin: float, floor: float) -> bool:
+    """Whether a margin is above a floor by more than rounding, or the breaking of ties, adds to it."""
+    return margin > floor and not math.isclose(margin, floor, rel_tol=1e-9)

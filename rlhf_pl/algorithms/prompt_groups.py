@@ -80,6 +80,7 @@ class PromptGroups:
 
     def pairs(self, values: Tensor) -> Tensor:
         """Values of the chosen and of the rejected response of each pair: (R,) to (2, P)."""
+        self._check_pairs()
         return values.view(-1, 2).T if self.pair_rows is None else values[self.pair_rows]
 
     def mean_per_prompt(self, values: Tensor) -> Tensor:
@@ -89,9 +90,17 @@ class PromptGroups:
     @property
     def is_chosen(self) -> Tensor:
         """Whether a pair has the response as its chosen one, shape (R,), bool."""
+        self._check_pairs()
         chosen = torch.zeros(len(self.lengths), dtype=torch.bool, device=self.lengths.device)
         chosen[slice(None, None, 2) if self.pair_rows is None else self.pair_rows[0]] = True
         return chosen
+
+    def _check_pairs(self) -> None:
+        if self.pair_rows is None and len(self.lengths) != 2 * len(self.sizes):
+            raise InputError(
+                "`model.loss` reads pairs, but it is on all responses of a prompt. Set `on_pairs = True` on its class, "
+                'or `per = "pair"`.'
+            )
 
     @cached_property
     def pair_logps(self) -> Tensor:

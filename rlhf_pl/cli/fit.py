@@ -171,6 +171,11 @@ class RlhfCLI(LightningCLI):
                 f"`rollout.reward` is given, but {type(self.model).__name__} with {type(self.datamodule).__name__} "
                 "trains on fixed data and scores nothing. Remove it, or train a RebelModule on a RoundDataModule."
             )
+        if self.rounds.selector is not None:
+            raise InputError(
+                f"`rollout.selector` is {type(self.rounds.selector).__name__}, but {type(self.datamodule).__name__} "
+                "provides fixed data, of which no pairs are selected. Remove it."
+            )
         offline = [OfflineLogps()] if isinstance(self.datamodule, OfflineDataModule) else []
         for callback in offline:
             callback.repair = self.rounds.repair

@@ -42,6 +42,8 @@ _PACKAGE = os.path.dirname(os.path.abspath(rlhf_pl.__file__)) + os.sep
 _COMMAND = ("rlhf_pl.__main__.", "rlhf_pl.cli.")
 _PARSERS = ("argparse", "jsonargparse")  # they exit after `--help` and `--print_config`
 
+_OTHER_ALTERNATIVE = re.compile("does not correspond to a subclass of|Expected a <class 'NoneType'>")
+
 
 class LibraryError(InputError):
     """A library refuses the user's input. `--traceback` shows where."""
@@ -213,7 +215,8 @@ def _class_problem(lines: list[str]) -> str:
             if not reason.startswith(("Does not validate", "Subtypes:", "Errors:")):
                 found.append(f"{text} {reason}")
     if not found and lines[0].startswith("Does not validate"):
-        after = [i + 1 for i, line in enumerate(lines[:-1]) if line.strip() == "Errors:"]
-        reasons = [lines[i].strip().removeprefix("- ") for i in after]
-        found = [reason for reason in reasons if not reason.startswith("Does not validate")][:1]
+        reasons = [line.strip()[2:] for line in lines if line.strip().startswith("- ")]
+        reasons = [reason for reason in reasons if not reason.startswith("Does not validate")]
+        # a class that is another alternative's, or a value that is not null, is no reason if there is another one
+        found = ([reason for reason in reasons if not _OTHER_ALTERNATIVE.search(reason)] or reasons)[:1]
     return "; ".join(dict.fromkeys(found))

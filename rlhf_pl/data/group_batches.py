@@ -1,6 +1,7 @@
 """Training batches of the prompt groups of a round. A pair is a group of two."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -9,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rlhf_pl.algorithms.policy_loss import PolicyLoss
+from rlhf_pl.algorithms.policy_loss import PolicyLoss, element_losses
 from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups, apply_kl_penalty, segment_sums
 from rlhf_pl.data.ahead import Ahead, Mismatched
 from rlhf_pl.data.group_parts import BatchParts, GroupParts, batch_parts, split_groups
@@ -17,8 +18,10 @@ from rlhf_pl.data.group_sampler import AheadRequest
 from rlhf_pl.data.stored_groups import StoredGroups, StoredLogps
 from rlhf_pl.models.packed_batch import PackedBatch, pack
 from rlhf_pl.models.packed_layout import to_device
+from rlhf_pl.utils.errors import InputError
 
 GROUPS_AT_ONCE = 4096  # limits the per-token log-probs that are in memory at a time
+_GROUPS_TO_CHECK = 64
 
 
 # Not a dataclass: Lightning's precision plugins would cast its rewards and log-probs to bf16.
@@ -148,12 +151,26 @@ class GroupDataset(Dataset):
         if not loss.leaves_out:
             lengths = torch.from_numpy(self.stored.response_lengths().astype(np.int64))
             return self.stored.sum_per_group(loss.counts(lengths, self.finished).numpy()).tolist()
+        self._check_counts(loss, kl_coef)
         counts: list[int] = []
         for start in range(0, len(self), GROUPS_AT_ONCE):
             numbers = range(start, min(start + GROUPS_AT_ONCE, len(self)))
             groups = self.groups_before_training(numbers, kl_coef, torch.device("cpu"), with_tokens=False)
             counts += groups.sum_per_group(loss.counts_in(groups).double()).long().tolist()
         return counts
+
+    @torch.no_grad()
+    def _check_counts(self, loss: PolicyLoss, kl_coef: float) -> None:
+        """Refuse a loss that counts other elements than it gives values for; the first groups show it."""
+        numbers = range(min(len(self), _GROUPS_TO_CHECK))
+        groups = self.groups_before_training(numbers, kl_coef, torch.device("cpu"))
+        groups = replace(groups, stored={Z_REF: torch.zeros(()), **groups.stored})  # a single prompt has none
+        counted, values = int(loss.counts_in(groups).sum()), len(element_losses(loss, groups))
+        if counted != values:
+            raise InputError(
+                f"`model.loss`: {type(loss).__name__}.losses returned {values} values for {len(groups.lengths)} "
+                f"responses with {counted} elements by its `counts` or `counts_in`. Leave out the same ones in both."
+            )
 
     def batch(
         self, items: Sequence[int], weights: tuple[float, ...] = (1.0,), ahead: AheadRequest | None = None

@@ -15,7 +15,9 @@ from rlhf_pl.models.source import ModelSource
 class PolicyModule(Protocol):
     """A LightningModule whose policy samples the rounds that it trains on.
 
-    Its `training_step` takes a `GroupBatch`. Checkpoints hold the weights of its `policy.lm` under that name.
+    Its `training_step` takes a `GroupBatch`. Checkpoints hold the weights of its `policy.lm` under that name. If it has
+    an attribute `computes_ahead` that is true, it also gets groups above the token budget in parts, and must do what
+    `GroupBatch.ahead` asks for, as `RebelModule` does.
 
     Attributes:
         batch_type: `GroupBatch`.

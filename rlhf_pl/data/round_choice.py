@@ -44,7 +44,7 @@ def choose_for_round(module: PolicyModule, dataset: GroupDataset, stored: Round,
         stored.update(**{ENTRY: {**made_of, "terms": choices, "numbers": chosen_numbers(module.loss)}})
         for choice in choices:
             if "kept" in choice:
-                warn(f"{stored.name}: {choice['kept']}.")
+                warn(f"round {int(stored.path.name) + 1}: {choice['kept']}.")
         return choices
 
     for term, choice in zip(choosers, ranks.run_on_rank_zero(choose), strict=True):

@@ -193,7 +193,7 @@ def one_pair_each(count: int) -> StoredPairs:
 def order_ties(groups: StoredGroups, penalties: np.ndarray) -> StoredGroups:
     """Order each pair of equal rewards by the penalties of its responses, shape (R,): the lower one is chosen."""
     assert groups.pairs is not None
-    starts = np.concatenate([[0], np.cumsum(groups.sizes)[:-1]])
+    starts = np.cumsum(groups.sizes) - groups.sizes
     rows = groups.members[np.repeat(starts, groups.pairs.counts)[:, None] + groups.pairs.positions]
     chosen, rejected = rows.T
     swapped = (groups.rewards[chosen] == groups.rewards[rejected]) & (penalties[chosen] > penalties[rejected])

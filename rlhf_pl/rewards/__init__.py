@@ -8,6 +8,7 @@ from rlhf_pl.rewards.function import FunctionReward
 from rlhf_pl.rewards.guard import ScoringConfig
 from rlhf_pl.rewards.http import HTTPReward
 from rlhf_pl.rewards.judge import JudgePairReward, JudgeScoreReward
+from rlhf_pl.rewards.stored import StoredReward
 from rlhf_pl.rewards.verify import ExactAnswer, JSONSchema, LengthWindow, NumericAnswer, RegexMatch, RuleReward
 from rlhf_pl.rewards.vllm_server import VLLMServerReward
 
@@ -30,6 +31,7 @@ __all__ = [
     "RuleReward",
     "Sample",
     "ScoringConfig",
+    "StoredReward",
     "VLLMServerReward",
     "WeightedReward",
     "as_reward",

@@ -88,8 +88,14 @@ def _find_other_text(source: SourceRound, tokenizer: Any) -> str | None:
     return next((text[:40] for text, row in zip(texts, rows, strict=True) if text != row["response"]), None)
 
 
-def check_response_ids(source: SourceRound, module: PolicyModule) -> None:
-    """Refuse responses with tokens that the policy has no embeddings for."""
+def check_files(source: SourceRound, module: PolicyModule) -> None:
+    """Refuse a round with a damaged file, or whose responses have tokens that the policy has no embeddings for.
+
+    Raises:
+        InputError: A file that would be copied is missing or damaged, or the tokens do not fit the policy.
+    """
+    read_given(source)
+    source.read("rewards")
     for table in source.tables("responses"):
         ids = table["response_tokens"].combine_chunks().flatten().to_numpy()
         most = [int(ids.max())] if len(ids) else []

@@ -7,7 +7,7 @@ from rlhf_pl.rollout import SamplingConfig
 from rlhf_pl.rounds.maker import RoundMaker
 from rlhf_pl.rounds.settings import RoundOptions, check_sampler_logps
 from rlhf_pl.rounds.stored_checks import (
-    check_response_ids,
+    check_files,
     check_rounds,
     check_stored_logps,
     list_unused,
@@ -59,7 +59,7 @@ def check_before_weights(rounds: StoredRounds, maker: RoundMaker, given: Samplin
         refuse_differences(first, module, Round.as_stored(now), maker.accept_changes)
     for index in range(maker.trainer.max_epochs or 0):
         if not rounds.is_copied(index):
-            check_response_ids(rounds.source.round(index), module)
+            check_files(rounds.source.round(index), module)
             if index > 0:
                 _check_logps(rounds, maker, index)
     _say_what_is_taken(rounds, maker, given, held_out)

@@ -1,6 +1,7 @@
 """Slope, quantiles and gradient shares of pairs: values by hand, NumPy, and gradients of naive losses."""
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -8,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rlhf_pl import PairwiseLoss, PromptGroups, RebelLoss
+from rlhf_pl import ChosenNLL, IPOLoss, KTOLoss, PairwiseLoss, PromptGroups, RebelLoss, SumOfLosses
 from rlhf_pl.algorithms.loss_terms import term_losses
 from rlhf_pl.algorithms.margin_metrics import (
     fit_through_origin,
@@ -149,3 +150,21 @@ def test_bins_show_targets_against_log_ratios() -> None:
     assert bins["target"] == [3, 8, 13, 18]
     assert bins["mean"] == [1.5, 4, 6.5, 9]
     assert bins["p90"] == pytest.approx([2.3, 4.8, 7.3, 9.8])
+
+
+def test_mixtures_of_losses_on_responses_and_chosen_tokens_have_no_share_of_gradients() -> None:
+    """KTO with the NLL of chosen responses trains on pairs, but no term gives a value per pair."""
+    groups = replace(make_groups(4), stored={"reference_logps": torch.zeros(8), "kto_z_ref": torch.zeros(())})
+    loss = SumOfLosses([KTOLoss(), ChosenNLL()])
+    columns = pair_columns(loss, groups, term_losses(loss, groups)).double()
+    assert "gradient_top5" not in margin_metrics(columns)
+    assert set(margin_metric_names(loss, loss.needs)) == {"slope", "r2", "reached_p50", "reached_p95"}
+
+
+def test_ipo_has_a_share_of_gradients() -> None:
+    """By hand: |2 (margin - 5)| / length, for margins 1, 0 of responses of one token: 8 and 10."""
+    logps = torch.tensor([1.0, 0.0, 0.0, 0.0], requires_grad=True)
+    groups = replace(make_groups(2), logps=logps, stored={"reference_logps": torch.zeros(4)})
+    loss = IPOLoss(tau=0.1)
+    metrics = margin_metrics(pair_columns(loss, groups, term_losses(loss, groups)).double())
+    assert metrics["gradient_top5"] == pytest.approx(10 / 18)

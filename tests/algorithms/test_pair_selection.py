@@ -1,6 +1,9 @@
+from typing import Any
+
 import pytest
 
 from rlhf_pl.algorithms.pair_selection import AllPairs, BestVsRest, BestWorst, LengthMatched, RandomPair
+from rlhf_pl.algorithms.reward_shaping import break_ties
 from rlhf_pl.utils.errors import InputError
 
 
@@ -61,3 +64,12 @@ def test_pairs_of_similar_length() -> None:
 def test_wrong_options_are_refused(make: object, message: str) -> None:
     with pytest.raises(InputError, match=message):
         make()  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("selector", [BestWorst, AllPairs, BestVsRest, LengthMatched])
+def test_broken_ties_are_not_above_a_margin_floor(selector: Any) -> None:
+    """Scores 0, 1, 1 and a floor of 1: breaking the tie makes one of the margins larger by a rounding error."""
+    rewards = break_ties([1.0, 1.0, 0.0], ["a", "b", "c"], 1)
+    assert max(rewards) - min(rewards) > 1
+    assert selector(min_margin=1.0)(rewards, [5] * 3, [True] * 3, 0) == []
+    assert len(selector(min_margin=0.9)(rewards, [5] * 3, [True] * 3, 0)) in (1, 2)

@@ -53,7 +53,7 @@ def test_the_mixture_of_the_docs_on_several_pairs_of_a_round(
     assert logged_losses() == pytest.approx(losses, rel=1e-4)
     assert_same_training(start, wanted)
     training = RoundStore("run").round(0).manifest["settings"]["training"]
-    assert training["terms"] == ["1.0 rlhf_pl.DPOLoss(beta=0.1, label_smoothing=0.0)", "0.1 rlhf_pl.ChosenNLL()"]
+    assert training["terms"] == ["1 x rlhf_pl.DPOLoss(beta=0.1, label_smoothing=0.0)", "0.1 x rlhf_pl.ChosenNLL()"]
 
 
 def test_sppo_on_all_responses_of_a_round(fit: Callable[..., int], llama: Path) -> None:
@@ -151,3 +151,11 @@ def test_a_loss_that_overflows_by_its_own_options_is_refused(
     assert offline("run", "--model.loss", "SPPOHardLoss", "--model.loss.beta", "1e-30") == 1
     error = " ".join(capsys.readouterr().err.split())
     assert "`model.loss` SPPOHardLoss overflows float32 before any training, in 11 of 11 pairs" in error
+
+
+def test_a_selector_is_refused_where_no_pairs_are_selected(
+    offline: Callable[..., int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert offline("selector", "--model.loss", "DPOLoss", "--rollout.selector", "AllPairs") == 1
+    assert "`rollout.selector` is AllPairs, but OfflineDataModule provides fixed data" in capsys.readouterr().err
+    assert not Path("selector").exists()

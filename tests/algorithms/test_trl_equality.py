@@ -33,8 +33,7 @@ from rlhf_pl import (
     SPPOHardLoss,
     SumOfLosses,
 )
-from rlhf_pl.algorithms.kto_loss import Z_REF
-from rlhf_pl.algorithms.prompt_groups import PromptGroups
+from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups
 from rlhf_pl.callbacks import EpochRun, OfflineLogps
 from tests.conftest import save_llama
 

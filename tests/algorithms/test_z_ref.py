@@ -29,7 +29,6 @@ class Relative(PolicyLoss):
 """
 DIVISIONS = {
     "accumulated": (),
-    "one batch": ("--data.batch_size", "8", "--trainer.accumulate_grad_batches", "1"),
     "by tokens": ("--data.max_tokens_per_batch", "70"),
 }
 

@@ -2,9 +2,11 @@
 
 import errno
 import os
+from pathlib import Path
 
 import pytest
 
+from rlhf_pl.__main__ import main
 from rlhf_pl.cli.user_errors import find_user_error
 
 
@@ -35,3 +37,13 @@ def test_the_error_of_a_killed_loader_process_names_its_option(text: str) -> Non
     assert "`data.num_workers`" in str(found)
     assert "to resume from the newest checkpoint" in str(found)
     assert find_user_error(RuntimeError("something else")) is None
+
+
+@pytest.mark.parametrize(("selector", "option"), [("AllPairs", "max_pairs"), ("LengthMatched", "max_difference")])
+def test_a_refused_option_of_a_selector_is_named(
+    selector: str, option: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = f"--model.policy x --data.prompts x --rollout.reward x.y --trainer.default_root_dir {tmp_path / 'run'}"
+    wrong = f"--rollout.selector {selector} --rollout.selector.{option} -1"
+    assert main(["fit", *given.split(), *wrong.split()]) == 1
+    assert f"`rollout.selector.{option}` must be" in capsys.readouterr().err

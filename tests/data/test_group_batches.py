@@ -1,10 +1,14 @@
 """Batches of prompt groups: packed tokens, rewards and log-probs."""
 
 import pyarrow as pa
+import pytest
 import torch
+from torch import Tensor
 
+from rlhf_pl import PolicyLoss, PromptGroups
 from rlhf_pl.data.group_batches import GroupDataset
 from rlhf_pl.data.stored_groups import read_pair_copies, read_stored_logps
+from rlhf_pl.utils.errors import InputError
 
 
 def make_dataset(count: int, reference: bool = False) -> GroupDataset:
@@ -45,3 +49,31 @@ def test_rewards_and_logps_stay_float32_under_half_precision() -> None:
 
     batch = HalfPrecision("bf16-true").convert_input(make_dataset(3).batch([0, 1]))
     assert batch.rewards.dtype == batch.stored["old_logps"].dtype == torch.float32
+
+
+class Forgetful(PolicyLoss):
+    """Counts one response of two, and gives values for both."""
+
+    needs = frozenset({"old_logps"})
+    per = "response"
+
+    def counts(self, lengths: Tensor, finished: Tensor) -> Tensor:
+        return (lengths > 1).long()
+
+    def losses(self, groups: PromptGroups) -> Tensor:
+        return groups.logps - groups.old_logps
+
+
+def test_a_loss_must_leave_out_what_it_does_not_count() -> None:
+    """Pair i has responses of 1 and of i + 1 tokens: three pairs have two responses above one token."""
+    with pytest.raises(InputError, match="returned 6 values for 6 responses with 2 elements"):
+        make_dataset(3).sizes(Forgetful())
+
+
+def test_groups_without_pairs_have_no_chosen_responses() -> None:
+    ones = torch.ones(4)
+    groups = PromptGroups(ones, ones, ones, ones.long(), ones.bool(), torch.tensor([4]), {})
+    with pytest.raises(InputError, match="on_pairs = True"):
+        groups.pairs(ones)
+    with pytest.raises(InputError, match="on_pairs = True"):
+        _ = groups.is_chosen

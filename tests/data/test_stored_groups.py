@@ -131,6 +131,11 @@ def test_a_tie_is_ordered_by_the_penalties(tmp_path: Path) -> None:
     assert inputs.pairs(torch.tensor(penalties[[4, 3, 1, 0, 2, 0]])).tolist() == [[3.0, 1.0, 3.0], [4.0, 2.0, 1.0]]
 
 
+def test_a_round_without_pairs_has_no_ties_to_order(tmp_path: Path) -> None:
+    groups = read_stored_groups(store(tmp_path, pairs_table().slice(0, 0)))
+    assert len(order_ties(groups, np.zeros(0))) == 0
+
+
 def test_whole_groups(tmp_path: Path) -> None:
     rows = [{"prompt_id": p, "response_index": i, "reward": reward(p, i)} for p, i, _ in RESPONSES]
     groups = read_stored_groups(store(tmp_path, pa.Table.from_pylist(rows, schema=GROUPS)))

@@ -313,6 +313,14 @@ def test_damaged_and_unfinished_rounds_are_refused_by_path(source: Source, tmp_p
     with pytest.raises(InputError, match=rf"{shard.name} is damaged: its checksum does not match. Restore it, or run "):
         again_on(copy, tmp_path / "run")
     shard.write_bytes(content)
+    for stage in ("rewards", "logps"):  # of a later round, for a loss that reads no log-probs of it: at the start too
+        file = next(iter(copy.store.round(1).shards(stage).values()))
+        content = file.read_bytes()
+        file.unlink()
+        with pytest.raises(InputError, match=rf"{file.name} is damaged: it is missing"):
+            again_on(copy, tmp_path / "run", ToReference(), max_epochs=2)
+        assert not (tmp_path / "run").exists()
+        file.write_bytes(content)
     copy.store.round(1).reopen("rewards")
     with pytest.raises(InputError, match=r"has 1 round whose responses and rewards are complete"):
         again_on(copy, tmp_path / "run", max_epochs=2)

@@ -10,7 +10,7 @@ import pytest
 from benchmarks import training_step
 
 ROOT = Path(__file__).parents[2]
-SHARED = ("__init__", "common", "made_up", "mfu")
+SHARED = ("__init__", "common", "made_up", "mfu", "toy_task")
 SCRIPTS = sorted(p.stem for p in (ROOT / "benchmarks").glob("*.py") if p.stem not in SHARED)
 
 

@@ -265,7 +265,11 @@ def test_refill_without_an_effect_is_refused(
     tmp_path: Path, per_round: int | None, uses_pairs: bool, needs: list[str], message: str
 ) -> None:
     module: Any = SimpleNamespace(loss=SimpleNamespace(uses_pairs=uses_pairs), needs=needs)
-    data, off, on = make_data(tmp_path, per_round or 0, 10), SimpleNamespace(refill=0), SimpleNamespace(refill=1)
+    data, off, on = (
+        make_data(tmp_path, per_round or 0, 10),
+        SimpleNamespace(refill=0),
+        SimpleNamespace(refill=1, from_other_run=False),
+    )
     data.prompts_per_round = per_round
     check_refill(module, data, off)  # type: ignore[arg-type]
     with pytest.raises(InputError, match=message):

@@ -217,7 +217,7 @@ def test_old_paths_in_a_config_are_mapped(tmp_path: Path, capsys: pytest.Capture
     config = shown(["--config", str(tmp_path / "old.yaml")], capsys)
     model = config["model"]["init_args"]
     assert config["model"]["class_path"] == "rlhf_pl.RebelModule"
-    assert model["loss"] == {"class_path": "rlhf_pl.RebelLoss", "init_args": {"eta": 3.0}}
+    assert (model["loss"]["class_path"], model["loss"]["init_args"]["eta"]) == ("rlhf_pl.RebelLoss", 3.0)
     assert model["optimizer"]["class_path"] == "rlhf_pl.optim.AdamW"
     assert model["optimizer"]["init_args"]["lr"] == 0.5
     assert "rank: 2" in yaml.safe_dump(model["lora"])
@@ -243,7 +243,8 @@ def test_old_paths_in_flags_are_mapped(capsys: pytest.CaptureFixture[str]) -> No
     ]
     given += ["--rollout.selector", "rlhf_pl.gone.RandomPair", "--trainer.callbacks+=rlhf_pl.gone.RoundProgress"]
     config = shown(given, capsys)
-    assert config["model"]["init_args"]["loss"] == {"class_path": "rlhf_pl.RebelLoss", "init_args": {"eta": 4.0}}
+    loss = config["model"]["init_args"]["loss"]
+    assert (loss["class_path"], loss["init_args"]["eta"]) == ("rlhf_pl.RebelLoss", 4.0)
     assert config["rollout"]["selector"]["class_path"] == "rlhf_pl.RandomPair"
     assert config["trainer"]["callbacks"][0]["class_path"] == "rlhf_pl.callbacks.RoundProgress"
     assert with_public_path("--data.system_prompt=See rlhf_pl.gone.RebelLoss") == (
