@@ -2,8 +2,8 @@
 
 from torch import Tensor
 
-from rlhf_pl.algorithms.loss_arguments import check_positive, check_tensors
-from rlhf_pl.algorithms.policy_loss import PairwiseLoss
+from rlhf_pl.algorithms.dpo_losses import ReferenceLoss
+from rlhf_pl.algorithms.loss_arguments import check_tensors
 
 
 def apo_zero_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float) -> Tensor:
@@ -54,35 +54,23 @@ def apo_down_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: fl
     return (beta * chosen_logratios).sigmoid() + 1 - (beta * (chosen_logratios - rejected_logratios)).sigmoid()
 
 
-class APOZeroLoss(PairwiseLoss):
+class APOZeroLoss(ReferenceLoss):
     """APO-zero, for chosen responses that are better than those of the reference (arXiv:2408.06266).
 
     Args:
         beta: Implicit reward per nat, positive; smaller moves further from the reference.
     """
 
-    needs = frozenset({"reference_logps"})
-
-    def __init__(self, beta: float = 0.1) -> None:
-        check_positive(beta=beta)
-        self.beta = beta
-
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
         return apo_zero_loss(chosen_logratios, rejected_logratios, self.beta)
 
 
-class APODownLoss(PairwiseLoss):
+class APODownLoss(ReferenceLoss):
     """APO-down, for chosen responses that are worse than those of the reference (arXiv:2408.06266).
 
     Args:
         beta: Implicit reward per nat, positive; smaller moves further from the reference.
     """
-
-    needs = frozenset({"reference_logps"})
-
-    def __init__(self, beta: float = 0.1) -> None:
-        check_positive(beta=beta)
-        self.beta = beta
 
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
         return apo_down_loss(chosen_logratios, rejected_logratios, self.beta)

@@ -115,6 +115,20 @@ def hinge_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float
     return (1 - beta * (chosen_logratios - rejected_logratios)).relu()
 
 
+class ReferenceLoss(PairwiseLoss):
+    """Base of losses on log-ratios to the fixed reference whose only option is `beta`.
+
+    Args:
+        beta: Implicit reward per nat, positive; smaller moves further from the reference.
+    """
+
+    needs = frozenset({"reference_logps"})
+
+    def __init__(self, beta: float = 0.1) -> None:
+        check_positive(beta=beta)
+        self.beta = beta
+
+
 class DPOLoss(PairwiseLoss):
     """DPO, relative to the fixed reference (arXiv:2305.18290); with label smoothing conservative DPO (cDPO).
 
@@ -175,18 +189,12 @@ class IPOLoss(PolicyLoss):
         return ipo_loss(chosen, rejected, self.tau)
 
 
-class HingeLoss(PairwiseLoss):
+class HingeLoss(ReferenceLoss):
     """The hinge loss of SLiC on log-ratios to the fixed reference (arXiv:2309.06657).
 
     Args:
         beta: Implicit reward per nat, positive; smaller moves further from the reference.
     """
-
-    needs = frozenset({"reference_logps"})
-
-    def __init__(self, beta: float = 0.1) -> None:
-        check_positive(beta=beta)
-        self.beta = beta
 
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
         return hinge_loss(chosen_logratios, rejected_logratios, self.beta)
