@@ -41,6 +41,7 @@ from rlhf_pl.rounds.refill import check_refill
 from rlhf_pl.rounds.settings import (
     RoundOptions,
     check_old_logps,
+    check_responses,
     check_sampler_logps,
     check_shaping,
     check_token_logps,
@@ -133,8 +134,6 @@ class RoundRefresh(RunLifecycle):
         check_finite("rollout", timeout_minutes=timeout_minutes)
         if timeout_minutes <= 0:
             raise InputError(f"`rollout.timeout_minutes` must be above 0, got {timeout_minutes}.")
-        if sampling.num_responses < 2:
-            raise InputError(f"`rollout.sampling.num_responses` must be 2 or more, got {sampling.num_responses}.")
         if refill and reward is None:
             raise InputError(
                 f"`rollout.refill` is {refill}, but without `rollout.reward` no prompts are sampled. Leave it out."
@@ -215,6 +214,7 @@ class RoundRefresh(RunLifecycle):
             self._stored, sampling = open_rounds(trainer, self._rounds_from, options)
             options = replace(options, sampling=sampling, val_sampling=self._val_sampling(sampling))
             self.options = options
+        check_responses(pl_module, options)
         data.max_response_tokens = options.sampling.max_response_tokens
         samples = not options.from_other_run or bool(data.val_prompts)
         if samples:

@@ -38,6 +38,7 @@ def select_groups(groups: PromptGroups, chosen: Sequence[int]) -> PromptGroups:
         stored,
         pair_rows,
         pair_sizes,
+        groups.kl_coef,
     )
 
 

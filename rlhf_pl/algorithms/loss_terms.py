@@ -45,6 +45,14 @@ def loss_names(loss: PolicyLoss) -> list[str]:
     return names
 
 
+def summarised(loss: PolicyLoss, metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    """Metrics as `prefix/name` after `PolicyLoss.summarise` of each term."""
+    means = {name.removeprefix(f"{prefix}/"): value for name, value in metrics.items()}
+    for _, term in loss.terms:
+        means = term.summarise(means)
+    return {f"{prefix}/{name}": value for name, value in means.items()}
+
+
 def with_total_loss(loss: PolicyLoss, metrics: dict[str, float], prefix: str) -> dict[str, float]:
     """Add `prefix/loss`, the weighted sum of the terms' means, to `metrics`, as far as they are known."""
     weights = [weight for weight, _ in loss.terms]

@@ -10,10 +10,13 @@ from rlhf_pl.algorithms.apo_losses import APODownLoss, APOZeroLoss
 from rlhf_pl.algorithms.auto_eta import DEFAULT_SPREAD, check_targets, eta_by_kl, eta_by_spread
 from rlhf_pl.algorithms.chosen_nll import ChosenNLL
 from rlhf_pl.algorithms.dpo_losses import DPOLoss, HingeLoss, IPOLoss, RobustDPOLoss
+from rlhf_pl.algorithms.grpo_losses import CISPOLoss, DAPOLoss, DrGRPOLoss, GRPOLoss, GSPOLoss, RLOOLoss
 from rlhf_pl.algorithms.kto_loss import KTOLoss
 from rlhf_pl.algorithms.orpo_loss import ORPOLoss
+from rlhf_pl.algorithms.policy_gradient import PolicyGradientLoss
 from rlhf_pl.algorithms.policy_loss import PairwiseLoss, PolicyLoss
 from rlhf_pl.algorithms.reference_free_losses import CPOLoss, SimPOLoss
+from rlhf_pl.algorithms.reinforce_losses import ReinforceLoss, ReinforcePlusPlusLoss
 from rlhf_pl.algorithms.round_facts import Choice, RoundFacts
 from rlhf_pl.algorithms.sppo_losses import SPPOHardLoss, SPPOLoss
 from rlhf_pl.algorithms.sum_of_losses import SumOfLosses
@@ -22,16 +25,25 @@ from rlhf_pl.utils.errors import InputError
 __all__ = [
     "APODownLoss",
     "APOZeroLoss",
+    "CISPOLoss",
     "CPOLoss",
     "ChosenNLL",
+    "DAPOLoss",
     "DPOLoss",
+    "DrGRPOLoss",
+    "GRPOLoss",
+    "GSPOLoss",
     "HingeLoss",
     "IPOLoss",
     "KTOLoss",
     "ORPOLoss",
     "PairwiseLoss",
+    "PolicyGradientLoss",
     "PolicyLoss",
+    "RLOOLoss",
     "RebelLoss",
+    "ReinforceLoss",
+    "ReinforcePlusPlusLoss",
     "RobustDPOLoss",
     "SPPOHardLoss",
     "SPPOLoss",

@@ -1,7 +1,7 @@
 """Base classes of policy losses: what a loss needs, what its mean is taken over, and what is logged."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import ClassVar, get_args
 
 import torch
@@ -28,13 +28,20 @@ class PolicyLoss(ABC):
         on_pairs: Whether a loss per response or token needs the selector's pairs as well, as one on chosen responses.
         rewards_as_labels: Whether rewards only tell which responses of a prompt are the better ones, so that their
             values do not matter; offline pairs then need none.
-        metric_names: Names of the metrics that `metrics` returns.
+        kl_per_token: Whether every token has its own part of the KL penalty, by `PromptGroups.token_rewards`, so that
+            `model.kl_coef` needs the log-probs of tokens.
+        least_responses: The number of scored responses that a prompt needs, for a loss that is not on pairs.
+        round_values: Names of what `of_round` computes.
+        metric_names: Names of the metrics that `metrics` returns, after `summarise`.
     """
 
     needs: ClassVar[Collection[str]] = frozenset({"rewards", "old_logps"})
     per: ClassVar[Element] = "group"
     on_pairs: ClassVar[bool] = False
     rewards_as_labels: ClassVar[bool] = False
+    kl_per_token: ClassVar[bool] = False
+    least_responses: ClassVar[int] = 2
+    round_values: ClassVar[tuple[str, ...]] = ()
     metric_names: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
@@ -57,12 +64,36 @@ class PolicyLoss(ABC):
         return any("rewards" in term.needs and not term.rewards_as_labels for _, term in self.terms)
 
     @property
+    def needs_responses(self) -> int:
+        """The number of scored responses that a prompt needs."""
+        return 2 if self.uses_pairs else max(term.least_responses for _, term in self.terms)
+
+    @property
     def uses_ties(self) -> bool:
         """Whether pairs with equal rewards are of use, as for a regression onto margins."""
         return any(getattr(term, "ties", False) for _, term in self.terms)
 
     def metrics(self, groups: PromptGroups) -> dict[str, Tensor]:
         """Further metrics, logged as means over all elements of an update: tensors of any shape, by name."""
+        return {}
+
+    def summarise(self, means: Mapping[str, float]) -> dict[str, float]:
+        """The metrics of an update from the means of `metrics` over it, by name: for variances and the like."""
+        return dict(means)
+
+    def of_round(self, read: Callable[[], Iterator[PromptGroups]]) -> dict[str, Tensor]:
+        """Compute numbers of single responses or tokens that need a look at the whole round, before it trains.
+
+        They must follow from the round alone: a run that resumes computes them again.
+
+        Args:
+            read: Iterates over all groups of the round, many at a time, for a policy that equals pi_old; may be called
+                several times.
+
+        Returns:
+            What `round_values` names, each of shape (R,) or (M,) for all R responses or M tokens of the round in the
+            order of `read`, float32. `losses` finds those of its batch in `PromptGroups.stored`.
+        """
         return {}
 
     def counts(self, lengths: Tensor, finished: Tensor) -> Tensor:
@@ -164,6 +195,8 @@ def check_needs(loss: PolicyLoss, kl_coef: float, extra_passes: Collection[str] 
     if Z_REF in needs:
         needs |= {"reference_logps"}
     needs |= {summed for summed, per_token in zip(SUMMED, PER_TOKEN, strict=True) if per_token in needs}
+    if (values := [v for _, term in loss.terms for v in term.round_values]) and len(set(values)) < len(values):
+        raise InputError(f"`model.loss`: {name} has two losses that compute {', '.join(sorted(set(values)))}.")
     if kl_coef == 0:
         return needs
     if "rewards" not in needs:
@@ -171,7 +204,8 @@ def check_needs(loss: PolicyLoss, kl_coef: float, extra_passes: Collection[str] 
             f"`model.kl_coef` is {kl_coef}, but `model.loss` {name} reads no rewards, and the KL penalty is part of "
             "them. It would have no effect: set it to 0."
         )
-    return needs | set(SUMMED)
+    per_token = PER_TOKEN if any(term.kl_per_token for _, term in loss.terms) else ()
+    return needs | {*SUMMED, *per_token}
 
 
 def _declared_needs(loss: PolicyLoss, extra_passes: Collection[str]) -> frozenset[str]:

@@ -13,9 +13,10 @@ from rlhf_pl.utils.errors import InputError
 Element = Literal["pair", "group", "response", "token"]
 SUMMED = ("old_logps", "reference_logps")  # of each response
 PER_TOKEN = ("old_token_logps", "reference_token_logps")
+SAMPLING_LOGPS = "sampling_token_logps"  # of the policy that sampled the responses, where that may not be pi_old
 # KTO's estimate of KL(pi_theta || pi_ref): the mean log-ratio of an update's responses to other prompts, at least 0
 Z_REF = "kto_z_ref"
-NEEDS = ("rewards", *SUMMED, *PER_TOKEN, Z_REF)
+NEEDS = ("rewards", *SUMMED, *PER_TOKEN, SAMPLING_LOGPS, Z_REF)
 
 
 def extra_needs(needs: Collection[str]) -> list[str]:
@@ -37,10 +38,12 @@ class PromptGroups:
         finished: Whether each response ended with an EOS, shape (R,), bool; the others are truncated.
         sizes: Responses of each group, shape (G,), int64.
         stored: Log-probs under the policies that do not train, by their names in `NEEDS`, and the values of the
-            module's `extra_passes`, shape (M,), as far as the loss needs them; `Z_REF` has shape ().
+            module's `extra_passes`, shape (M,), as far as the loss needs them; `Z_REF` has shape (). What the loss has
+            computed of the whole round, shape (R,) or (M,), is here too.
         pair_rows: Indices among the R responses of the chosen and the rejected response of each of P pairs, group after
             group, shape (2, P), int64. None if each group is one pair, (chosen, rejected), or there are no pairs.
         pair_sizes: Number of pairs of each group, shape (G,), int64; None together with `pair_rows`.
+        kl_coef: Weight of the KL penalty in `rewards`, reward units per nat.
     """
 
     token_logps: Tensor
@@ -52,6 +55,7 @@ class PromptGroups:
     stored: Mapping[str, Tensor]
     pair_rows: Tensor | None = None
     pair_sizes: Tensor | None = None
+    kl_coef: float = 0.0
 
     @property
     def old_logps(self) -> Tensor:
@@ -77,6 +81,18 @@ class PromptGroups:
         if name not in self.stored:
             raise InputError(f"`model.loss` reads `{name}`, which its `needs` does not name. Add it there.")
         return self.stored[name]
+
+    def token_rewards(self) -> Tensor:
+        """The rewards of single tokens, shape (M,), which add up to `rewards`.
+
+        Each token has its own KL penalty, -kl_coef * (log pi_old - log pi_ref), and the last one the score as well.
+        """
+        last = self.lengths.cumsum(0) - 1
+        if self.kl_coef == 0:
+            return torch.zeros_like(self.token_logps).index_put((last,), self.rewards)
+        penalties = self.kl_coef * (self.old_token_logps - self.reference_token_logps)
+        scores = self.rewards + self.kl_coef * (self.old_logps - self.reference_logps)
+        return (-penalties).index_add(0, last, scores)
 
     def pairs(self, values: Tensor) -> Tensor:
         """Values of the chosen and of the rejected response of each pair: (R,) to (2, P)."""

@@ -1,6 +1,6 @@
 """Training batches of the prompt groups of a round. A pair is a group of two."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,6 +15,7 @@ from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups, apply_kl_penal
 from rlhf_pl.data.ahead import Ahead, Mismatched
 from rlhf_pl.data.group_parts import BatchParts, GroupParts, batch_parts, split_groups
 from rlhf_pl.data.group_sampler import AheadRequest
+from rlhf_pl.data.round_values import RoundValues, check_round_values
 from rlhf_pl.data.stored_groups import StoredGroups, StoredLogps
 from rlhf_pl.models.packed_batch import PackedBatch, pack
 from rlhf_pl.models.packed_layout import to_device
@@ -113,7 +114,7 @@ class GroupBatch:
             token_logps = self.parts.complete(token_logps, known or {})
         logps = segment_sums(token_logps, to_device(lengths, token_logps.device))
         numbers = (rewards, lengths, self.finished, self.sizes, {**self.stored, **(numbers_of_update or {})})
-        return PromptGroups(token_logps, logps, *numbers, self.pair_rows, self.pair_sizes)
+        return PromptGroups(token_logps, logps, *numbers, self.pair_rows, self.pair_sizes, kl_coef)
 
 
 class GroupDataset(Dataset):
@@ -134,10 +135,28 @@ class GroupDataset(Dataset):
         # what micro-batches are made of; the DataModule changes it where groups are larger than its token budget
         self.parts = split_groups(groups, None)
         self.mismatched: GroupParts | None = None
+        self.values = RoundValues(groups, {})  # what the loss computes of the whole round
         self.has_single_pairs = groups.pairs is not None and groups.pairs.are_simple
 
     def __len__(self) -> int:
         return len(self.stored)
+
+    @torch.no_grad()
+    def compute_values(self, loss: PolicyLoss, kl_coef: float) -> None:
+        """Have the loss compute what it needs of the whole round: see `PolicyLoss.of_round`."""
+
+        def read() -> Iterator[PromptGroups]:
+            for start in range(0, len(self), GROUPS_AT_ONCE):
+                numbers = range(start, min(start + GROUPS_AT_ONCE, len(self)))
+                yield self.groups_before_training(numbers, kl_coef, torch.device("cpu"))
+
+        found: dict[str, Tensor] = {}
+        for _, term in loss.terms:
+            if term.round_values and len(self):
+                values = {name: value.cpu() for name, value in term.of_round(read).items()}
+                check_round_values(term, values)
+                found |= values
+        self.values = RoundValues(self.stored, found)
 
     def lengths(self) -> list[int]:
         """Number of tokens of each group."""
@@ -180,7 +199,7 @@ class GroupDataset(Dataset):
         rows = pack([self.parts.items.prefix_group(i) for i in items])
         members = [self.stored.rows(i) for i in indices]
         responses = torch.from_numpy(np.concatenate(members))
-        stored = {name: _select(values, responses) for name, values in self.logps.items()}
+        stored = {name: _select(values, responses) for name, values in self.logps.items()} | self.values.select(indices)
         sizes = torch.tensor([len(part) for part in members])
         rewards, finished = self.rewards[responses], self.finished[responses]
         pairs = self._pairs(indices, members)
@@ -232,15 +251,16 @@ class GroupDataset(Dataset):
         lengths = torch.from_numpy(self.stored.response_lengths().astype(np.int64))[responses].to(device)
         known = {name: values for name, values in self.logps.items() if with_tokens or isinstance(values, Tensor)}
         stored = {name: _select(values, responses).to(device) for name, values in known.items()}
+        stored |= {name: values.to(device) for name, values in self.values.select(indices).items()}
         if self.mismatched_reference_logps is not None:
             stored[Z_REF] = torch.zeros((), device=device)
         zeros = torch.zeros(int(lengths.sum()), device=device)
         token_logps = stored.get("old_token_logps", stored.get("reference_token_logps", zeros))
         logps = stored.get("old_logps", stored.get("reference_logps", torch.zeros(len(responses), device=device)))
         rewards = apply_kl_penalty(self.rewards[responses].to(device), kl_coef, stored)
-        pairs = (None if values is None else values.to(device) for values in self._pairs(indices, members))
+        rows, counts = (None if values is None else values.to(device) for values in self._pairs(indices, members))
         finished = self.finished[responses].to(device)
-        return PromptGroups(token_logps, logps, rewards, lengths, finished, sizes, stored, *pairs)
+        return PromptGroups(token_logps, logps, rewards, lengths, finished, sizes, stored, rows, counts, kl_coef)
 
     def __getitems__(self, request: tuple[Any, ...]) -> GroupBatch | None:
         """The batch of a request of `GroupSampler`: (items, weights), or (items, weights, what is computed ahead)."""

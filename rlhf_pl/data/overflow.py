@@ -51,7 +51,9 @@ def _read(module: PolicyModule, stored: Round, temperature: float) -> GroupDatas
     used = {name: values for name, values in numbers.items() if name in module.needs}
     if module.kl_coef > 0 and groups.pairs is not None:
         groups = order_ties(groups, module.kl_coef * (used["old_logps"] - used["reference_logps"]).numpy())
-    return GroupDataset(groups, used, temperature)
+    dataset = GroupDataset(groups, used, temperature)
+    dataset.compute_values(module.loss, module.kl_coef)
+    return dataset
 
 
 @torch.no_grad()

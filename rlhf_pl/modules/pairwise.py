@@ -10,7 +10,7 @@ from torch import Tensor
 
 from rlhf_pl.algorithms.group_subsets import select_groups
 from rlhf_pl.algorithms.loss_choices import chosen_names, chosen_numbers
-from rlhf_pl.algorithms.loss_terms import loss_names, sum_of_means, term_losses, with_total_loss
+from rlhf_pl.algorithms.loss_terms import loss_names, sum_of_means, summarised, term_losses, with_total_loss
 from rlhf_pl.algorithms.losses import RebelLoss
 from rlhf_pl.algorithms.margin_metrics import has_margins, margin_metric_names, pair_columns
 from rlhf_pl.algorithms.policy_loss import PolicyLoss, check_needs, logged, logged_names
@@ -262,6 +262,7 @@ class RebelModule(CausalLMModule):
     def _compute(self, means: Means, prefix: str) -> dict[str, float]:
         """Metrics over all values since the last call and all ranks; all of them call it together."""
         metrics = with_variance(means.compute_and_reset(prefix, ranks_of(self.trainer)), f"{prefix}/ratio")
+        metrics = summarised(self.loss, metrics, prefix)
         return with_total_loss(self.loss, metrics, prefix)
 
     def _compute_margins(self, margins: PairMargins, prefix: str) -> dict[str, float]:

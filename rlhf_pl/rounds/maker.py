@@ -143,7 +143,15 @@ class RoundMaker:
             limit = self.data.max_val_pairs if stored.is_held_out else None
             selector, shaping = pair_selector(self.module, self.options), self.options.shaping
             drop_equal = drops_equal_groups(self.options) and not stored.is_held_out
-            how = (selector, self.data.seed, limit, shaping, *self.ties(stored), drop_equal)
+            how = (
+                selector,
+                self.data.seed,
+                limit,
+                shaping,
+                *self.ties(stored),
+                drop_equal,
+                self.module.loss.needs_responses,
+            )
             while self._adds_prompts(stored, lambda: count_usable(stored, *how)):
                 self._sample_and_score(stored, policy)
             with self.ranks.phase("making pairs"):

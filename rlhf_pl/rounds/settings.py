@@ -144,6 +144,31 @@ def check_token_logps(module: PolicyModule, options: RoundOptions) -> None:
         raise InputError(f"`rollout.store_token_logps` is true, but {reason}. Leave it out.")
 
 
+def check_responses(module: PolicyModule, options: RoundOptions) -> None:
+    """Refuse fewer responses per prompt than the loss needs.
+
+    Raises:
+        InputError: `rollout.sampling.num_responses` is too small, or a refill has nothing to compare.
+    """
+    count, least = options.sampling.num_responses, module.loss.needs_responses
+    loss = type(module.loss).__name__
+    if count < least:
+        raise InputError(
+            f"`rollout.sampling.num_responses` is {count}, but `model.loss` {loss} compares the responses to a prompt "
+            f"with each other: it must be {least} or more."
+        )
+    if options.reward.by_prompt and count < 2:
+        raise InputError(
+            f"`rollout.sampling.num_responses` must be 2 or more: {options.reward.name} compares the responses to a "
+            "prompt with each other."
+        )
+    if options.refill and least < 2:
+        raise InputError(
+            f"`rollout.refill` is {options.refill}, but `model.loss` {loss} does not compare the responses to a prompt "
+            "with each other, so no prompt lacks anything. Leave it out."
+        )
+
+
 def check_shaping(module: PolicyModule, options: RoundOptions) -> None:
     """Refuse shaping of rewards that neither the loss nor a selector of pairs reads.
 

@@ -163,7 +163,9 @@ def check_stored_logps(
     given = read_given(source)
     try:
         selector, drop_equal = pair_selector(module, options), drops_equal_groups(options)
-        table, _ = make_selection(source.stored, selector, run_seed, None, options.shaping, *ties, drop_equal)
+        table, _ = make_selection(
+            source.stored, selector, run_seed, None, options.shaping, *ties, drop_equal, module.loss.needs_responses
+        )
     except DamagedStoreError as error:
         raise as_foreign(error) from error
     names = [name for name in ("chosen_index", "rejected_index", "response_index") if name in table.column_names]

@@ -41,13 +41,14 @@ def select(
     keep_ties: bool = False,
     uses_ties: bool = True,
     drop_equal: bool = False,
+    least: int = 2,
 ) -> None:
     """Select pairs or groups to train on, and count the prompts without any, by reason.
 
     Args:
         stored: The round. Its responses and rewards are read and its stage `pairs` is written: indices into each
             prompt's responses, and shaped rewards.
-        selector: Selects pairs; None for whole groups, of the prompts with at least two scored responses.
+        selector: Selects pairs; None for whole groups, of the prompts with at least `least` scored responses.
         run_seed: The run's seed.
         limit: Maximum number of prompts with pairs, or of groups.
         shaping: Penalties and normalisation, applied to the scores first.
@@ -55,11 +56,12 @@ def select(
             in a random order.
         uses_ties: Whether the loss can use pairs with equal rewards.
         drop_equal: Drop whole groups whose shaped rewards are all equal.
+        least: Number of scored responses that a prompt needs.
 
     Raises:
         InputError: The selector returned something else than pairs of a prompt's responses.
     """
-    table, info = make_selection(stored, selector, run_seed, limit, shaping, keep_ties, uses_ties, drop_equal)
+    table, info = make_selection(stored, selector, run_seed, limit, shaping, keep_ties, uses_ties, drop_equal, least)
     stored.write_shard("pairs", 0, table)
     stored.complete("pairs", **info)
 
@@ -78,6 +80,7 @@ def make_selection(
     keep_ties: bool,
     uses_ties: bool,
     drop_equal: bool,
+    least: int = 2,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The table that `select` writes with the same arguments, and its counts; writes nothing."""
     groups = _scored_groups(stored)
@@ -87,7 +90,7 @@ def make_selection(
     shaped, penalties = shape_rewards(rewards, lengths, finished, shaping)
     for group, group_rewards in zip(groups, shaped, strict=True):
         group.rewards = group_rewards
-    usable = [group for group in groups if len(group.indices) > 1]
+    usable = [group for group in groups if len(group.indices) >= least]
     dropped = {"no_reward_difference": 0, "same_answer": 0, "not_scored": len(groups) - len(usable)}
     if selector is None:
         different = [group for group in usable if not drop_equal or len(set(group.rewards)) > 1]
@@ -117,7 +120,7 @@ def _reward_variance(groups: Sequence[Sequence[float]]) -> float:
     variances = []
     for rewards in groups:
         mean = sum(rewards) / len(rewards)
-        variances.append(sum((reward - mean) ** 2 for reward in rewards) / (len(rewards) - 1))
+        variances.append(sum((reward - mean) ** 2 for reward in rewards) / max(1, len(rewards) - 1))
     return sum(variances) / max(1, len(variances))
 
 

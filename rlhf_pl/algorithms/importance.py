@@ -1,0 +1,81 @@
+"""Importance ratios of a policy gradient, and weights that correct for another policy having sampled the responses."""
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+from torch import Tensor
+
+from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS, PromptGroups
+from rlhf_pl.utils.errors import InputError
+
+RatioLevel = Literal["token", "sequence", "sequence_mean"]
+
+
+def log_ratios(level: RatioLevel, groups: PromptGroups) -> Tensor:
+    """log pi - log pi_old at a level: of each token, shape (M,); or of each response, shape (R,), with gradient.
+
+    Args:
+        level: `token`; `sequence` for the sum over a response's tokens; `sequence_mean` for the mean over them (GSPO,
+            arXiv:2507.18071, Eq. 7).
+        groups: The batch.
+    """
+    if level == "token":
+        return groups.token_logps - groups.old_token_logps
+    sums = groups.sum_per_response(groups.token_logps - groups.old_token_logps)
+    return sums / groups.lengths if level == "sequence_mean" else sums
+
+
+def check_ratio_level(level: str) -> None:
+    """Raise InputError for an unknown level."""
+    if level not in get_args(RatioLevel):
+        raise InputError(f"`model.loss.ratio` must be one of {', '.join(get_args(RatioLevel))}, got {level!r}.")
+
+
+@dataclass(frozen=True)
+class ImportanceCorrection:
+    """Weights pi_old / pi_sampling where another policy than pi_old sampled the responses.
+
+    pi_old is then the policy before the round's first update, computed by the training itself, and pi_sampling is the
+    sampler as it reported its log-probs, or the policy of the run that the round comes from (`--rounds_from`).
+
+    Args:
+        mode: `truncate` limits the weights to [low, high]; `mask` sets those outside to 0.
+        level: `token` for a weight of each token, `sequence` for one of each response.
+        high: Largest weight.
+        low: Smallest weight.
+    """
+
+    mode: Literal["truncate", "mask"] = "truncate"
+    level: Literal["token", "sequence"] = "token"
+    high: float = 2.0
+    low: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, known in (("mode", ("truncate", "mask")), ("level", ("token", "sequence"))):
+            if getattr(self, name) not in known:
+                raise InputError(
+                    f"`model.loss.correction.{name}` must be {' or '.join(known)}, got {getattr(self, name)!r}."
+                )
+        if not 0 <= self.low <= 1 <= self.high < math.inf:
+            raise InputError(
+                "`model.loss.correction`: low must be from 0 to 1 and high 1 or more and finite, got "
+                f"{self.low} and {self.high}."
+            )
+
+    def weights(self, groups: PromptGroups) -> tuple[Tensor, Tensor, Tensor]:
+        """Weights of the tokens (they have no gradient).
+
+        Returns:
+            (weight of each token, shape (M,); weights before they are limited, at their level, shape (M,) or (R,);
+            whether each of these is limited, of the same shape, bool).
+
+        Source: arXiv:2510.18855 (masked); truncated: the sampler's correction of TRL 1.16.
+        """
+        log_weights = groups.old_token_logps - groups.stored[SAMPLING_LOGPS]
+        if self.level == "sequence":
+            log_weights = groups.sum_per_response(log_weights)
+        raw = log_weights.exp()
+        outside = (raw < self.low) | (raw > self.high)
+        weights = raw.clamp(self.low, self.high) if self.mode == "truncate" else raw.masked_fill(outside, 0.0)
+        return groups.per_token(weights) if self.level == "sequence" else weights, raw, outside
