@@ -93,6 +93,8 @@ def round_line(store: RoundStore, index: int) -> str:
         f"seconds: generate {responses['seconds']:.0f}, score {rewards['seconds']:.0f}, "
         f"log-probs {stages['logps']['seconds']:.0f}, train {training['seconds']:.0f}",
     ]
+    if equal := stages["pairs"].get("equal_rewards"):
+        parts.insert(1, f"all rewards equal for {equal} of {stages['pairs']['groups']} prompts")
     if margins := describe_margins(store.round(index).manifest):
         parts.insert(3, margins)
     if refilled := responses.get("refilled"):
@@ -111,8 +113,10 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
     title = "Rounds" + (" (before, after: mean reward on the held-out prompts)" if held_out else "")
     style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
     table = Table(title=title, title_justify="left", caption=KL_NOTE, caption_justify="left", **style)
-    headers = ["round", "reward", "best", "worst", "tokens", "finished", "pairs", "KL\nold||new", "loss", "time"]
     manifests = [store.round(index).manifest for index in range(rounds)]
+    on_groups = any("equal_rewards" in manifest["stages"].get("pairs", {}) for manifest in manifests)
+    unit = "groups" if on_groups else "pairs"
+    headers = ["round", "reward", "best", "worst", "tokens", "finished", unit, "KL\nold||new", "loss", "time"]
     further = list(dict.fromkeys(name for manifest in manifests for name in choices(manifest)))  # eta
     has_reached = any("reached" in training_margins(manifest) for manifest in manifests)
     headers += [*further, *(["targets\nreached"] if has_reached else [])]

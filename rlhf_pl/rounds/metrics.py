@@ -41,6 +41,7 @@ ROLLOUT = (
     "rollout/response_tokens",
     "rollout/finished_share",
     "rollout/pairs",
+    "rollout/groups_without_variance",
     "rollout/refilled_prompts",
     "rollout/distinct_3",
     "rollout/identical_share",
@@ -59,17 +60,19 @@ ROLLOUT = (
 )
 
 
-def metric_names(options: RoundOptions, has_reference: bool, held_out: bool) -> list[str]:
+def metric_names(options: RoundOptions, has_reference: bool, held_out: bool, on_groups: bool = False) -> list[str]:
     """Names of the metrics that a run's rounds will have. A name that ends in a slash is a prefix.
 
     Args:
         options: How rounds are made.
         has_reference: Whether KL to a reference is measured.
         held_out: Whether the run has held-out prompts.
+        on_groups: Whether the loss trains on whole groups, without pairs.
     """
     is_greedy = options.val_sampling.temperature == 0
     is_absent = {
         "rollout/old_logp_difference": options.old_logps == "policy",
+        "rollout/groups_without_variance": not on_groups,
         "rollout/refilled_prompts": options.refill == 0,
         "val/kl_new_old": is_greedy,
         "val/kl_new_reference": is_greedy or not has_reference,
@@ -138,6 +141,7 @@ def round_metrics(stored: Round) -> dict[str, float]:
         "rollout/response_tokens": responses["tokens_mean"],
         "rollout/finished_share": responses["finished_share"],
         "rollout/pairs": pairs["pairs"],
+        **groups_without_variance(pairs),
         **_refilled_prompts(stored),
         "time/generate_s": responses["seconds"],
         "time/score_s": rewards["seconds"],
@@ -198,6 +202,12 @@ def _refilled_prompts(stored: Round) -> dict[str, float]:
     """Prompts that the round sampled in place of others, where `rollout.refill` is on."""
     is_on = "refill" in stored.manifest.get("settings", {}).get("responses", {})
     return {"rollout/refilled_prompts": float(stored.info("responses").get("refilled", 0))} if is_on else {}
+
+
+def groups_without_variance(pairs: Mapping[str, Any]) -> dict[str, float]:
+    """Share of a round's groups whose shaped rewards are all equal; empty for pairs, and where it is not recorded."""
+    equal = pairs.get("equal_rewards")
+    return {} if equal is None else {"rollout/groups_without_variance": equal / max(1, pairs["groups"])}
 
 
 def _sampler_difference(logps: dict[str, Any]) -> dict[str, float]:

@@ -35,7 +35,7 @@ def check_round_monitors(
     validates = bool(has_pairs) and data.max_val_pairs > 0 and trainer.limit_val_batches != 0
     measured: list[str] = []
     if options is not None and is_policy_module(module):
-        measured = metric_names(options, module.has_reference, bool(data.val_prompts))
+        measured = metric_names(options, module.has_reference, bool(data.val_prompts), not module.loss.uses_pairs)
     check_monitors(trainer, module, validates, measured, _MISSING_HINT)
 
 

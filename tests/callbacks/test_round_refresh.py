@@ -13,7 +13,9 @@ import torch
 
 from rlhf_pl import (
     OfflineDataModule,
+    RebelLoss,
     RebelModule,
+    RLOOLoss,
     RoundDataModule,
     SamplingConfig,
     SFTDataModule,
@@ -191,12 +193,24 @@ def test_other_modules_and_data_are_refused_by_name(llama: Path, tmp_path: Path,
         ({"prompts_per_shard": 0}, r"`rollout\.prompts_per_shard` must be 1 or more"),
         ({"logps_batch_tokens": 0}, r"`rollout\.logps_batch_tokens` must be 1 or more"),
         ({"timeout_minutes": 0}, r"`rollout\.timeout_minutes` must be above 0"),
-        ({"sampling": SamplingConfig(num_responses=1)}, r"`rollout\.sampling\.num_responses` must be 2 or more, got 1"),
     ],
 )
 def test_wrong_options_are_refused_at_construction(options: dict[str, Any], message: str) -> None:
     with pytest.raises(InputError, match=message):
         RoundRefresh(reward, **options)
+
+
+def test_one_response_per_prompt_is_refused_where_the_loss_compares_them(llama: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {i}?"} for i in range(2)]
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("\n".join(map(json.dumps, rows)))
+    for loss in (RebelLoss(), RLOOLoss()):
+        trainer = plain_trainer(tmp_path / "run", RoundRefresh(reward, sampling=SamplingConfig(num_responses=1)))
+        with pytest.raises(
+            InputError, match=r"num_responses` is 1, but .* compares .* must be 2 or more"
+        ):
+            trainer.fit(RebelModule(str(llama), loss), datamodule=RoundDataModule(str(prompts)))
+    assert not (tmp_path / "run").exists()
 
 
 def test_log_probs_of_another_policy_are_refused(run: SmallRun, llama: Path, tmp_path: Path) -> None:

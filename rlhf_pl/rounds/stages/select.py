@@ -97,7 +97,8 @@ def make_selection(
         dropped["no_reward_difference"] = len(usable) - len(different)
         usable = different[:limit]
         table = _groups_table(usable)
-        counts = {"pairs": len(usable), "groups": len(usable), "responses": len(table)}
+        equal = sum(len(group.indices) > 1 and len(set(group.rewards)) == 1 for group in usable)
+        counts = {"pairs": len(usable), "groups": len(usable), "responses": len(table), "equal_rewards": equal}
     else:
         pairs = _select_pairs(usable, selector, run_seed, (keep_ties, uses_ties), dropped)[:limit]
         table = _pairs_table(pairs)
