@@ -67,6 +67,21 @@ class ClippedTokens(PolicyLoss):
         return -least[groups.per_token(groups.finished)]
 
 
+class NormalisedOverTheRound(PolicyLoss):
+    """REINFORCE with rewards that are normalised over the whole round."""
+
+    needs = {"rewards"}
+    per = "response"
+    round_values = ("advantages",)
+
+    def of_round(self, read):
+        rewards = torch.cat([groups.rewards for groups in read()])
+        return {"advantages": (rewards - rewards.mean()) / rewards.std()}
+
+    def losses(self, groups):
+        return -groups.stored["advantages"] * groups.logps / groups.lengths
+
+
 class Plain(PolicyLoss):
     """The mean negative log-prob: needs nothing."""
 
@@ -88,6 +103,7 @@ def command(fit: Callable[..., int]) -> Callable[..., int]:
 def naive_loss(name: str, new: dict[int, Tensor], old: dict[int, Tensor], groups: list[Group]) -> Tensor:
     """The mean loss over the round, pair by pair and token by token."""
     terms: list[Tensor] = []
+    everything = torch.tensor([row["reward"] for group in groups for row in group])
     for group in groups:
         rewards = [row["reward"] for row in group]
         mean = sum(rewards) / len(rewards)
@@ -103,13 +119,16 @@ def naive_loss(name: str, new: dict[int, Tensor], old: dict[int, Tensor], groups
             gain = row["reward"] - mean
             if name == "Reinforce":
                 terms.append(-gain * new[id(row)].sum() / len(row["response_tokens"]))
+            if name == "NormalisedOverTheRound":
+                advantage = (row["reward"] - everything.mean()) / everything.std()
+                terms.append(-advantage * new[id(row)].sum() / len(row["response_tokens"]))
             if name == "ClippedTokens" and row["finished"]:
                 for ratio in (new[id(row)] - old[id(row)]).exp():
                     terms.append(-torch.minimum(ratio * gain, ratio.clamp(0.9, 1.1) * gain))
     return torch.stack(terms).mean()
 
 
-@pytest.mark.parametrize("name", ["Logistic", "AllPairsRebel", "Reinforce", "ClippedTokens"])
+@pytest.mark.parametrize("name", ["Logistic", "AllPairsRebel", "Reinforce", "NormalisedOverTheRound", "ClippedTokens"])
 def test_a_round_trains_like_the_naive_computation(name: str, command: Callable[..., int], llama: Path) -> None:
     """Two plain SGD updates over the whole round; the second is off-policy. Micro-batches of 2, 2, 2 and 1 groups."""
     assert command(name) == 0

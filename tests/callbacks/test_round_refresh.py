@@ -206,9 +206,7 @@ def test_one_response_per_prompt_is_refused_where_the_loss_compares_them(llama: 
     prompts.write_text("\n".join(map(json.dumps, rows)))
     for loss in (RebelLoss(), RLOOLoss()):
         trainer = plain_trainer(tmp_path / "run", RoundRefresh(reward, sampling=SamplingConfig(num_responses=1)))
-        with pytest.raises(
-            InputError, match=r"num_responses` is 1, but .* compares .* must be 2 or more"
-        ):
+        with pytest.raises(InputError, match=r"num_responses` is 1, but .* compares .* must be 2 or more"):
             trainer.fit(RebelModule(str(llama), loss), datamodule=RoundDataModule(str(prompts)))
     assert not (tmp_path / "run").exists()
 
