@@ -1,5 +1,6 @@
 """The base of policy gradients: ratio, clipping, aggregation, KL term, correction and metrics, which all have alike."""
 
+from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
 from typing import ClassVar, Literal, get_args
@@ -62,7 +63,6 @@ class PolicyGradientLoss(PolicyLoss):
         correction: Weights for responses that another policy than pi_old has sampled.
     """
 
-    advantage_name: ClassVar[str] = "advantages"
     own_metrics: ClassVar[tuple[str, ...]] = ()  # of a subclass
     uses_old: ClassVar[bool] = True  # whether there is a ratio to pi_old
 
@@ -91,9 +91,9 @@ class PolicyGradientLoss(PolicyLoss):
         self.needs = frozenset(needs)  # type: ignore[misc]
         self.metric_names = self._metric_names()  # type: ignore[misc]
 
+    @abstractmethod
     def advantages(self, groups: PromptGroups) -> Tensor:
         """Advantage of every response, shape (R,), or of every token, shape (M,), without gradient."""
-        raise NotImplementedError
 
     def surrogate(self, ratios: Tensor, advantages: Tensor, groups: PromptGroups) -> Tensor:
         """The surrogate of each ratio, shape (R,) or (M,), with gradient."""
