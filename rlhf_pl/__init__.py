@@ -24,6 +24,7 @@ if TYPE_CHECKING:
         PairwiseLoss,
         PolicyGradientLoss,
         PolicyLoss,
+        PPOLoss,
         RebelLoss,
         ReinforceLoss,
         ReinforcePlusPlusLoss,
@@ -46,8 +47,9 @@ if TYPE_CHECKING:
     from rlhf_pl.data import OfflineDataModule, PreferenceDataModule, RoundDataModule, SFTDataModule
     from rlhf_pl.data.policy_module import PolicyModule
     from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
+    from rlhf_pl.models.critic_options import Critic
     from rlhf_pl.models.lora import LoRA
-    from rlhf_pl.modules import RebelModule, RewardModelModule, SFTModule
+    from rlhf_pl.modules import PPOModule, RebelModule, RewardModelModule, SFTModule
     from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample
     from rlhf_pl.rollout import Sampler, SamplingConfig, TransformersSampler, VLLMSampler, VLLMServerSampler
 
@@ -55,7 +57,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     **dict.fromkeys(("OfflineDataModule", "PreferenceDataModule", "RoundDataModule", "SFTDataModule"), "rlhf_pl.data"),
-    **dict.fromkeys(("RebelModule", "RewardModelModule", "SFTModule"), "rlhf_pl.modules"),
+    **dict.fromkeys(("PPOModule", "RebelModule", "RewardModelModule", "SFTModule"), "rlhf_pl.modules"),
+    "Critic": "rlhf_pl.models.critic_options",
     "LoRA": "rlhf_pl.models.lora",
     **dict.fromkeys(("CPUFSDPStrategy", "FSDP2Strategy"), "rlhf_pl.distributed.strategies"),
     "ImportanceCorrection": "rlhf_pl.algorithms.importance",
@@ -90,6 +93,7 @@ _HOME = {
             "SPPOLoss",
             "SimPOLoss",
             "SumOfLosses",
+            "PPOLoss",
         ),
         "rlhf_pl.algorithms.losses",
     ),
@@ -113,6 +117,7 @@ __all__ = [
     "CPOLoss",
     "CPUFSDPStrategy",
     "ChosenNLL",
+    "Critic",
     "DAPOLoss",
     "DPOLoss",
     "DrGRPOLoss",
@@ -129,6 +134,8 @@ __all__ = [
     "LoRA",
     "ORPOLoss",
     "OfflineDataModule",
+    "PPOLoss",
+    "PPOModule",
     "PairSelector",
     "PairwiseLoss",
     "PolicyGradientLoss",

@@ -15,6 +15,7 @@ from rlhf_pl.algorithms.kto_loss import KTOLoss
 from rlhf_pl.algorithms.orpo_loss import ORPOLoss
 from rlhf_pl.algorithms.policy_gradient import PolicyGradientLoss
 from rlhf_pl.algorithms.policy_loss import PairwiseLoss, PolicyLoss
+from rlhf_pl.algorithms.ppo_loss import PPOLoss
 from rlhf_pl.algorithms.reference_free_losses import CPOLoss, SimPOLoss
 from rlhf_pl.algorithms.reinforce_losses import ReinforceLoss, ReinforcePlusPlusLoss
 from rlhf_pl.algorithms.round_facts import Choice, RoundFacts
@@ -37,6 +38,7 @@ __all__ = [
     "IPOLoss",
     "KTOLoss",
     "ORPOLoss",
+    "PPOLoss",
     "PairwiseLoss",
     "PolicyGradientLoss",
     "PolicyLoss",

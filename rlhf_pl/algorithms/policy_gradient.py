@@ -65,6 +65,7 @@ class PolicyGradientLoss(PolicyLoss):
 
     own_metrics: ClassVar[tuple[str, ...]] = ()  # of a subclass
     uses_old: ClassVar[bool] = True  # whether there is a ratio to pi_old
+    compares_responses: ClassVar[bool] = True  # whether advantages compare the responses to a prompt
 
     def __init__(
         self,
@@ -141,7 +142,8 @@ class PolicyGradientLoss(PolicyLoss):
     # metrics
 
     def _metric_names(self) -> tuple[str, ...]:
-        names: list[str] = ["entropy", "groups_without_variance", *self.own_metrics]
+        names: list[str] = ["entropy", *self.own_metrics]
+        names += ["groups_without_variance"] if self.compares_responses else []
         if self.uses_old:
             names += ["ess", *(f"kl_old/{name}" for name in ESTIMATORS)]
             names += ["clip_low"] if self.clip_low is not None else []
@@ -154,7 +156,9 @@ class PolicyGradientLoss(PolicyLoss):
     @torch.no_grad()
     def metrics(self, groups: PromptGroups) -> dict[str, Tensor]:
         """Metrics: see docs/algorithms.md."""
-        found = {"groups_without_variance": has_equal_rewards(groups).float()}
+        found: dict[str, Tensor] = {}
+        if self.compares_responses:
+            found["groups_without_variance"] = has_equal_rewards(groups).float()
         token_ratios = None
         if self.uses_old:
             ratios, advantages = self.ratios(groups), self._at_level(self.advantages(groups), groups)

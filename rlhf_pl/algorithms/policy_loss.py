@@ -7,7 +7,7 @@ from typing import ClassVar, get_args
 import torch
 from torch import Tensor
 
-from rlhf_pl.algorithms.prompt_groups import NEEDS, PER_TOKEN, SUMMED, Z_REF, Element, PromptGroups
+from rlhf_pl.algorithms.prompt_groups import NEEDS, OLD_VALUES, PER_TOKEN, SUMMED, Z_REF, Element, PromptGroups
 from rlhf_pl.algorithms.round_facts import Choice, RoundFacts
 from rlhf_pl.utils.errors import InputError
 
@@ -217,7 +217,8 @@ def _declared_needs(loss: PolicyLoss, extra_passes: Collection[str]) -> frozense
         raise InputError(f"`model.loss`: {name}.needs is a string. Write a set: needs = {{{loss.needs!r}}}.")
     needs, known = frozenset(loss.needs), (*NEEDS, *extra_passes)
     if unknown := sorted(needs - set(known)):
-        raise InputError(f"`model.loss`: {name} needs {', '.join(unknown)}. Available: {', '.join(known)}.")
+        hint = " Values come from a critic: set --model rlhf_pl.PPOModule." if OLD_VALUES in unknown else ""
+        raise InputError(f"`model.loss`: {name} needs {', '.join(unknown)}. Available: {', '.join(known)}.{hint}")
     return needs
 
 

@@ -13,6 +13,7 @@ from rlhf_pl.utils.errors import InputError
 Element = Literal["pair", "group", "response", "token"]
 SUMMED = ("old_logps", "reference_logps")  # of each response
 PER_TOKEN = ("old_token_logps", "reference_token_logps")
+VALUES, OLD_VALUES = "values", "old_values"  # of a critic, before each token: now, and before the round trains
 SAMPLING_LOGPS = "sampling_token_logps"  # of the policy that sampled the responses, where that may not be pi_old
 # KTO's estimate of KL(pi_theta || pi_ref): the mean log-ratio of an update's responses to other prompts, at least 0
 Z_REF = "kto_z_ref"

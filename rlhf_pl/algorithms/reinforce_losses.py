@@ -79,6 +79,7 @@ class ReinforcePlusPlusLoss(PolicyGradientLoss):
         kl: KLTerm | None = None,
         correction: ImportanceCorrection | None = None,
     ) -> None:
+        self.compares_responses = baseline  # type: ignore[misc]
         super().__init__("token", clip_low, clip_high, aggregation, constant_tokens, truncated, kl, correction)
         self.baseline = baseline
         self.least_responses = 2 if baseline else 1  # type: ignore[misc]

@@ -13,9 +13,10 @@ from rlhf_pl.cli.option_numbers import refuse_not_finite
 from rlhf_pl.cli.parser_errors import CommandParser
 from rlhf_pl.cli.plan_estimates import Plan, PlannedModule
 from rlhf_pl.data import RoundDataModule
-from rlhf_pl.data.policy_module import PolicyModule, find_missing_members, is_policy_module
+from rlhf_pl.data.policy_module import find_missing_members, is_policy_module
 from rlhf_pl.models.config_files import has_weights
 from rlhf_pl.models.policy import check_lm
+from rlhf_pl.models.value_model import check_critic
 from rlhf_pl.rewards.armorm import ArmoRMReward
 from rlhf_pl.rewards.classifier import ClassifierReward
 from rlhf_pl.rounds.disk_space import CHECKPOINTS
@@ -23,6 +24,7 @@ from rlhf_pl.utils.console import console
 from rlhf_pl.utils.disk import format_bytes
 from rlhf_pl.utils.errors import InputError
 
+_SMALLER_CRITIC = "--model.critic.lora LoRA, or --model.critic.shares_trunk true"
 _PHASES = ("train", "generate", "score", "sync")
 _HINTS = {
     "train": {
@@ -32,6 +34,9 @@ _HINTS = {
         "optimizer": "--trainer.strategy fsdp2 over more devices, or --model.lora LoRA",
         "gradients": "--trainer.strategy fsdp2 over more devices, or --model.lora LoRA",
         "parameters": "--trainer.strategy fsdp2 over more devices",
+        **dict.fromkeys(("critic parameters", "critic gradients", "critic optimizer"), _SMALLER_CRITIC),
+        "critic activations": "--model.gradient_checkpointing true, or a smaller --data.batch_size with more "
+        "accumulation",
     },
     "generate": {"sampler": "--rollout.sampler.tensor_parallel_size, or a smaller gpu_memory_utilization"},
     "score": {"reward model": "a reward model under `vllm serve` (VLLMServerReward), or a smaller dtype"},
@@ -89,11 +94,14 @@ def run(argv: Sequence[str]) -> int:
     return _show(plan, available, own, cli.keep_rounds)
 
 
-def _check_folders(module: PolicyModule, reward: Any) -> None:
+def _check_folders(module: Any, reward: Any) -> None:
     """Refuse damaged models as `fit` does, if their weights are in a local folder. A plan needs no weights."""
     for source in {id(s): s for s in (module.source, module.reference_source)}.values():
         if has_weights(Path(source.path)):
             check_lm(source)
+    critic = getattr(module, "critic_source", None)
+    if critic is not None and not module.critic_options.shares_trunk:
+        check_critic(critic, module.source, None, has_weights(Path(critic.path)))
     for part in getattr(reward, "parts", [reward]):
         if isinstance(part, ClassifierReward | ArmoRMReward) and has_weights(Path(part.model)):
             part.check([])
@@ -103,9 +111,11 @@ def _show(plan: Plan, available: float, own: argparse.Namespace, keep_rounds: in
     memory = plan.memory(available)
     model = plan.model
     where = "GPU" if plan.on_gpu else "CPU process"
+    critic = "" if plan.critic is None else f"critic {plan.critic.size.total / 1e6:,.1f} M, "
+    critic += "" if plan.critic is None else f"{plan.critic.size.trainable / 1e6:,.1f} M train; "
     console.print(
         f"{plan.module.source.path}: {model.total / 1e6:,.0f} M parameters, {model.trainable / 1e6:,.1f} M train; "
-        f"{plan.devices} x {where}{', sharded' if plan.sharded else ''}; rows of up to {plan.longest} tokens",
+        f"{critic}{plan.devices} x {where}{', sharded' if plan.sharded else ''}; rows of up to {plan.longest} tokens",
         soft_wrap=True,
     )
     parts = list(dict.fromkeys(part for phase in _PHASES for part, held in memory[phase].items() if held))
@@ -119,6 +129,9 @@ def _show(plan: Plan, available: float, own: argparse.Namespace, keep_rounds: in
     console.print(table)
     host = Table("host memory", "rank 0", "each other rank")
     host.add_row(f"{plan.module.source.path} while loading", *(format_bytes(n) for n in plan.host_memory()))
+    if plan.critic is not None and plan.critic.source is not None:
+        name = f"{plan.critic.source.path} (critic) while loading"
+        host.add_row(name, *(format_bytes(n) for n in plan.critic_host_memory()))
     host.add_row("the policy before the round, while it trains", *[format_bytes(plan.snapshot_bytes())] * 2)
     console.print(host)
     console.print(_disk(plan.checkpoint(), keep_rounds))

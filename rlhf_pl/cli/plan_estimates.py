@@ -7,6 +7,7 @@ import torch
 
 from rlhf_pl.algorithms.prompt_groups import Z_REF
 from rlhf_pl.callbacks import RoundRefresh
+from rlhf_pl.cli.plan_critic import plan_critic
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.models.footprint import (
@@ -68,6 +69,7 @@ class Plan:
         flash = self.on_gpu and half and module.attn_implementation == "sdpa"
         self.kernels = Kernels(half, module.attn_implementation, flash, liger)
         self.model = model_size(self.config, module.trainable_layers, module.lora)
+        self.critic = plan_critic(module)
         self.longest = data.max_prompt_tokens + options.sampling.max_response_tokens
         # responses per prompt that are trained on
         one_pair = module.loss.uses_pairs and (options.selector is None or options.selector.gives_one_pair)
@@ -82,8 +84,11 @@ class Plan:
             "parameters": width * model.total // shards,
             "optimizer": 2 * width * model.trainable // shards,
         }
-        if self.kernels.half and width == 4 and not self.sharded:
+        has_copies = self.kernels.half and width == 4 and not self.sharded
+        if has_copies:
             held["copies in bf16"] = 2 * model.total
+        if self.critic is not None:
+            held |= self.critic.held(shards, has_copies)
         if not self.on_gpu:
             held["policy before the round"] = self.snapshot_bytes()
         unit = max(model.rest, model.layer)
@@ -98,9 +103,10 @@ class Plan:
         shares = module.attn_implementation == "sdpa"
         packed = groups * (self.longest + (used - 1) * response)
         rows, tokens = (1, packed) if shares else (used * groups, self.longest)
+        sums = 1 if self.sharded or self.devices == 1 else 2  # DDP's buckets hold the gradients once more
         training = {
             **held,
-            "gradients": width * model.trainable // shards * (1 if self.sharded or self.devices == 1 else 2),
+            "gradients": width * model.trainable // shards * sums,
             "activations": activation_bytes(config, rows, tokens, self.kernels, module.gradient_checkpointing),
             "output head": head_bytes(
                 config,
@@ -113,6 +119,10 @@ class Plan:
         compute = 2 if self.kernels.half else width
         if self.sharded:
             training["gathered units"] = compute * (model.rest + 2 * model.layer)
+        if self.critic is not None:
+            training |= self.critic.training(shards, sums, rows, tokens, self.kernels, module.gradient_checkpointing)
+            if self.sharded:
+                training["gathered units"] += self.critic.gathered(compute)
         engine = self._engine_bytes(device_memory, held)
         sync = {
             **held,
@@ -161,9 +171,16 @@ class Plan:
         whole = DTYPE_BYTES[self.module.dtype_name] * self.model.total
         return whole, whole if self.all_ranks_read else 0
 
+    def critic_host_memory(self) -> tuple[int, int]:
+        """Bytes of a critic's own model in host memory while it loads, the same on every rank; 0 without one."""
+        critic = self.critic
+        whole = 0 if critic is None or critic.source is None else critic.width * critic.size.total
+        return whole, whole
+
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint: weights, and AdamW's two moments of the trainable ones."""
-        return DTYPE_BYTES[self.module.dtype_name] * (self.model.total + 2 * self.model.trainable)
+        """Bytes of a checkpoint: weights, and AdamW's two moments of the trainable ones, of policy and critic."""
+        own = DTYPE_BYTES[self.module.dtype_name] * (self.model.total + 2 * self.model.trainable)
+        return own + (0 if self.critic is None else self.critic.checkpoint())
 
     def snapshot_bytes(self) -> int:
         """Bytes of each rank's snapshot of pi_old in host memory, for the KL on held-out prompts."""
@@ -207,12 +224,17 @@ class Plan:
         reward = self._reward_bytes() / 2  # approximate number of parameters
         budget = self.data.max_tokens_per_batch
         is_split = budget is not None and row + others * response_tokens > budget
-        per_token += 2 * (is_split + self.has_mismatched)  # passes without gradient ahead of each update
+        ahead = is_split + self.has_mismatched  # passes without gradient ahead of each update
+        per_row_token = (per_token + 2 * ahead) * self.model.total
+        logps = 2 * (models + self.has_mismatched) * self.model.total
+        if self.critic is not None:
+            per_row_token += self.critic.flops(self.module.gradient_checkpointing, ahead)
+            logps += self.critic.flops_of_old_values(self.model.total)
         return {
             "generate": responses * response_tokens / (tokens_per_s * engines),
             "score": 2 * reward * responses * row / speed,
-            "log-probs": 2 * (models + self.has_mismatched) * self.model.total * used_tokens / speed,
-            "train": per_token * self.model.total * self.data.passes * used_tokens / speed,
+            "log-probs": logps * used_tokens / speed,
+            "train": per_row_token * self.data.passes * used_tokens / speed,
         }
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from rlhf_pl.algorithms.policy_loss import PolicyLoss, element_losses
-from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups, apply_kl_penalty, segment_sums
+from rlhf_pl.algorithms.prompt_groups import OLD_VALUES, VALUES, Z_REF, PromptGroups, apply_kl_penalty, segment_sums
 from rlhf_pl.data.ahead import Ahead, Mismatched
 from rlhf_pl.data.group_parts import BatchParts, GroupParts, batch_parts, split_groups
 from rlhf_pl.data.group_sampler import AheadRequest
@@ -98,6 +98,8 @@ class GroupBatch:
         kl_coef: float = 0.0,
         known: Mapping[int, Tensor] | None = None,
         numbers_of_update: Mapping[str, Tensor] | None = None,
+        further: Mapping[str, Tensor] | None = None,
+        known_further: Mapping[str, Mapping[int, Tensor]] | None = None,
     ) -> PromptGroups:
         """The input of the loss.
 
@@ -106,14 +108,18 @@ class GroupBatch:
             kl_coef: Weight of the KL penalty in the rewards, reward units per nat.
             known: Log-probs of all tokens of the groups that are split, by their indices, without gradient.
             numbers_of_update: Numbers of shape () that the whole update has in common, by name: `Z_REF`.
+            further: Other numbers of the tokens of `rows`, by name: the values of a critic.
+            known_further: The same as `known`, of these.
         """
+        further, known_further = dict(further or {}), known_further or {}
         rewards = apply_kl_penalty(self.rewards, kl_coef, self.stored)
         lengths = self.rows.counts
         if self.parts is not None:
             lengths = self.parts.lengths
             token_logps = self.parts.complete(token_logps, known or {})
+            further = {n: self.parts.complete(values, known_further.get(n, {})) for n, values in further.items()}
         logps = segment_sums(token_logps, to_device(lengths, token_logps.device))
-        numbers = (rewards, lengths, self.finished, self.sizes, {**self.stored, **(numbers_of_update or {})})
+        numbers = (rewards, lengths, self.finished, self.sizes, {**self.stored, **(numbers_of_update or {}), **further})
         return PromptGroups(token_logps, logps, *numbers, self.pair_rows, self.pair_sizes, kl_coef)
 
 
@@ -240,7 +246,7 @@ class GroupDataset(Dataset):
     def groups_before_training(
         self, indices: Sequence[int], kl_coef: float, device: torch.device, with_tokens: bool = True
     ) -> PromptGroups:
-        """The input of the loss, on `device`, for a policy that equals pi_old.
+        """The input of the loss, on `device`, for a policy that equals pi_old, and a critic that equals the old one.
 
         If log-probs under pi_old are not stored, those under the reference are used instead, or 0. Without
         `with_tokens`, those of tokens are 0.
@@ -254,6 +260,8 @@ class GroupDataset(Dataset):
         stored |= {name: values.to(device) for name, values in self.values.select(indices).items()}
         if self.mismatched_reference_logps is not None:
             stored[Z_REF] = torch.zeros((), device=device)
+        if OLD_VALUES in stored:
+            stored[VALUES] = stored[OLD_VALUES]
         zeros = torch.zeros(int(lengths.sum()), device=device)
         token_logps = stored.get("old_token_logps", stored.get("reference_token_logps", zeros))
         logps = stored.get("old_logps", stored.get("reference_logps", torch.zeros(len(responses), device=device)))

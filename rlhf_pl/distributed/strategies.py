@@ -183,9 +183,11 @@ def _default_wrapping(strategy: FSDPStrategy, unit: nn.Module, precision: str) -
     from torch.distributed.fsdp import MixedPrecision
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 
-    if strategy.kwargs.get("auto_wrap_policy") is None:
-        units = {type(layer) for layer in decoder_layers(unit)} | {type(unit)}
-        strategy.kwargs["auto_wrap_policy"] = ModuleWrapPolicy(units)
+    options, earlier = strategy.kwargs, getattr(strategy, "wrapped_kinds", None)  # of another unit of the module
+    if options.get("auto_wrap_policy") is None or earlier is not None:
+        kinds = {type(layer) for layer in decoder_layers(unit)} | {type(unit)} | (earlier or set())
+        options["auto_wrap_policy"] = ModuleWrapPolicy(kinds)
+        strategy.wrapped_kinds = kinds  # type: ignore[attr-defined]
     if strategy.mixed_precision is None and precision in HALF:
         # Lightning's default reduces gradients in bf16, and also casts positions, rewards and log-probs
         strategy.mixed_precision = MixedPrecision(

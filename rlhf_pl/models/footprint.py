@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 
+from rlhf_pl.models.classifier_head import empty_classifier
 from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.logprobs import VOCABULARY_BLOCK
 from rlhf_pl.models.lora import adapter_size
@@ -56,6 +57,22 @@ def model_size(config: Any, trainable_layers: int | None = None, lora: Any = Non
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         trainable = trainable_layers * layer + (0 if tied else _count_parameters(model.get_output_embeddings()))
     return ModelSize(total + adapters, trainable, adapters, layer, rest, len(layers))
+
+
+def classifier_size(source: ModelSource, lora: Any = None) -> ModelSize:
+    """Count the parameters of a classifier with one output, as a critic is; its head always trains."""
+    model = empty_classifier(source)
+    layers = decoder_layers(model)
+    total, layer = _count_parameters(model), _count_parameters(layers[0])
+    adapters = 0 if lora is None else adapter_size(model, lora)
+    trainable = total if lora is None else adapters + total - _count_parameters(model.base_model)
+    return ModelSize(total + adapters, trainable, adapters, layer, total - layer * len(layers), len(layers))
+
+
+def head_size(config: Any) -> ModelSize:
+    """Count the parameters of a value head on a policy: a weight for each hidden unit, and a bias."""
+    total = config.get_text_config().hidden_size + 1
+    return ModelSize(total, total, 0, 0, total, 0)
 
 
 def reward_bytes(reward: Any) -> int:

@@ -1,7 +1,7 @@
 """The policy: loading, and the module that computes log-probs."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from copy import deepcopy
 from typing import Any, Literal, TypeVar
 
@@ -15,18 +15,20 @@ from rlhf_pl.models.kernel_check import FAILURES, NoCopyError, cached_check, sma
 from rlhf_pl.models.liger import apply_liger
 from rlhf_pl.models.load_whole import check_finite, check_whole, load_whole
 from rlhf_pl.models.logprobs import Head, chunked_logps, linear_logps
-from rlhf_pl.models.packed_batch import unpack
 from rlhf_pl.models.packed_layout import Layout
 from rlhf_pl.models.quantization import disable_repacking, quantization_config
 from rlhf_pl.models.rotary import stabilize_rotary
-from rlhf_pl.models.shared_prefix import hidden_states, share_prompts, takes_prefix_groups
+from rlhf_pl.models.shared_prefix import share_prompts
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.models.working_copy import WorkingCopy
+from rlhf_pl.models.target_states import target_states
+from rlhf_pl.models.value_head import apply_value_head
+from rlhf_pl.models.working_copy import WorkingCopy, working_copies
 from rlhf_pl.utils.errors import InputError
 
 Unit = TypeVar("Unit", bound=nn.Module)
 RESCALING = "rescale_every"  # key of RWKV's config: number of layers between divisions of weights by 2; 0 for none
 DType = Literal["float32", "bfloat16", "float16"]
+Outputs = Literal["logps", "values", "both"]
 
 
 class PolicyLM(nn.Module):
@@ -39,6 +41,9 @@ class PolicyLM(nn.Module):
         lm: A Hugging Face causal LM.
         logprob_chunk_tokens: Response tokens whose logits are in memory at a time.
         compute: Device and dtypes of the computation.
+
+    Attributes:
+        value_head: A head on the last hidden states that gives the values of a critic; None without one.
     """
 
     def __init__(self, lm: Any, logprob_chunk_tokens: int = 1024, compute: Compute = Compute()) -> None:  # noqa: B008
@@ -47,6 +52,7 @@ class PolicyLM(nn.Module):
         self.logprob_chunk_tokens = logprob_chunk_tokens
         self.compute = compute
         self.copy = working_copy(lm, compute)
+        self.value_head: nn.Linear | None = None
 
     def forward(
         self,
@@ -57,7 +63,8 @@ class PolicyLM(nn.Module):
         response_ids: Tensor,
         layout: Layout,
         temperature: float = 1.0,
-    ) -> Tensor:
+        outputs: Outputs = "logps",
+    ) -> Any:
         """Log-probs of the target tokens of a `PackedBatch`, each given the tokens before it.
 
         A model prepared by `share_prompts` computes each prompt once; others get padded rows.
@@ -70,18 +77,22 @@ class PolicyLM(nn.Module):
             response_ids: Shape (M,).
             layout: Lengths of the prompts and responses.
             temperature: The sampling temperature that divides the logits.
+            outputs: What to compute. With a `value_head`, also the `values` of the states before the targets.
 
         Returns:
-            Shape (M,), float32, nats.
+            Log-probs, shape (M,), float32, nats; or values, shape (M,), float32; or a tuple of both.
         """
         lm = self.lm if self.copy is None else self.copy.prepare_module()
         with without_autocast(input_ids.device, self.compute):
-            if takes_prefix_groups(lm):
-                hidden = hidden_states(lm, input_ids, position_ids, layout).index_select(0, logit_positions)
-            else:
-                ids, mask = unpack(input_ids, layout.lengths)
-                rows = lm.base_model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-                hidden = rows[response_ids, position_ids[0, logit_positions]]
+            hidden = target_states(lm, input_ids, position_ids, logit_positions, response_ids, layout)
+        if outputs == "logps":
+            return self._logps(lm, hidden, targets, temperature)
+        assert self.value_head is not None
+        values = apply_value_head(self.value_head, hidden)
+        return values if outputs == "values" else (self._logps(lm, hidden, targets, temperature), values)
+
+    def _logps(self, lm: Any, hidden: Tensor, targets: Tensor, temperature: float) -> Tensor:
+        """Log-probs of targets from the hidden states that predict them, shape (M, H) to (M,)."""
         layer = lm.get_output_embeddings()
         if type(layer) is not nn.Linear or isinstance(layer.weight, DTensor) or layer._forward_pre_hooks:
             # another kind of layer, or one whose weights are only loaded when it is called
@@ -115,9 +126,13 @@ class PolicyLM(nn.Module):
             self.copy, self.compute = copy, compute
 
 
-def weights_unchanged(policy: PolicyLM | None) -> Any:
-    """Context in which a policy's weights do not change, so that they are cast to the compute dtype only once."""
-    return nullcontext() if policy is None or policy.copy is None else policy.copy.weights_unchanged()
+@contextmanager
+def weights_unchanged(module: nn.Module) -> Iterator[None]:
+    """Context in which no weights of a module change, so that they are cast to the compute dtype only once."""
+    with ExitStack() as stack:
+        for copy in working_copies(module):
+            stack.enter_context(copy.weights_unchanged())
+        yield
 
 
 def train_in_eval_mode(unit: Unit, mode: bool) -> Unit:

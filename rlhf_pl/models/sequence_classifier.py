@@ -128,7 +128,7 @@ class ClassifierLM(nn.Module):
         self.copy = working_copy(model, compute)
         self.has_row_factors = bool(thresholds(model.config))
         stabilize_rotary(model, model.config)
-        self.head_name = _find_linear_head(model)
+        self.head_name = find_linear_head(model)
         self.mean = mean_score(model.config)
         self.linear = self.head_name is not None
         # the mask marks padding, but the model's own head may look for the padding token
@@ -229,7 +229,7 @@ def prefix_group_inputs(groups: Sequence[PrefixGroup]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _find_linear_head(model: Any) -> str | None:
+def find_linear_head(model: Any) -> str | None:
     """The name of the linear layer that computes the model's score from the last token's hidden state.
 
     Found by comparing scores of a few ids. None if the score is computed differently.

@@ -138,3 +138,8 @@ class _UseCopy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return gradient.float(), None
+
+
+def working_copies(module: nn.Module) -> list[WorkingCopy]:
+    """The working copies of the models inside a module."""
+    return [copy for part in module.modules() if isinstance(copy := getattr(part, "copy", None), WorkingCopy)]

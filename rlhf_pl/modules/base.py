@@ -123,9 +123,18 @@ class TrainedModule(L.LightningModule, ABC):
         if self.gradient_checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": False})
         self._like = like_of(model)
-        unit = self.unit(model).train()
+        unit = self.unit(model)
+        self.add_parts(unit)
+        unit.train()
         shard(self, unit, from_first_rank)
         return unit
+
+    def add_parts(self, unit: Any) -> None:
+        """Add what trains beside the Hugging Face model to its unit, before that is sharded."""
+
+    def parameters_to_train(self) -> list[Any]:
+        """What the optimizer gets: parameters, or torch's parameter groups."""
+        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     def weights(self) -> Weights:
         """The model's weights under their Hugging Face names, tied ones included, adapters merged."""
@@ -164,7 +173,7 @@ class TrainedModule(L.LightningModule, ABC):
         return [] if any(isinstance(callback, DivergenceCheck) for callback in callbacks) else [DivergenceCheck()]
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        return self.optimization.configure(self)
+        return self.optimization.configure(self, self.parameters_to_train())
 
     def configure_gradient_clipping(
         self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None

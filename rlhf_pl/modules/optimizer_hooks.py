@@ -12,7 +12,7 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.run_limits import get_limits
-from rlhf_pl.models.working_copy import WorkingCopy
+from rlhf_pl.models.working_copy import working_copies
 from rlhf_pl.modules.optimizers import WarmupCosine, hyperparameters, restore_hyperparameters
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import describe
@@ -49,12 +49,17 @@ class Optimization:
         self.skipped = Skipped()
         self.validated = False  # in this epoch
 
-    def configure(self, module: L.LightningModule) -> OptimizerLRScheduler:
-        """Make optimizer and schedule, for `configure_optimizers`."""
-        optimizer, scheduler = self._make([p for p in module.parameters() if p.requires_grad])
+    def configure(self, module: L.LightningModule, parameters: Sequence[Any]) -> OptimizerLRScheduler:
+        """Make optimizer and schedule, for `configure_optimizers`.
+
+        Args:
+            module: The module that trains.
+            parameters: What trains: parameters, or torch's parameter groups.
+        """
+        optimizer, scheduler = self._make(list(parameters))
         if isinstance(scheduler, WarmupCosine):
             scheduler.follow(lambda: _progress(module.trainer, self.skipped))
-        for copy in (c for c in (getattr(m, "copy", None) for m in module.modules()) if isinstance(c, WorkingCopy)):
+        for copy in working_copies(module):
             optimizer.register_step_post_hook(lambda *_, copy=copy: copy.invalidate())
         self._hyperparameters = hyperparameters(optimizer)
         config: Any = {"scheduler": scheduler, "interval": "step"}
@@ -80,7 +85,7 @@ class Optimization:
             )
         return monitor
 
-    def _make(self, parameters: list[torch.nn.Parameter]) -> tuple[torch.optim.Optimizer, Any]:
+    def _make(self, parameters: list[Any]) -> tuple[torch.optim.Optimizer, Any]:
         try:
             optimizer = self.optimizer(parameters)
         except (ValueError, TypeError) as error:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -203,11 +204,13 @@ class RebelModule(CausalLMModule):
     def _compute_ahead(self, ahead: AheadPass, batches: Ahead, temperature: float) -> None:
         """Compute, without gradient, what this update needs of the policy as it is now."""
 
-        def logps(rows: PackedBatch) -> Tensor:
-            return self(**rows.inputs(), temperature=temperature)
+        with weights_unchanged(self):
+            numbers = partial(self.numbers_of_tokens, temperature=temperature)
+            ahead.compute(batches, numbers, ranks_of(self.trainer), self.device)
 
-        with weights_unchanged(self.policy):
-            ahead.compute(batches, logps, ranks_of(self.trainer), self.device)
+    def numbers_of_tokens(self, rows: PackedBatch, temperature: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """Log-probs of a batch's M targets, shape (M,), nats, and further numbers of each for the loss, by name."""
+        return self(**rows.inputs(), temperature=temperature), {}
 
     def _log_update(self, is_first_update: bool) -> None:
         """Log an update's metrics over all its elements, and add them to those of the round."""
@@ -224,7 +227,11 @@ class RebelModule(CausalLMModule):
                 "kl": self._round["kl"] + count * metrics.get("train/kl", math.nan),
                 "pairs": self._round["pairs"] + count,
             }
-        log_update(self, metrics)
+        log_update(self, metrics | self.further_metrics())
+
+    def further_metrics(self) -> dict[str, float]:
+        """Metrics of an update that do not come from the loss, by their full names."""
+        return {}
 
     def validation_step(self, batch: GroupBatch, batch_idx: int) -> None:
         groups = self._groups(batch, self._val_ahead)
@@ -236,8 +243,9 @@ class RebelModule(CausalLMModule):
         ahead = self._ahead if ahead is None else ahead
         if batch.ahead is not None:
             self._compute_ahead(ahead, batch.ahead, batch.temperature)
-        logps = self(**batch.rows.inputs(), temperature=batch.temperature)
-        return batch.groups(logps, self.kl_coef, ahead.token_logps, self._zeros | ahead.numbers)
+        logps, further = self.numbers_of_tokens(batch.rows, batch.temperature)
+        common = self._zeros | ahead.numbers
+        return batch.groups(logps, self.kl_coef, ahead.token_logps, common, further, ahead.further)
 
     def _add(
         self, means: Means, margins: PairMargins, batch: GroupBatch, groups: PromptGroups, losses: list[Tensor]
@@ -313,6 +321,10 @@ class RebelModule(CausalLMModule):
             self._train_margins.start_round(saved.get("margins"))
             if "kl" not in saved["round"]:  # of an earlier version, which saved only that of the last update
                 self._round["kl"] = self._round["pairs"] * (saved["last_kl"] or 0.0)
+
+    def extra_pass_settings(self) -> dict[str, Any]:
+        """Settings that the stored numbers of `extra_passes` depend on; builds nothing heavy."""
+        return {}
 
     def training_settings(self) -> dict[str, Any]:
         """Settings that the training on a round depends on; builds nothing heavy."""

@@ -1,9 +1,12 @@
 """Disk space for a round: its responses, its checkpoints and the final model."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import lightning as L
+from torch import Tensor
 
 from rlhf_pl.checkpointing.checkpoints import checkpoint_files
 from rlhf_pl.data.policy_module import PolicyModule
@@ -24,9 +27,14 @@ def check_disk_space(
         DiskFullError: There is too little space; lists what the round needs.
     """
     parts = {"responses": _response_bytes(data, options, index)}
-    weights = sum(t.numel() * t.element_size() for t in module.weights().like.values())
+    weights = _bytes(module.weights().like)
+    checkpoint = weights * (1 + 2 * _trainable_share(module.policy))
+    critic = getattr(module, "critic", None)  # of PPO, a model of its own
+    if critic is not None:
+        own = _bytes(module.critic_weights().like)  # type: ignore[attr-defined]
+        weights, checkpoint = weights + own, checkpoint + own * (1 + 2 * _trainable_share(critic))
     if trainer.checkpoint_callbacks:
-        checkpoint = _newest_checkpoint_bytes(data.store.run_dir) or int(weights * (1 + 2 * _trainable_share(module)))
+        checkpoint = _newest_checkpoint_bytes(data.store.run_dir) or int(checkpoint)
         parts[f"{CHECKPOINTS} checkpoints"] = CHECKPOINTS * checkpoint
     if trainer.max_epochs == index + 1:
         parts["final model"] = weights
@@ -39,10 +47,13 @@ def _newest_checkpoint_bytes(run_dir: Path) -> int:
     return sum(f.stat().st_size for f in (files[-1].rglob("*") if files[-1].is_dir() else files[-1:])) if files else 0
 
 
-def _trainable_share(module: PolicyModule) -> float:
-    """Share of the policy's parameters that train; AdamW keeps two moments of each of them."""
-    assert module.policy is not None
-    parameters = list(module.policy.parameters())
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+
+
+def _trainable_share(model: Any) -> float:
+    """Share of a model's parameters that train; AdamW keeps two moments of each of them."""
+    parameters = list(model.parameters())
     return sum(p.numel() for p in parameters if p.requires_grad) / max(1, sum(p.numel() for p in parameters))
 
 

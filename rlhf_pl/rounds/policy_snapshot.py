@@ -134,8 +134,8 @@ def _inference(module: L.LightningModule) -> Iterator[None]:
 
 
 def assume_weights_unchanged(module: PolicyModule) -> Any:
-    """Context in which the policy's weights do not change: see `weights_unchanged`."""
-    return weights_unchanged(module.policy)
+    """Context in which the module's weights do not change: see `weights_unchanged`."""
+    return weights_unchanged(as_lightning(module))
 
 
 def _compute_with_stored_weights(policy: Any) -> Any:

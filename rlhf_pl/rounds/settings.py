@@ -87,6 +87,7 @@ def logps_settings(module: PolicyModule) -> dict[str, Any]:
         **({} if "old_logps" in module.needs else {"without": "old_logps"}),
         **({"per_token": per_token} if per_token else {}),
         **({"mismatched": ["reference_logps"]} if Z_REF in module.needs else {}),
+        **getattr(module, "extra_pass_settings", dict)(),
     }
 
 

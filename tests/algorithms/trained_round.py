@@ -82,11 +82,13 @@ def naive_updates(
     return losses, start, {n: p.detach() for n, p in lm.named_parameters()}
 
 
-def assert_same_training(start: dict[str, Tensor], wanted: dict[str, Tensor], folder: str = "run") -> None:
+def assert_same_training(
+    start: dict[str, Tensor], wanted: dict[str, Tensor], folder: str = "run", model: str = "model"
+) -> None:
     """The exported model of a run has moved from `start` to `wanted`."""
     from safetensors.torch import load_file
 
-    trained = load_file(f"{folder}/model/model.safetensors")
+    trained = load_file(f"{folder}/{model}/model.safetensors")
     for key, after in wanted.items():
         moved = after - start[key]
         assert moved.norm() > 1e-6

@@ -11,10 +11,13 @@ import pytest
 import torch
 
 from rlhf_pl.__main__ import main
-from rlhf_pl.models.footprint import Kernels, activation_bytes, head_bytes, model_size
+from rlhf_pl.models.footprint import Kernels, activation_bytes, classifier_size, head_bytes, head_size, model_size
 from rlhf_pl.models.lora import LoRA, add_lora
 from rlhf_pl.models.policy import load_lm, train_last_layers
 from rlhf_pl.models.source import ModelSource
+from rlhf_pl.models.value_head import make_value_head
+from rlhf_pl.models.value_model import load_critic
+from rlhf_pl.utils.disk import format_bytes
 from rlhf_pl.utils.errors import InputError
 from tests.conftest import save_llama
 
@@ -195,3 +198,70 @@ def test_responses_to_other_prompts_take_a_second_forward_pass(
     (_, _, logps, train, _), (_, _, one_logps, one_train, _) = seconds
     assert train == pytest.approx(one_train * 8 / 6, rel=0.01)
     assert logps == pytest.approx(2 * one_logps, rel=0.01)
+
+
+def test_the_parameters_of_a_critic_are_counted(tmp_path: Path) -> None:
+    source = ModelSource(str(save_llama(tmp_path / "llama")))
+
+    def trainable(model: Any) -> int:
+        return sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+    for lora in (None, LoRA(rank=3)):
+        model = load_critic(source, 0, lora)
+        size = classifier_size(source, lora)
+        assert size.trainable == trainable(model)
+        assert size.total == sum(p.numel() for p in model.parameters())
+    assert head_size(source.config).total == trainable(make_value_head(load_lm(source), source, 0))
+
+
+def test_a_critic_takes_memory_disk_and_time(capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path) -> None:
+    """A critic as large as the policy, less its output head; a head on the policy; and adapters."""
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    arguments = ["plan", "--data.prompts", str(tmp_path / "prompts.jsonl"), "--tflops", "1e-5"]
+    arguments += ["--rollout.reward", "examples.short_answer.score", "--trainer.accelerator", "cpu"]
+    arguments += ["--rollout.sampling.num_responses", "1", "--model.gradient_checkpointing", "true"]
+    critic = ["--model", "PPOModule", "--model.policy", str(llama)]
+    tables = {}
+    for name, options in {
+        "policy": ["--model", "RebelModule", "--model.policy", str(llama), "--model.loss", "ReinforcePlusPlusLoss"],
+        "whole": critic,
+        "shared": [*critic, "--model.critic.shares_trunk", "true"],
+        "adapters": [*critic, "--model.critic.lora", "LoRA", "--model.critic.lora.rank", "2"],
+    }.items():
+        assert main([*arguments, *options]) == 0
+        tables[name] = capsys.readouterr().out
+    bytes_of = {name: 4 * classifier_size(ModelSource(str(llama)), lora).total for name, lora in
+                (("whole", None), ("adapters", LoRA(rank=2)))}  # fmt: skip
+    for name, size in bytes_of.items():
+        assert _cell(tables[name], "critic parameters") == format_bytes(size)
+    assert _cell(tables["whole"], "critic optimizer") == format_bytes(2 * bytes_of["whole"])
+    assert _cell(tables["whole"], "critic gradients") == format_bytes(bytes_of["whole"])
+    assert _cell(tables["whole"], "critic activations") == _cell(tables["whole"], "activations")
+    assert "critic activations" not in tables["shared"]
+    assert "critic activations" in tables["adapters"]
+    policy, whole, shared, adapters = (_seconds(table) for table in tables.values())
+    assert "critic" not in tables["policy"]
+    # log-probs of pi_old take a forward pass, and the old values another one
+    assert shared["log-probs"] == pytest.approx(2 * policy["log-probs"], rel=0.01)
+    assert whole["log-probs"] == pytest.approx(2 * policy["log-probs"], rel=0.5)
+    assert policy["train"] < shared["train"] * 1.01 < adapters["train"] < whole["train"]
+    both = 4 * model_size(ModelSource(str(llama)).config).total + bytes_of["whole"]
+    assert _cell(tables["whole"], "a checkpoint") == format_bytes(3 * both)
+
+
+def test_a_damaged_critic_is_refused(capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path) -> None:
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    damaged = save_llama(tmp_path / "critic")
+    weights = damaged / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    arguments = ["plan", "--model", "PPOModule", "--model.policy", str(llama), "--model.critic.model", str(damaged)]
+    arguments += ["--data.prompts", str(tmp_path / "prompts.jsonl"), "--rollout.reward", "examples.short_answer.score"]
+    assert main(arguments) == 1
+    assert "`model.critic.model`" in capsys.readouterr().err
+
+
+def _seconds(table: str) -> dict[str, float]:
+    """Seconds of a plan's phases by name."""
+    lines = [line for line in table.splitlines() if "│ seconds" in line or "time, " in line]
+    names, values = ([cell.strip() for cell in line.replace("┃", "│").split("│")[2:-1]] for line in lines)
+    return {name: float(value.replace(",", "")) for name, value in zip(names, values, strict=True)}

@@ -145,7 +145,7 @@ def gradients(unit: PolicyLM, loss: PolicyLoss, budget: int, world: int = 1) -> 
             for ahead, own in zip(aheads, update, strict=True):
                 gathered.call = 0
                 if own[0].ahead is not None:
-                    ahead.compute(own[0].ahead, logps, gathered, torch.device("cpu"))  # type: ignore[arg-type]
+                    ahead.compute(own[0].ahead, lambda rows: (logps(rows), {}), gathered, torch.device("cpu"))  # type: ignore[arg-type]
         unit.zero_grad()
         total, numbers, difference = 0.0, [], 0.0
         for ahead, own in zip(aheads, update, strict=True):

@@ -128,22 +128,24 @@ def test_four_nodes(armorm: Path, files: dict[str, Path], tmp_path: Path) -> Non
     assert RoundStore(tmp_path / "run").round(0).is_complete("training")
 
 
-def test_tldr_pythia_in_three_stages(files: dict[str, Path], tmp_path: Path) -> None:
-    policy = save_lm("gpt_neox", tmp_path / "policy")
-    run(
-        "configs/recipes/tldr-pythia-1-sft.yaml",
-        tmp_path / "sft",
-        *("--model.policy", policy, "--data.conversations", files["tldr"]),
-    )
-    run(
-        "configs/recipes/tldr-pythia-2-reward.yaml",
-        tmp_path / "rm",
-        *("--model.backbone", tmp_path / "sft" / "model", "--data.preferences", files["preferences"]),
-    )
+@pytest.fixture(scope="module")
+def tldr_stages(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """The policy of stage 1 and the reward model of stage 2."""
+    folder = tmp_path_factory.mktemp("tldr")
+    policy = save_lm("gpt_neox", folder / "policy")
+    sft = ("--model.policy", policy, "--data.conversations", files["tldr"])
+    run("configs/recipes/tldr-pythia-1-sft.yaml", folder / "sft", *sft)
+    comparisons = ("--model.backbone", folder / "sft" / "model", "--data.preferences", files["preferences"])
+    run("configs/recipes/tldr-pythia-2-reward.yaml", folder / "rm", *comparisons)
+    return folder / "sft" / "model", folder / "rm" / "model"
+
+
+def test_tldr_pythia_in_three_stages(files: dict[str, Path], tldr_stages: tuple[Path, Path], tmp_path: Path) -> None:
+    policy, reward_model = tldr_stages
     run(
         "configs/recipes/tldr-pythia-3-rebel.yaml",
         tmp_path / "rebel",
-        *("--model.policy", tmp_path / "sft" / "model", "--rollout.reward.init_args.model", tmp_path / "rm" / "model"),
+        *("--model.policy", policy, "--rollout.reward.init_args.model", reward_model),
         *("--data.prompts", files["prompts"], *ROUND, "--trainer.accumulate_grad_batches", 1),
     )
     stored = RoundStore(tmp_path / "rebel").round(0)
@@ -154,6 +156,63 @@ def test_tldr_pythia_in_three_stages(files: dict[str, Path], tmp_path: Path) -> 
     both_truncated = sum(not any(flags) for flags in finished.values())  # both rewards are -1 then
     assert both_truncated > 0
     assert stored.info("pairs")["dropped"]["no_reward_difference"] >= both_truncated
+
+
+def tldr_ppo(run_dir: Path, stages: tuple[Path, Path], files: dict[str, Path], *arguments: Any) -> None:
+    policy, reward_model = stages
+    models = ("--model.policy", policy, "--model.critic.model", reward_model)
+    reward = ("--rollout.reward.init_args.model", reward_model, "--data.prompts", files["prompts"])
+    run("configs/recipes/tldr-pythia-3-ppo.yaml", run_dir, *models, *reward, *ROUND, *arguments)
+
+
+def test_tldr_pythia_with_ppo(files: dict[str, Path], tldr_stages: tuple[Path, Path], tmp_path: Path) -> None:
+    """One round with the recipe's own numbers: the authors'."""
+    tldr_ppo(tmp_path, tldr_stages, files)
+    manifest = RoundStore(tmp_path).round(0).manifest
+    training, sampling = manifest["settings"]["training"], manifest["stages"]["responses"]["sampling"]
+    assert (sampling["num_responses"], sampling["temperature"]) == (1, 0.7)
+    assert RoundStore(tmp_path).held_out(0).info("responses")["sampling"]["temperature"] == 0.01
+    assert training["pairs_per_update"] == 512
+    assert (training["kl_coef"], training["passes"]) == (0.05, 4)
+    assert (training["optimizer"]["lr"], training["optimizer"]["eps"]) == (3e-6, 1e-5)
+    policy, values = training["terms"]
+    assert "'gamma': 1.0, 'lam': 0.95, 'whiten_rewards': True" in policy
+    assert policy.startswith("1 x")
+    assert "clip_high=0.2, clip_low=0.2" in policy
+    assert "whiten_advantages=True" in policy
+    assert values.startswith("0.1 x")
+    assert "value_clip=0.2" in values
+
+
+@pytest.mark.slow
+def test_tldr_pythia_with_ppo_to_the_end(
+    files: dict[str, Path], tldr_stages: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Three rounds with adapters as the authors train them; then another run from the exported policy and critic."""
+    adapters = [f"--model{part}.lora{rest}" for part in ("", ".critic") for rest in ("=LoRA", ".rank=8", ".alpha=16")]
+    shrunk = ("--trainer.max_epochs", 3, "--trainer.accumulate_grad_batches", 1, "--data.prompts_per_round", 4)
+    rates = ("--model.optimizer.init_args.lr", 1e-3)
+    tldr_ppo(tmp_path / "first", tldr_stages, files, *adapters, *shrunk, *rates)
+    exported = tmp_path / "first" / "model"
+    again = (exported, exported / "critic")
+    tldr_ppo(tmp_path / "second", again, files, *shrunk, *rates)
+    for name, start in (("first", tldr_stages), ("second", again)):
+        model = tmp_path / name / "model"
+        for folder, before in ((model, start[0]), (model / "critic", start[1])):
+            assert_trained(before, folder)
+        for index in range(3):
+            assert RoundStore(tmp_path / name).round(index).is_complete("training")
+
+
+def assert_trained(before: Path, after: Path) -> None:
+    """All weights of a folder differ from those of another; both have the same names and dtypes."""
+    from safetensors.torch import load_file
+
+    old, new = (load_file(folder / "model.safetensors") for folder in (before, after))
+    assert {n: t.dtype for n, t in old.items()} == {n: t.dtype for n, t in new.items()}
+    moved = [name for name, tensor in new.items() if not torch.equal(tensor, old[name])]
+    assert any("layers.0." in name for name in moved)
+    assert any("layers.4." in name for name in moved)
 
 
 def test_nectar_openchat_starling(files: dict[str, Path], tmp_path: Path) -> None:

@@ -59,6 +59,20 @@ def test_a_round_needs_space_for_two_checkpoints(tmp_path: Path, monkeypatch: py
     assert parts(0) == {"responses": 0}
 
 
+def test_a_critic_needs_space_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """100 weights of the policy and 50 of the critic, all of which train."""
+    checked: list[dict[str, int]] = []
+    monkeypatch.setattr(round_space, "check_space", lambda folder, parts, before: checked.append(parts))
+    policy, critic = torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 5, bias=False)
+    module = SimpleNamespace(policy=policy, critic=critic, weights=lambda: weights_of(policy.state_dict()))
+    module.critic_weights = lambda: weights_of(critic.state_dict())
+    data = SimpleNamespace(store=RoundStore(tmp_path), round_prompts=lambda index: [])
+    trainer = SimpleNamespace(checkpoint_callbacks=[object()], max_epochs=1)
+    options = SimpleNamespace(sampling=SamplingConfig(), refill=0)
+    round_space.check_disk_space(trainer, module, data, options, 0)  # type: ignore[arg-type]
+    assert checked == [{"responses": 0, "2 checkpoints": 2 * 3 * 600, "final model": 600}]
+
+
 def test_a_failed_write_keeps_the_old_file_and_leaves_nothing_else(tmp_path: Path) -> None:
     target = tmp_path / "file"
     write_atomically(target, lambda file: file.write(b"old"))
