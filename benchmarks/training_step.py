@@ -9,6 +9,7 @@ moments, are reported.
 
     python -m benchmarks.training_step                      # all profiles and variants, on the CPU in float32
     python -m benchmarks.training_step --profile chat --scale 1 --pairs 4
+    python -m benchmarks.training_step --variant grpo --variant trl-grpo --profile short --profile summarisation
     python -m benchmarks.training_step --device cuda --model random-1b --profile chat --precision bf16-mixed
 """
 
@@ -31,6 +32,7 @@ from benchmarks.common import (
     peak_memory,
     run_in_process,
 )
+from benchmarks.grpo_update import train_with_trl_grpo
 from benchmarks.mfu import count_tokens, measure_matmul_peak, minimum_flops
 
 ON_CPU = {
@@ -42,6 +44,8 @@ ON_CPU = {
     "all-pairs": "rlhf-pl, all 6 pairs of 4 responses to each prompt; prompts/s",
     "trl": "TRL DPOTrainer",
     "trl-ref": "TRL DPOTrainer, reference log-probs precomputed",
+    "grpo": "rlhf-pl, GRPO on 4 responses to each prompt; prompts/s",
+    "trl-grpo": "TRL GRPOTrainer, the same responses; prompts/s",
 }
 ON_GPU = {
     "rlhf-pl": "rlhf-pl",
@@ -91,9 +95,12 @@ def main() -> None:
 def show_cpu(profile: str, results: dict[str, dict[str, float]], _: float) -> None:
     rows = [[VARIANTS[v], f"{f['pairs_per_s']:.3f}", f"{f['gib']:.2f}", f"{f['loss']:.5f}"] for v, f in results.items()]
     print(f"**{profile}**\n\n{format_table(['', 'pairs/s', 'peak GiB', 'loss'], rows)}\n")
+    if {"grpo", "trl-grpo"} <= set(results):
+        print(f"grpo against trl-grpo {results['grpo']['pairs_per_s'] / results['trl-grpo']['pairs_per_s']:.2f}x\n")
     if "rlhf-pl" in results:
         speed = results["rlhf-pl"]["pairs_per_s"]
-        ratios = [f"{n} {speed / f['pairs_per_s']:.2f}x" for n, f in results.items() if n != "rlhf-pl"]
+        others = {n: f for n, f in results.items() if n != "rlhf-pl" and "grpo" not in n}
+        ratios = [f"{n} {speed / f['pairs_per_s']:.2f}x" for n, f in others.items()]
         print(f"rlhf-pl against {', '.join(ratios)}\n", flush=True)
 
 
@@ -133,9 +140,12 @@ def measure(args: argparse.Namespace, profile_name: str, variant: str) -> dict[s
             "flops_per_pair": minimum_flops(timed, config) / len(timed),
             "tokens_per_pair": count_tokens(timed) / len(timed),
         }
+    if variant == "trl-grpo":
+        times, gib = train_with_trl_grpo(args, pairs, make_more(args, pairs, variant))
+        return compute_speeds(args, times) | {"gib": gib, "loss": float("nan")} | counts
     if variant.startswith("trl"):
         return train_with_trl(args, pairs, variant) | counts
-    if variant in ("rlhf-pl", "plain-layers", "all-pairs"):
+    if variant in ("rlhf-pl", "plain-layers", "all-pairs", "grpo"):
         return train_with_lightning(args, pairs, variant) | counts
     return train_in_plain_loop(args, pairs, variant, profile) | counts
 
@@ -219,16 +229,19 @@ def train_in_plain_loop(args: argparse.Namespace, pairs: list[Pair], variant: st
 
 
 def make_more(args: argparse.Namespace, pairs: list[Pair], variant: str) -> list[Pair]:
-    """Further pairs of responses of the same lengths, for the variant with all pairs of four responses."""
-    if variant != "all-pairs":
+    """Further pairs of responses of the same lengths, for the variants with four responses to a prompt."""
+    if variant not in ("all-pairs", "grpo", "trl-grpo"):
         return []
     order = list(range(len(pairs)))
     random.Random(args.seed).shuffle(order)
     return [pairs[i] for i in order]
 
 
-def make_dataset(pairs: list[Pair], others: list[Pair]) -> Any:
-    """A group of two responses, one pair, for each prompt; with the responses of `others`, of four, all pairs."""
+def make_dataset(pairs: list[Pair], others: list[Pair], variant: str) -> Any:
+    """A group of two responses, one pair, for each prompt; with the responses of `others`, of four, all pairs.
+
+    For GRPO the groups have no pairs but log-probs of tokens.
+    """
     import itertools
 
     import numpy as np
@@ -250,18 +263,22 @@ def make_dataset(pairs: list[Pair], others: list[Pair]) -> Any:
         prompt_tokens=pa.array([p.prompt for p in pairs for _ in range(size)], TOKENS),
         response_tokens=pa.array([r for row in responses for r in row], TOKENS),
         finished=np.ones(total, bool),
-        rewards=np.zeros(total),
+        rewards=np.random.default_rng(0).random(total),
         sizes=np.full(count, size),
         members=np.arange(total),
-        pairs=StoredPairs(positions, np.full(count, len(positions) // count)),
+        pairs=None if variant == "grpo" else StoredPairs(positions, np.full(count, len(positions) // count)),
     )
+    if variant == "grpo":
+        old = [np.full(len(r), -10.0, np.float32) for row in responses for r in row]
+        sums = torch.tensor([float(values.sum()) for values in old])
+        return GroupDataset(groups, {"old_token_logps": pa.array(old), "old_logps": sums}, 1.0)
     return GroupDataset(groups, {"old_logps": torch.zeros(total)}, 1.0)
 
 
 def train_with_lightning(args: argparse.Namespace, pairs: list[Pair], variant: str) -> dict[str, float]:
     import lightning as L
 
-    from rlhf_pl import RebelModule
+    from rlhf_pl import GRPOLoss, RebelLoss, RebelModule
     from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
     from rlhf_pl.data.update_plan import UpdatePlan
     from rlhf_pl.optim import AdamW
@@ -279,7 +296,7 @@ def train_with_lightning(args: argparse.Namespace, pairs: list[Pair], variant: s
         def _order(self) -> list[int]:
             return list(range(self.plan.total_pairs))
 
-    dataset = make_dataset(pairs, others=make_more(args, pairs, variant))
+    dataset = make_dataset(pairs, make_more(args, pairs, variant), variant)
     plan = UpdatePlan(len(pairs), args.micro_batch, args.pairs // args.micro_batch, 1, args.max_tokens)
     batches = InOrder(plan, "", 0, dataset.lengths() if args.max_tokens else None)
     with tempfile.TemporaryDirectory() as folder, peak_memory(args.device) as peak:
@@ -298,6 +315,7 @@ def train_with_lightning(args: argparse.Namespace, pairs: list[Pair], variant: s
         trainer.callbacks.append(Clock())  # type: ignore[attr-defined]
         module = RebelModule(
             args.model,
+            GRPOLoss() if variant == "grpo" else RebelLoss(),
             optimizer=lambda p: AdamW(p, lr=1e-6),
             dtype="bfloat16" if args.precision == "bf16" else "float32",
             use_liger_kernel=False if variant == "plain-layers" else None,

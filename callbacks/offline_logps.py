@@ -7,7 +7,7 @@ from typing import Any
 import lightning as L
 import numpy as np
 
-from rlhf_pl.algorithms.prompt_groups import Z_REF
+from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS, Z_REF
 from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.offline_datamodule import OfflineDataModule
 from rlhf_pl.data.offline_pairs import OfflinePair, make_tables
@@ -53,6 +53,11 @@ class OfflineLogps(L.Callback):
         assert isinstance(data, OfflineDataModule)
         check_policy_module(pl_module, data)
         assert is_policy_module(pl_module)
+        if SAMPLING_LOGPS in pl_module.needs:
+            raise InputError(
+                f"`model.loss` {type(pl_module.loss).__name__} has importance weights pi_old / pi_sampling "
+                "(`model.loss.correction`), but pairs from a file have no sampler. Leave `model.loss.correction` out."
+            )
         problems = ranks_of(trainer).run_on_rank_zero(lambda: find_problems(_store(trainer), checksums=self.repair))
         if not self.repair:
             problems.refuse()

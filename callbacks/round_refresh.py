@@ -34,22 +34,20 @@ from rlhf_pl.rewards.stored import StoredReward
 from rlhf_pl.rollout import Sampler, SamplingConfig, VLLMSampler
 from rlhf_pl.rollout.weight_sync.sync import SamplerSync
 from rlhf_pl.rounds.logps_check import check_first_update
+from rlhf_pl.rounds.logps_origins import check_old_logps, check_sampler_logps, check_token_logps, has_foreign_pi_old
 from rlhf_pl.rounds.maker import RoundMaker
 from rlhf_pl.rounds.metrics import training_metrics
 from rlhf_pl.rounds.preparation import RoundPreparation
 from rlhf_pl.rounds.refill import check_refill
 from rlhf_pl.rounds.settings import (
     RoundOptions,
-    check_old_logps,
     check_responses,
-    check_sampler_logps,
     check_shaping,
-    check_token_logps,
     held_out_sampling,
     pair_selector,
 )
 from rlhf_pl.rounds.start_checks import check_context, check_reward, check_round_monitors, check_sampling
-from rlhf_pl.rounds.stored_rounds import StoredRounds, is_off_policy
+from rlhf_pl.rounds.stored_rounds import StoredRounds
 from rlhf_pl.rounds.stored_start import check_before_weights, check_first_policy, open_rounds
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.utils.errors import InputError, check_at_least, check_finite
@@ -87,8 +85,8 @@ class RoundRefresh(RunLifecycle):
             the `sampler`'s, reported while it sampled, which cost nothing and are as exact as the sampler's dtype.
             Samplers report them at temperature 1 over the whole vocabulary, so they must sample in this way:
             temperature 1, without top_p, top_k, min_p or anything else that reshapes the distribution. The difference
-            is measured on one batch and logged. Held-out pairs sampled at another `val_temperature` get the policy's
-            own.
+            is measured on one batch and logged. Held-out pairs sampled at another `val_temperature`, or for a loss that
+            needs the log-probs of every token, get the policy's own. Refused with `model.loss.correction`.
         store_token_logps: Also store pi_old's log-prob of every token (float32) of all scored responses, not only of
             those that the loss uses, so that any loss can train on the round later (`--rounds_from`). Costs a forward
             pass of the responses that are not used, and 4 bytes a token.
@@ -211,7 +209,7 @@ class RoundRefresh(RunLifecycle):
         ranks = ranks_of(trainer, self._timeout)
         given = options.sampling
         if self._rounds_from is not None:
-            self._stored, sampling = open_rounds(trainer, self._rounds_from, options)
+            self._stored, sampling = open_rounds(trainer, pl_module, self._rounds_from, options)
             options = replace(options, sampling=sampling, val_sampling=self._val_sampling(sampling))
             self.options = options
         check_responses(pl_module, options)
@@ -300,7 +298,7 @@ class RoundRefresh(RunLifecycle):
             first is not None
             and self.options is not None
             and not self.accept_changes
-            and not is_off_policy(_datamodule(trainer).store.round(rounds_done(trainer)))
+            and not has_foreign_pi_old(_datamodule(trainer).store.round(rounds_done(trainer)), pl_module.needs)
         ):
             check_first_update(trainer, pl_module, self.options, self.sampler, first)
         stop_inside_round(trainer, batch_idx)

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from rlhf_pl.algorithms.prompt_groups import PromptGroups, segment_sums
+from rlhf_pl.algorithms.prompt_groups import PromptGroups, segment_sums, spread
 from rlhf_pl.utils.errors import InputError
 
 GroupAdvantage = Literal["leave_one_out", "group_mean", "group_normalized"]
@@ -29,7 +29,7 @@ def leave_one_out_advantages(rewards: Tensor, sizes: Tensor) -> Tensor:
     Source: arXiv:2402.14740, Eq. 8.
     """
     deviations = group_mean_advantages(rewards, sizes)
-    return deviations * torch.repeat_interleave(sizes / (sizes - 1), sizes)
+    return deviations * spread(sizes / (sizes - 1), sizes, len(rewards))
 
 
 def group_mean_advantages(rewards: Tensor, sizes: Tensor) -> Tensor:
@@ -46,7 +46,7 @@ def group_mean_advantages(rewards: Tensor, sizes: Tensor) -> Tensor:
 
     Source: arXiv:2503.20783, Sec. 3.2.
     """
-    return rewards - torch.repeat_interleave(segment_sums(rewards, sizes) / sizes, sizes)
+    return rewards - spread(segment_sums(rewards, sizes) / sizes, sizes, len(rewards))
 
 
 def group_normalized_advantages(rewards: Tensor, sizes: Tensor) -> Tensor:
@@ -66,7 +66,7 @@ def group_normalized_advantages(rewards: Tensor, sizes: Tensor) -> Tensor:
     """
     deviations = group_mean_advantages(rewards, sizes)
     std = (segment_sums(deviations.square(), sizes) / (sizes - 1)).sqrt()
-    return deviations / torch.repeat_interleave(std + NORMALIZING_EPS, sizes)
+    return deviations / spread(std + NORMALIZING_EPS, sizes, len(rewards))
 
 
 def group_advantages(kind: GroupAdvantage, groups: PromptGroups) -> Tensor:
@@ -80,7 +80,7 @@ def group_advantages(kind: GroupAdvantage, groups: PromptGroups) -> Tensor:
         "group_normalized": group_normalized_advantages,
     }[kind]
     advantages = compute(groups.rewards.double(), groups.sizes).float()
-    return advantages.masked_fill(torch.repeat_interleave(has_equal_rewards(groups), groups.sizes), 0.0)
+    return advantages.masked_fill(groups.per_response(has_equal_rewards(groups)), 0.0)
 
 
 def has_equal_rewards(groups: PromptGroups) -> Tensor:

@@ -1,5 +1,7 @@
 """GRPO and its kin, and RLOO: policy gradients whose baseline is the other responses to a prompt."""
 
+from typing import ClassVar, Literal
+
 import torch
 from torch import Tensor
 
@@ -52,6 +54,7 @@ class GRPOLoss(PolicyGradientLoss):
     """
 
     advantage: GroupAdvantage = "group_normalized"
+    normalizes: ClassVar[Literal["prompt", "round"] | None] = "prompt"
 
     def __init__(
         self,
@@ -84,6 +87,7 @@ class DrGRPOLoss(GRPOLoss):
     """
 
     advantage: GroupAdvantage = "group_mean"
+    normalizes = None
 
     def __init__(
         self,
@@ -134,6 +138,8 @@ class GSPOLoss(PolicyGradientLoss):
         correction: Weights for responses that another policy than pi_old has sampled; null for none.
     """
 
+    normalizes = "prompt"
+
     def __init__(
         self,
         clip_low: float | None = 3e-4,
@@ -160,6 +166,8 @@ class CISPOLoss(PolicyGradientLoss):
         kl: KL term to the reference; null for none.
         correction: Weights for responses that another policy than pi_old has sampled; null for none.
     """
+
+    normalizes = "prompt"
 
     def __init__(
         self,

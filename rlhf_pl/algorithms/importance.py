@@ -1,6 +1,7 @@
 """Importance ratios of a policy gradient, and weights that correct for another policy having sampled the responses."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -9,6 +10,7 @@ from torch import Tensor
 from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS, PromptGroups
 from rlhf_pl.utils.errors import InputError
 
+LOG_LIMIT = 20.0  # nats; of log-weights in statistics, so that their squares stay finite in float32
 RatioLevel = Literal["token", "sequence", "sequence_mean"]
 
 
@@ -70,12 +72,52 @@ class ImportanceCorrection:
             (weight of each token, shape (M,); weights before they are limited, at their level, shape (M,) or (R,);
             whether each of these is limited, of the same shape, bool).
 
-        Source: arXiv:2510.18855 (masked); truncated: the sampler's correction of TRL 1.16.
+        Source: arXiv:2510.18855 (masked); both modes and levels: `vllm_importance_sampling_mode` of TRL 1.16, whose
+            `vllm_importance_sampling_clip_min` and `..._clip_max` are `low` and `high`.
         """
-        log_weights = groups.old_token_logps - groups.stored[SAMPLING_LOGPS]
-        if self.level == "sequence":
-            log_weights = groups.sum_per_response(log_weights)
-        raw = log_weights.exp()
+        log_weights = self._log_weights(groups)
+        raw = log_weights.exp()  # infinite for extreme log-ratios, until it is limited
         outside = (raw < self.low) | (raw > self.high)
         weights = raw.clamp(self.low, self.high) if self.mode == "truncate" else raw.masked_fill(outside, 0.0)
         return groups.per_token(weights) if self.level == "sequence" else weights, raw, outside
+
+    def statistics(self, groups: PromptGroups) -> dict[str, Tensor]:
+        """What `summarise_weights` makes metrics of, from the weights before they are limited, at their level.
+
+        Weights are taken as at least exp(-20) and at most exp(20). They are near 1, so float32 keeps the variance of
+        weight - 1 as small as rounding errors.
+        """
+        shifts = self._log_weights(groups).clamp(-LOG_LIMIT, LOG_LIMIT).expm1()
+        outside = self.weights(groups)[2]
+        return {
+            "sampling_shift": shifts,
+            "sampling_shift_square": shifts.square(),
+            "sampling_limited": outside.float(),
+        }
+
+    def _log_weights(self, groups: PromptGroups) -> Tensor:
+        """Log pi_old - log pi_sampling, nats, shape (M,), or summed over responses, shape (R,)."""
+        log_weights = groups.old_token_logps - groups.stored[SAMPLING_LOGPS]
+        return groups.sum_per_response(log_weights) if self.level == "sequence" else log_weights
+
+
+STATISTICS = ("sampling_weight", "sampling_weight_var", "sampling_ess", "sampling_limited")
+
+
+def summarise_weights(means: Mapping[str, float]) -> dict[str, float]:
+    """The metrics `STATISTICS` from an update's means of `ImportanceCorrection.statistics`; others are kept.
+
+    `sampling_weight` is the mean weight w, `sampling_weight_var` its variance (of a population), `sampling_ess` the
+    effective sample size as a share of the sample, mean(w)^2 / mean(w^2), and `sampling_limited` the share of weights
+    outside the limits.
+    """
+    found = dict(means)
+    if "sampling_shift" not in found:
+        return found
+    shift, square = found.pop("sampling_shift"), found.pop("sampling_shift_square")
+    return {
+        **found,
+        "sampling_weight": 1 + shift,
+        "sampling_weight_var": square - shift * shift,
+        "sampling_ess": (1 + shift) ** 2 / (1 + 2 * shift + square),
+    }

@@ -38,7 +38,8 @@ class KLTerm:
         estimator: k3 = r - 1 - log r with r = pi_ref / pi, or k2 = (log r)**2 / 2. k1 has no expected gradient here.
         by_ratio: Multiply the estimate by the ratio pi / pi_old (for k2 without its gradient), so that the gradient
             stays that of KL(pi || pi_ref) when the policy has moved from pi_old. At k3 the gradient of the ratio counts
-            in the first update as well. false for the term of the GRPO paper, and TRL's.
+            in the first update as well (arXiv:2512.02556, Sec. 3.1). false for the term of the GRPO paper. TRL's
+            `use_bias_correction_kl`.
     """
 
     coef: float = 0.04

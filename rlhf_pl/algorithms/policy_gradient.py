@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.algorithms.advantages import has_equal_rewards
-from rlhf_pl.algorithms.importance import ImportanceCorrection, RatioLevel, log_ratios
+from rlhf_pl.algorithms.importance import STATISTICS, ImportanceCorrection, RatioLevel, log_ratios, summarise_weights
 from rlhf_pl.algorithms.kl_estimates import ESTIMATORS, KLTerm, kl_estimates
 from rlhf_pl.algorithms.loss_arguments import check_not_negative, check_positive
 from rlhf_pl.algorithms.policy_loss import PolicyLoss
@@ -65,7 +65,6 @@ class PolicyGradientLoss(PolicyLoss):
 
     own_metrics: ClassVar[tuple[str, ...]] = ()  # of a subclass
     uses_old: ClassVar[bool] = True  # whether there is a ratio to pi_old
-    compares_responses: ClassVar[bool] = True  # whether advantages compare the responses to a prompt
 
     def __init__(
         self,
@@ -86,7 +85,7 @@ class PolicyGradientLoss(PolicyLoss):
         nested = {"kl": kl, "correction": correction}
         self.options = {name: asdict(value) for name, value in nested.items() if value is not None}  # as plain values
         self.per = "token" if aggregation == "token" else "response"  # type: ignore[misc]
-        needs = {"rewards", *({"old_token_logps"} if self.uses_old else ())}
+        needs = {"rewards", *({"old_token_logps"} if self.uses_old or correction is not None else ())}
         needs |= set() if kl is None else {"reference_token_logps"}
         needs |= set() if correction is None else {SAMPLING_LOGPS}
         self.needs = frozenset(needs)  # type: ignore[misc]
@@ -142,31 +141,23 @@ class PolicyGradientLoss(PolicyLoss):
     # metrics
 
     def _metric_names(self) -> tuple[str, ...]:
-        names: list[str] = ["entropy", *self.own_metrics]
-        names += ["groups_without_variance"] if self.compares_responses else []
+        names = ["entropy", *(["groups_without_variance"] if self.least_responses > 1 else []), *self.own_metrics]
         if self.uses_old:
             names += ["ess", *(f"kl_old/{name}" for name in ESTIMATORS)]
             names += ["clip_low"] if self.clip_low is not None else []
             names += ["clip_high"] if self.clip_high is not None else []
         names += [f"kl_reference/{name}" for name in ESTIMATORS] if self.kl is not None else []
         if self.correction is not None:
-            names += ["sampling_weight", "sampling_weight_var", "sampling_ess", "sampling_limited"]
+            names += STATISTICS
         return tuple(names)
 
     @torch.no_grad()
     def metrics(self, groups: PromptGroups) -> dict[str, Tensor]:
-        """Metrics: see docs/algorithms.md."""
-        found: dict[str, Tensor] = {}
-        if self.compares_responses:
-            found["groups_without_variance"] = has_equal_rewards(groups).float()
+        """Metrics, as docs/how_it_works.md lists them; those of ratios are over the tokens or responses that count."""
+        found = {"groups_without_variance": has_equal_rewards(groups).float()} if self.least_responses > 1 else {}
         token_ratios = None
         if self.uses_old:
-            ratios, advantages = self.ratios(groups), self._at_level(self.advantages(groups), groups)
-            found |= {"ratio_shift": ratios - 1, "ratio_shift_square": (ratios - 1).square()}
-            if self.clip_low is not None:
-                found["clip_low"] = ((ratios < 1 - self.clip_low) & (advantages < 0)).float()
-            if self.clip_high is not None:
-                found["clip_high"] = ((ratios > 1 + self.clip_high) & (advantages > 0)).float()
+            found |= self._ratio_metrics(groups)
             old = groups.old_token_logps
             found |= {f"kl_old/{name}": v for name, v in kl_estimates(old - groups.token_logps).items()}
             token_ratios = (groups.token_logps - old).exp()
@@ -176,12 +167,20 @@ class PolicyGradientLoss(PolicyLoss):
             weights = 1.0 if token_ratios is None else token_ratios
             found |= {f"kl_reference/{name}": values * weights for name, values in estimates.items()}
         if self.correction is not None:
-            _, raw, outside = self.correction.weights(groups)
-            found |= {
-                "sampling_weight": raw,
-                "sampling_weight_square": raw.square(),
-                "sampling_limited": outside.float(),
-            }
+            found |= self.correction.statistics(groups)
+        return found
+
+    def _ratio_metrics(self, groups: PromptGroups) -> dict[str, Tensor]:
+        ratios, advantages = self.ratios(groups), self._at_level(self.advantages(groups), groups)
+        counted = self._counted(groups.finished)
+        if counted is not None:
+            counted = groups.per_token(counted) if self.ratio == "token" else counted
+            ratios, advantages = ratios[counted], advantages[counted]
+        found = {"ratio_shift": ratios - 1, "ratio_shift_square": (ratios - 1).square()}
+        if self.clip_low is not None:
+            found["clip_low"] = ((ratios < 1 - self.clip_low) & (advantages < 0)).float()
+        if self.clip_high is not None:
+            found["clip_high"] = ((ratios > 1 + self.clip_high) & (advantages > 0)).float()
         return found
 
     def summarise(self, means: Mapping[str, float]) -> dict[str, float]:
@@ -189,13 +188,7 @@ class PolicyGradientLoss(PolicyLoss):
         if "ratio_shift" in found:
             shift, square = found.pop("ratio_shift"), found.pop("ratio_shift_square")
             found["ess"] = (1 + shift) ** 2 / (1 + 2 * shift + square)
-        if "sampling_weight_square" in found:
-            mean, square = found["sampling_weight"], found.pop("sampling_weight_square")
-            found |= {
-                "sampling_weight_var": square - mean * mean,
-                "sampling_ess": mean * mean / square if square else 0.0,
-            }
-        return found
+        return summarise_weights(found)
 
 
 def _per_token(values: Tensor, groups: PromptGroups) -> Tensor:

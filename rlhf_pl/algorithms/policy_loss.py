@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import ClassVar, get_args
+from typing import ClassVar, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -20,7 +20,8 @@ class PolicyLoss(ABC):
 
     Attributes:
         needs: What the loss reads, from `rewards`, `old_logps`, `reference_logps` (summed over each response),
-            `old_token_logps` and `reference_token_logps`; `kto_z_ref`, the mean log-ratio to the reference of an
+            `old_token_logps` and `reference_token_logps`; `sampling_token_logps`, of the policy that sampled the
+            responses, in `PromptGroups.stored`; `kto_z_ref`, the mean log-ratio to the reference of an
             update's responses to other prompts, or 0 if that is negative, without gradient, in `PromptGroups.stored`;
             and from the module's `extra_passes`, which are there by name, a number per token.
         per: The element that the loss returns a value for. With `pair`, the policy trains on the selector's pairs, and
@@ -31,6 +32,8 @@ class PolicyLoss(ABC):
         kl_per_token: Whether every token has its own part of the KL penalty, by `PromptGroups.token_rewards`, so that
             `model.kl_coef` needs the log-probs of tokens.
         least_responses: The number of scored responses that a prompt needs, for a loss that is not on pairs.
+        normalizes: `prompt` if the loss does not change when the rewards of a prompt are shifted or scaled, `round` if
+            it does not when those of the whole round are; None otherwise.
         round_values: Names of what `of_round` computes.
         metric_names: Names of the metrics that `metrics` returns, after `summarise`.
     """
@@ -41,6 +44,7 @@ class PolicyLoss(ABC):
     rewards_as_labels: ClassVar[bool] = False
     kl_per_token: ClassVar[bool] = False
     least_responses: ClassVar[int] = 2
+    normalizes: ClassVar[Literal["prompt", "round"] | None] = None
     round_values: ClassVar[tuple[str, ...]] = ()
     metric_names: ClassVar[tuple[str, ...]] = ()
 

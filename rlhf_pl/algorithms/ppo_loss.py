@@ -37,7 +37,6 @@ class PPOPolicyLoss(PolicyGradientLoss):
 
     kl_per_token = True
     least_responses = 1
-    compares_responses = False
     round_values = ("advantages",)
 
     def __init__(

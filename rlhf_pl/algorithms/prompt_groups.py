@@ -134,11 +134,15 @@ class PromptGroups:
 
     def group_means(self, values: Tensor) -> Tensor:
         """Mean over each response's group: (R,) to (R,)."""
-        return torch.repeat_interleave(self.sum_per_group(values) / self.sizes, self.sizes)
+        return self.per_response(self.sum_per_group(values) / self.sizes)
+
+    def per_response(self, values: Tensor) -> Tensor:
+        """Value of each response's group: (G,) to (R,)."""
+        return spread(values, self.sizes, len(self.lengths))
 
     def per_token(self, values: Tensor) -> Tensor:
         """Value of each token's response: (R,) to (M,)."""
-        return torch.repeat_interleave(values, self.lengths)
+        return spread(values, self.lengths, len(self.token_logps))
 
 
 def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
@@ -152,6 +156,20 @@ def segment_sums(values: Tensor, lengths: Tensor) -> Tensor:
         Shape (segments,).
     """
     return torch.segment_reduce(values, "sum", lengths=lengths, unsafe=True, initial=0)
+
+
+def spread(values: Tensor, lengths: Tensor, total: int) -> Tensor:
+    """Repeat the value of each segment for its elements: the sum of `lengths` is given, so the host waits for no GPU.
+
+    Args:
+        values: Shape (segments,).
+        lengths: Length of each segment, on the device of `values`, shape (segments,), int64.
+        total: Sum of `lengths`.
+
+    Returns:
+        Shape (total,).
+    """
+    return torch.repeat_interleave(values, lengths, output_size=total)
 
 
 def apply_kl_penalty(rewards: Tensor, kl_coef: float, stored: Mapping[str, Tensor]) -> Tensor:

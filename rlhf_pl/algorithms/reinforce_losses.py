@@ -35,6 +35,7 @@ class ReinforceLoss(PolicyLoss):
         if advantage != "none":
             check_group_advantage(advantage)
         self.advantage = advantage
+        self.normalizes = "prompt" if advantage == "group_normalized" else None  # type: ignore[misc]
         self.least_responses = 1 if advantage == "none" else 2  # type: ignore[misc]
 
     def losses(self, groups: PromptGroups) -> Tensor:
@@ -67,6 +68,7 @@ class ReinforcePlusPlusLoss(PolicyGradientLoss):
 
     kl_per_token = True
     round_values = ("advantages",)
+    normalizes = "round"
 
     def __init__(
         self,
@@ -79,10 +81,9 @@ class ReinforcePlusPlusLoss(PolicyGradientLoss):
         kl: KLTerm | None = None,
         correction: ImportanceCorrection | None = None,
     ) -> None:
-        self.compares_responses = baseline  # type: ignore[misc]
-        super().__init__("token", clip_low, clip_high, aggregation, constant_tokens, truncated, kl, correction)
         self.baseline = baseline
         self.least_responses = 2 if baseline else 1  # type: ignore[misc]
+        super().__init__("token", clip_low, clip_high, aggregation, constant_tokens, truncated, kl, correction)
 
     def of_round(self, read: Callable[[], Iterator[PromptGroups]]) -> dict[str, Tensor]:
         return {"advantages": whiten(torch.cat([self._returns(groups) for groups in read()]))}

@@ -218,7 +218,8 @@ class Plan:
         others = self.used - 1
         shares = self.module.attn_implementation == "sdpa"
         used_tokens = prompts * (row + others * response_tokens if shares else self.used * row)
-        models = sum(name in self.module.needs for name in ("old_logps", "reference_logps"))
+        needs = self.module.needs
+        models = ("old_logps" in needs and self.options.old_logps == "policy") + ("reference_logps" in needs)
         per_token = self._training_flops()
         speed = tflops * 1e12 * self.devices
         reward = self._reward_bytes() / 2  # approximate number of parameters

@@ -15,6 +15,7 @@ from rlhf_pl.algorithms.prompt_groups import OLD_VALUES, VALUES, Z_REF, PromptGr
 from rlhf_pl.data.ahead import Ahead, Mismatched
 from rlhf_pl.data.group_parts import BatchParts, GroupParts, batch_parts, split_groups
 from rlhf_pl.data.group_sampler import AheadRequest
+from rlhf_pl.data.micro_batches import Repeated
 from rlhf_pl.data.round_values import RoundValues, check_round_values
 from rlhf_pl.data.stored_groups import StoredGroups, StoredLogps
 from rlhf_pl.models.packed_batch import PackedBatch, pack
@@ -43,6 +44,7 @@ class GroupBatch:
         pair_sizes: See `PromptGroups`.
         parts: Which tokens of its groups `rows` has, if some of them are split; the other numbers are of whole groups.
         ahead: What is computed before the update that this batch is the first of; None for nothing.
+        counts: Whether the batch counts in metrics; a rank without a batch of its own repeats one that does not.
     """
 
     def __init__(
@@ -58,6 +60,7 @@ class GroupBatch:
         pair_sizes: Tensor | None = None,
         parts: BatchParts | None = None,
         ahead: Ahead | None = None,
+        counts: bool = True,
     ) -> None:
         self.rows = rows
         self.rewards = rewards
@@ -67,7 +70,7 @@ class GroupBatch:
         self.temperature = temperature
         self.weights = weights
         self.pair_rows, self.pair_sizes = pair_rows, pair_sizes
-        self.parts, self.ahead = parts, ahead
+        self.parts, self.ahead, self.counts = parts, ahead, counts
 
     def __len__(self) -> int:
         return len(self.sizes)
@@ -78,19 +81,15 @@ class GroupBatch:
         (weight,) = self.weights
         return weight
 
-    @property
-    def counts(self) -> bool:
-        """Whether the batch counts; a rank without a batch of its own repeats one that does not."""
-        return any(weight > 0 for weight in self.weights)
-
     def to(self, device: torch.device | str, **kwargs: Any) -> "GroupBatch":
         """The batch on `device`; Lightning calls it."""
         stored = {name: to_device(values, device) for name, values in self.stored.items()}
         rewards, finished, sizes = (to_device(values, device) for values in (self.rewards, self.finished, self.sizes))
-        pairs = (None if values is None else to_device(values, device) for values in (self.pair_rows, self.pair_sizes))
-        rows = self.rows.to(device)
-        more = (None if value is None else value.to(device) for value in (self.parts, self.ahead))
-        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, self.weights, *pairs, *more)  # type: ignore[arg-type]
+        pairs = [None if values is None else to_device(values, device) for values in (self.pair_rows, self.pair_sizes)]
+        parts = None if self.parts is None else self.parts.to(device)
+        ahead = None if self.ahead is None else self.ahead.to(device)
+        numbers = (self.rows.to(device), rewards, finished, sizes, stored, self.temperature, self.weights)
+        return GroupBatch(*numbers, pairs[0], pairs[1], parts, ahead, self.counts)
 
     def groups(
         self,
@@ -210,7 +209,8 @@ class GroupDataset(Dataset):
         rewards, finished = self.rewards[responses], self.finished[responses]
         pairs = self._pairs(indices, members)
         more = (self._parts_of(items), None if ahead is None else self._ahead(ahead))
-        return GroupBatch(rows, rewards, finished, sizes, stored, self.temperature, weights, *pairs, *more)
+        numbers = (rows, rewards, finished, sizes, stored, self.temperature, weights)
+        return GroupBatch(*numbers, *pairs, *more, counts=not isinstance(items, Repeated))
 
     def _parts_of(self, items: Sequence[int]) -> BatchParts | None:
         if not any(map(self.parts.is_part, items)):

@@ -11,6 +11,13 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from rlhf_pl.data.update_plan import RankBatches, UpdatePlan
 
 
+class Repeated(list[int]):
+    """What a rank without pairs of its own in a micro-batch trains on: it has no weight and counts in no metric.
+
+    A micro-batch of its own may have no weight as well, where the loss leaves all its elements out.
+    """
+
+
 class MicroBatchSampler(Sampler):
     """Yields (pair indices, loss weights) for each micro-batch of one rank: a pure function of (seed, epoch, rank).
 
@@ -71,7 +78,7 @@ class MicroBatchSampler(Sampler):
             for micro_batch in update:
                 own = micro_batch[self.rank]
                 # strategies need a step from every rank: a rank without a pair repeats one with weight 0
-                batches.append((own, self._weights(own, pairs)) if own else (pairs[:1], no_weight))
+                batches.append((own, self._weights(own, pairs)) if own else (Repeated(pairs[:1]), no_weight))
             if update:
                 batches[first] = (*batches[first], *self._ahead(number, update))
         return batches or [

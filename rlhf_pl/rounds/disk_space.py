@@ -8,9 +8,11 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
+from rlhf_pl.algorithms.prompt_groups import PER_TOKEN, SAMPLING_LOGPS
 from rlhf_pl.checkpointing.checkpoints import checkpoint_files
 from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.data.round_datamodule import RoundDataModule
+from rlhf_pl.rounds.logps_origins import reads_sampled_tokens
 from rlhf_pl.rounds.settings import RoundOptions
 from rlhf_pl.store.round_store import STAGES
 from rlhf_pl.utils.disk import check_space
@@ -26,7 +28,7 @@ def check_disk_space(
     Raises:
         DiskFullError: There is too little space; lists what the round needs.
     """
-    parts = {"responses": _response_bytes(data, options, index)}
+    parts = {"responses": _response_bytes(module, data, options, index)}
     weights = _bytes(module.weights().like)
     checkpoint = weights * (1 + 2 * _trainable_share(module.policy))
     critic = getattr(module, "critic", None)  # of PPO, a model of its own
@@ -57,7 +59,7 @@ def _trainable_share(model: Any) -> float:
     return sum(p.numel() for p in parameters if p.requires_grad) / max(1, sum(p.numel() for p in parameters))
 
 
-def _response_bytes(data: RoundDataModule, options: RoundOptions, index: int) -> int:
+def _response_bytes(module: PolicyModule, data: RoundDataModule, options: RoundOptions, index: int) -> int:
     """Bytes of a round's files: twice those of the previous round, or those of responses of the maximum length.
 
     The latter are of all prompts that `rollout.refill` may sample.
@@ -69,4 +71,8 @@ def _response_bytes(data: RoundDataModule, options: RoundOptions, index: int) ->
     prompts, sampling = data.round_prompts(index), options.sampling
     prompt_bytes = sum(len(json.dumps(p.messages, default=str)) + 4 * len(p.token_ids) for p in prompts)
     waves = 1 + options.refill
-    return waves * sampling.num_responses * (prompt_bytes + len(prompts) * (200 + 8 * sampling.max_response_tokens))
+    needs = module.needs
+    per_token = {*PER_TOKEN, SAMPLING_LOGPS} & set(needs) | ({PER_TOKEN[0]} if options.store_token_logps else set())
+    bytes_per_token = 8 + 4 * (len(per_token) + reads_sampled_tokens(needs, options))
+    response_bytes = 200 + bytes_per_token * sampling.max_response_tokens
+    return waves * sampling.num_responses * (prompt_bytes + len(prompts) * response_bytes)

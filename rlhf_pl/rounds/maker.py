@@ -8,18 +8,18 @@ from typing import Any
 import lightning as L
 from torch import Tensor
 
-from rlhf_pl.algorithms.prompt_groups import Z_REF, extra_needs
+from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS, Z_REF, extra_needs
 from rlhf_pl.checkpointing.divergence import make_diverged_error, refuse_diverged_weights
 from rlhf_pl.data.policy_module import PolicyModule, as_lightning
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.round_datamodule import RoundDataModule
-from rlhf_pl.data.stored_groups import StoredGroups
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack
 from rlhf_pl.rollout import SamplingConfig
 from rlhf_pl.rollout.weight_sync.sync import SamplerSync
 from rlhf_pl.rounds.engine_spec import make_engine_spec, prompts_per_shard, self_check_prompts
 from rlhf_pl.rounds.logps_check import sampler_tolerance
+from rlhf_pl.rounds.logps_origins import LogpsOrigins, find_origins, takes_sampler_logps
 from rlhf_pl.rounds.policy_kl import PolicyKL
 from rlhf_pl.rounds.policy_snapshot import (
     PolicySnapshot,
@@ -30,10 +30,11 @@ from rlhf_pl.rounds.policy_snapshot import (
     snapshot_policy,
 )
 from rlhf_pl.rounds.refill import open_wave
-from rlhf_pl.rounds.settings import RoundOptions, drops_equal_groups, pair_selector, uses_sampler_logps
+from rlhf_pl.rounds.settings import RoundOptions, drops_equal_groups, pair_selector
 from rlhf_pl.rounds.stages import count_usable, generate, score, select, store_logps
-from rlhf_pl.rounds.stages.given import given_columns
-from rlhf_pl.rounds.stages.logps import mismatched_by_length, sampler_columns, steps_by_length
+from rlhf_pl.rounds.stages.known_logps import PER_TOKEN, known_columns, known_from
+from rlhf_pl.rounds.stages.logps import mismatched_by_length, steps_by_length
+from rlhf_pl.rounds.stages.sampler_logps import TOKENS as SAMPLED_TOKENS
 from rlhf_pl.rounds.stages.score import ShardScorer
 from rlhf_pl.rounds.stages.score_ahead import ScoreAhead
 from rlhf_pl.rounds.stamps import RoundStamps
@@ -157,15 +158,16 @@ class RoundMaker:
             with self.ranks.phase("making pairs"):
                 self.ranks.run_on_rank_zero(lambda: select(stored, *how))
         if self._is_missing(stored, "logps"):
+            origins = self.ranks.broadcast(find_origins(stored, self.module.needs, self.options))
             off_policy = self.ranks.broadcast(is_off_policy(stored))
-            is_needed = not off_policy or bool(extra_needs(self.module.needs))
-            self._store_logps(stored, policy() if is_needed else self.policy(), what, off_policy)
+            is_needed = not off_policy or origins.old == "policy" or bool(extra_needs(self.module.needs))
+            self._store_logps(stored, policy() if is_needed else self.policy(), what, off_policy, origins)
 
     def _copy(self, rounds: StoredRounds, stored: Round) -> None:
         """Take the responses and rewards of a round from the other run."""
         with self.ranks.phase("copying responses"):
             self.ranks.run_on_rank_zero(lambda: rounds.copy(stored))
-        rounds.say_whose(stored, "old_logps" in self.module.needs)
+        rounds.say_whose(stored, "old_logps" in self.module.needs, SAMPLING_LOGPS in self.module.needs)
 
     def ties(self, stored: Round) -> tuple[bool, bool]:
         """Whether pairs with equal rewards are kept because a KL term breaks ties, and whether the loss uses them."""
@@ -231,6 +233,7 @@ class RoundMaker:
         if metrics:
             self.log(metrics)
             self.ranks.run_on_rank_zero(lambda: stored.update(sync=metrics))
+        per_token = self.ranks.broadcast(SAMPLED_TOKENS in stored.manifest["settings"]["responses"])
         tokenizer = self.module.source.tokenizer
         reward = self.options.reward
         scorer = ShardScorer(stored, prompts, reward, self.options.scoring, tokenizer)
@@ -249,8 +252,9 @@ class RoundMaker:
                 report,
                 self.ranks,
                 on_shard=ahead.add,
-                logps=uses_sampler_logps(self.options, sampling),
+                logps=takes_sampler_logps(stored, self.module.needs, self.options),
                 stream=self.options.stream_shards,
+                per_token=per_token,
             )
 
         def invalidate_rewards_of_regenerated_shards() -> None:
@@ -266,21 +270,20 @@ class RoundMaker:
         if not all(self.ranks.all_gather(bool(policy.logps(rows, 1.0).isfinite().all()))):
             raise make_diverged_error(self.trainer, "the log-probs of the policy are not finite")
 
-    def _store_logps(self, stored: Round, policy: PolicySnapshot, what: str, off_policy: bool) -> None:
-        """Store the log-probs that the loss needs; `off_policy` ones under pi_old came with the round."""
+    def _store_logps(
+        self, stored: Round, policy: PolicySnapshot, what: str, off_policy: bool, origins: LogpsOrigins
+    ) -> None:
+        """Store the log-probs that the loss needs, from their origins."""
         if not stored.is_held_out:
             self.sync.release_gpu()  # no more responses are sampled before training
-        needs, from_sampler = self.module.needs, uses_sampler_logps(self.options, self.options.get_sampling(stored))
+        needs = self.module.needs
         temperature = stored.info("responses")["sampling"]["temperature"]
         policies: dict[str, Callable[[PackedBatch, float], Tensor]] = {}
         stores_all = self.options.store_token_logps and not stored.is_held_out and not off_policy
-        if stores_all or ("old_logps" in needs and not from_sampler and not off_policy):
+        if stores_all or origins.old == "policy":
             policies["old"] = policy.logps
         if "reference_logps" in needs:
             policies["reference"] = logps_function(self.trainer, self.module, self.module.load_reference())
-        known: Callable[[StoredGroups], dict[str, Any]] | None = None
-        if off_policy and "old_logps" in needs:
-            known = partial(sampler_columns, stored) if from_sampler else partial(given_columns, stored, needs=needs)
         extra = extra_passes(self.trainer, self.module)
         if extra and policy is not self.policy():
             raise DamagedStoreError(
@@ -294,7 +297,7 @@ class RoundMaker:
         rows = (len(policies) + len(extra) + has_mismatched) * used
         rows += max(0, stored.info("rewards")["scored"] - used) if stores_all else 0
         with self._phase(f"log-probs of {what}", rows, "responses") as report, assume_weights_unchanged(self.module):
-            check = policy.logps if from_sampler and not off_policy else None
+            check = policy.logps if origins.old == "sampler" and not off_policy else None
             divide = steps_by_length(self.options.logps_batch_tokens, self.ranks)
             mismatched = mismatched_by_length(self.options.logps_batch_tokens, self.ranks)
             if not stored.is_held_out:
@@ -310,7 +313,9 @@ class RoundMaker:
                 needs=needs,
                 check_sampler_with=check,
                 extra=extra,
-                known=known,
+                known=partial(known_columns, stored, origins.old, origins.sampling, needs),
+                known_from=known_from(origins.old, origins.sampling),
+                copies={SAMPLING_LOGPS: PER_TOKEN} if origins.sampling == "old" else None,
                 divide_unused=steps_by_length(self.options.logps_batch_tokens, self.ranks) if stores_all else None,
                 mismatched=mismatched if has_mismatched else None,
             )

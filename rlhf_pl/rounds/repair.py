@@ -7,7 +7,7 @@ from rlhf_pl.checkpointing.progress import is_inside_round, rounds_done
 from rlhf_pl.rounds.maker import RoundMaker
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.files import set_aside
-from rlhf_pl.store.provenance import POLICY_KEYS, list_differences
+from rlhf_pl.store.provenance import POLICY_KEYS, keep_extras, list_differences
 from rlhf_pl.store.round_store import STAGES, DamagedStoreError, Round, RoundStore
 from rlhf_pl.utils.console import console
 
@@ -48,8 +48,9 @@ def _complete_round(maker: RoundMaker, stored: Round) -> None:
     if not maker.ranks.broadcast(bool(stored.manifest.get("settings"))) and not _restore_manifest(maker, stored):
         maker.ranks.run_on_rank_zero(stored.delete)
         return
-    before, now = stored.manifest["settings"]["responses"], Round.as_stored(maker.stamps.settings(stored))["responses"]
-    if list_differences(before, now, *POLICY_KEYS):
+    before = stored.manifest["settings"]
+    now = keep_extras(before, Round.as_stored(maker.stamps.settings(stored)))
+    if list_differences(before["responses"], now["responses"], *POLICY_KEYS):
         raise DamagedStoreError(f"{stored.path} can't be repaired: it was made with other settings than these.")
     begun = [name for name in STAGES if name in stored.manifest["stages"] or stored.shards(name)]
     stages = maker.ranks.broadcast(begun)

@@ -1,6 +1,5 @@
 """Settings that rounds are made with: as options, and as manifests record them."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -14,7 +13,6 @@ from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.rewards import Reward, ScoringConfig
 from rlhf_pl.rollout import SamplingConfig
-from rlhf_pl.rollout.base import LOGP_TEMPERATURE
 from rlhf_pl.store.provenance import StageSettings
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
@@ -107,44 +105,6 @@ def pair_selector(module: PolicyModule, options: RoundOptions) -> PairSelector |
     return None
 
 
-def check_old_logps(module: PolicyModule, options: RoundOptions) -> None:
-    """Refuse the sampler's log-probs where the loss uses none, or uses those of every token.
-
-    Raises:
-        InputError: `rollout.old_logps` is sampler, and the loss can't use what the sampler reports.
-    """
-    if options.old_logps == "policy":
-        return
-    loss = type(module.loss).__name__
-    if "old_token_logps" in module.needs:
-        raise InputError(
-            f"`rollout.old_logps` is sampler, but `model.loss` {loss} needs the log-probs of every token, and only "
-            "the sums of the sampler's are kept. Set it to policy."
-        )
-    if "old_logps" not in module.needs:
-        raise InputError(
-            f"`rollout.old_logps` is sampler, but `model.loss` {loss} uses no log-probs of the policy that sampled "
-            "the round, so the option would have no effect. Leave it out."
-        )
-
-
-def check_token_logps(module: PolicyModule, options: RoundOptions) -> None:
-    """Refuse to store the log-probs of all tokens where none are computed, or all are stored anyway.
-
-    Raises:
-        InputError: `rollout.store_token_logps` would have no effect.
-    """
-    if not options.store_token_logps:
-        return
-    reason = ""
-    if options.old_logps == "sampler":
-        reason = "`rollout.old_logps` is sampler, and only the sums of the sampler's log-probs are kept"
-    elif not module.loss.uses_pairs and "old_token_logps" in module.needs:
-        reason = f"`model.loss` {type(module.loss).__name__} needs them of all responses, so they are stored anyway"
-    if reason:
-        raise InputError(f"`rollout.store_token_logps` is true, but {reason}. Leave it out.")
-
-
 def check_responses(module: PolicyModule, options: RoundOptions) -> None:
     """Refuse fewer responses per prompt than the loss needs.
 
@@ -171,15 +131,25 @@ def check_responses(module: PolicyModule, options: RoundOptions) -> None:
 
 
 def check_shaping(module: PolicyModule, options: RoundOptions) -> None:
-    """Refuse shaping of rewards that neither the loss nor a selector of pairs reads.
+    """Refuse shaping of rewards that neither the loss nor a selector of pairs reads, or that the loss undoes.
 
     Raises:
         InputError: `rollout.shaping` would have no effect.
     """
-    if not module.loss.uses_pairs and "rewards" not in module.needs and options.shaping != RewardShaping():
+    if module.loss.uses_pairs:
+        return
+    loss, shaping = type(module.loss).__name__, options.shaping
+    if "rewards" not in module.needs and shaping != RewardShaping():
         raise InputError(
-            f"`rollout.shaping` is set, but `model.loss` {type(module.loss).__name__} reads no rewards, so it would "
-            "have no effect. Leave it out."
+            f"`rollout.shaping` is set, but `model.loss` {loss} reads no rewards, so it would have no effect. Leave "
+            "it out."
+        )
+    kinds = [term.normalizes for _, term in module.loss.terms if "rewards" in term.needs]
+    undone = {"none": False, "round": all(kinds), "prompt": all(kind == "prompt" for kind in kinds)}
+    if module.kl_coef == 0 and undone[shaping.normalize]:
+        raise InputError(
+            f"`rollout.shaping.normalize` is {shaping.normalize}, but the advantages of `model.loss` {loss} are "
+            "normalised anyway, so it would have no effect. Leave it out."
         )
 
 
@@ -195,41 +165,6 @@ def _selection_settings(module: PolicyModule, options: RoundOptions) -> dict[str
         return {"groups": f"all scored responses{which}"}
     without_ties = selector.gives_ties and not module.loss.uses_ties
     return {"selector": describe(selector), **({"ties": False} if without_ties else {})}
-
-
-def check_sampler_logps(sampling: SamplingConfig, reshapes: Sequence[str] = ()) -> None:
-    """Refuse the sampler's log-probs as those of pi_old if it samples from another distribution than it reports.
-
-    Args:
-        sampling: How responses are sampled for training.
-        reshapes: What else changes the sampler's distribution, from `Sampler.reshapes()`.
-
-    Raises:
-        InputError: The temperature differs, or the distribution is truncated or reshaped.
-    """
-    if sampling.temperature != LOGP_TEMPERATURE:
-        raise InputError(
-            f"`rollout.old_logps` is sampler, but `rollout.sampling.temperature` is {sampling.temperature}, and "
-            "samplers report log-probs at temperature 1. Change one of the two options."
-        )
-    plain = SamplingConfig()
-    reshaped = [
-        f"`rollout.sampling.{name}` is {getattr(sampling, name)} (off: {getattr(plain, name):g})"
-        for name in ("top_p", "top_k", "min_p")
-        if getattr(sampling, name) != getattr(plain, name)
-    ]
-    reshaped += [f"`rollout.sampler`: {what}" for what in reshapes]
-    if reshaped:
-        raise InputError(
-            f"`rollout.old_logps` is sampler, but {' and '.join(reshaped)}: responses are then sampled from another "
-            "distribution than the one whose log-probs the sampler reports, that over the whole vocabulary at "
-            "temperature 1. Turn it off, or set `rollout.old_logps` to policy."
-        )
-
-
-def uses_sampler_logps(options: RoundOptions, sampling: SamplingConfig) -> bool:
-    """Whether the sampler's log-probs serve as those of pi_old for responses sampled in this way."""
-    return options.old_logps == "sampler" and sampling.temperature == LOGP_TEMPERATURE
 
 
 def _shaping_settings(shaping: RewardShaping) -> dict[str, Any]:

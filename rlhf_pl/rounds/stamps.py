@@ -13,8 +13,10 @@ from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.rotary import describe_factors
 from rlhf_pl.rollout import Sampler
 from rlhf_pl.rounds.engine_spec import prompts_per_shard
+from rlhf_pl.rounds.logps_origins import stores_sampled_tokens, takes_sampler_logps
 from rlhf_pl.rounds.refill import plan_first_wave
-from rlhf_pl.rounds.settings import RoundOptions, downstream_settings, uses_sampler_logps
+from rlhf_pl.rounds.settings import RoundOptions, downstream_settings
+from rlhf_pl.rounds.stages.sampler_logps import TOKENS
 from rlhf_pl.rounds.stored_rounds import StoredRounds
 from rlhf_pl.store.provenance import (
     POLICY_KEYS,
@@ -94,7 +96,9 @@ class RoundStamps:
             settings["rewards"] |= {"columns": columns, **messages}
         if (factors := describe_factors(self.module.source.config, self.data.longest_tokens)) is not None:
             settings["responses"]["rotary_factors"] = factors
-        if not uses_sampler_logps(self.options, sampling):
+        if stores_sampled_tokens(stored, self.module.needs, self.options):
+            settings["responses"][TOKENS] = "stored"
+        if not takes_sampler_logps(stored, self.module.needs, self.options):
             settings["logps"].pop("old", None)
         if stored.is_held_out:
             settings["pairs"]["limit"] = self.data.max_val_pairs

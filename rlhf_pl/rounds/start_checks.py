@@ -4,6 +4,7 @@ from collections.abc import Hashable, Sequence
 
 import lightning as L
 
+from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS
 from rlhf_pl.data.policy_module import PolicyModule, is_policy_module
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.data.round_datamodule import RoundDataModule
@@ -12,8 +13,9 @@ from rlhf_pl.modules.monitors import check_monitors
 from rlhf_pl.rewards import Sample
 from rlhf_pl.rewards.guard import try_reward
 from rlhf_pl.rollout import Sampler
+from rlhf_pl.rounds.logps_origins import check_sampler_logps
 from rlhf_pl.rounds.metrics import metric_names
-from rlhf_pl.rounds.settings import RoundOptions, check_sampler_logps
+from rlhf_pl.rounds.settings import RoundOptions
 from rlhf_pl.utils.errors import InputError
 
 _MISSING_HINT = (
@@ -55,6 +57,8 @@ def check_sampling(
     sampler.check()
     if options.old_logps == "sampler":
         check_sampler_logps(options.sampling, sampler.reshapes())
+    if SAMPLING_LOGPS in module.needs and not options.from_other_run:
+        check_sampler_logps(options.sampling, sampler.reshapes(), "sampling")
     check_context(module, data, options)
     sampler.check_rotary(module.source.config, data.longest_tokens)
     if options.reward.by_prompt and data.val_prompts and options.val_sampling.num_responses < 2:

@@ -5,10 +5,12 @@ from typing import Any
 
 import pyarrow as pa
 
+from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS
 from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.rollout import SamplingConfig
 from rlhf_pl.rounds.settings import RoundOptions, drops_equal_groups, pair_selector
 from rlhf_pl.rounds.stages.given import find_missing, read_given
+from rlhf_pl.rounds.stages.sampler_logps import SUM, TOKENS
 from rlhf_pl.rounds.stages.select import make_selection
 from rlhf_pl.rounds.stored_rounds import StoredRounds
 from rlhf_pl.store.files import DamagedStoreError
@@ -130,7 +132,7 @@ def refuse_other_start(
             + "\n".join(f"  {line}" for line in lines)
             + "\nStart from that policy (`model.policy`, `model.dtype`, `model.lora` as in that run's config.yaml), or "
             "add --accept_changes to train on its responses off-policy, with the log-probs that are stored there as "
-            "those of pi_old."
+            f"those of {'the policy that sampled' if SAMPLING_LOGPS in module.needs else 'pi_old'}."
         )
     return True
 
@@ -152,13 +154,17 @@ def check_stored_logps(
     """
     if "old_logps" not in module.needs:
         return
-    path = source.stored.path
+    path, has_sampled = source.stored.path, TOKENS in source.info("responses")
     if options.old_logps == "sampler":
-        if any(table["sampler_logp"].null_count for table in source.tables("responses")):
+        lacks_sums = any(table[SUM].null_count for table in source.tables("responses"))
+        if lacks_sums or ("old_token_logps" in module.needs and not has_sampled):
+            lacking = "log-probs" if lacks_sums else "the log-prob of every token"
             raise InputError(
-                f"`rollout.old_logps` is sampler, but the responses of {path} were sampled without log-probs. Set it "
+                f"`rollout.old_logps` is sampler, but the responses of {path} were sampled without {lacking}. Set it "
                 "to policy."
             )
+        return
+    if SAMPLING_LOGPS in module.needs and has_sampled:
         return
     given = read_given(source)
     try:

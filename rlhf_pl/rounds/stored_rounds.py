@@ -127,12 +127,13 @@ class StoredRounds:
         stored.update(**{RECORD: record}, prompts_per_shard=shard, **refill)
         return record
 
-    def say_whose(self, stored: Round, reads_old: bool) -> None:
+    def say_whose(self, stored: Round, reads_old: bool, corrects: bool = False) -> None:
         """Say once that a round is off-policy, and what that means.
 
         Args:
             stored: The round.
             reads_old: Whether the training uses log-probs under the policy that sampled it.
+            corrects: Whether importance weights correct for the difference to it.
         """
         record = stored.manifest[RECORD]
         if self._noted or not record["off_policy"]:
@@ -144,6 +145,11 @@ class StoredRounds:
             if reads_old
             else "the loss uses no log-probs of that policy"
         )
+        if corrects:
+            used = (
+                "pi_old is this run's policy before the round, and `model.loss.correction` weights the responses by "
+                "pi_old / that policy: train/sampling_weight and the metrics beside it tell how far apart they are"
+            )
         note(
             f"round {int(stored.path.name) + 1} is off-policy: the policy of {record['path']} at its update "
             f"{record['policy_step']} (weights {record['weights']}) has sampled it, not this run's; {used}. This "

@@ -2,10 +2,13 @@
 
 import lightning as L
 
+from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS
+from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.rollout import SamplingConfig
+from rlhf_pl.rounds.logps_origins import check_other_runs_sampling, check_sampler_logps
 from rlhf_pl.rounds.maker import RoundMaker
-from rlhf_pl.rounds.settings import RoundOptions, check_sampler_logps
+from rlhf_pl.rounds.settings import RoundOptions
 from rlhf_pl.rounds.stored_checks import (
     check_files,
     check_rounds,
@@ -20,12 +23,14 @@ from rlhf_pl.store.source_run import SourceRun
 from rlhf_pl.utils.console import console, note
 
 
-def open_rounds(trainer: L.Trainer, rounds_from: str, options: RoundOptions) -> tuple[StoredRounds, SamplingConfig]:
+def open_rounds(
+    trainer: L.Trainer, module: PolicyModule, rounds_from: str, options: RoundOptions
+) -> tuple[StoredRounds, SamplingConfig]:
     """The rounds of another run, checked, and how they were sampled; all ranks call it.
 
     Raises:
         InputError: The directory is this run's own, has no rounds, or fewer than `trainer.max_epochs`; or
-            `rollout.old_logps` does not fit how the responses were sampled.
+            `rollout.old_logps` or `model.loss.correction` does not fit how the responses were sampled.
     """
     rounds = StoredRounds(SourceRun(rounds_from), RoundStore(trainer.default_root_dir))
 
@@ -37,6 +42,8 @@ def open_rounds(trainer: L.Trainer, rounds_from: str, options: RoundOptions) -> 
     sampling = ranks_of(trainer).run_on_rank_zero(check)
     if options.old_logps == "sampler":
         check_sampler_logps(sampling)
+    if SAMPLING_LOGPS in module.needs:
+        check_other_runs_sampling(rounds_from, sampling)
     return rounds, sampling
 
 

@@ -10,6 +10,8 @@ from rlhf_pl.utils.errors import InputError
 StageSettings = dict[str, dict[str, Any]]
 # These two identify the policy that sampled the responses. The other settings are set by the user.
 POLICY_KEYS = ("policy_step", "weights")
+# These say that responses came with something more, which does no harm where it is not needed.
+EXTRAS = ("sampler_token_logps",)
 # for reports about a changed stage: "... is scored again"
 REDONE = {
     "responses": "generated",
@@ -43,6 +45,12 @@ def _shorten(value: Any) -> str:
     return text if len(text) <= 120 else text[:119] + "…"
 
 
+def keep_extras(before: StageSettings, now: StageSettings) -> StageSettings:
+    """The settings `now`, with those of `EXTRAS` that the responses were made with `before`."""
+    extras = {name: before["responses"][name] for name in EXTRAS if name in before["responses"]}
+    return {**now, "responses": now["responses"] | extras}
+
+
 def find_first_change(before: StageSettings, now: StageSettings, stages: tuple[str, ...] = ORDER) -> str | None:
     """The first stage whose settings differ, apart from the identity of the policy; None if none does."""
     for stage in stages:
@@ -59,7 +67,10 @@ def refuse_upstream_change(stored: Round, now: StageSettings) -> None:
     """
     manifest = stored.manifest
     before = manifest.get("settings", {}).get("responses")
-    if before is None or manifest.get("accepted") == _user_settings(now):
+    if before is None:
+        return
+    now = keep_extras(manifest["settings"], now)
+    if manifest.get("accepted") == _user_settings(now):
         return
     if changed := list_differences(before, now["responses"], *POLICY_KEYS):
         raise ChangedSettingsError(
@@ -95,6 +106,7 @@ def reconcile_round(stored: Round, now: StageSettings, accept: bool, fresh: Mapp
     if before is None:
         stored.update(settings=now, **fresh)
         return
+    now = keep_extras(before, now)
     is_other_policy = any(before["responses"][k] != now["responses"][k] for k in POLICY_KEYS)
     if not accept:
         refuse_upstream_change(stored, now)

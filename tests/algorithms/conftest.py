@@ -8,6 +8,16 @@ import pytest
 
 from rlhf_pl.__main__ import main
 from tests.algorithms.trained_round import CONFIG, REWARD
+from tests.conftest import save_llama
+
+
+@pytest.fixture(scope="session")
+def brief(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model `llama` with 29 end tokens: its responses have 1 to 32 tokens, and some are truncated there."""
+    folder = save_llama(tmp_path_factory.mktemp("models") / "brief")
+    file = folder / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"eos_token_id": list(range(1, 30))}))
+    return folder
 
 
 @pytest.fixture

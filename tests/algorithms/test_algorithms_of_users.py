@@ -160,7 +160,6 @@ def test_only_the_log_probs_that_a_loss_needs_are_computed(command: Callable[...
         ("Plain", ("--rollout.shaping.normalize", "round"), "reads no rewards"),
         ("Plain", ("--model.reference", "x"), "it would have no effect"),
         ("Plain", ("--rollout.sampling.temperature", "1", "--rollout.old_logps", "sampler"), "uses no log-probs"),
-        ("ClippedTokens", ("--rollout.sampling.temperature", "1", "--rollout.old_logps", "sampler"), "of every token"),
     ],
 )
 def test_options_without_effect_on_a_loss_are_refused(

@@ -13,7 +13,7 @@ import pytest
 import torch
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from rlhf_pl import OfflineDataModule, RebelLoss, RebelModule
+from rlhf_pl import OfflineDataModule, PolicyLoss, PromptGroups, RebelLoss, RebelModule
 from rlhf_pl.callbacks import OfflineLogps
 from rlhf_pl.optim import AdamW
 from rlhf_pl.store.provenance import ChangedSettingsError
@@ -187,3 +187,20 @@ def test_changed_rotary_factors_are_refused(tmp_path: Path, write_jsonl: Write) 
     longer = write_jsonl([row | {"chosen": "Red, green and blue. " * 20} for row in PLAIN], "val.jsonl")
     with pytest.raises(ChangedSettingsError, match=r"rotary_factors: longrope, up to 40 .* -> longrope, over 40"):
         train(run, folder, file, val_pairs=longer)
+
+
+class Weighted(PolicyLoss):
+    """A loss on pairs with importance weights."""
+
+    needs = frozenset({"rewards", "old_token_logps", "sampling_token_logps"})
+    per = "token"
+    on_pairs = True
+
+    def losses(self, groups: PromptGroups) -> torch.Tensor:
+        return -(groups.old_token_logps - groups.stored["sampling_token_logps"]).exp() * groups.token_logps
+
+
+def test_importance_weights_are_refused_for_pairs(tmp_path: Path, llama: Path, write_jsonl: Write) -> None:
+    with pytest.raises(InputError, match=r"Weighted has importance weights.*pairs from a file have no sampler"):
+        train(tmp_path / "run", llama, write_jsonl(PLAIN), module={"loss": Weighted()})
+    assert not (tmp_path / "run").exists()

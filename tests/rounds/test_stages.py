@@ -1,5 +1,7 @@
 import json
+import math
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,7 @@ from rlhf_pl.rounds.metrics import held_out_metrics
 from rlhf_pl.rounds.stages import generate, prompt_seed, score, select, store_logps
 from rlhf_pl.rounds.stages.logps import steps_by_length
 from rlhf_pl.store.round_store import Round, RoundStore
+from rlhf_pl.utils.errors import InputError
 from tests.stored_pairs import read_pairs
 
 SAMPLING = SamplingConfig(num_responses=3, max_response_tokens=8, temperature=0.8)
@@ -112,19 +115,48 @@ def test_stored_shards_are_not_sampled_again(
 ) -> None:
     """Shard by shard and as a stream: equal tokens, sampled with equal seeds."""
     whole, broken = Round(tmp_path / "rounds" / "0000"), Round(tmp_path / "again" / "rounds" / "0000")
-    run_generate(whole, prompts, source, lm, CountingSampler(), logps=True)
+    run_generate(whole, prompts, source, lm, CountingSampler(), per_token=True)
     with pytest.raises(KeyboardInterrupt):
-        run_generate(broken, prompts, source, lm, CountingSampler(interrupt_after=6), logps=True, stream=stream)
+        run_generate(broken, prompts, source, lm, CountingSampler(interrupt_after=6), per_token=True, stream=stream)
     done = 4 * len(broken.shards("responses"))
     assert 0 < done < 10
     assert not broken.is_complete("responses")
     second = CountingSampler()
-    run_generate(broken, prompts, source, lm, second, logps=True, stream=stream)
+    run_generate(broken, prompts, source, lm, second, per_token=True, stream=stream)
     assert second.sampled == 10 - min(done, 10)
-    again, expected = (r.read("responses").drop_columns("sampler_logp") for r in (broken, whole))
+    names = ["sampler_logp", "sampler_token_logps"]
+    again, expected = (r.read("responses").drop_columns(names) for r in (broken, whole))
     assert again.equals(expected)
     logps = [r.read("responses")["sampler_logp"].to_pylist() for r in (broken, whole)]
     assert logps[0] == pytest.approx(logps[1], abs=1e-4)  # rounding depends on what else is in the batch
+    own, others = (r.read("responses")["sampler_token_logps"].to_pylist() for r in (broken, whole))
+    for values, wanted, tokens in zip(own, others, expected["response_tokens"].to_pylist(), strict=True):
+        assert values == pytest.approx(wanted, abs=1e-4)
+        assert len(values) == len(tokens)
+
+
+class Silent(CountingSampler):
+    """Reports no log-probs, or others than numbers."""
+
+    def __init__(self, *logps: float) -> None:
+        super().__init__()
+        self.logps = list(logps)
+
+    def generate(
+        self, prompts: Sequence[PromptTokens], sampling: SamplingConfig
+    ) -> Iterator[tuple[int, list[Response]]]:
+        for index, responses in super().generate(prompts, sampling):
+            yield index, [replace(r, logps=self.logps * len(r.token_ids)) for r in responses]
+
+
+@pytest.mark.parametrize(("logps", "message"), [((), "returned 0 log-probs for"), ((math.nan,), "are not finite")])
+def test_a_sampler_that_does_not_report_log_probs_is_refused(
+    tmp_path: Path, prompts: list[Prompt], source: ModelSource, lm: Any, logps: tuple[float, ...], message: str
+) -> None:
+    stored = Round(tmp_path / "rounds" / "0000")
+    with pytest.raises(InputError, match=f"`rollout.sampler`: .*{message}"):
+        run_generate(stored, prompts, source, lm, Silent(*logps), per_token=True)
+    assert not stored.shards("responses")
 
 
 def test_seeds_differ_by_run_round_and_prompt() -> None:

@@ -14,13 +14,13 @@ import pyarrow.compute as pc
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.chat import Message
-from rlhf_pl.rollout.base import LOGP_TEMPERATURE, PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rollout.base import PromptTokens, Response, Sampler, SamplingConfig
+from rlhf_pl.rounds.stages.sampler_logps import DESCRIPTION, SUM, SUM_FIELD, TOKENS_FIELD, token_logps
+from rlhf_pl.rounds.stages.sampler_logps import TOKENS as LOGPS
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.store.waves import count_waves
 
 TOKENS = pa.list_(pa.int32())
-# describes `sampler_logp` in files and manifest: the sum of log softmax(logits) over a response's tokens
-SAMPLER_LOGP = {"temperature": LOGP_TEMPERATURE, "truncation": "none", "unit": "nats"}
 RESPONSES = pa.schema(
     [
         ("prompt_id", pa.string()),
@@ -31,7 +31,7 @@ RESPONSES = pa.schema(
         ("seed", pa.int64()),
         ("prompt_tokens", TOKENS),
         ("response_tokens", TOKENS),
-        pa.field("sampler_logp", pa.float64(), metadata={k: str(v) for k, v in SAMPLER_LOGP.items()}),
+        SUM_FIELD,
         ("columns", pa.string()),
     ]
 )
@@ -57,6 +57,7 @@ def generate(
     on_shard: Callable[[int], None] = lambda number: None,
     logps: bool = False,
     stream: bool = False,
+    per_token: bool = False,
 ) -> None:
     """Sample the responses to all prompts of the missing shards.
 
@@ -75,11 +76,13 @@ def generate(
         report: Receives (prompts done, note).
         ranks: The run's ranks; all of them call this function.
         on_shard: Receives the number of every shard that this rank has written.
-        logps: Whether the sampler reports log-probs.
+        logps: Whether the sampler reports log-probs, whose sums are stored.
         stream: Request all of a rank's shards at once. The engine is then never idle between two shards, but what is
             computed together depends on which shards are missing.
+        per_token: Whether the log-prob of every token is stored as well.
     """
     seeds = [prompt_seed(run_seed, stored.name, p.prompt_id) for p in prompts]
+    schema = RESPONSES.append(TOKENS_FIELD) if per_token else RESPONSES
     done = ranks.broadcast(set(stored.shards("responses")))
     shard_of = {index: number for number, shard in enumerate(shards) for index in shard}
     per_engine = sampler.ranks_per_engine
@@ -93,7 +96,7 @@ def generate(
         left = {number: set(shards[number]) for number in part}
         indices = sorted(index for shard in left.values() for index in shard)
         sampler.reset()
-        requests = [PromptTokens(list(prompts[i].token_ids), seeds[i], logps) for i in indices]
+        requests = [PromptTokens(list(prompts[i].token_ids), seeds[i], logps or per_token) for i in indices]
         sampled: dict[int, list[Response]] = {}
         for position, responses in sampler.generate(requests, sampling):
             index = indices[position]
@@ -104,27 +107,29 @@ def generate(
             left[number].discard(index)
             if left[number] or ranks.rank % per_engine:
                 continue
-            parts = (_response_rows(prompts[i], seeds[i], sampled.pop(i), tokenizer) for i in shards[number])
+            parts = (_response_rows(prompts[i], seeds[i], sampled.pop(i), tokenizer, per_token) for i in shards[number])
             rows = list(itertools.chain.from_iterable(parts))
-            stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=RESPONSES))
+            stored.write_shard("responses", number, pa.Table.from_pylist(rows, schema=schema))
             on_shard(number)
     total = sum(ranks.all_gather(tokens if ranks.rank % per_engine == 0 else 0))
     seconds = time.monotonic() - started
     report(sum(len(shards[number]) for number in missing if number not in mine), _speed(total, started))
-    ranks.run_on_rank_zero(lambda: _complete(stored, len(shards), len(prompts), seconds, total, sampling))
+    ranks.run_on_rank_zero(lambda: _complete(stored, len(shards), len(prompts), seconds, total, sampling, per_token))
 
 
 def _speed(tokens: int, started: float) -> str:
     return f"{tokens / (time.monotonic() - started):.0f} tokens/s"
 
 
-def _complete(stored: Round, shards: int, prompts: int, seconds: float, tokens: int, sampling: SamplingConfig) -> None:
+def _complete(
+    stored: Round, shards: int, prompts: int, seconds: float, tokens: int, sampling: SamplingConfig, per_token: bool
+) -> None:
     stored.await_shards("responses", shards)
     parts: list[tuple[np.ndarray, np.ndarray]] = []
     has_logps = False
-    for shard in stored.read_shards("responses", ["finished", "response_tokens", "sampler_logp"]):
+    for shard in stored.read_shards("responses", ["finished", "response_tokens", SUM]):
         parts.append((pc.list_value_length(shard["response_tokens"]).to_numpy(), shard["finished"].to_numpy()))
-        has_logps = has_logps or shard["sampler_logp"].null_count < len(shard)
+        has_logps = has_logps or shard[SUM].null_count < len(shard)
     lengths, finished = (np.concatenate(columns) for columns in zip(*parts, strict=True))
     stored.complete(
         "responses",
@@ -136,12 +141,15 @@ def _complete(stored: Round, shards: int, prompts: int, seconds: float, tokens: 
         seconds=seconds,
         tokens_per_s=tokens / seconds,
         sampling=vars(sampling),
-        **({"sampler_logp": SAMPLER_LOGP} if has_logps else {}),
+        **({SUM: DESCRIPTION} if has_logps else {}),
+        **({LOGPS: DESCRIPTION} if per_token else {}),
         **count_waves(stored.manifest),
     )
 
 
-def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokenizer: Any) -> Iterator[dict[str, Any]]:
+def _response_rows(
+    prompt: Prompt, seed: int, responses: list[Response], tokenizer: Any, per_token: bool
+) -> Iterator[dict[str, Any]]:
     for index, response in enumerate(responses):
         yield {
             "prompt_id": prompt.prompt_id,
@@ -152,7 +160,8 @@ def _response_rows(prompt: Prompt, seed: int, responses: list[Response], tokeniz
             "seed": seed + index,
             "prompt_tokens": prompt.token_ids,
             "response_tokens": response.token_ids,
-            "sampler_logp": sum(response.logps) if response.logps else None,
+            SUM: sum(response.logps) if response.logps else None,
+            **({LOGPS: token_logps(response)} if per_token else {}),
             "columns": json.dumps(dict(prompt.columns), ensure_ascii=False, default=str),
         }
 

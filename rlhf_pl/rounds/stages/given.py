@@ -31,6 +31,8 @@ def _read_own(source: SourceRound) -> pa.Table | None:
     """The log-probs of the stage `logps`."""
     if not source.is_complete("logps"):
         return None
+    if source.manifest.get("rounds_from", {}).get("off_policy") and "old" in source.info("logps").get("policies", ()):
+        return None  # with a correction pi_old is that run's own policy, which has not sampled the round
     table = source.read("logps")
     if KEY[1] not in table.column_names:
         return _from_pairs(source.read("pairs"), table)

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from torch import Tensor
 
@@ -17,7 +16,6 @@ from rlhf_pl.models.packed_batch import PackedBatch, batches_by_length, pack
 from rlhf_pl.rounds.stages.generate import Report
 from rlhf_pl.rounds.stages.unused import read_unused
 from rlhf_pl.store.round_store import Round
-from rlhf_pl.utils.errors import InputError
 
 LogpsFunction = Callable[[PackedBatch, float], Tensor]
 Steps = list[list[list[int]]]  # [step][rank] -> indices of the groups in that micro-batch
@@ -64,6 +62,8 @@ def store_logps(
     known: Callable[[StoredGroups], Mapping[str, Any]] | None = None,
     divide_unused: Division | None = None,
     mismatched: Division | None = None,
+    known_from: Collection[str] = (),
+    copies: Mapping[str, str] | None = None,
 ) -> None:
     """Store the log-probs of each response that is used, under each of `policies` (`old`, `reference`).
 
@@ -79,7 +79,7 @@ def store_logps(
             first group and discards the result.
         needs: Names of per-token log-probs to store as well, for example `old_token_logps`; sums are always stored.
         given: Known sums, shape (R,), by the name of their policy.
-        check_sampler_with: The policy, where the sampler's log-probs are stored as `old`; the mean difference to this
+        check_sampler_with: The policy, where the sampler's log-probs are known as `old`; the mean difference to this
             policy's is then measured on one batch.
         extra: Other per-token values to compute, by name in `needs`; without their sums.
         known: Returns further columns, of values that came with the round: a value per response of these groups.
@@ -87,6 +87,8 @@ def store_logps(
             log-probs under `old` are stored after those of the others, and per token for all of them.
         mismatched: Divides the responses under the prompts of other groups, where their log-probs under the reference
             are needed as well.
+        known_from: Names of what `known` comes from, for the manifest.
+        copies: Columns that repeat others, by name.
     """
     started = time.monotonic()
     groups = read_stored_groups(stored)
@@ -103,10 +105,11 @@ def store_logps(
         columns |= others.logps(policies["reference"], MISMATCHED, None, report)
     columns |= {f"{name}_logp": values for name, values in (given or {}).items()}
     columns |= {} if known is None else known(groups)
+    columns |= {name: columns[other] for name, other in (copies or {}).items()}
     difference = {}
     if check_sampler_with is not None:
-        columns |= sampler_columns(stored, groups)
-        if (mean := steps.mean_difference(check_sampler_with, columns["old_logp"])) is not None:
+        reported = pa.array(columns["old_logp"]).to_numpy()
+        if (mean := steps.mean_difference(check_sampler_with, reported)) is not None:
             difference = {"sampler_difference": mean}
 
     table = pa.table(columns)
@@ -119,7 +122,7 @@ def store_logps(
     def write() -> None:
         for number, start in enumerate(range(0, max(1, len(table)), _SHARD_ROWS)):
             stored.write_shard("logps", number, table.slice(start, _SHARD_ROWS))
-        names = [*(["given"] if given or known else []), *(["sampler"] if difference else []), *policies]
+        names = [*(["given"] if given else []), *known_from, *policies]
         stored.complete("logps", seconds=time.monotonic() - started, policies=names, **difference)
 
     ranks.run_on_rank_zero(write)
@@ -182,16 +185,3 @@ class _Steps:
         rows = pack([self.groups.prefix_group(i) for i in batch])
         own = rows.sum_per_response(policy(rows, self.temperature)).cpu().double().numpy()
         return float(np.abs(own - reported[self._responses(batch)]).sum() / len(rows.targets))
-
-
-def sampler_columns(stored: Round, groups: StoredGroups) -> dict[str, np.ndarray]:
-    """The sampler's log-probs of the used responses as `old_logp`, shape (R,), float64, nats."""
-    sampled = stored.read("responses", [*KEY, "sampler_logp"])
-    if sampled["sampler_logp"].null_count:
-        raise InputError(
-            f"`rollout.old_logps` is sampler, but the responses of {stored.path} were sampled without log-probs. Set "
-            "it to policy for this round, or move the round's folder away to sample its responses again."
-        )
-    used = pa.table({KEY[0]: groups.prompt_ids, KEY[1]: groups.indices, "row": np.arange(len(groups.indices))})
-    joined = used.join(sampled, list(KEY)).sort_by("row")
-    return {"old_logp": pc.cast(joined["sampler_logp"], pa.float64()).to_numpy()}
