@@ -7,7 +7,16 @@ from typing import ClassVar, Literal, get_args
 import torch
 from torch import Tensor
 
-from rlhf_pl.algorithms.prompt_groups import NEEDS, OLD_VALUES, PER_TOKEN, SUMMED, Z_REF, Element, PromptGroups
+from rlhf_pl.algorithms.prompt_groups import (
+    NEEDS,
+    OLD_VALUES,
+    PER_TOKEN,
+    SAMPLING_LOGPS,
+    SUMMED,
+    Z_REF,
+    Element,
+    PromptGroups,
+)
 from rlhf_pl.algorithms.round_facts import Choice, RoundFacts
 from rlhf_pl.utils.errors import InputError
 
@@ -198,6 +207,8 @@ def check_needs(loss: PolicyLoss, kl_coef: float, extra_passes: Collection[str] 
         needs |= _declared_needs(term, extra_passes)
     if Z_REF in needs:
         needs |= {"reference_logps"}
+    if SAMPLING_LOGPS in needs:  # what a weight is of
+        needs |= {"old_token_logps"}
     needs |= {summed for summed, per_token in zip(SUMMED, PER_TOKEN, strict=True) if per_token in needs}
     if (values := [v for _, term in loss.terms for v in term.round_values]) and len(set(values)) < len(values):
         raise InputError(f"`model.loss`: {name} has two losses that compute {', '.join(sorted(set(values)))}.")
