@@ -58,9 +58,9 @@ test-gpu:
 	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); \
 		$$python -m pytest -rs -m gpu tests/integration/test_gpu.py
 
-# four of them in a short version: together under half an hour
+# five of them in a short version: together under half an hour
 BENCHMARKS := scoring generation growth vocabulary_memory "whole_round --prompts 24" "training_step --pairs 4" \
-	"all_pairs --seeds 1" \
+	"all_pairs --seeds 1" "algorithms --task toy --rate 1e-2 --tuning_seeds 1 --seeds 1" \
 	"reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo"
 
 bench: setup model

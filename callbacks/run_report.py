@@ -1,5 +1,6 @@
 """A run's report at the terminal: a line a round; at the end a table, responses before and after, and next steps."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +86,13 @@ def round_line(store: RoundStore, index: int) -> str:
     """One line about a finished round."""
     stages = store.round(index).manifest["stages"]
     responses, rewards, training = stages["responses"], stages["rewards"], stages["training"]
+    count = responses["sampling"]["num_responses"]
+    spread = "" if count == 1 else f" (best {rewards['best']:.3f}, worst {rewards['worst']:.3f} of {count})"
+    kl = "" if training["kl"] is None else f"KL(old||new) {training['kl']:.2f} (k1), "
     parts = [
-        f"round {index + 1}: reward {rewards['mean']:.3f} (best {rewards['best']:.3f}, worst {rewards['worst']:.3f} of "
-        f"{responses['sampling']['num_responses']})",
+        f"round {index + 1}: reward {rewards['mean']:.3f}{spread}",
         f"{responses['tokens_mean']:.0f} tokens, {responses['finished_share']:.0%} finished",
-        f"KL(old||new) {_number(training['kl'], 2)} (k1), loss {_number(training['loss'], 3)}",
+        f"{kl}loss {_number(training['loss'], 3)}",
         f"seconds: generate {responses['seconds']:.0f}, score {rewards['seconds']:.0f}, "
         f"log-probs {stages['logps']['seconds']:.0f}, train {training['seconds']:.0f}",
     ]
@@ -101,8 +104,8 @@ def round_line(store: RoundStore, index: int) -> str:
         parts.insert(1, f"{refilled} prompts refilled")
     if store.held_out(index + 1).is_complete("rewards"):
         after = store.held_out(index + 1)
-        kl = policy_kl(after)
-        kl_text = f", KL(new||old) {kl['new_old']:.2f} ± {kl['new_old_se']:.2f} (k1)" if "new_old" in kl else ""
+        new = policy_kl(after)
+        kl_text = f", KL(new||old) {new['new_old']:.2f} ± {new['new_old_se']:.2f} (k1)" if "new_old" in new else ""
         parts.insert(1, f"held-out reward now {after.info('rewards')['mean']:.3f}{kl_text}")
     return " | ".join(parts)
 
@@ -114,9 +117,10 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
     style: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": (0, 1, 0, 0), "show_edge": False, "pad_edge": False}
     table = Table(title=title, title_justify="left", caption=KL_NOTE, caption_justify="left", **style)
     manifests = [store.round(index).manifest for index in range(rounds)]
-    on_groups = any("equal_rewards" in manifest["stages"].get("pairs", {}) for manifest in manifests)
-    unit = "groups" if on_groups else "pairs"
-    headers = ["round", "reward", "best", "worst", "tokens", "finished", unit, "KL\nold||new", "loss", "time"]
+    compares = any(_num_responses(manifest) > 1 for manifest in manifests)
+    has_pairs = any(manifest["stages"].get("pairs", {}).get("selector") is not None for manifest in manifests)
+    headers = ["round", "reward", *(["best", "worst"] if compares else []), "tokens", "finished"]
+    headers += ["pairs" if has_pairs else "prompts", "KL\nold||new", "loss", "time"]
     further = list(dict.fromkeys(name for manifest in manifests for name in choices(manifest)))  # eta
     has_reached = any("reached" in training_margins(manifest) for manifest in manifests)
     headers += [*further, *(["targets\nreached"] if has_reached else [])]
@@ -131,8 +135,7 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
         cells = [
             str(index + 1),
             f"{rewards['mean']:.3f}",
-            f"{rewards['best']:.3f}",
-            f"{rewards['worst']:.3f}",
+            *([f"{rewards['best']:.3f}", f"{rewards['worst']:.3f}"] if compares else []),
             f"{responses['tokens_mean']:.0f}",
             f"{responses['finished_share']:.0%}",
             str(stages.get("pairs", {}).get("pairs", "-")),
@@ -148,6 +151,11 @@ def rounds_table(store: RoundStore, rounds: int) -> Table:
             cells.append(_number(policy_kl(store.held_out(index + 1)).get("new_old"), 2))
         table.add_row(*cells)
     return table
+
+
+def _num_responses(manifest: Mapping[str, Any]) -> int:
+    """Responses to each prompt of a round; 0 if the round is lost."""
+    return int(manifest["stages"].get("responses", {}).get("sampling", {}).get("num_responses", 0))
 
 
 def _number(value: float | None, digits: int, kind: str = "f") -> str:

@@ -187,7 +187,8 @@ class PolicyGradientLoss(PolicyLoss):
         found = dict(means)
         if "ratio_shift" in found:
             shift, square = found.pop("ratio_shift"), found.pop("ratio_shift_square")
-            found["ess"] = (1 + shift) ** 2 / (1 + 2 * shift + square)
+            mean_square = 1 + 2 * shift + square
+            found["ess"] = (1 + shift) ** 2 / mean_square if mean_square > 0 else 0.0  # ratios may underflow to 0
         return summarise_weights(found)
 
 

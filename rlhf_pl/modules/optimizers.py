@@ -112,3 +112,28 @@ def restore_hyperparameters(optimizer: torch.optim.Optimizer, scheduler: Any, se
         group.update({k: v for k, v in wanted.items() if k != "lr"})
     if hasattr(scheduler, "base_lrs"):
         scheduler.base_lrs = [wanted.get("initial_lr", wanted["lr"]) for wanted in settings]
+
+
+def add_empty_state(optimizer: torch.optim.Optimizer, parameters: Iterable[torch.Tensor]) -> None:
+    """Give some parameters the state of an optimizer that has made no step yet; nothing else changes.
+
+    Sharded checkpoints must hold the state of all parameters, also of those that have not trained yet.
+    """
+    missing = {id(parameter) for parameter in parameters if parameter not in optimizer.state}
+    if not missing:
+        return
+    everything = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    gradients, rates = [p.grad for p in everything], [group["lr"] for group in optimizer.param_groups]
+    for parameter in everything:
+        parameter.grad = torch.zeros_like(parameter) if id(parameter) in missing else None
+    for group in optimizer.param_groups:
+        group["lr"] = 0.0
+    optimizer.step()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        group["lr"] = rate
+    for parameter, gradient in zip(everything, gradients, strict=True):
+        parameter.grad = gradient
+        if id(parameter) in missing:
+            for value in optimizer.state[parameter].values():
+                if isinstance(value, torch.Tensor):
+                    value.zero_()  # also the number of steps

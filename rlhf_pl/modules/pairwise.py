@@ -34,6 +34,7 @@ from rlhf_pl.modules.pair_margins import PairMargins
 from rlhf_pl.utils.errors import InputError, check_at_least
 from rlhf_pl.utils.fingerprints import describe
 
+_DECLARED = ("metric_names", "least_responses", "per")  # by a loss, following from its settings
 _EMPTY_ROUND = {"loss": 0.0, "kl": 0.0, "pairs": 0.0}  # sums over the round's elements so far, and their number
 
 
@@ -330,8 +331,12 @@ class RebelModule(CausalLMModule):
         """Settings that the training on a round depends on; builds nothing heavy."""
         terms = self.loss.terms
         return {
-            "loss": describe(self.loss),
-            **({} if len(terms) == 1 else {"terms": [f"{weight:g} x {describe(term)}" for weight, term in terms]}),
+            "loss": describe(self.loss, *_DECLARED),
+            **(
+                {}
+                if len(terms) == 1
+                else {"terms": [f"{weight:g} x {describe(term, *_DECLARED)}" for weight, term in terms]}
+            ),
             **self.optimization.settings(),
             "kl_coef": self.kl_coef,
             "dtype": self.dtype_name,

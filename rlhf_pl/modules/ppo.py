@@ -12,7 +12,7 @@ from rlhf_pl.algorithms.losses import PPOLoss
 from rlhf_pl.algorithms.policy_loss import PolicyLoss
 from rlhf_pl.algorithms.prompt_groups import OLD_VALUES, VALUES
 from rlhf_pl.distributed.gather_weights import Weights, full_tensors, like_of, model_weights
-from rlhf_pl.distributed.strategies import get_callable_policy, shard
+from rlhf_pl.distributed.strategies import get_callable_policy, is_sharded, shard
 from rlhf_pl.distributed.weight_placement import checks_weights
 from rlhf_pl.models.classifier_head import empty_classifier
 from rlhf_pl.models.compute import get_compute
@@ -25,7 +25,7 @@ from rlhf_pl.models.source import ModelSource
 from rlhf_pl.models.value_head import FOLDER, make_value_head, read_value_head, save_value_head
 from rlhf_pl.models.value_model import ValueLM, check_critic, check_critic_lora, load_critic, read_tokenizer
 from rlhf_pl.modules.export import export_folder, try_export
-from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
+from rlhf_pl.modules.optimizers import AdamW, WarmupCosine, add_empty_state
 from rlhf_pl.modules.pairwise import RebelModule
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.seed import run_seed
@@ -121,7 +121,7 @@ class PPOModule(RebelModule):
         super().setup(stage)
         options, source = self.critic_options, self.critic_source
         if options.shares_trunk:
-            read_value_head(source)
+            read_value_head(source, self.empty_model().get_output_embeddings().weight.shape[1])
             return
         longest = getattr(getattr(self.trainer, "datamodule", None), "longest_tokens", None)
         check_critic(source, self.source, longest, checks_weights(self.trainer, source))
@@ -207,8 +207,11 @@ class PPOModule(RebelModule):
         self, optimizer: Any, gradient_clip_val: int | float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         if self.trains_critic_alone:
-            for parameter in self._trained()[0]:
+            policy, _ = self._trained()
+            for parameter in policy:
                 parameter.grad = None  # optimizers leave such a parameter as it is, its decay and moments included
+            if is_sharded(self.trainer):
+                add_empty_state(self.trainer.optimizers[0], policy)
         super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def further_metrics(self) -> dict[str, float]:

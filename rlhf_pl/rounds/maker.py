@@ -95,7 +95,7 @@ class RoundMaker:
         stored = self.data.store.round(index)
         self.stamps.refuse_change_since(index)
         self.reconcile(stored)
-        self.make_stages(stored, self.policy, "pairs")
+        self.make_stages(stored, self.policy)
         self._kl.keep(index)
         return stored
 
@@ -106,10 +106,10 @@ class RoundMaker:
         for other in self.ranks.broadcast(earlier):  # so that the same reward scores all of them
             stored = store.held_out(other)
             self.reconcile(stored, stored.manifest["settings"]["responses"])
-            self.make_stages(stored, partial(self.past_policy, stored), "held-out pairs", pairs=False)
+            self.make_stages(stored, partial(self.past_policy, stored), pairs=False)
         stored = self.data.store.held_out(version)
         self.reconcile(stored)
-        self.make_stages(stored, self.policy, "held-out pairs", pairs=False)
+        self.make_stages(stored, self.policy, pairs=False)
         if self.ranks.broadcast(self._kl.is_missing(stored, version)):
             self.sync.release_gpu()  # no more responses are sampled from this policy
             self._kl.estimate(stored, version)
@@ -124,15 +124,14 @@ class RoundMaker:
 
     def make_held_out_pairs(self, version: int) -> None:
         """Make pairs of the held-out responses, for `val/loss`."""
-        self.make_stages(self.data.store.held_out(version), self.policy, "held-out pairs")
+        self.make_stages(self.data.store.held_out(version), self.policy)
 
-    def make_stages(self, stored: Round, policy: Callable[[], PolicySnapshot], what: str, pairs: bool = True) -> None:
+    def make_stages(self, stored: Round, policy: Callable[[], PolicySnapshot], pairs: bool = True) -> None:
         """Make every missing stage; existing shards are kept.
 
         Args:
             stored: The round or evaluation.
             policy: Returns the policy of its responses; called only where it is needed.
-            what: Its pairs, for the progress bar.
             pairs: Whether to make pairs and their log-probs too.
         """
         if self.rounds is not None and not stored.is_held_out:
@@ -161,7 +160,7 @@ class RoundMaker:
             origins = self.ranks.broadcast(find_origins(stored, self.module.needs, self.options))
             off_policy = self.ranks.broadcast(is_off_policy(stored))
             is_needed = not off_policy or origins.old == "policy" or bool(extra_needs(self.module.needs))
-            self._store_logps(stored, policy() if is_needed else self.policy(), what, off_policy, origins)
+            self._store_logps(stored, policy() if is_needed else self.policy(), off_policy, origins)
 
     def _copy(self, rounds: StoredRounds, stored: Round) -> None:
         """Take the responses and rewards of a round from the other run."""
@@ -270,9 +269,7 @@ class RoundMaker:
         if not all(self.ranks.all_gather(bool(policy.logps(rows, 1.0).isfinite().all()))):
             raise make_diverged_error(self.trainer, "the log-probs of the policy are not finite")
 
-    def _store_logps(
-        self, stored: Round, policy: PolicySnapshot, what: str, off_policy: bool, origins: LogpsOrigins
-    ) -> None:
+    def _store_logps(self, stored: Round, policy: PolicySnapshot, off_policy: bool, origins: LogpsOrigins) -> None:
         """Store the log-probs that the loss needs, from their origins."""
         if not stored.is_held_out:
             self.sync.release_gpu()  # no more responses are sampled before training
@@ -296,6 +293,7 @@ class RoundMaker:
         has_mismatched = Z_REF in needs
         rows = (len(policies) + len(extra) + has_mismatched) * used
         rows += max(0, stored.info("rewards")["scored"] - used) if stores_all else 0
+        what = ("held-out " if stored.is_held_out else "") + ("pairs" if self.module.loss.uses_pairs else "responses")
         with self._phase(f"log-probs of {what}", rows, "responses") as report, assume_weights_unchanged(self.module):
             check = policy.logps if origins.old == "sampler" and not off_policy else None
             divide = steps_by_length(self.options.logps_batch_tokens, self.ranks)

@@ -55,7 +55,7 @@ def _complete_round(maker: RoundMaker, stored: Round) -> None:
     begun = [name for name in STAGES if name in stored.manifest["stages"] or stored.shards(name)]
     stages = maker.ranks.broadcast(begun)
     if "responses" in stages:
-        maker.make_stages(stored, partial(maker.past_policy, stored), "pairs", pairs="pairs" in stages)
+        maker.make_stages(stored, partial(maker.past_policy, stored), pairs="pairs" in stages)
 
 
 def _remake_round(maker: RoundMaker, stored: Round) -> None:
@@ -65,7 +65,7 @@ def _remake_round(maker: RoundMaker, stored: Round) -> None:
     try:
         if _restore_manifest(maker, stored):
             pairs = not stored.is_held_out or maker.has_held_out_pairs
-            maker.make_stages(stored, partial(maker.past_policy, stored), "pairs", pairs=pairs)
+            maker.make_stages(stored, partial(maker.past_policy, stored), pairs=pairs)
             return
         reason = "no manifest says which policy sampled its responses."
     except DamagedStoreError as error:

@@ -1,16 +1,19 @@
 """The printed report of a run agrees with its store."""
 
 import json
+import re
 import statistics
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from rlhf_pl import ReinforceLoss, SamplingConfig
 from rlhf_pl.callbacks import RunReport
 from tests.callbacks.conftest import SmallRun
 from tests.conftest import make_tokenizer
-from tests.integration.test_fit import PROMPTS
+from tests.integration.test_fit import PROMPTS, fit
 
 Again = Callable[..., Any]
 
@@ -143,3 +146,20 @@ def test_an_unfinished_round_is_not_reported(again: Again, capsys: pytest.Captur
     assert printed.startswith("Prompts: 10 for training")
     assert not any(text in printed for text in ("round 1:", "Rounds", "Next:"))
     assert "Stopped inside round 1 at update 1" in printed
+
+
+def test_one_response_a_prompt_has_no_best_and_worst(
+    tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor pairs, nor, for a loss without pi_old, a KL to it."""
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text("".join(json.dumps(row) + "\n" for row in PROMPTS))
+    one = {"sampling": SamplingConfig(num_responses=1, max_response_tokens=8), "val_num_responses": 1}
+    fit(tmp_path, llama, str(prompts), [RunReport()], {"loss": ReinforceLoss("none")}, refresh=one, max_epochs=1)
+    printed = capsys.readouterr().out
+    (line,) = [text for text in printed.splitlines() if text.startswith("round 1: ")]
+    assert "best" not in printed
+    assert "worst" not in printed
+    assert re.search(r" \| loss -?\d", line)
+    (header,) = [text.split() for text in printed.splitlines() if text.startswith("round  reward")]
+    assert header[:5] == ["round", "reward", "tokens", "finished", "prompts"]

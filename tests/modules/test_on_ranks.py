@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.conftest import save_llama
+from tests.conftest import save_llama, save_reward_model
 from tests.integration.test_kill_matrix import outcomes
 
 STRATEGIES = ("ddp", "fsdp", "fsdp2")
@@ -57,6 +57,39 @@ def test_every_module_trains_equally_on_shards_and_on_one_process(tmp_path: Path
             for name, tensor in expected.items():
                 torch.testing.assert_close(found[name], tensor, rtol=0, atol=5e-5)
             assert _epoch(tmp_path / f"{kind}-{strategy}.log").split("loss")[0] == line.split("loss")[0]
+
+
+@pytest.mark.slow(minutes=1.5)
+def test_ppo_trains_equally_on_shards_and_resumes_in_the_critics_warm_up(tmp_path: Path) -> None:
+    """Three updates of seven prompts; runs are stopped after the first one, which trains the critic alone."""
+    model, critic = save_llama(tmp_path / "llama"), save_reward_model(tmp_path / "reward")
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps({"prompt": f"What is {i}?"}) + "\n" for i in range(7)))
+    (tmp_path / "reward.py").write_text("def score(response):\n    return len(set(response)) / 4\n")
+    shared = f"--model PPOModule --model.policy {model} --model.critic.model {critic} --model.critic.lr 0.01 "
+    shared += "--model.critic.warmup_updates 1 --model.optimizer rlhf_pl.modules.optimizers.AdamW "
+    shared += f"--model.optimizer.lr 3e-3 --data.prompts {tmp_path}/prompts.jsonl --data.max_prompt_tokens 64 "
+    shared += f"--data.batch_size 1 --data.passes 3 --rollout.reward {tmp_path}/reward.py:score "
+    shared += "--rollout.sampler TransformersSampler --rollout.sampling.max_response_tokens 16 --trainer.max_epochs 1 "
+    shared += "--trainer.accelerator cpu --trainer.gradient_clip_val 1 --checkpoint.every_n_updates 1"
+    runs = []
+    for strategy in ("auto", *STRATEGIES):
+        ranks = 1 if strategy == "auto" else 2
+        spread = f"--trainer.devices {ranks} --trainer.strategy {strategy} "
+        arguments = f"{shared} {spread} --trainer.accumulate_grad_batches {8 // ranks}".split()
+        whole, parts = str(tmp_path / f"{strategy}-whole"), str(tmp_path / f"{strategy}-parts")
+        runs.append({"dir": whole, "ranks": ranks, "arguments": arguments})
+        if ranks > 1:
+            runs.append({"dir": parts, "ranks": ranks, "arguments": [*arguments, "--trainer.max_steps", "1"]})
+            runs.append({"dir": parts, "ranks": ranks, "arguments": arguments})
+    for run, outcome in zip(runs, outcomes(tmp_path, {"arguments": ["fit"]}, runs), strict=True):
+        assert set(outcome["every"]) == {0}, Path(f"{run['dir']}.log").read_text()
+    for file in ("model/model.safetensors", "model/critic/model.safetensors"):
+        expected = load_file(tmp_path / "auto-whole" / file)
+        for strategy in STRATEGIES:
+            whole, parts = (load_file(tmp_path / f"{strategy}-{kind}" / file) for kind in ("whole", "parts"))
+            for name, tensor in expected.items():
+                torch.testing.assert_close(whole[name], tensor, rtol=0, atol=5e-5)
+                assert torch.equal(parts[name], whole[name]), (strategy, name)
 
 
 def _epoch(log: Path) -> str:

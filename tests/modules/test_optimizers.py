@@ -3,7 +3,7 @@ import math
 import pytest
 import torch
 
-from rlhf_pl.modules.optimizers import AdamW, WarmupCosine, hyperparameters, restore_hyperparameters
+from rlhf_pl.modules.optimizers import AdamW, WarmupCosine, add_empty_state, hyperparameters, restore_hyperparameters
 from rlhf_pl.utils.errors import InputError
 
 
@@ -83,3 +83,24 @@ def test_the_configs_settings_are_restored_and_a_changed_rate_scales_the_current
     now.step()
     later.step()
     assert group["lr"] == pytest.approx(0.002)
+
+
+def test_an_empty_state_is_that_before_the_first_step() -> None:
+    """One parameter trains for two steps before the other, with and without an empty state of that."""
+    torch.manual_seed(0)
+    start, gradients = torch.randn(2, 50), torch.randn(4, 2, 50)
+    ends = []
+    for is_empty in (False, True):
+        early, late = (torch.nn.Parameter(part.clone()) for part in start)
+        optimizer = AdamW([{"params": [early]}, {"params": [late], "lr": 0.2}], lr=0.1, weight_decay=0.1)
+        for step, (first, second) in enumerate(gradients):
+            early.grad, late.grad = first.clone(), second.clone() if step >= 2 else None
+            if is_empty and step < 2:
+                add_empty_state(optimizer, [late])
+                assert torch.equal(early.grad, first)
+                assert late in optimizer.state
+                assert torch.equal(late, start[1])
+            optimizer.step()
+        ends.append(torch.stack([early, late]).detach())
+        assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
+    assert torch.equal(*ends)

@@ -10,8 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from rlhf_pl import Critic, GRPOLoss, LoRA, PPOLoss, PPOModule, RebelModule
+from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils.errors import InputError
 from tests.algorithms import conftest
 from tests.algorithms.trained_round import LR, assert_same_training, logged, logged_losses, stored_prompts, token_logps
+from tests.conftest import save_reward_model
 
 Fit = Callable[..., int]
 fit = conftest.fit  # a fixture
@@ -21,13 +25,6 @@ OWN = (*PPO, "--model.critic.lr", str(CRITIC_LR))
 ADAM = (
     *("--model.optimizer", "rlhf_pl.modules.optimizers.AdamW"),
     *("--model.optimizer.lr", "0.003", "--model.optimizer.weight_decay", "0.1"),
-)
-    "--model.optimizer",
-    "rlhf_pl.modules.optimizers.AdamW",
-    "--model.optimizer.lr",
-    "0.003",
-    "--model.optimizer.weight_decay",
-    "0.1",
 )
 STEPWISE = ("--data.passes", "3", "--checkpoint.every_n_updates", "1")
 
@@ -161,9 +158,10 @@ CRITICS = {
     "trunk": ("--model.critic.shares_trunk", "true"),
     "half": ("--trainer.precision", "bf16-mixed", "--model.gradient_checkpointing", "true"),
 }
+SLOW = ("adapters", "half")
 
 
-@pytest.mark.parametrize("kind", ["own", "trunk", *(pytest.param(k, marks=pytest.mark.slow) for k in ("adapters", "half"))])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in CRITICS])
 def test_the_first_updates_train_the_critic_alone_and_a_stopped_run_resumes_in_them(
     kind: str,
     fit: Fit,
@@ -190,3 +188,64 @@ def test_the_first_updates_train_the_critic_alone_and_a_stopped_run_resumes_in_t
     assert any(not torch.equal(tensor, critics[1][name]) for name, tensor in critics[0].items())
     assert_equal(found, wanted)
     assert any(not torch.equal(wanted[name], tensor) for name, tensor in start.items())
+
+
+def test_an_exported_critic_is_a_reward_model_and_the_start_of_another_run(
+    fit: Fit, llama: Path, reward_model: Path
+) -> None:
+    from rlhf_pl.models.source import ModelSource
+    from rlhf_pl.models.value_model import load_critic
+    from rlhf_pl.rewards.classifier import ClassifierReward
+
+    assert fit(*OWN, "--model.critic.model", str(reward_model)) == 0
+    exported = load_file("run/model/critic/model.safetensors")
+    model = load_critic(ModelSource("run/model/critic", option="model.critic.model"), seed=1)
+    assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in exported.items())
+    assert isinstance(ClassifierReward("run/model/critic"), ClassifierReward)
+    again = ("--trainer.default_root_dir", "again", "--model.policy", "run/model")
+    assert fit(*again, *OWN, "--model.critic.model", "run/model/critic") == 0
+    moved = load_file("again/model/critic/model.safetensors")
+    assert 0 < max(float((moved[n] - t).abs().max()) for n, t in exported.items()) < 1
+
+
+def test_another_critic_computes_the_stored_values_anew(fit: Fit, llama: Path, reward_model: Path) -> None:
+    """The round is kept, and a run that starts with the new settings gives the same."""
+    changed = (*OWN, "--model.critic.model", str(reward_model))
+    assert fit(*OWN) == 0
+    before = RoundStore("run").round(0)
+    assert before.manifest["settings"]["training"]["critic"]["lr"] == CRITIC_LR
+    responses, values = before.read("responses"), before.read("logps")["old_values"].to_pylist()
+    assert fit(*changed) == 0
+    assert fit(*changed, "--trainer.default_root_dir", "direct") == 0
+    after = RoundStore("run").round(0)
+    assert after.read("responses").equals(responses)
+    assert after.read("logps")["old_values"].to_pylist() != values
+    assert_equal(saved("run"), saved("direct"))
+
+
+def test_what_would_have_no_effect_is_refused(llama: Path) -> None:
+    for settings, text in (
+        ({"shares_trunk": True, "model": "x"}, r"`model\.critic\.model` has no effect"),
+        ({"shares_trunk": True, "lora": LoRA()}, r"`model\.critic\.lora` has no effect"),
+        ({"lr": 0.0}, r"`model\.critic\.lr` must be above 0"),
+        ({"warmup_updates": -1}, r"`model\.critic\.warmup_updates` must be 0 or more"),
+        ({"lora": LoRA(dropout=0.1)}, r"`model\.critic\.lora\.dropout` is 0\.1"),
+        ({"lora": LoRA(base_dtype="nf4")}, r"`model\.critic\.lora\.base_dtype`"),
+    ):
+        with pytest.raises(InputError, match=text):
+            Critic(**settings)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match=r"GRPOLoss reads no values of a critic, .* Train with RebelModule"):
+        PPOModule(str(llama), GRPOLoss())
+    with pytest.raises(InputError, match=r"needs old_values.*PPOModule"):
+        RebelModule(str(llama), PPOLoss())
+
+
+def test_a_wrong_critic_is_named(fit: Fit, with_head: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = save_reward_model(Path("few"), vocab_size=100)
+    assert fit(*PPO, "--model.critic.model", str(few)) == 1
+    error = capsys.readouterr().err
+    assert "`model.critic.model`: 'few' has 100 embeddings" in error
+    assert "Traceback" not in error
+    save_file({"weight": torch.zeros(1, 8), "bias": torch.zeros(1)}, with_head / "critic" / "value_head.safetensors")
+    assert fit("--model.policy", str(with_head), *PPO, "--model.critic.shares_trunk", "true") == 1
+    assert "does not hold the value head of this model" in capsys.readouterr().err

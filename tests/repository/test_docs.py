@@ -9,9 +9,11 @@ import pytest
 
 import rlhf_pl
 from rlhf_pl import (
+    Critic,
     LoRA,
     OfflineDataModule,
     PolicyLoss,
+    PPOModule,
     PreferenceDataModule,
     RebelModule,
     RewardModelModule,
@@ -24,6 +26,8 @@ from rlhf_pl import (
     VLLMSampler,
     rewards,
 )
+from rlhf_pl.algorithms.policy_loss import check_needs
+from rlhf_pl.algorithms.prompt_groups import OLD_VALUES
 from rlhf_pl.algorithms.reward_shaping import RewardShaping
 from rlhf_pl.callbacks import DegenerationGuard, HFExport, OfflineLogps, RoundCheckpoint, RoundRefresh, SampleTable
 from rlhf_pl.rewards import ScoringConfig
@@ -31,6 +35,7 @@ from rlhf_pl.rewards import ScoringConfig
 ROOT = Path(__file__).parents[2]
 CLASSES = [RebelModule, RoundDataModule, RoundRefresh, SamplingConfig, VLLMSampler, TransformersSampler, SampleTable]
 CLASSES += [RewardModelModule, SFTModule, PreferenceDataModule, SFTDataModule, OfflineDataModule, LoRA, RewardShaping]
+CLASSES += [PPOModule, Critic]
 CLASSES += [ScoringConfig, HFExport, RoundCheckpoint, DegenerationGuard, OfflineLogps]
 
 
@@ -63,7 +68,7 @@ def test_the_table_of_losses_says_what_they_declare(cls: type[PolicyLoss]) -> No
     row = re.search(rf"^\| `{cls.__name__}` \|(.*)\|(.*)\|(.*)\|(.*)\|.*\|$", page, re.MULTILINE)
     assert row is not None
     _, reference, rewards, options = (cell.strip() for cell in row.groups())
-    parameters = inspect.signature(cls).parameters.values() if cls.__init__ is not object.__init__ else ()
+    parameters = list(inspect.signature(cls).parameters.values()) if cls.__init__ is not object.__init__ else []
     for parameter in parameters:
         written = f"`{parameter.name}`"
         if parameter.default is not parameter.empty:
@@ -71,8 +76,10 @@ def test_the_table_of_losses_says_what_they_declare(cls: type[PolicyLoss]) -> No
         assert written in options
         assert re.search(rf"^\s+{parameter.name}: ", cls.__doc__ or "", re.MULTILINE), parameter.name
     if cls is not SumOfLosses:
-        needs = set(cls().needs)
-        assert reference == ("pi_old" if "old_logps" in needs else "pi_ref" if "reference_logps" in needs else "none")
+        required = {p.name: 16 for p in parameters if p.default is p.empty}
+        needs = set(check_needs(cls(**required), 0.0, [OLD_VALUES]))
+        known = "pi_old" if "old_logps" in needs else "pi_ref" if "reference_logps" in needs else "none"
+        assert reference == known + ("; pi_ref with `kl`" if any(p.name == "kl" for p in parameters) else "")
         assert rewards == ("no" if "rewards" not in needs else "as labels" if cls.rewards_as_labels else "yes")
 
 
