@@ -11,6 +11,7 @@ from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS, PromptGroups
 from rlhf_pl.utils.errors import InputError
 
 LOG_LIMIT = 20.0  # nats; of log-weights in statistics, so that their squares stay finite in float32
+_VANISHED = 1e-6  # mean square of weights, of which float32 keeps no digit in the moments of weight - 1
 RatioLevel = Literal["token", "sequence", "sequence_mean"]
 
 
@@ -119,5 +120,21 @@ def summarise_weights(means: Mapping[str, float]) -> dict[str, float]:
         **found,
         "sampling_weight": 1 + shift,
         "sampling_weight_var": square - shift * shift,
-        "sampling_ess": (1 + shift) ** 2 / (1 + 2 * shift + square),
+        "sampling_ess": effective_share(shift, square),
     }
+
+
+def effective_share(shift: float, square: float) -> float:
+    """The effective sample size as a share of the sample, mean(w)^2 / mean(w^2) of weights w.
+
+    By hand: weights 0.5 and 1.5 have the moments 0 and 0.25, which give 1 / 1.25 = 0.8.
+
+    Args:
+        shift: Mean of w - 1.
+        square: Mean of (w - 1)^2.
+
+    Returns:
+        From 0 to 1; NaN where all weights are about 0, so that rounding errors are all that is left of them.
+    """
+    mean_square = 1 + 2 * shift + square
+    return min(1.0, (1 + shift) ** 2 / mean_square) if mean_square > _VANISHED else math.nan

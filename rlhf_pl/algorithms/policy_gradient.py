@@ -9,13 +9,21 @@ import torch
 from torch import Tensor
 
 from rlhf_pl.algorithms.advantages import has_equal_rewards
-from rlhf_pl.algorithms.importance import STATISTICS, ImportanceCorrection, RatioLevel, log_ratios, summarise_weights
+from rlhf_pl.algorithms.importance import (
+    STATISTICS,
+    ImportanceCorrection,
+    RatioLevel,
+    effective_share,
+    log_ratios,
+    summarise_weights,
+)
 from rlhf_pl.algorithms.kl_estimates import ESTIMATORS, KLTerm, kl_estimates
 from rlhf_pl.algorithms.loss_arguments import check_not_negative, check_positive
 from rlhf_pl.algorithms.policy_loss import PolicyLoss
 from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS, PromptGroups
 from rlhf_pl.utils.errors import InputError
 
+_LARGEST_LOG_RATIO = 80.0  # nats; exp of it, times an advantage, is finite in float32
 Aggregation = Literal["token", "response", "constant"]
 Truncated = Literal["keep", "mask"]
 
@@ -114,8 +122,11 @@ class PolicyGradientLoss(PolicyLoss):
         return values
 
     def ratios(self, groups: PromptGroups) -> Tensor:
-        """pi / pi_old at the level of `ratio`, shape (R,) or (M,), with gradient."""
-        return log_ratios(self.ratio, groups).exp()
+        """pi / pi_old at the level of `ratio`, shape (R,) or (M,), with gradient; at most exp(80).
+
+        An infinite ratio would make gradients NaN even where the advantage is 0, or where a limit cuts it off.
+        """
+        return log_ratios(self.ratio, groups).clamp(max=_LARGEST_LOG_RATIO).exp()
 
     def aggregate(self, values: Tensor, groups: PromptGroups) -> Tensor:
         """The values of the elements of the mean over an update, from those of tokens, shape (M,)."""
@@ -187,8 +198,7 @@ class PolicyGradientLoss(PolicyLoss):
         found = dict(means)
         if "ratio_shift" in found:
             shift, square = found.pop("ratio_shift"), found.pop("ratio_shift_square")
-            mean_square = 1 + 2 * shift + square
-            found["ess"] = (1 + shift) ** 2 / mean_square if mean_square > 0 else 0.0  # ratios may underflow to 0
+            found["ess"] = effective_share(shift, square)
         return summarise_weights(found)
 
 

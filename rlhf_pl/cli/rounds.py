@@ -18,7 +18,7 @@ from rlhf_pl.cli.parser_errors import CommandParser
 from rlhf_pl.data.round_choice import ENTRY
 from rlhf_pl.models.chat import message_text
 from rlhf_pl.models.export_stamp import find_damaged_files, find_exports
-from rlhf_pl.rounds.metrics import KL_NOTE, describe_margins, without_bins
+from rlhf_pl.rounds.metrics import KL_NOTE, describe_margins, format_reward, without_bins
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.round_store import GIVEN, ORDER, STAGES, Round, RoundStore
 from rlhf_pl.store.waves import count_waves, shard_ranges
@@ -279,7 +279,7 @@ def make_sample_panels(stored: Round, count: int) -> list[Panel]:
         for (reward, failure), row in sorted(keyed, key=lambda item: -(item[0][0] or 0.0)):
             note = "" if row["finished"] else " (truncated)"
             table.add_row(
-                "-" if reward is None else f"{reward:.3f}",
+                format_reward(reward),
                 Text(row["response"].strip() + note + (f"\n[{failure}]" if failure else "")),
             )
         question = message_text(json.loads(responses[0]["prompt"])[-1])

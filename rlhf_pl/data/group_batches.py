@@ -175,7 +175,8 @@ class GroupDataset(Dataset):
         if not loss.leaves_out:
             lengths = torch.from_numpy(self.stored.response_lengths().astype(np.int64))
             return self.stored.sum_per_group(loss.counts(lengths, self.finished).numpy()).tolist()
-        self._check_counts(loss, kl_coef)
+        if len(self):
+            self._check_counts(loss, kl_coef)
         counts: list[int] = []
         for start in range(0, len(self), GROUPS_AT_ONCE):
             numbers = range(start, min(start + GROUPS_AT_ONCE, len(self)))

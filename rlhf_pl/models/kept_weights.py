@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 
 
 class KeptWeights:
-    """A copy of all trainable weights, which can temporarily replace the current ones.
+    """A copy of the policy's trainable weights, which can temporarily replace the current ones.
 
     Each rank stores only its own shards. GPU memory grows by one tensor at a time.
 
@@ -59,9 +59,9 @@ class KeptWeights:
 
 
 def _trainable_tensors(module: L.LightningModule) -> Iterator[tuple[str, Tensor]]:
-    """Names and tensors that the optimizer updates on this rank."""
+    """Names and tensors of the policy that the optimizer updates on this rank, without those of a critic."""
     for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
+        if parameter.requires_grad and name.startswith("policy.") and ".value_head." not in name:
             own = parameter.detach()
             yield name, own.to_local() if isinstance(own, DTensor) else own
 

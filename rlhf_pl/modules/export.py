@@ -194,17 +194,21 @@ def check_weights(module: L.LightningModule, checkpoint: Mapping[str, Any], sour
         own = without_frozen_base(module, own)
     wrong = [n for n in [*own, *loaded] if n not in own or n not in loaded or own[n].shape != loaded[n].shape]
     if wrong:
+        names = sorted(set(wrong), key=wrong.index)
+        more = f" and {len(names) - 1} more tensors do" if len(names) > 1 else " does"
+        fault = f"{names[0]!r}{more} not fit. Give the run its own directory (--trainer.default_root_dir DIR)."
+        if all(name.startswith("critic.") or ".value_head." in name for name in names):
+            raise InputError(
+                f"The checkpoint is of another critic than `model.critic` gives: {fault} Or leave its `model`, "
+                "`shares_trunk` and `lora` as they were."
+            )
         hint = ""
         if ".lora_" in wrong[0]:
             hint = (
                 " Or adapt the same weights as the checkpoint (--model.lora.target_modules; "
                 "--model.lora.target_parameters, [] for none of the experts' weights)."
             )
-        raise InputError(
-            f"The checkpoint is of another model than `{source.option}` ({source.path!r}): {wrong[0]!r} and "
-            f"{len(set(wrong)) - 1} more tensors do not fit. Give the run its own directory "
-            f"(--trainer.default_root_dir DIR).{hint}"
-        )
+        raise InputError(f"The checkpoint is of another model than `{source.option}` ({source.path!r}): {fault}{hint}")
 
 
 def leave_out_base(module: L.LightningModule, checkpoint: dict[str, Any]) -> None:

@@ -269,8 +269,13 @@ class RebelModule(CausalLMModule):
         return groups
 
     def _compute(self, means: Means, prefix: str) -> dict[str, float]:
-        """Metrics over all values since the last call and all ranks; all of them call it together."""
-        metrics = with_variance(means.compute_and_reset(prefix, ranks_of(self.trainer)), f"{prefix}/ratio")
+        """Metrics over all values since the last call and all ranks; all of them call it together.
+
+        Those that no element counts in are left out, as the loss of an update whose responses are all masked.
+        """
+        found = means.compute_and_reset(prefix, ranks_of(self.trainer))
+        found = {name: v for name, v in found.items() if means.last_weights[name.removeprefix(f"{prefix}/")]}
+        metrics = with_variance(found, f"{prefix}/ratio")
         metrics = summarised(self.loss, metrics, prefix)
         return with_total_loss(self.loss, metrics, prefix)
 

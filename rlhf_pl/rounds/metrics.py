@@ -226,6 +226,11 @@ def prompt_ids(stored: Round) -> list[str]:
     return pc.unique(stored.read("rewards", ["prompt_id"])["prompt_id"]).to_pylist()
 
 
+def format_reward(reward: float | None) -> str:
+    """A reward for tables; a dash for a response without one, whose scoring has failed."""
+    return "-" if reward is None else f"{reward:.3f}"
+
+
 def first_responses(stored: Round, wanted: Sequence[str]) -> dict[str, dict[str, Any]]:
     """Row of the first response to each wanted prompt, by prompt id, with `reward` and `question`, the last message."""
     columns = ["prompt_id", "response_index", "prompt", "response"]

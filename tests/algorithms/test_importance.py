@@ -13,8 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from rlhf_pl.algorithms.advantages import group_advantages
 from rlhf_pl.algorithms.group_subsets import select_groups
-from rlhf_pl.algorithms.grpo_losses import GRPOLoss, GSPOLoss
-from rlhf_pl.algorithms.importance import STATISTICS, ImportanceCorrection, summarise_weights
+from rlhf_pl.algorithms.grpo_losses import GRPOLoss, GSPOLoss, RLOOLoss
+from rlhf_pl.algorithms.importance import STATISTICS, ImportanceCorrection, effective_share, summarise_weights
 from rlhf_pl.algorithms.policy_gradient import PolicyGradientLoss
 from rlhf_pl.algorithms.prompt_groups import SAMPLING_LOGPS, PromptGroups
 from rlhf_pl.distributed.ranks import Ranks
@@ -133,6 +133,33 @@ def test_small_differences_are_not_lost_in_the_variance() -> None:
     groups = make_groups(torch.zeros(17), torch.zeros(17), sampling)
     means = {n: v.double().mean().item() for n, v in ImportanceCorrection().statistics(groups).items()}
     assert summarise_weights(means)["sampling_weight_var"] == pytest.approx(1e-10 * 16 / 17, rel=1e-3)
+
+
+@pytest.mark.parametrize("loss", [RLOOLoss(), GRPOLoss(), GSPOLoss()])
+def test_an_extreme_ratio_that_a_limit_cuts_off_has_no_gradient(loss: PolicyGradientLoss) -> None:
+    """Log-ratios of 100 a token: the best response is cut off, and in a group of equal rewards none has an effect."""
+    sizes, lengths = torch.tensor([2, 2]), torch.ones(4, dtype=torch.int64)
+    shifts = torch.tensor([100.0, 0.0, 100.0, 100.0])
+    logps = (shifts - 200).requires_grad_()
+    old = torch.full((4,), -200.0)
+    stored = {"old_token_logps": old, "old_logps": old}
+    rewards = torch.tensor([1.0, 0.0, 3.0, 3.0])
+    finished = torch.ones(4, dtype=torch.bool)
+    groups = PromptGroups(logps, logps, rewards, lengths, finished, sizes, stored)
+    loss.losses(groups).mean().backward()
+    assert logps.grad is not None
+    assert (logps.grad != 0).tolist() == [False, True, False, False]
+    assert logps.grad.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"), [([0.5, 1.5], 0.8), ([1.0, 1.0], 1.0), ([0.0, 2.0], 0.5), ([1e-30] * 3, math.nan)]
+)
+def test_effective_sample_size_by_hand(weights: list[float], expected: float) -> None:
+    """Weights that have all vanished have none."""
+    shifts = torch.tensor(weights) - 1
+    found = effective_share(shifts.mean().item(), shifts.square().mean().item())
+    assert found == pytest.approx(expected, nan_ok=True)
 
 
 def test_metrics_have_their_names_and_need_both_policies() -> None:

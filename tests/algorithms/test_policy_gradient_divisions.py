@@ -278,7 +278,7 @@ def carry_out(unit: PolicyLM, loss: Any, dataset: GroupDataset, plan: UpdatePlan
         for ahead, own in zip(aheads, update, strict=True):
             gathered.call = 0
             if own[0].ahead is not None:
-                ahead.compute(own[0].ahead, logps, gathered, torch.device("cpu"))  # type: ignore[arg-type]
+                ahead.compute(own[0].ahead, lambda rows: (logps(rows), {}), gathered, torch.device("cpu"))  # type: ignore[arg-type]
     unit.zero_grad()
     means = Means()
     for ahead, own in zip(aheads, update, strict=True):

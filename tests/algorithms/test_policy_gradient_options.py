@@ -58,11 +58,33 @@ def test_soft_overlong_punishment_is_dapos() -> None:
 
 def test_refilled_groups_all_have_variance(fit: Callable[..., int]) -> None:
     """A reward of 0 or 1 leaves many groups of two without variance; others take their place."""
-    Path("users_reward.py").write_text("def score(response):\n    return float(sum(map(ord, response)) % 5 == 0)\n")
+    Path("rare_reward.py").write_text("def score(response):\n    return float(sum(map(ord, response)) % 5 == 0)\n")
     options = "--model.loss DAPOLoss --rollout.sampling.num_responses 2 --data.prompts_per_round 3 --rollout.refill 4"
-    assert fit(*options.split()) == 0
+    assert fit(*options.split(), "--rollout.reward", "rare_reward.score") == 0
     stored = RoundStore("run").round(0)
     assert stored.info("responses")["refilled"] > 0
     rewards = torch.tensor(stored.read("pairs")["reward"].to_pylist()).view(-1, 2)
     assert (rewards[:, 0] != rewards[:, 1]).all()
     assert logged("train/groups_without_variance") == [0.0] * len(logged("train/loss"))
+
+
+def test_a_round_without_usable_prompts_makes_no_update(fit: Callable[..., int]) -> None:
+    """The reward fails for all but one response to each prompt."""
+    Path("scarce_reward.py").write_text(
+        "seen = {}\n\n"
+        "def score(prompt, response):\n"
+        "    return 1.0 if seen.setdefault(prompt, response) == response else float('nan')\n"
+    )
+    scoring = "--rollout.reward scarce_reward.score --rollout.scoring.on_failure drop --rollout.scoring.retries 0"
+    assert fit("--model.loss", "GRPOLoss", *scoring.split()) == 0
+    assert logged("train/loss") == []
+    assert Path("run/model/model.safetensors").exists()
+
+
+def test_an_update_of_masked_responses_alone_has_no_loss(fit: Callable[..., int]) -> None:
+    """No response of four tokens is finished: metrics of counted ones are left out, rather than NaN."""
+    options = "DAPOLoss --model.loss.truncated mask --rollout.sampling.max_response_tokens 4"
+    assert fit("--model.loss", *options.split()) == 0
+    assert not RoundStore("run").round(0).read("responses")["finished"].to_numpy().any()
+    assert logged("train/loss") == logged("train/ess") == logged("train/clip_high") == []
+    assert len(logged("train/entropy")) == 2  # updates

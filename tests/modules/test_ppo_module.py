@@ -167,8 +167,12 @@ def test_the_first_updates_train_the_critic_alone_and_a_stopped_run_resumes_in_t
     fit: Fit,
     llama: Path,
 ) -> None:
-    """Two of three updates train the critic alone; the run is stopped inside its round, after the first and second."""
-    arguments = (*PPO, *ADAM, *STEPWISE, *CRITICS[kind], "--trainer.gradient_clip_val", "1")
+    """Two of three updates train the critic alone; the run is stopped inside its round, after the first and second.
+
+    The KL to the policy before the round, on held-out prompts, is then that of the run without stops.
+    """
+    held_out = ("--data.val_prompts", "2", "--rollout.val_temperature", "1")
+    arguments = (*PPO, *ADAM, *STEPWISE, *CRITICS[kind], *held_out, "--trainer.gradient_clip_val", "1")
     warm = ("--model.critic.warmup_updates", "2")
     assert fit(*arguments, *warm) == 0
     wanted = saved("run")
@@ -188,6 +192,14 @@ def test_the_first_updates_train_the_critic_alone_and_a_stopped_run_resumes_in_t
     assert any(not torch.equal(tensor, critics[1][name]) for name, tensor in critics[0].items())
     assert_equal(found, wanted)
     assert any(not torch.equal(wanted[name], tensor) for name, tensor in start.items())
+    whole, resumed = (RoundStore(run).held_out(1).info("kl") for run in ("run", "parts"))
+    assert resumed["new_old"] == whole["new_old"] != 0
+
+
+def test_a_run_does_not_go_on_with_another_critic(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
+    assert fit(*OWN) == 0
+    assert fit(*OWN, "--trainer.max_epochs", "2", "--model.critic.shares_trunk", "true") == 1
+    assert "The checkpoint is of another critic than `model.critic` gives" in capsys.readouterr().err
 
 
 def test_an_exported_critic_is_a_reward_model_and_the_start_of_another_run(

@@ -37,9 +37,9 @@ def test_a_round_needs_space_for_two_checkpoints(tmp_path: Path, monkeypatch: py
     monkeypatch.setattr(round_space, "check_space", lambda folder, parts, before: checked.append(parts))
     policy = torch.nn.Sequential(torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 30, bias=False))
     policy[1].requires_grad_(False)  # a quarter of the weights trains
-    module = SimpleNamespace(policy=policy, weights=lambda: weights_of(policy.state_dict()))
+    module = SimpleNamespace(policy=policy, needs=(), weights=lambda: weights_of(policy.state_dict()))
     data = SimpleNamespace(store=RoundStore(tmp_path), round_prompts=lambda index: [])
-    options = SimpleNamespace(sampling=SamplingConfig(), refill=0)
+    options = SimpleNamespace(sampling=SamplingConfig(), refill=0, store_token_logps=False, old_logps="policy")
     trainer = SimpleNamespace(checkpoint_callbacks=[object()], max_epochs=2)
 
     def parts(index: int) -> dict[str, int]:
@@ -64,11 +64,11 @@ def test_a_critic_needs_space_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     checked: list[dict[str, int]] = []
     monkeypatch.setattr(round_space, "check_space", lambda folder, parts, before: checked.append(parts))
     policy, critic = torch.nn.Linear(10, 10, bias=False), torch.nn.Linear(10, 5, bias=False)
-    module = SimpleNamespace(policy=policy, critic=critic, weights=lambda: weights_of(policy.state_dict()))
+    module = SimpleNamespace(policy=policy, critic=critic, needs=(), weights=lambda: weights_of(policy.state_dict()))
     module.critic_weights = lambda: weights_of(critic.state_dict())
     data = SimpleNamespace(store=RoundStore(tmp_path), round_prompts=lambda index: [])
     trainer = SimpleNamespace(checkpoint_callbacks=[object()], max_epochs=1)
-    options = SimpleNamespace(sampling=SamplingConfig(), refill=0)
+    options = SimpleNamespace(sampling=SamplingConfig(), refill=0, store_token_logps=False, old_logps="policy")
     round_space.check_disk_space(trainer, module, data, options, 0)  # type: ignore[arg-type]
     assert checked == [{"responses": 0, "2 checkpoints": 2 * 3 * 600, "final model": 600}]
 
