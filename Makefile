@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 MODEL := models/SmolLM2-135M-Instruct
 
-.PHONY: help setup quickstart tutorial model test test-slow test-gpu lint bench lock clean
+.PHONY: help setup quickstart tutorial model test test-slow test-all test-gpu lint bench lock clean
 
 help:
 	@echo "make quickstart  set up, and improve a small chat model in three rounds"
@@ -11,6 +11,7 @@ help:
 	@echo "                 (PREFERENCES=file.jsonl trains the reward model on your own comparisons)"
 	@echo "make test        set up, and run linting, type checks and the tests"
 	@echo "make test-slow   the tests that take minutes"
+	@echo "make test-all    these, and further cases of what they test"
 	@echo "make test-gpu    the tests that need a GPU, without the set-up"
 	@echo "make bench       the benchmarks, compared with TRL (benchmarks/README.md)"
 	@echo "make setup       only the virtual environment in .venv"
@@ -51,6 +52,9 @@ test: lint
 	$(PYTEST)
 
 test-slow: setup model
+	$(PYTEST) -m "slow and not exhaustive"
+
+test-all: setup model
 	$(PYTEST) -m slow
 
 # without the set-up, so that it runs without a network

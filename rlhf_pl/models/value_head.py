@@ -23,7 +23,7 @@ def apply_value_head(head: nn.Linear, hidden: Tensor) -> Tensor:
 def make_value_head(lm: Any, source: ModelSource, seed: int) -> nn.Linear:
     """The head that a policy starts with: that of an exported run beside its weights, or a new one.
 
-    A new one is small, so that training starts with almost equal values (as in arXiv:2009.01325).
+    A new one is random, with values of standard deviation near 1 (as in arXiv:2009.01325).
 
     Args:
         lm: The policy's causal LM; its dtype is that of the head.

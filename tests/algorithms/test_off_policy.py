@@ -96,6 +96,7 @@ def test_a_corrected_round_trains_like_the_naive_computation(
     assert logged("train/first_logratio")[0] == 0  # pi_old is the training's own forward pass
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(minutes=0.2)
 def test_weights_of_the_same_computation_are_1(fit: Fit) -> None:
     """The sampler computes in float32 as the policy does, though in other batches: weights are 1 to 1e-5."""
@@ -171,6 +172,7 @@ def test_rounds_of_another_policy_are_weighted(fit: Fit, capsys: pytest.CaptureF
     assert taken.to_pylist() == second.read("logps")["sampling_token_logps"].to_pylist()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(minutes=0.2)
 def test_the_samplers_log_probs_are_preferred_over_those_of_pi_old(fit: Fit) -> None:
     """With those of the sampler in the other run's responses, weights are relative to what has sampled."""
@@ -184,6 +186,7 @@ def test_the_samplers_log_probs_are_preferred_over_those_of_pi_old(fit: Fit) -> 
             assert row["sampling_token_logps"] == row["sampler_token_logps"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(minutes=0.2)
 def test_every_response_has_its_log_probs_in_refilled_and_streamed_shards(fit: Fit) -> None:
     Path("partly_equal.py").write_text(  # a module is imported once under its name
