@@ -21,6 +21,7 @@ def test_the_other_rank_ends_and_names_the_dead_one(launcher: str, phase: str, r
     assert outcome.log.count("has died") == 1, outcome.log
 
 
+@pytest.mark.exhaustive
 def test_without_the_watch_a_rank_lives_on_when_rank_0_was_killed(tmp_path: Path) -> None:
     """The reason for the watch: if this test fails one day, check whether the watch is still needed."""
     outcome = kill_one(tmp_path, "lightning", "generation", 0, "off", WITHIN / 2)

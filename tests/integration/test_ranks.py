@@ -133,6 +133,7 @@ def test_the_model_of_a_sharded_run_loads_in_transformers(folder: Path) -> None:
     assert torch.equal(model.state_dict()["model.norm.weight"], saved["model.norm.weight"])
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(minutes=2.5)
 @pytest.mark.parametrize("strategy", FOUR)
 def test_four_ranks_train_as_one_process_does(killed: Path, strategy: str) -> None:

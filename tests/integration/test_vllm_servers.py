@@ -53,6 +53,7 @@ def test_a_served_reward_model_gives_the_scores_of_a_local_one(tmp_path: Path) -
     assert "404" in failure.detail
 
 
+@pytest.mark.exhaustive
 @pytest.mark.skipif(not MODEL.exists(), reason="`make model` has not been run")
 def test_verdicts_of_a_small_judge_can_be_parsed(tmp_path: Path) -> None:
     """Only the format is checked: the model is too small for good verdicts."""
