@@ -3,7 +3,7 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
@@ -27,12 +27,6 @@ def log_ratios(level: RatioLevel, groups: PromptGroups) -> Tensor:
         return groups.token_logps - groups.old_token_logps
     sums = groups.sum_per_response(groups.token_logps - groups.old_token_logps)
     return sums / groups.lengths if level == "sequence_mean" else sums
-
-
-def check_ratio_level(level: str) -> None:
-    """Raise InputError for an unknown level."""
-    if level not in get_args(RatioLevel):
-        raise InputError(f"`model.loss.ratio` must be one of {', '.join(get_args(RatioLevel))}, got {level!r}.")
 
 
 @dataclass(frozen=True)

@@ -58,18 +58,18 @@ class KLTerm:
         if self.estimator not in ESTIMATORS:
             raise InputError(f"`model.loss.kl.estimator` must be k2 or k3, got {self.estimator!r}.")
 
-    def values(self, token_logps: Tensor, reference_token_logps: Tensor, ratios: Tensor | None) -> Tensor:
+    def values(self, token_logps: Tensor, reference_token_logps: Tensor, ratios: Tensor) -> Tensor:
         """The term of each token.
 
         Args:
             token_logps: log pi, shape (M,), nats, with gradient.
             reference_token_logps: log pi_ref, shape (M,), nats.
-            ratios: pi / pi_old of each token, shape (M,), with gradient; None for a loss without pi_old.
+            ratios: pi / pi_old of each token, shape (M,), with gradient.
 
         Returns:
             Shape (M,), loss units.
         """
         estimates = kl_estimates(token_logps - reference_token_logps)[self.estimator]
-        if self.by_ratio and ratios is not None:
+        if self.by_ratio:
             estimates = estimates * (ratios.detach() if self.estimator == "k2" else ratios)
         return self.coef * estimates

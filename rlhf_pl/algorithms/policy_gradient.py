@@ -3,7 +3,7 @@
 from abc import abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import ClassVar, Literal, get_args
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
@@ -71,9 +71,6 @@ class PolicyGradientLoss(PolicyLoss):
         correction: Weights for responses that another policy than pi_old has sampled.
     """
 
-    own_metrics: ClassVar[tuple[str, ...]] = ()  # of a subclass
-    uses_old: ClassVar[bool] = True  # whether there is a ratio to pi_old
-
     def __init__(
         self,
         ratio: RatioLevel,
@@ -93,7 +90,7 @@ class PolicyGradientLoss(PolicyLoss):
         nested = {"kl": kl, "correction": correction}
         self.options = {name: asdict(value) for name, value in nested.items() if value is not None}  # as plain values
         self.per = "token" if aggregation == "token" else "response"  # type: ignore[misc]
-        needs = {"rewards", *({"old_token_logps"} if self.uses_old or correction is not None else ())}
+        needs = {"rewards", "old_token_logps"}
         needs |= set() if kl is None else {"reference_token_logps"}
         needs |= set() if correction is None else {SAMPLING_LOGPS}
         self.needs = frozenset(needs)  # type: ignore[misc]
@@ -117,7 +114,7 @@ class PolicyGradientLoss(PolicyLoss):
         if self.correction is not None:
             values = values * self.correction.weights(groups)[0]
         if self.kl is not None:
-            token_ratios = _per_token(ratios, groups) if self.uses_old else None
+            token_ratios = _per_token(ratios, groups)
             values = values + self.kl.values(groups.token_logps, groups.reference_token_logps, token_ratios)
         return values
 
@@ -152,11 +149,10 @@ class PolicyGradientLoss(PolicyLoss):
     # metrics
 
     def _metric_names(self) -> tuple[str, ...]:
-        names = ["entropy", *(["groups_without_variance"] if self.least_responses > 1 else []), *self.own_metrics]
-        if self.uses_old:
-            names += ["ess", *(f"kl_old/{name}" for name in ESTIMATORS)]
-            names += ["clip_low"] if self.clip_low is not None else []
-            names += ["clip_high"] if self.clip_high is not None else []
+        names = ["entropy", *(["groups_without_variance"] if self.least_responses > 1 else [])]
+        names += ["ess", *(f"kl_old/{name}" for name in ESTIMATORS)]
+        names += ["clip_low"] if self.clip_low is not None else []
+        names += ["clip_high"] if self.clip_high is not None else []
         names += [f"kl_reference/{name}" for name in ESTIMATORS] if self.kl is not None else []
         if self.correction is not None:
             names += STATISTICS
@@ -166,17 +162,14 @@ class PolicyGradientLoss(PolicyLoss):
     def metrics(self, groups: PromptGroups) -> dict[str, Tensor]:
         """Metrics, as docs/how_it_works.md lists them; those of ratios are over the tokens or responses that count."""
         found = {"groups_without_variance": has_equal_rewards(groups).float()} if self.least_responses > 1 else {}
-        token_ratios = None
-        if self.uses_old:
-            found |= self._ratio_metrics(groups)
-            old = groups.old_token_logps
-            found |= {f"kl_old/{name}": v for name, v in kl_estimates(old - groups.token_logps).items()}
-            token_ratios = (groups.token_logps - old).exp()
-        found["entropy"] = -groups.token_logps if token_ratios is None else -groups.token_logps * token_ratios
+        found |= self._ratio_metrics(groups)
+        old = groups.old_token_logps
+        found |= {f"kl_old/{name}": values for name, values in kl_estimates(old - groups.token_logps).items()}
+        token_ratios = (groups.token_logps - old).exp()
+        found["entropy"] = -groups.token_logps * token_ratios
         if self.kl is not None:
             estimates = kl_estimates(groups.token_logps - groups.reference_token_logps)
-            weights = 1.0 if token_ratios is None else token_ratios
-            found |= {f"kl_reference/{name}": values * weights for name, values in estimates.items()}
+            found |= {f"kl_reference/{name}": values * token_ratios for name, values in estimates.items()}
         if self.correction is not None:
             found |= self.correction.statistics(groups)
         return found
