@@ -73,7 +73,8 @@ class RoundRefresh(RunLifecycle):
             the loss is on groups, without a difference in (shaped) reward: each time as many of the next prompts as are
             missing from `data.prompts_per_round` usable ones. 0 for never. Refused where every round samples all
             prompts.
-        val_num_responses: Responses per held-out prompt; 2 or more also give held-out pairs for `val/loss`.
+        val_num_responses: Responses per held-out prompt; 2 or more also give held-out pairs for `val/loss`. null for 2,
+            or for 1 with a `val_temperature` of 0.
         val_temperature: Temperature on held-out prompts; null for that of training, 0 for greedy decoding.
         prompts_per_shard: Prompts per file of the round store, sampled together: the most that a crash can lose. null
             for 64 on CPUs and 1,024 on GPUs.
@@ -111,7 +112,7 @@ class RoundRefresh(RunLifecycle):
         shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
         selector: BestWorst | PairSelector | None = None,  # configs may give `min_margin` without a class
         refill: int = 0,
-        val_num_responses: int = 1,
+        val_num_responses: int | None = None,
         val_temperature: float | None = None,
         prompts_per_shard: int | None = None,
         stream_shards: bool = False,
@@ -138,6 +139,8 @@ class RoundRefresh(RunLifecycle):
             )
         if old_logps == "sampler":
             check_sampler_logps(sampling)
+        if val_num_responses is None:
+            val_num_responses = 1 if val_temperature == 0 or sampling.temperature == 0 else 2
         self._val_sampling = partial(held_out_sampling, num_responses=val_num_responses, temperature=val_temperature)
         self._make_options = partial(
             RoundOptions,

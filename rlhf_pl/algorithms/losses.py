@@ -90,7 +90,8 @@ class RebelLoss(PairwiseLoss):
 
     Args:
         eta: Nats per reward unit, positive; larger moves further from pi_old, the policy that sampled the round. `auto`
-            chooses it for each round, by one of the two targets: see "eta: auto" in docs/how_it_works.md.
+            chooses it for each round from the round's rewards, by one of the two targets: see "eta: auto" in
+            docs/how_it_works.md.
         target_spread: With `eta: auto`, the root mean square of the targets (eta times a pair's reward margin) over the
             round's pairs, nats; 2 if neither target is given.
         target_kl: With `eta: auto`, the KL(new || old) that a round should reach, nats per response; corrected after
@@ -101,7 +102,7 @@ class RebelLoss(PairwiseLoss):
 
     def __init__(
         self,
-        eta: float | Literal["auto"] = 1.0,
+        eta: float | Literal["auto"] = "auto",
         target_spread: float | None = None,
         target_kl: float | None = None,
     ) -> None:

@@ -60,6 +60,7 @@ from rlhf_pl.utils.terminal import print_error, set_log_folder, shows_tracebacks
 
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
+    "precision": "bf16-mixed",
     "default_root_dir": "runs/rebel",
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,

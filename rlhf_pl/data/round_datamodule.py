@@ -30,6 +30,8 @@ from rlhf_pl.store.waves import REFILL
 from rlhf_pl.utils.errors import InputError, check_at_least
 from rlhf_pl.utils.run_date import save_run_date, set_run_date
 
+_HELD_OUT_SHARE, _MOST_HELD_OUT = 5, 64  # by default: one of 5 prompts, and no more than tell a gain from noise
+
 
 class RoundDataModule(PairsDataModule):
     """The prompts of the rounds, and the pairs of each round.
@@ -48,7 +50,7 @@ class RoundDataModule(PairsDataModule):
             report the number of such rows. false reads it as a user message.
         max_prompt_tokens: Longer prompts (template included) are dropped and counted.
         val_prompts: Prompts held out for evaluation: a number, a share below 1 (at least one prompt), or a file or Hub
-            id.
+            id; null for a fifth of the prompts, at most 64, and none of fewer than 5. 0 for none.
         prompts_per_round: Number of prompts of a round; null for all.
         batch_size: Pairs per micro-batch and device; prompts for a loss on prompt groups, or if `rollout.selector`
             gives several pairs of a prompt. An update has batch_size x accumulate_grad_batches x devices.
@@ -74,7 +76,7 @@ class RoundDataModule(PairsDataModule):
         chat_template_kwargs: dict[str, Any] | None = None,
         parse_dialogues: bool = True,
         max_prompt_tokens: int = 1024,
-        val_prompts: int | float | str = 0,
+        val_prompts: int | float | str | None = None,
         prompts_per_round: int | None = None,
         batch_size: int = 4,
         max_tokens_per_batch: int | None = None,
@@ -101,7 +103,8 @@ class RoundDataModule(PairsDataModule):
             passes=(passes, 1),
             max_val_pairs=(max_val_pairs, 0),
         )
-        check_held_out("data.val_prompts", val_prompts)
+        if val_prompts is not None:
+            check_held_out("data.val_prompts", val_prompts)
         self.prompts_source = prompts
         self.max_prompt_tokens = max_prompt_tokens
         self.val_prompts_source = val_prompts
@@ -150,6 +153,8 @@ class RoundDataModule(PairsDataModule):
         set_run_date(self._trainer)
         rows = self._load(self.prompts_source, "data.prompts")
         val_source, val_option = self.val_prompts_source, "data.val_prompts"
+        if val_source is None:
+            val_source = min(_MOST_HELD_OUT, len(rows) // _HELD_OUT_SHARE)
         train, val = hold_out(rows, val_source, val_option, self._load, lambda p: p.prompt_id, least=1)
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens, kwargs)
         val_option = val_option if isinstance(val_source, str) else "data.prompts"

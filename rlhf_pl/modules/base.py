@@ -2,7 +2,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, ClassVar, get_args
 
 import lightning as L
@@ -21,6 +21,7 @@ from rlhf_pl.models.policy import DType
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.export import check_weights, export_adapter, export_folder, leave_out_base, try_adapter, try_export
+from rlhf_pl.modules.learning_rates import Stage, suitable_rate
 from rlhf_pl.modules.logging import Means
 from rlhf_pl.modules.optimizer_hooks import Optimization
 from rlhf_pl.modules.trainer_options import check_precision
@@ -42,6 +43,7 @@ class TrainedModule(L.LightningModule, ABC):
     """
 
     batch_type: ClassVar[type]  # of the batches that it takes
+    stage: ClassVar[Stage] = "policy"  # what its learning rate is chosen for
     train_metrics: tuple[str, ...] = ()  # logged with every update
     val_metrics: tuple[str, ...] = ()  # logged with every validation on held-out rows
     exports_adapter: ClassVar[bool] = True  # in addition to the merged model
@@ -66,7 +68,7 @@ class TrainedModule(L.LightningModule, ABC):
             raise InputError(f"`model.attn_implementation` must be a name, got {attn_implementation!r}.")
         check_lora(lora)
         self.source, self.lora = source, lora
-        self.optimization = Optimization(optimizer, lr_scheduler)
+        self.optimization = Optimization(optimizer, lr_scheduler, lambda: self.suitable_rate)
         self.dtype_name: DType = dtype
         self.attn_implementation = attn_implementation
         self.use_liger_kernel = use_liger_kernel
@@ -98,6 +100,12 @@ class TrainedModule(L.LightningModule, ABC):
     @abstractmethod
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
         """The loss of a micro-batch, weighted so that an update's gradient is that of its mean."""
+
+    @cached_property
+    def suitable_rate(self) -> float:
+        """The learning rate that `lr: auto` of the optimizer stands for."""
+        parameters = sum(parameter.numel() for parameter in self.empty_model().parameters())
+        return suitable_rate(parameters, self.stage, self.lora is not None)
 
     @property
     def export_tokenizer(self) -> Any:

@@ -13,7 +13,9 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.run_limits import get_limits
 from rlhf_pl.models.working_copy import working_copies
+from rlhf_pl.modules.learning_rates import automatic_rate, is_automatic
 from rlhf_pl.modules.optimizers import WarmupCosine, hyperparameters, restore_hyperparameters
+from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import describe
 
@@ -41,10 +43,13 @@ class Optimization:
     Args:
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the schedule from the optimizer; it steps once an update.
+        suitable_rate: Returns the learning rate that `auto` stands for.
     """
 
-    def __init__(self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable) -> None:
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+    def __init__(
+        self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable, suitable_rate: Callable[[], float]
+    ) -> None:
+        self.optimizer, self.lr_scheduler, self.suitable_rate = optimizer, lr_scheduler, suitable_rate
         self._hyperparameters: list[dict[str, Any]] = []
         self.skipped = Skipped()
         self.validated = False  # in this epoch
@@ -57,6 +62,8 @@ class Optimization:
             parameters: What trains: parameters, or torch's parameter groups.
         """
         optimizer, scheduler = self._make(list(parameters))
+        if is_automatic(optimizer) and module.global_rank == 0:
+            console.print(f"Learning rate: {self.suitable_rate():g}, chosen for the model's size (`lr: auto`).")
         if isinstance(scheduler, WarmupCosine):
             scheduler.follow(lambda: _progress(module.trainer, self.skipped))
         for copy in working_copies(module):
@@ -87,7 +94,8 @@ class Optimization:
 
     def _make(self, parameters: list[Any]) -> tuple[torch.optim.Optimizer, Any]:
         try:
-            optimizer = self.optimizer(parameters)
+            with automatic_rate(self.suitable_rate()):
+                optimizer = self.optimizer(parameters)
         except (ValueError, TypeError) as error:
             raise InputError(f"`model.optimizer` can't be made: {error}") from error
         try:

@@ -6,15 +6,17 @@ from typing import Any, Literal
 
 import torch
 
+from rlhf_pl.modules.learning_rates import resolve_rate
 from rlhf_pl.utils.errors import InputError, check_finite
 
 
 class AdamW(torch.optim.AdamW):
-    """`torch.optim.AdamW` with the recipe's defaults.
+    """`torch.optim.AdamW` with the defaults of the REBEL recipe, and a learning rate that suits the model.
 
     Args:
         params: Parameters or parameter groups.
-        lr: Peak learning rate. 3e-7 suits 8B models at 128 pairs an update; small models need more.
+        lr: Peak learning rate; `auto` for one that suits the model's size, whether adapters train, and what is
+            learned: see the table in docs/tuning.md.
         betas: Decay rates of the first and second moment.
         eps: Added to the denominator.
         weight_decay: Decoupled weight decay.
@@ -25,12 +27,14 @@ class AdamW(torch.optim.AdamW):
     def __init__(
         self,
         params: Iterable[Any],
-        lr: float = 3e-7,
+        lr: float | Literal["auto"] = "auto",
         betas: tuple[float, float] = (0.9, 0.95),
         eps: float = 1e-8,
         weight_decay: float = 1e-6,
         fused: bool | None = None,
     ) -> None:
+        self.has_automatic_rate = lr == "auto"
+        lr = resolve_rate(lr)
         check_finite("model.optimizer", lr=lr, eps=eps, weight_decay=weight_decay)
         groups = list(params)
         if fused is None:

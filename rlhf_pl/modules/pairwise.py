@@ -74,7 +74,7 @@ class RebelModule(CausalLMModule):
         self,
         policy: str,
         loss: PolicyLoss = RebelLoss(),  # noqa: B008 - stateless; the command line shows it as the default
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=3e-7),
+        optimizer: OptimizerCallable = lambda p: AdamW(p),
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o, warmup=0.1),
         kl_coef: float = 0.0,
         reference: str | None = None,

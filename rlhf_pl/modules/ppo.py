@@ -71,7 +71,7 @@ class PPOModule(RebelModule):
         policy: str,
         loss: PolicyLoss = PPOLoss(),  # noqa: B008 - stateless; the command line shows it as the default
         critic: Critic = Critic(),  # noqa: B008 - frozen
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=3e-7),
+        optimizer: OptimizerCallable = lambda p: AdamW(p),
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o, warmup=0.1),
         kl_coef: float = 0.0,
         reference: str | None = None,

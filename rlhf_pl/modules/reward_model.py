@@ -60,6 +60,7 @@ class RewardModelModule(TrainedModule):
     """
 
     batch_type = PreferenceBatch
+    stage = "reward_model"
     train_metrics = tuple(f"train/{name}" for name in ("lr", *PAIR_METRICS))
     val_metrics = tuple(f"val/{name}" for name in (*PAIR_METRICS, "longer_accuracy", "calibration_error"))
     exports_adapter = False
@@ -67,7 +68,7 @@ class RewardModelModule(TrainedModule):
     def __init__(
         self,
         backbone: str,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5),
+        optimizer: OptimizerCallable = lambda p: AdamW(p),
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o, warmup=0.1),
         centering: float = 0.0,
         lora: LoRA | None = None,

@@ -37,13 +37,14 @@ class SFTModule(CausalLMModule):
     """
 
     batch_type = SFTBatch
+    stage = "sft"
     train_metrics = tuple(f"train/{name}" for name in ("lr", "loss"))
     val_metrics = tuple(f"val/{name}" for name in ("loss", "perplexity"))
 
     def __init__(
         self,
         policy: str,
-        optimizer: OptimizerCallable = lambda p: AdamW(p, lr=1e-5),
+        optimizer: OptimizerCallable = lambda p: AdamW(p),
         lr_scheduler: LRSchedulerCallable = lambda o: WarmupCosine(o, warmup=0.1),
         lora: LoRA | None = None,
         dtype: DType = "float32",

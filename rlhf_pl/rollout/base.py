@@ -29,7 +29,7 @@ class SamplingConfig:
         max_response_tokens: Responses are truncated at this length, in tokens.
     """
 
-    num_responses: int = 5
+    num_responses: int = 4
     temperature: float = 1.0
     top_p: float = 1.0
     top_k: int = 0
