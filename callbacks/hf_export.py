@@ -120,6 +120,7 @@ class HFExport(L.Callback):
             "updates": trainer.global_step,
             "dtype": self.dtype,
             "weights": weights_fingerprint(pl_module.weights().stream()),
+            **getattr(pl_module, "export_settings", dict)(),
         }
         ranks = ranks_of(trainer)
         ranks.run_on_rank_zero(lambda: shutil.rmtree(old, ignore_errors=True))

@@ -73,6 +73,8 @@ class RoundRefresh(RunLifecycle):
             the loss is on groups, without a difference in (shaped) reward: each time as many of the next prompts as are
             missing from `data.prompts_per_round` usable ones. 0 for never. Refused where every round samples all
             prompts.
+        drop_truncated: Train on no prompt of which any response was truncated at the length limit; such prompts are
+            counted. Held-out pairs leave them out as well; held-out rewards do not.
         val_num_responses: Responses per held-out prompt; 2 or more also give held-out pairs for `val/loss`. null for 2,
             or for 1 with a `val_temperature` of 0.
         val_temperature: Temperature on held-out prompts; null for that of training, 0 for greedy decoding.
@@ -112,6 +114,7 @@ class RoundRefresh(RunLifecycle):
         shaping: RewardShaping = RewardShaping(),  # noqa: B008 - frozen
         selector: BestWorst | PairSelector | None = None,  # configs may give `min_margin` without a class
         refill: int = 0,
+        drop_truncated: bool = False,
         val_num_responses: int | None = None,
         val_temperature: float | None = None,
         prompts_per_shard: int | None = None,
@@ -152,6 +155,7 @@ class RoundRefresh(RunLifecycle):
             prompts_per_shard=prompts_per_shard,
             stream_shards=stream_shards,
             refill=refill,
+            drop_truncated=drop_truncated,
             logps_batch_tokens=logps_batch_tokens,
             old_logps=old_logps,
             store_token_logps=store_token_logps,
@@ -328,7 +332,7 @@ class RoundRefresh(RunLifecycle):
         ranks_of(trainer).run_on_rank_zero(record_training)
         for optimizer in trainer.optimizers:
             optimizer.zero_grad(set_to_none=True)  # an engine on the same device needs the memory
-        publish_metrics(trainer, training_metrics(stored, data.passes), max(0, trainer.global_step - 1))
+        publish_metrics(trainer, training_metrics(stored, data.passes_over), max(0, trainer.global_step - 1))
         if self._rounds is not None:
             self._rounds.evaluate(version)
         self._release_gpu()

@@ -1,5 +1,5 @@
-"""Optimizer and learning-rate schedule under the names that configs use: `rlhf_pl.optim.AdamW`."""
+"""Optimizer and learning-rate schedules under the names that configs use: `rlhf_pl.optim.AdamW`."""
 
-from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
+from rlhf_pl.modules.optimizers import AdamW, WarmupCosine, WarmupLinear
 
-__all__ = ["AdamW", "WarmupCosine"]
+__all__ = ["AdamW", "WarmupCosine", "WarmupLinear"]

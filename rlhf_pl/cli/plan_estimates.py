@@ -235,8 +235,15 @@ class Plan:
             "generate": responses * response_tokens / (tokens_per_s * engines),
             "score": 2 * reward * responses * row / speed,
             "log-probs": logps * used_tokens / speed,
-            "train": per_row_token * self.data.passes * used_tokens / speed,
+            "train": per_row_token * self._passes(prompts) * used_tokens / speed,
         }
+
+    def _passes(self, prompts: int) -> float:
+        """How many times a round's training uses a prompt, if all of them are usable."""
+        if self.data.updates_per_round is None:
+            return self.data.passes
+        per_update = min(self.data.batch_size * self.accumulate * self.devices, prompts)
+        return self.data.updates_per_round * per_update / prompts
 
 
 def _count_devices(devices: Any) -> int:

@@ -55,6 +55,10 @@ class GroupSampler(MicroBatchSampler):
         return self.plan.divide(self._order(), self.lengths, self.parts.split)
 
     @cached_property
+    def _unused_updates(self) -> list[list[RankBatches]]:
+        return self.plan.divide(self._unused(), self.lengths, self.parts.split)
+
+    @cached_property
     def _mismatched_updates(self) -> list[list[RankBatches]]:
         if self.mismatched is None:
             return [[] for _ in self._updates]
@@ -63,7 +67,12 @@ class GroupSampler(MicroBatchSampler):
 
     def mismatched_steps(self) -> list[RankBatches]:
         """Indices of the mismatched items of each batch and rank."""
-        return [step for update in self._mismatched_updates for step in update]
+        steps = [step for update in self._mismatched_updates for step in update]
+        if self.mismatched is None or not (unused := self._unused()):
+            return steps
+        lengths = self.mismatched.items.lengths() if self.by_length else None
+        updates = self.plan.divide(unused, lengths, self.mismatched.split)
+        return steps + [step for update in updates for step in update]
 
     def _weights(self, own: list[int], update: list[int]) -> tuple[float, ...]:
         return super()._weights(self.parts.group_of[own].tolist(), self.parts.groups(update))

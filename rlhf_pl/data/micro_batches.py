@@ -60,10 +60,21 @@ class MicroBatchSampler(Sampler):
         """Indices of the pairs of each micro-batch and rank."""
         return [micro_batch for update in self._updates for micro_batch in update]
 
+    def all_steps(self) -> list[list[list[int]]]:
+        """The same, and micro-batches of the pairs that no update uses, where the updates are too few for all."""
+        return self.steps() + [step for update in self._unused_updates for step in update]
+
+    @cached_property
+    def _unused_updates(self) -> list[list[RankBatches]]:
+        return self.plan.divide(self._unused(), self.lengths)
+
+    def _unused(self) -> list[int]:
+        return sorted(set(range(self.plan.pairs)) - set(self._order()))
+
     @property
     def accumulate(self) -> int:
         """Micro-batches per update; the last update may have fewer."""
-        if self.plan.max_tokens is None and self.plan.passes == 1:
+        if self.plan.max_tokens is None and not self.plan.repeats:
             return self.plan.accumulate
         return max(map(len, self._updates), default=1)
 
@@ -92,7 +103,8 @@ class MicroBatchSampler(Sampler):
     def _order(self) -> list[int]:
         """The order of all passes, each shuffled separately. No update contains a pair twice."""
         order: list[int] = []
-        for number in range(self.plan.passes):
+        used_pairs = self.plan.used_pairs
+        for number in range(-(-used_pairs // max(1, self.plan.pairs))):
             once = list(range(self.plan.pairs))
             random.Random(self.order_seed + (f":{number}" if number else "")).shuffle(once)
             started = len(order) % self.plan.pairs_per_update
@@ -102,7 +114,7 @@ class MicroBatchSampler(Sampler):
                 filled = set(fill)
                 once = fill + [i for i in once if i not in filled]
             order += once
-        return order
+        return order[:used_pairs]
 
     def _weights(self, own: list[int], update: list[int]) -> tuple[float, ...]:
         """Factors on each term's mean over `own` that make Lightning's mean the mean over the update.

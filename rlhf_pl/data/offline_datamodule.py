@@ -27,7 +27,8 @@ class OfflineDataModule(PairsDataModule):
     is the prompt. `chosen_reward` and `rejected_reward` are required where the loss reads rewards, as REBEL does. The
     columns of the REBEL authors' data (`reject`, `llama_chosen_tokens`, `chosen_logprob`, ...) are known. Token columns
     are used without their padding. Log-probs under pi_old and the reference, as far as the loss needs them, are
-    computed once before training and stored in the run directory. Every epoch is another pass over the same pairs.
+    computed once before training and stored in the run directory. Every epoch is another pass over the same pairs, or
+    `updates_per_round` updates on them.
 
     Args:
         pairs: A .jsonl, .json, .csv or .parquet file, or a Hub id.
@@ -50,6 +51,8 @@ class OfflineDataModule(PairsDataModule):
             similar length. The responses of a longer pair or prompt group are divided among micro-batches, each with
             the prompt; the gradient stays the same, at the cost of one more pass without gradient. null for batch_size
             pairs per micro-batch.
+        updates_per_round: Number of updates of an epoch, whatever its number of pairs; null for one pass over them.
+            When all pairs have been used, they are used again in another order. An update has no pair twice.
         num_workers: Loader processes.
         seed: Shuffles the pairs; null for the run's `seed_everything`.
     """
@@ -71,11 +74,13 @@ class OfflineDataModule(PairsDataModule):
         split_seed: int = 0,
         batch_size: int = 4,
         max_tokens_per_batch: int | None = None,
+        updates_per_round: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__(
             max_tokens_per_batch,
+            updates_per_round,
             columns=columns,
             split=split,
             system_prompt=system_prompt,
@@ -164,7 +169,7 @@ class OfflineDataModule(PairsDataModule):
     def training_steps(self, epoch: int, groups: StoredGroups) -> tuple[StoredGroups, list[list[list[int]]]]:
         """What an epoch's micro-batches are made of, and the indices of those in each micro-batch and rank."""
         batches = self._divide_groups(f"{self.seed}:{epoch}", groups, by_length=True)
-        return batches.parts.items, batches.steps()
+        return batches.parts.items, batches.all_steps()
 
     def mismatched_steps(self, epoch: int, groups: StoredGroups) -> tuple[StoredGroups, list[list[list[int]]]]:
         """The same for the responses under other prompts."""

@@ -220,7 +220,7 @@ def _find_column(ours: str, row: Row, names: Mapping[str, str]) -> str:
 
 
 def _strip_padding(ids: Any, column: str, model: Any) -> list[int]:
-    """Remove padding from both ends: ids outside the vocabulary, and the padding id if it is not an EOS."""
+    """Remove padding from both ends: ids outside the vocabulary, the padding id, and an EOS that is repeated."""
     if not isinstance(ids, list | tuple) or not all(isinstance(i, int) for i in ids):
         raise InputError(f"`{column}` is {type(ids).__name__}; expected a list of token ids")
     padding = model.tokenizer.pad_token_id
@@ -229,6 +229,14 @@ def _strip_padding(ids: Any, column: str, model: Any) -> list[int]:
     if True not in is_token:
         raise InputError(f"`{column}` holds only padding")
     first, last = is_token.index(True), len(is_token) - is_token[::-1].index(True)
+    eos = model.eos_token_ids
+    while last - first > 1 and ids[last - 1] == ids[last - 2] and ids[last - 1] in eos:
+        last -= 1  # padded with its EOS: no response has it twice at its end
+    start = first
+    while last - first > 1 and ids[first] == ids[first + 1] and ids[first] in eos:
+        first += 1
+    if first > start and ids[first] != model.tokenizer.bos_token_id:
+        first += 1
     if not all(is_token[first:last]):
         raise InputError(
             f"`{column}` has ids outside the policy's vocabulary of {size} tokens: they may be of another model. "

@@ -28,13 +28,16 @@ class PairsDataModule(RowsDataModule):
         max_tokens_per_batch: Maximum tokens of a micro-batch; only a single pair, or a prompt with a single response,
             may be longer. An update keeps its pairs and is divided into as many micro-batches as needed. None for
             `batch_size` pairs per micro-batch.
+        updates_per_round: Number of updates of an epoch; None for one pass, or as many as `passes` says.
         rows: The arguments of `RowsDataModule`; `batch_size` counts pairs.
     """
 
-    def __init__(self, max_tokens_per_batch: int | None, **rows: Any) -> None:
+    passes = 1  # over the pairs of an epoch
+
+    def __init__(self, max_tokens_per_batch: int | None, updates_per_round: int | None = None, **rows: Any) -> None:
         super().__init__(**rows)
-        check_at_least("data", max_tokens_per_batch=(max_tokens_per_batch, 1))
-        self.max_tokens_per_batch = max_tokens_per_batch
+        check_at_least("data", max_tokens_per_batch=(max_tokens_per_batch, 1), updates_per_round=(updates_per_round, 1))
+        self.max_tokens_per_batch, self.updates_per_round = max_tokens_per_batch, updates_per_round
         self._accumulate: int | None = None
         self._source: RoundSource | None = None
 
@@ -48,6 +51,15 @@ class PairsDataModule(RowsDataModule):
             self._accumulate = trainer.accumulate_grad_batches
         return self.batch_size * self._accumulate * trainer.num_devices * trainer.num_nodes
 
+    @property
+    def has_varying_updates(self) -> bool:
+        """Whether the number of micro-batches of an update depends on the epoch's pairs."""
+        return self.max_tokens_per_batch is not None or self.passes > 1 or self.updates_per_round is not None
+
+    def passes_over(self, pairs: int) -> float:
+        """How many times, on average, an epoch uses each of its pairs or groups."""
+        return self._plan(pairs, self.passes).used_pairs / max(1, pairs)
+
     @abstractmethod
     def divide(self, epoch: int) -> MicroBatchSampler:
         """Divide an epoch into updates and micro-batches."""
@@ -58,7 +70,15 @@ class PairsDataModule(RowsDataModule):
     def _plan(self, pairs: int, passes: int = 1) -> UpdatePlan:
         trainer, world_size = self._trainer, self._trainer.world_size
         accumulate = self.pairs_per_update(trainer) // self.batch_size // world_size
-        return UpdatePlan(passes * pairs, self.batch_size, accumulate, world_size, self.max_tokens_per_batch, passes)
+        return UpdatePlan(
+            passes * pairs,
+            self.batch_size,
+            accumulate,
+            world_size,
+            self.max_tokens_per_batch,
+            passes,
+            self.updates_per_round,
+        )
 
     def _divide_groups(
         self,

@@ -122,11 +122,12 @@ def _render_pairs(
     recipe = Recipe(render.tokenizer, [render.settings, kwargs], option, threads=not render.pair_encoding)
     table = make_token_table(pairs, encode, names, recipe, lambda pair: [pair.messages, pair.responses, pair.tools])
     return [
-        [_unpack_row(*columns[:3]), _unpack_row(*columns[3:])]
+        [unpack_row(*columns[:3]), unpack_row(*columns[3:])]
         for columns in zip(*(iterate_token_lists(table, n) for n in names), strict=True)
     ]
 
 
-def _unpack_row(ids: np.ndarray, facts: np.ndarray, types: np.ndarray) -> Rendered:
+def unpack_row(ids: np.ndarray, facts: np.ndarray, types: np.ndarray) -> Rendered:
+    """A rendered conversation from its columns in a token table."""
     turn, truncated = facts.tolist()
     return Rendered(ids.tolist(), None if turn == _NO_TURN else turn, truncated, tuple(types.tolist()))

@@ -4,6 +4,7 @@ from collections.abc import Iterable
 from typing import Any, Literal
 
 from rlhf_pl.checkpointing.progress import rounds_done
+from rlhf_pl.data.centering import load_centering_rows
 from rlhf_pl.data.compatibility import check_module
 from rlhf_pl.data.held_out import check_held_out, hold_out, prompt_key
 from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
@@ -12,6 +13,7 @@ from rlhf_pl.data.preference_batches import PreferenceBatch, PreferenceDataset
 from rlhf_pl.data.preferences import Preference, load_preferences
 from rlhf_pl.data.run_limits import is_run_over, limit_epoch, make_empty_loader
 from rlhf_pl.models.chat_template import check_template_kwargs
+from rlhf_pl.models.rendering import Rendered
 from rlhf_pl.utils.errors import check_at_least
 from rlhf_pl.utils.run_date import save_run_date, set_run_date
 
@@ -37,6 +39,8 @@ class PreferenceDataModule(PairsDataModule):
         max_tokens_per_batch: Maximum tokens of a micro-batch; only a single pair may be longer. The common prefix of a
             pair counts once; for models that can't share it, both rows count as the longer one. An update keeps its
             pairs and is divided into as many micro-batches as needed. null for batch_size pairs per micro-batch.
+        center_on: Conversations as SFTDataModule reads them (a file or a Hub id, such as the SFT data) whose mean score
+            the exported model's config records as `bias`; ClassifierReward and PPO's critic subtract it. null for none.
         num_workers: Loader processes.
         seed: Shuffles the pairs; null for the run's `seed_everything`.
     """
@@ -58,6 +62,7 @@ class PreferenceDataModule(PairsDataModule):
         max_tokens_per_batch: int | None = None,
         num_workers: int = 0,
         seed: int | None = None,
+        center_on: str | None = None,
     ) -> None:
         super().__init__(
             max_tokens_per_batch,
@@ -74,6 +79,8 @@ class PreferenceDataModule(PairsDataModule):
         check_held_out("data.val_preferences", val_preferences)
         self.source, self.ties, self.on_wrong_pairs = preferences, ties, on_wrong_pairs
         self.val_source, self.split_seed, self.max_tokens = val_preferences, split_seed, max_tokens
+        self.center_on = center_on
+        self.centering_rows: list[Rendered] = []  # of the conversations in `center_on`
         self.train_set: PreferenceDataset | None = None
         self.val_set: PreferenceDataset | None = None
         self.dropped: dict[str, int] = {}
@@ -93,6 +100,9 @@ class PreferenceDataModule(PairsDataModule):
             pairs, val_source, val_option, self._load, lambda p: prompt_key(p.messages), seed=self.split_seed
         )
         val_option = val_option if isinstance(val_source, str) else "data.preferences"
+        if self.center_on is not None:
+            how = (self.split, self.system_prompt, self.parse_dialogues, render, module.source, kwargs)
+            self.centering_rows = load_centering_rows(self.center_on, *how)
         config = module.source.config
         train_set = PreferenceDataset(train, render, config, kwargs)
         self.train_set, self.val_set = train_set, PreferenceDataset(val, render, config, kwargs, val_option)

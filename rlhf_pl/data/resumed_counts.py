@@ -43,7 +43,7 @@ def convert_batch_counts(trainer: L.Trainer, checkpoint: dict[str, Any]) -> None
     if before is None or epochs["started"] == epochs["processed"] or progress["is_last_batch"]:
         return
     data: Any = getattr(trainer, "datamodule", None)
-    if isinstance(data, PairsDataModule) and (data.max_tokens_per_batch is not None or getattr(data, "passes", 1) > 1):
+    if isinstance(data, PairsDataModule) and data.has_varying_updates:
         data.accumulate_over(data.divide(epochs["processed"]))  # an update's micro-batches depend on the epoch
     now = _get_update_size(trainer)
     if now is None or before == now:

@@ -61,6 +61,9 @@ class RoundDataModule(PairsDataModule):
             pairs per micro-batch.
         passes: Number of training passes over a round's pairs. An update has no pair twice: if a round has fewer pairs
             than an update, each pass is one update.
+        updates_per_round: Number of updates of a round, whatever its number of pairs; null for those of its `passes`.
+            When all pairs have been used, they are used again in another order. An update has no pair twice. Excludes
+            `passes` above 1.
         max_val_pairs: Maximum number of held-out prompts whose pairs give `val/loss` and `val/sign_align`; 0 for none.
             They require 2 or more responses to each held-out prompt.
         num_workers: Loader processes.
@@ -81,12 +84,14 @@ class RoundDataModule(PairsDataModule):
         batch_size: int = 4,
         max_tokens_per_batch: int | None = None,
         passes: int = 1,
+        updates_per_round: int | None = None,
         max_val_pairs: int = 64,
         num_workers: int = 0,
         seed: int | None = None,
     ) -> None:
         super().__init__(
             max_tokens_per_batch,
+            updates_per_round,
             columns=columns,
             split=split,
             system_prompt=system_prompt,
@@ -103,6 +108,11 @@ class RoundDataModule(PairsDataModule):
             passes=(passes, 1),
             max_val_pairs=(max_val_pairs, 0),
         )
+        if updates_per_round is not None and passes > 1:
+            raise InputError(
+                f"`data.updates_per_round` is {updates_per_round} and `data.passes` is {passes}: both determine the "
+                "number of updates of a round. Give one of them."
+            )
         if val_prompts is not None:
             check_held_out("data.val_prompts", val_prompts)
         self.prompts_source = prompts
@@ -224,7 +234,7 @@ class RoundDataModule(PairsDataModule):
     def training_steps(self, index: int, groups: StoredGroups) -> tuple[StoredGroups, list[list[list[int]]]]:
         """What a round's micro-batches are made of, and the indices of those in each micro-batch and rank."""
         batches = self._batches_of(index, groups)
-        return batches.parts.items, batches.steps()
+        return batches.parts.items, batches.all_steps()
 
     def mismatched_steps(self, index: int, groups: StoredGroups) -> tuple[StoredGroups, list[list[list[int]]]]:
         """The same for the responses under other prompts."""

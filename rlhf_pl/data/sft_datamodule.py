@@ -34,7 +34,8 @@ class SFTDataModule(RowsDataModule):
         chat_template_kwargs: Further variables of the chat template, e.g. `{enable_thinking: false}`.
         parse_dialogues: Read text of the form `\\n\\nHuman: ... \\n\\nAssistant: ...` as a dialogue, and report the
             number of such rows.
-        loss_on: Compute the loss on `all` responses of a conversation, or on the `last` one; never on a message whose
+        loss_on: Compute the loss on `all` responses of a conversation, on the `last` one, or on the whole
+            `conversation`: on every token of it, prompts and the template's own text included. Never on a message whose
             `weight` is 0.
         packing: Pack several conversations into a row of up to `max_tokens`; they do not attend to each other.
         val_conversations: Held-out conversations: a share below 1, a number, or a file or Hub id.
@@ -53,7 +54,7 @@ class SFTDataModule(RowsDataModule):
         system_prompt: str | None = None,
         chat_template_kwargs: dict[str, Any] | None = None,
         parse_dialogues: bool = True,
-        loss_on: Literal["all", "last"] = "all",
+        loss_on: Literal["all", "last", "conversation"] = "all",
         packing: bool = True,
         val_conversations: float | str = 0.05,
         split_seed: int = 0,
@@ -118,13 +119,15 @@ class SFTDataModule(RowsDataModule):
 
     def _tokenize(self, conversations: Sequence[Conversation], source: Any, option: str) -> list[Example]:
         tokenizer, eos = source.tokenizer, source.eos_token_ids
-        every, kwargs = self.loss_on == "all", self.chat_template_kwargs
+        every, kwargs, whole = self.loss_on != "last", self.chat_template_kwargs, self.loss_on == "conversation"
 
         def encode(conversation: Conversation) -> tuple[Sequence[int], Sequence[int]]:
-            ids, mask = encode_conversation(tokenizer, conversation.messages, eos, every, conversation.tools, kwargs)
+            messages, tools = conversation.messages, conversation.tools
+            ids, mask = encode_conversation(tokenizer, messages, eos, every, tools, kwargs, whole)
             return ids, list(map(int, mask))
 
-        recipe = Recipe(tokenizer, {"conversation": kwargs, "eos": eos, "every": every}, option)
+        settings = {"conversation": kwargs, "eos": eos, "every": every, **({"whole": True} if whole else {})}
+        recipe = Recipe(tokenizer, settings, option)
         table = make_token_table(conversations, encode, ["ids", "mask"], recipe, lambda c: [c.messages, c.tools])
         examples: list[Example] = []
         names: list[str] = []
@@ -147,8 +150,9 @@ class SFTDataModule(RowsDataModule):
         left_out = f"; {self.too_long} left out, longer than {self.max_tokens} tokens" if self.too_long else ""
         if self.unlearned:
             left_out += f"; {self.unlearned} left out, with nothing to learn (weight 0)"
+        what = "tokens" if self.loss_on == "conversation" else "response tokens"
         return (
-            f"Conversations: {len(self.examples)} for training ({learned_tokens} response tokens), "
+            f"Conversations: {len(self.examples)} for training ({learned_tokens} {what}), "
             f"{len(self.val_set)} held out{left_out}"
         )
 

@@ -8,7 +8,9 @@ RankBatches = list[list[int]]  # indices of pairs; in a micro-batch, a list for 
 
 @dataclass(frozen=True)
 class UpdatePlan:
-    """A plan that uses every pair. The last update of an epoch may have fewer pairs than the others.
+    """A plan that uses every pair, or makes a given number of updates.
+
+    Without that number, the last update of an epoch may have fewer pairs than the others.
 
     Args:
         total_pairs: Pairs in the epoch, summed over all passes.
@@ -19,6 +21,9 @@ class UpdatePlan:
             as needed, and `batch_size` and `accumulate` only determine its number of pairs. A longer pair, or part of a
             prompt group, is a micro-batch of its own, over the limit.
         passes: Number of times that an epoch uses each pair; an update has no pair twice.
+        fixed_updates: Number of updates of the epoch, whatever its number of pairs; None for as many as the passes
+            have. When a pass ends, the next one begins in the same update; the last one may end before all pairs are
+            used again, and with few updates some pairs may not be used at all.
     """
 
     total_pairs: int
@@ -27,6 +32,12 @@ class UpdatePlan:
     world_size: int = 1
     max_tokens: int | None = None
     passes: int = 1
+    fixed_updates: int | None = None
+
+    @property
+    def repeats(self) -> bool:
+        """Whether the epoch may use a pair several times."""
+        return self.passes > 1 or self.fixed_updates is not None
 
     @property
     def pairs(self) -> int:
@@ -35,14 +46,21 @@ class UpdatePlan:
 
     @property
     def pairs_per_update(self) -> int:
-        """Number of pairs of an update. With several passes, at most the pairs of one pass."""
+        """Number of pairs of an update. Where pairs repeat, at most the pairs of one pass."""
         configured = self.batch_size * self.accumulate * self.world_size
-        return min(configured, self.pairs) if self.passes > 1 and self.pairs else configured
+        return min(configured, self.pairs) if self.repeats and self.pairs else configured
 
     @property
     def updates(self) -> int:
         """Number of updates of the epoch."""
-        return -(-self.total_pairs // self.pairs_per_update)
+        return -(-self.used_pairs // self.pairs_per_update)
+
+    @property
+    def used_pairs(self) -> int:
+        """Number of pairs of all updates, repeated ones included."""
+        if self.fixed_updates is None or not self.pairs:
+            return self.total_pairs
+        return self.fixed_updates * self.pairs_per_update
 
     def divide(
         self, order: Sequence[int], lengths: Sequence[int] | None, split: Mapping[int, Sequence[int]] | None = None

@@ -159,6 +159,7 @@ def encode_conversation(
     every_response: bool = True,
     tools: Tools | None = None,
     chat_template_kwargs: Mapping[str, Any] | None = None,
+    whole: bool = False,
 ) -> tuple[list[int], list[bool]]:
     """Token ids of a whole conversation, and a mask of the tokens to train on.
 
@@ -172,9 +173,10 @@ def encode_conversation(
         every_response: Mark all messages of the assistant, or only the last one.
         tools: The template's variable `tools`.
         chat_template_kwargs: Further variables of the template.
+        whole: Train on every token of the conversation, also outside of responses, except messages with `weight: 0`.
 
     Returns:
-        (ids, mask) of equal length; the mask is True at responses to train on.
+        (ids, mask) of equal length; the mask is True at tokens to train on: responses, or everything.
 
     Raises:
         InputError: The template rejects the messages, writes no EOS after a response, writes earlier turns differently
@@ -185,30 +187,33 @@ def encode_conversation(
     text = template.render(prepared, tools)
     responses = [i for i, message in enumerate(messages) if message["role"] == "assistant"]
     trained = [i for i in (responses if every_response else responses[-1:]) if is_trained_on(messages[i])]
+    untrained = [i for i, message in enumerate(messages) if message.get("weight") == 0] if whole else []
     ids: list[int] = []
     mask: list[bool] = []
     position = 0
 
-    def add(piece: str, count: int = 0) -> None:
+    def add(piece: str, is_response: bool = False, counts: bool = whole) -> None:
         tokens = tokenizer(piece, add_special_tokens=False)["input_ids"] if piece else []
-        end = 0
-        if count:
+        end = len(tokens) if counts else 0
+        if is_response:
             ends = [i for i, token in enumerate(tokens) if token in eos]
             if not ends:
                 raise InputError(
                     "the chat template writes no EOS after the response: the model would never learn to stop"
                 )
-            end = ends[-1] + 1
+            end = len(tokens) if counts else ends[-1] + 1
         ids.extend(tokens)
         mask.extend(i < end for i in range(len(tokens)))
 
-    for i in trained:
-        if i == 0:
+    for i in sorted({*trained, *untrained}):
+        if i == 0 and i in trained:
             raise InputError(
                 "message 0 is a response without a prompt; give it `weight: 0`, or train on the last response only "
                 "(loss_on: last)"
             )
-        before, through = template.render(prepared[:i], tools, True), template.render(prepared[: i + 1], tools)
+        is_response = messages[i]["role"] == "assistant"
+        before = template.render(prepared[:i], tools, is_response) if i > 0 else ""
+        through = template.render(prepared[: i + 1], tools)
         if not text.startswith(through):
             last_only = "train on the last response only (loss_on: last)"
             hint = last_only if every_response and len(trained) > 1 else "change it"
@@ -220,7 +225,7 @@ def encode_conversation(
                 "the template so that both agree"
             )
         add(text[position : len(before)])
-        add(text[len(before) : len(through)], 1)
+        add(text[len(before) : len(through)], i in trained, whole and i in trained)
         position = len(through)
     add(text[position:])
     return ids, mask

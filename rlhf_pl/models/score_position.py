@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from rlhf_pl.models.pretrained_files import stored_config
 from rlhf_pl.models.source import ModelSource
-from rlhf_pl.utils.console import warn
+from rlhf_pl.utils.console import console, warn
 from rlhf_pl.utils.errors import InputError
 
 ScoreAt = Literal["last", "eos", "before_eos"]
@@ -79,6 +79,23 @@ def mean_score(config: Any, path: str = "") -> float:
             f"`bias` in the config of {path!r} is {value!r}; expected a number, which is subtracted from every score."
         )
     return float(value)
+
+
+def write_mean_score(config: Any, mean: float) -> None:
+    """Write the mean score to a model's config; 0 for none."""
+    remove_mean_score(config)
+    if mean != 0:
+        config.bias = mean
+
+
+def report_mean_score(mean: float, path: str) -> None:
+    """Say, once per process, that a mean score is subtracted."""
+    from lightning.pytorch.utilities import rank_zero_only
+
+    text = f"The mean score {mean:.4g} is subtracted from every score of {path}."
+    if mean != 0 and text not in _warned and rank_zero_only.rank == 0:  # type: ignore[attr-defined]
+        _warned.add(text)
+        console.print(text, soft_wrap=True)
 
 
 def remove_mean_score(config: Any) -> None:

@@ -40,6 +40,7 @@ class TrainedModule(L.LightningModule, ABC):
         attn_implementation: Attention of transformers.
         use_liger_kernel: Whether liger-kernel computes norms, MLPs and rotary embeddings; None to use it where it can.
         gradient_checkpointing: Whether activations are recomputed in the backward pass.
+        reset_optimizer: Whether every epoch starts with a new optimizer state.
     """
 
     batch_type: ClassVar[type]  # of the batches that it takes
@@ -60,6 +61,7 @@ class TrainedModule(L.LightningModule, ABC):
         attn_implementation: str,
         use_liger_kernel: bool | None,
         gradient_checkpointing: bool,
+        reset_optimizer: bool = False,
     ) -> None:
         super().__init__()
         if dtype not in get_args(DType):
@@ -68,7 +70,7 @@ class TrainedModule(L.LightningModule, ABC):
             raise InputError(f"`model.attn_implementation` must be a name, got {attn_implementation!r}.")
         check_lora(lora)
         self.source, self.lora = source, lora
-        self.optimization = Optimization(optimizer, lr_scheduler, lambda: self.suitable_rate)
+        self.optimization = Optimization(optimizer, lr_scheduler, lambda: self.suitable_rate, reset_optimizer)
         self.dtype_name: DType = dtype
         self.attn_implementation = attn_implementation
         self.use_liger_kernel = use_liger_kernel
@@ -192,7 +194,7 @@ class TrainedModule(L.LightningModule, ABC):
         self.optimization.on_train_start(self.trainer)
 
     def on_train_epoch_start(self) -> None:
-        self.optimization.on_train_epoch_start()
+        self.optimization.on_train_epoch_start(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
         self.optimization.on_train_batch_start(self.trainer, batch_idx)

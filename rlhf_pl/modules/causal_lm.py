@@ -42,11 +42,20 @@ class CausalLMModule(TrainedModule):
         use_liger_kernel: bool | None,
         gradient_checkpointing: bool,
         logprob_chunk_tokens: int,
+        reset_optimizer: bool = False,
     ) -> None:
         if logprob_chunk_tokens < 1:
             raise InputError(f"`model.logprob_chunk_tokens` must be 1 or more, got {logprob_chunk_tokens}.")
         super().__init__(
-            source, optimizer, lr_scheduler, lora, dtype, attn_implementation, use_liger_kernel, gradient_checkpointing
+            source,
+            optimizer,
+            lr_scheduler,
+            lora,
+            dtype,
+            attn_implementation,
+            use_liger_kernel,
+            gradient_checkpointing,
+            reset_optimizer,
         )
         self.strict_loading = base_dtype(lora) is None  # a 4-bit base is not in checkpoints
         self.logprob_chunk_tokens = logprob_chunk_tokens

@@ -12,9 +12,17 @@ from torch.optim.lr_scheduler import ReduceLROnPlateau
 
 from rlhf_pl.checkpointing.progress import rounds_done
 from rlhf_pl.data.run_limits import get_limits
+from rlhf_pl.distributed.strategies import is_sharded
 from rlhf_pl.models.working_copy import working_copies
 from rlhf_pl.modules.learning_rates import automatic_rate, is_automatic
-from rlhf_pl.modules.optimizers import WarmupCosine, hyperparameters, restore_hyperparameters
+from rlhf_pl.modules.optimizers import (
+    ProgressSchedule,
+    add_empty_state,
+    copy_state,
+    hyperparameters,
+    reset_state,
+    restore_hyperparameters,
+)
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import describe
@@ -44,12 +52,19 @@ class Optimization:
         optimizer: Makes the optimizer from the parameters.
         lr_scheduler: Makes the schedule from the optimizer; it steps once an update.
         suitable_rate: Returns the learning rate that `auto` stands for.
+        reset_state: Whether every epoch starts with the optimizer's initial state.
     """
 
     def __init__(
-        self, optimizer: OptimizerCallable, lr_scheduler: LRSchedulerCallable, suitable_rate: Callable[[], float]
+        self,
+        optimizer: OptimizerCallable,
+        lr_scheduler: LRSchedulerCallable,
+        suitable_rate: Callable[[], float],
+        reset_state: bool = False,
     ) -> None:
-        self.optimizer, self.lr_scheduler, self.suitable_rate = optimizer, lr_scheduler, suitable_rate
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.suitable_rate, self.reset_state = suitable_rate, reset_state
+        self._initial_state: dict[Any, Any] = {}
         self._hyperparameters: list[dict[str, Any]] = []
         self.skipped = Skipped()
         self.validated = False  # in this epoch
@@ -64,11 +79,13 @@ class Optimization:
         optimizer, scheduler = self._make(list(parameters))
         if is_automatic(optimizer) and module.global_rank == 0:
             console.print(f"Learning rate: {self.suitable_rate():g}, chosen for the model's size (`lr: auto`).")
-        if isinstance(scheduler, WarmupCosine):
+        if isinstance(scheduler, ProgressSchedule):
             scheduler.follow(lambda: _progress(module.trainer, self.skipped))
         for copy in working_copies(module):
             optimizer.register_step_post_hook(lambda *_, copy=copy: copy.invalidate())
         self._hyperparameters = hyperparameters(optimizer)
+        if self.reset_state:
+            self._initial_state = copy_state(optimizer)
         config: Any = {"scheduler": scheduler, "interval": "step"}
         if isinstance(scheduler, ReduceLROnPlateau):
             config = {"scheduler": scheduler, "interval": "epoch", "monitor": self.monitor, "strict": False}
@@ -109,6 +126,7 @@ class Optimization:
         return {
             "optimizer": {"class": type(optimizer).__qualname__, **optimizer.defaults},
             "lr_scheduler": describe(scheduler, "base_lrs", "last_epoch"),
+            **({"optimizer_state": "new in every round"} if self.reset_state else {}),
         }
 
     def on_train_start(self, trainer: L.Trainer) -> None:
@@ -160,7 +178,14 @@ class Optimization:
         """Restore the numbers of skipped steps."""
         self.skipped = Skipped(**checkpoint.get(_KEY, {}))
 
-    def on_train_epoch_start(self) -> None:
+    def on_train_epoch_start(self, trainer: L.Trainer) -> None:
+        """Begin an epoch; Lightning leaves this out where a run resumes inside of one."""
+        if self.reset_state:
+            for optimizer in trainer.optimizers:
+                reset_state(optimizer, self._initial_state)
+                if is_sharded(trainer):
+                    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+                    add_empty_state(optimizer, parameters)
         self.skipped.in_epoch, self.validated = 0, False
 
     def on_train_batch_start(self, trainer: L.Trainer, batch_idx: int) -> None:
@@ -168,7 +193,7 @@ class Optimization:
         if batch_idx > 0:
             return
         for config in trainer.lr_scheduler_configs:
-            if isinstance(config.scheduler, WarmupCosine):
+            if isinstance(config.scheduler, ProgressSchedule):
                 config.scheduler.refresh()
 
 

@@ -1,7 +1,9 @@
-"""Optimizer and learning-rate schedule with the defaults of the REBEL recipe."""
+"""Optimizer and learning-rate schedules with the defaults of the REBEL recipe."""
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from copy import deepcopy
 from typing import Any, Literal
 
 import torch
@@ -43,8 +45,8 @@ class AdamW(torch.optim.AdamW):
         super().__init__(groups, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=fused)
 
 
-class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
-    """Linear warm-up, then a cosine decay to `min_factor`, over the whole run or in every round.
+class ProgressSchedule(torch.optim.lr_scheduler.LRScheduler, ABC):
+    """Linear warm-up, then a decay to `min_factor`, over the whole run or in every round.
 
     It follows the run's progress instead of counting steps, because a round's number of pairs is known only after the
     round is prepared. The span is divided into equal slices, one an update, and an update has the rate at the middle of
@@ -54,7 +56,7 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         optimizer: The optimizer.
         warmup: Share of the span that warms up, from 0 (none) to below 1.
         min_factor: The rate at the end, as a share of the peak rate.
-        span: `run` for one warm-up and one cosine over all rounds, `round` for one in every round.
+        span: `run` for one warm-up and one decay over all rounds, `round` for one in every round.
     """
 
     def __init__(
@@ -76,8 +78,11 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         """The rate at `progress` (0..1 of the span), as a share of the peak rate."""
         if progress < self.warmup:
             return progress / self.warmup
-        cosine = 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
-        return self.min_factor + (1 - self.min_factor) * cosine
+        return self.min_factor + (1 - self.min_factor) * self.decay((progress - self.warmup) / (1 - self.warmup))
+
+    @abstractmethod
+    def decay(self, progress: float) -> float:
+        """The share of the way from the peak rate to `min_factor` that is left, at `progress` (0..1) of the decay."""
 
     def follow(self, progress: Callable[[], tuple[float, float]]) -> None:
         """Get the next update's progress from `progress() -> (in the run, in the round)`, each 0..1."""
@@ -97,6 +102,62 @@ class WarmupCosine(torch.optim.lr_scheduler.LRScheduler):
         """The state that training changes; settings come from the config."""
         settings = ("progress", "warmup", "min_factor", "span")
         return {k: v for k, v in super().state_dict().items() if k not in settings}
+
+
+class WarmupCosine(ProgressSchedule):
+    """Linear warm-up, then a cosine decay to `min_factor`, over the whole run or in every round.
+
+    It follows the run's progress instead of counting steps, because a round's number of pairs is known only after the
+    round is prepared. The span is divided into equal slices, one an update, and an update has the rate at the middle of
+    its slice: the first update is not wasted on a rate of 0.
+
+    Args:
+        optimizer: The optimizer.
+        warmup: Share of the span that warms up, from 0 (none) to below 1.
+        min_factor: The rate at the end, as a share of the peak rate.
+        span: `run` for one warm-up and one cosine over all rounds, `round` for one in every round.
+    """
+
+    def decay(self, progress: float) -> float:
+        return 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class WarmupLinear(ProgressSchedule):
+    """Linear warm-up, then a linear decay to `min_factor`, over the whole run or in every round.
+
+    It follows the run's progress as `WarmupCosine` does: an update has the rate at the middle of its slice of the span.
+
+    Args:
+        optimizer: The optimizer.
+        warmup: Share of the span that warms up, from 0 (none) to below 1.
+        min_factor: The rate at the end, as a share of the peak rate.
+        span: `run` for one warm-up and one decay over all rounds, `round` for one in every round.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        warmup: float = 0.0,
+        min_factor: float = 0.0,
+        span: Literal["run", "round"] = "run",
+    ) -> None:
+        super().__init__(optimizer, warmup, min_factor, span)
+
+    def decay(self, progress: float) -> float:
+        return 1 - progress
+
+
+def copy_state(optimizer: torch.optim.Optimizer) -> dict[Any, Any]:
+    """A copy of an optimizer's state, for `reset_state`; empty for optimizers that make it in their first step."""
+    return deepcopy(optimizer.state_dict()["state"])
+
+
+def reset_state(optimizer: torch.optim.Optimizer, state: dict[Any, Any]) -> None:
+    """Give an optimizer the state that `copy_state` has copied; hyperparameters stay."""
+    optimizer.state.clear()
+    if state:
+        groups = optimizer.state_dict()["param_groups"]
+        optimizer.load_state_dict({"state": deepcopy(state), "param_groups": groups})
 
 
 def hyperparameters(optimizer: torch.optim.Optimizer) -> list[dict[str, Any]]:

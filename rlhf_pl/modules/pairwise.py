@@ -63,6 +63,8 @@ class RebelModule(CausalLMModule):
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the model. Off unless you trust its authors.
+        reset_optimizer: Start every round with a new state of the optimizer, without the moments and the
+            number of steps of the rounds before.
     """
 
     batch_type = GroupBatch
@@ -88,6 +90,7 @@ class RebelModule(CausalLMModule):
         chat_template: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        reset_optimizer: bool = False,
     ) -> None:
         check_at_least("model", kl_coef=(kl_coef, 0))
         needs = check_needs(loss, kl_coef, self.extra_passes)
@@ -116,6 +119,7 @@ class RebelModule(CausalLMModule):
             use_liger_kernel,
             gradient_checkpointing,
             logprob_chunk_tokens,
+            reset_optimizer,
         )
         self.reference_source = (
             source if reference is None else ModelSource(reference, None, None, trust_remote_code, "model.reference")

@@ -62,6 +62,8 @@ class PPOModule(RebelModule):
         chat_template: A Jinja file that replaces the tokenizer's chat template.
         revision: Branch, tag or commit of a Hub id.
         trust_remote_code: Run Python code that comes with the models. Off unless you trust their authors.
+        reset_optimizer: Start every round with a new state of the optimizer, for policy and critic, without the
+            moments and the number of steps of the rounds before.
     """
 
     extra_passes: ClassVar[tuple[str, ...]] = (OLD_VALUES,)
@@ -85,6 +87,7 @@ class PPOModule(RebelModule):
         chat_template: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
+        reset_optimizer: bool = False,
     ) -> None:
         super().__init__(
             policy,
@@ -103,6 +106,7 @@ class PPOModule(RebelModule):
             chat_template,
             revision,
             trust_remote_code,
+            reset_optimizer,
         )
         if OLD_VALUES not in self.needs:
             raise InputError(

@@ -18,8 +18,8 @@ from rlhf_pl.models.compute import get_compute
 from rlhf_pl.models.liger import apply_liger
 from rlhf_pl.models.lora import LoRA, add_lora
 from rlhf_pl.models.policy import DType
-from rlhf_pl.models.rendering import Renderer, SystemPrompt, reward_renderer
-from rlhf_pl.models.score_position import ScoreAt, warn_if_read_elsewhere, warn_once, write_score_at
+from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, reward_renderer
+from rlhf_pl.models.score_position import ScoreAt, warn_if_read_elsewhere, warn_once, write_mean_score, write_score_at
 from rlhf_pl.models.sequence_classifier import ClassifierLM, new_classifier
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.base import TrainedModule
@@ -27,7 +27,10 @@ from rlhf_pl.modules.export import export_folder
 from rlhf_pl.modules.logging import is_update, log_update
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
 from rlhf_pl.modules.padding_token import Padding, add_embedding_rows, choose_padding, padding_in_config
+from rlhf_pl.modules.score_mean import compute_score_mean
+from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError, check_at_least
+from rlhf_pl.utils.fingerprints import rows_fingerprint
 from rlhf_pl.utils.seed import run_seed
 
 PAIR_METRICS = ("loss", "accuracy", "margin", "score_chosen", "score_rejected")
@@ -232,11 +235,26 @@ class RewardModelModule(TrainedModule):
         )
 
     @property
+    def _data(self) -> Any:
+        return getattr(self._trainer, "datamodule", None)
+
+    @property
+    def _centering_rows(self) -> list[Rendered]:
+        return getattr(self._data, "centering_rows", [])
+
+    def export_settings(self) -> dict[str, Any]:
+        """What an export depends on besides the weights."""
+        rows = self._centering_rows
+        return {"center_on": rows_fingerprint(list(row.ids) for row in rows)} if rows else {}
+
+    @property
     def export_tokenizer(self) -> Any:
         return self.padding.tokenizer
 
     def export(self, folder: str, dtype: str | None = None) -> None:
         """Write the reward model as a Hugging Face folder that `ClassifierReward` and plain transformers load.
+
+        With `data.center_on`, all ranks score those conversations, and the config records their mean score as `bias`.
 
         Args:
             folder: The target; made if missing.
@@ -245,6 +263,12 @@ class RewardModelModule(TrainedModule):
         assert self.classifier is not None
         model, padding = self.classifier.model, self.padding
         write_score_at(model.config, self.renderer(2**31).score_at)
+        if self._centering_rows:
+            mean = compute_score_mean(self, self._centering_rows, 2 * self._data.batch_size)
+            write_mean_score(model.config, mean)
+            if self.global_rank == 0:
+                text = f"Mean score of the {len(self._centering_rows)} conversations of `data.center_on`: {mean:.4g}"
+                console.print(text, soft_wrap=True)
         weights = add_embedding_rows(self.weights(), model, padding.new_rows)
         with padding_in_config(model.config, padding):
             write = self.global_rank == 0

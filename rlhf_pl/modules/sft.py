@@ -17,7 +17,8 @@ from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
 
 
 class SFTModule(CausalLMModule):
-    """A policy that learns to give the data's responses: cross-entropy over the assistant's tokens only.
+    """A policy that learns to give the data's responses: cross-entropy over the assistant's tokens, or those of
+    `data.loss_on`.
 
     Args:
         policy: The model to tune: a folder in Hugging Face format, or a Hub id.

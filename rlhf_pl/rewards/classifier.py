@@ -14,12 +14,20 @@ from rlhf_pl.models.load_whole import check_finite
 from rlhf_pl.models.packed_layout import Layout
 from rlhf_pl.models.pretrained_files import stored_config
 from rlhf_pl.models.rendering import Rendered, Renderer, SystemPrompt, pad_rows, reward_renderer
-from rlhf_pl.models.score_position import ScoreAt, is_read_before_padding, mean_score, warn_if_read_elsewhere
+from rlhf_pl.models.score_position import (
+    ScoreAt,
+    is_read_before_padding,
+    mean_score,
+    report_mean_score,
+    warn_if_read_elsewhere,
+    write_mean_score,
+)
 from rlhf_pl.models.sequence_classifier import ClassifierLM, load_classifier, prefix_group_inputs
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import RewardResult, Sample
 from rlhf_pl.rewards.local_model import LocalModelReward, ModelDType
 from rlhf_pl.rewards.response_groups import ResponseGroup
+from rlhf_pl.utils.errors import check_finite as check_finite_numbers
 
 
 class ClassifierReward(LocalModelReward):
@@ -50,6 +58,8 @@ class ClassifierReward(LocalModelReward):
             the template writes after the response; `before_eos`, the token before that. null for the value in the
             model's config (`score_at`, in models trained here), else `last`, with a warning if transformers' classifier
             reads elsewhere.
+        mean_score: Subtracted from every score, reward units; null for the value in the model's config (`bias`, which
+            `data.center_on` of the reward model's training writes), else 0.
     """
 
     def __init__(
@@ -69,7 +79,9 @@ class ClassifierReward(LocalModelReward):
         revision: str | None = None,
         trust_remote_code: bool = False,
         score_at: ScoreAt | None = None,
+        mean_score: float | None = None,
     ) -> None:
+        check_finite_numbers("rollout.reward", mean_score=mean_score)
         weights = ModelSource(model, revision, chat_template, trust_remote_code, "rollout.reward.model")
         source = weights
         if base is not None:
@@ -87,6 +99,7 @@ class ClassifierReward(LocalModelReward):
             use_liger_kernel=use_liger_kernel,
         )
         self.base, self.pair_encoding, self._score_at = base, pair_encoding, score_at
+        self._given_mean = mean_score
 
     def fingerprint(self) -> str:
         return super().fingerprint() + self._scoring_suffix
@@ -100,6 +113,9 @@ class ClassifierReward(LocalModelReward):
 
     @cached_property
     def _mean(self) -> float:
+        """The mean score that is subtracted."""
+        if self._given_mean is not None:
+            return self._given_mean
         return mean_score(stored_config(self.weights), self.model) or mean_score(self.source.config, self.base or "")
 
     def make_renderer(self, max_tokens: int) -> Renderer:
@@ -109,7 +125,7 @@ class ClassifierReward(LocalModelReward):
 
     def check(self, samples: Sequence[Sample]) -> None:
         check_classifier(self.source, self.weights)
-        _ = self._mean
+        report_mean_score(self._mean, self.weights.path)
         if self._score_at is None:
             warn_if_read_elsewhere(self.renderer(), self.source)
         self._rows(samples)
@@ -131,6 +147,7 @@ class ClassifierReward(LocalModelReward):
         torch_dtype = None if dtype is None else getattr(torch, dtype)
         model = load_classifier(self.source, self.weights, torch_dtype, self.attn_implementation)
         check_finite(model, self.weights)
+        write_mean_score(model.config, self._mean)
         compute = Compute(device)
         apply_liger(model, compute, self.use_liger_kernel, self.source.option)
         return ClassifierLM(model, compute)

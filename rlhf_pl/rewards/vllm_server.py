@@ -7,12 +7,13 @@ from typing import Any, Literal
 from rlhf_pl.models.pretrained_files import stored_config
 from rlhf_pl.models.rendering import Renderer, SystemPrompt, reward_renderer
 from rlhf_pl.models.rotary import longrope_scales, thresholds
-from rlhf_pl.models.score_position import ScoreAt, mean_score, warn_if_read_elsewhere
+from rlhf_pl.models.score_position import ScoreAt, mean_score, report_mean_score, warn_if_read_elsewhere
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.rewards.base import Failure, RewardResult, Sample
 from rlhf_pl.rewards.exposed_servers import warn_about_open_servers
 from rlhf_pl.rewards.remote import InvalidReplyError, RemoteReward, Service, parse_number
 from rlhf_pl.utils.errors import InputError
+from rlhf_pl.utils.errors import check_finite as check_finite_numbers
 from rlhf_pl.utils.fingerprints import describe
 
 
@@ -41,6 +42,8 @@ class VLLMServerReward(RemoteReward):
             the template writes after the response; `before_eos`, the token before that. vLLM reads the last token of
             a request, so later tokens are not sent. null for the value in the config beside the tokenizer
             (`score_at`, in models trained here), else `last`, with a warning if transformers reads elsewhere.
+        mean_score: Subtracted from every score, reward units; null for the value in the config beside the tokenizer
+            (`bias`, which `data.center_on` of the reward model's training writes), else 0.
     """
 
     def __init__(
@@ -58,7 +61,9 @@ class VLLMServerReward(RemoteReward):
         api_key_env: str | None = None,
         chat_template: str | None = None,
         score_at: ScoreAt | None = None,
+        mean_score: float | None = None,
     ) -> None:
+        check_finite_numbers("rollout.reward", mean_score=mean_score)
         if max_tokens < 2:
             raise InputError(f"`rollout.reward.max_tokens` must be 2 or more, got {max_tokens}.")
         self.url, self.model, self.endpoint = url, model or tokenizer, endpoint
@@ -66,7 +71,7 @@ class VLLMServerReward(RemoteReward):
         self._source = ModelSource(tokenizer, None, chat_template, False, "rollout.reward.tokenizer")
         address = f"{url.rstrip('/')}/{endpoint}"
         self._service = Service(address, timeout_s, retries, backoff_s, concurrency, api_key_env)
-        self._score_at = score_at
+        self._score_at, self._given_mean = score_at, mean_score
         self._renderer: Renderer | None = None
 
     @property
@@ -85,13 +90,15 @@ class VLLMServerReward(RemoteReward):
 
     @cached_property
     def _mean(self) -> float:
-        """The mean score in the model's config, which the server does not subtract."""
+        """The mean score, which the server does not subtract."""
+        if self._given_mean is not None:
+            return self._given_mean
         return mean_score(stored_config(self._source), self._source.path)
 
     def check(self, samples: Sequence[Sample]) -> None:
         super().check(samples)
         warn_about_open_servers([self.url])
-        _ = self._mean
+        report_mean_score(self._mean, self._source.path)
         if self._score_at is None:
             warn_if_read_elsewhere(self.renderer(), self._source)
         self._check_rotary()

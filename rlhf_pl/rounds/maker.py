@@ -142,7 +142,7 @@ class RoundMaker:
         if self._is_missing(stored, "pairs"):
             limit = self.data.max_val_pairs if stored.is_held_out else None
             selector, shaping = pair_selector(self.module, self.options), self.options.shaping
-            drop_equal = drops_equal_groups(self.options) and not stored.is_held_out
+            drop_equal = drops_equal_groups(self.module, self.options) and not stored.is_held_out
             how = (
                 selector,
                 self.data.seed,
@@ -151,6 +151,7 @@ class RoundMaker:
                 *self.ties(stored),
                 drop_equal,
                 self.module.loss.needs_responses,
+                self.options.drop_truncated,
             )
             while self._adds_prompts(stored, lambda: count_usable(stored, *how)):
                 self._sample_and_score(stored, policy)

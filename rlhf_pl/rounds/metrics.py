@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -182,15 +182,18 @@ def sync_metrics(store: RoundStore, index: int) -> dict[str, float]:
     return {**store.held_out(index).manifest.get("sync", {}), **store.round(index).manifest.get("sync", {})}
 
 
-def training_metrics(stored: Round, passes: int) -> dict[str, float]:
+def training_metrics(stored: Round, passes: Callable[[int], float]) -> dict[str, float]:
     """Metrics of a round whose training is complete.
 
     Args:
         stored: The round.
-        passes: How many times the training went over its pairs.
+        passes: Number of prompts with pairs, or of groups -> how many times the training went over them.
     """
     training = stored.info("training")
-    pairs = passes * stored.info("pairs")["pairs"] if stored.is_complete("pairs") else 0
+    pairs = 0.0
+    if stored.is_complete("pairs"):
+        selected = stored.info("pairs")
+        pairs = passes(selected.get("groups", selected["pairs"])) * selected["pairs"]
     return {
         "time/train_s": training["seconds"],
         **({"train/pairs_per_s": pairs / training["seconds"]} if training["seconds"] else {}),  # 0: not known

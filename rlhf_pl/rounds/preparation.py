@@ -35,7 +35,7 @@ class RoundPreparation:
         self._ready_store()
         maker, data, trainer = self.maker, self.data, self.trainer
         if index > 0 and data.store.round(index - 1).is_complete("training"):  # an earlier process may have done it
-            expose_metrics(trainer, training_metrics(data.store.round(index - 1), data.passes))
+            expose_metrics(trainer, training_metrics(data.store.round(index - 1), data.passes_over))
         if is_inside_round(trainer):  # resumed: the policy is no longer the one that generated the round
             if not is_at_round_end(trainer):
                 maker.stamps.check_inside(index)

@@ -28,10 +28,10 @@ def check_refill(module: PolicyModule, data: RoundDataModule, options: RoundOpti
             f"{'null' if per_round is None else per_round}: every round samples all {total} training prompts, so none "
             "is left to refill it from. Lower `data.prompts_per_round`, or leave `rollout.refill` out."
         )
-    if not module.loss.uses_pairs and "rewards" not in module.needs:
+    if not module.loss.uses_pairs and "rewards" not in module.needs and not options.drop_truncated:
         raise InputError(
             f"`rollout.refill` is {options.refill}, but `model.loss` {type(module.loss).__name__} reads no rewards, so "
-            "prompts without a difference in reward are of use to it. Leave it out."
+            "prompts without a difference in reward are of use to it. Leave it out, or set `rollout.drop_truncated`."
         )
 
 

@@ -34,6 +34,7 @@ class RoundOptions:
     old_logps: Literal["policy", "sampler"] = "policy"
     stream_shards: bool = False
     refill: int = 0
+    drop_truncated: bool = False
     store_token_logps: bool = False
     from_other_run: bool = False  # responses and rewards of the rounds come from another run
 
@@ -53,7 +54,11 @@ def downstream_settings(
     """Settings of all stages after `responses`; they are known before any weights load."""
     return {
         "rewards": {"reward": "those of the other run"} if options.from_other_run else _scoring_settings(options, data),
-        "pairs": {**_selection_settings(module, options), **_shaping_settings(options.shaping)},
+        "pairs": {
+            **_selection_settings(module, options),
+            **_shaping_settings(options.shaping),
+            **({"drop_truncated": True} if options.drop_truncated else {}),
+        },
         "logps": {
             "reference": module.reference_source.path if "reference_logps" in module.needs else None,
             **({} if options.old_logps == "policy" else {"old": options.old_logps}),
@@ -64,6 +69,7 @@ def downstream_settings(
             **module.training_settings(),
             "pairs_per_update": data.pairs_per_update(trainer),
             **({} if data.passes == 1 else {"passes": data.passes}),
+            **({} if data.updates_per_round is None else {"updates_per_round": data.updates_per_round}),
             "precision": str(trainer.precision),
             "gradient_clip_val": trainer.gradient_clip_val,
         },
@@ -123,10 +129,10 @@ def check_responses(module: PolicyModule, options: RoundOptions) -> None:
             f"`rollout.sampling.num_responses` must be 2 or more: {options.reward.name} compares the responses to a "
             "prompt with each other."
         )
-    if options.refill and least < 2:
+    if options.refill and least < 2 and not options.drop_truncated:
         raise InputError(
             f"`rollout.refill` is {options.refill}, but `model.loss` {loss} does not compare the responses to a prompt "
-            "with each other, so no prompt lacks anything. Leave it out."
+            "with each other, so no prompt lacks anything. Leave it out, or set `rollout.drop_truncated`."
         )
 
 
@@ -136,6 +142,13 @@ def check_shaping(module: PolicyModule, options: RoundOptions) -> None:
     Raises:
         InputError: `rollout.shaping` would have no effect.
     """
+    if options.drop_truncated and (
+        options.shaping.missing_eos_penalty or options.shaping.missing_eos_reward is not None
+    ):
+        raise InputError(
+            "`rollout.drop_truncated` is true, so no truncated response is trained on, and `missing_eos_penalty` and "
+            "`missing_eos_reward` of `rollout.shaping` would have no effect. Leave them out."
+        )
     if module.loss.uses_pairs:
         return
     loss, shaping = type(module.loss).__name__, options.shaping
@@ -153,15 +166,16 @@ def check_shaping(module: PolicyModule, options: RoundOptions) -> None:
         )
 
 
-def drops_equal_groups(options: RoundOptions) -> bool:
+def drops_equal_groups(module: PolicyModule, options: RoundOptions) -> bool:
     """Whether rounds without pairs leave out prompts whose shaped rewards are all equal: others take their place."""
-    return options.refill > 0
+    compares = module.loss.needs_responses > 1 and "rewards" in module.needs
+    return options.refill > 0 and compares
 
 
 def _selection_settings(module: PolicyModule, options: RoundOptions) -> dict[str, Any]:
     selector = pair_selector(module, options)
     if selector is None:
-        which = " of prompts with a difference in reward" if drops_equal_groups(options) else ""
+        which = " of prompts with a difference in reward" if drops_equal_groups(module, options) else ""
         return {"groups": f"all scored responses{which}"}
     without_ties = selector.gives_ties and not module.loss.uses_ties
     return {"selector": describe(selector), **({"ties": False} if without_ties else {})}

@@ -168,9 +168,17 @@ def check_stored_logps(
         return
     given = read_given(source)
     try:
-        selector, drop_equal = pair_selector(module, options), drops_equal_groups(options)
+        selector, drop_equal = pair_selector(module, options), drops_equal_groups(module, options)
         table, _ = make_selection(
-            source.stored, selector, run_seed, None, options.shaping, *ties, drop_equal, module.loss.needs_responses
+            source.stored,
+            selector,
+            run_seed,
+            None,
+            options.shaping,
+            *ties,
+            drop_equal,
+            module.loss.needs_responses,
+            options.drop_truncated,
         )
     except DamagedStoreError as error:
         raise as_foreign(error) from error

@@ -89,3 +89,22 @@ def test_a_truncated_update_is_the_mean_over_its_remaining_pairs() -> None:
     batches.limit = 3
     assert [(len(pairs), *weights) for pairs, weights in batches] == [(2, 1.0), (2, 1.0), (2, 2.0)]
     assert len(batches.steps()) == 4  # `steps` is not limited
+
+
+@pytest.mark.parametrize("world_size", [1, 3])
+@pytest.mark.parametrize(("pairs", "updates"), [(50, 7), (50, 1), (5, 4), (12, 1), (13, 9)])
+def test_fixed_updates_use_pairs_evenly_and_never_twice_in_an_update(pairs: int, updates: int, world_size: int) -> None:
+    plan = UpdatePlan(pairs, batch_size=2, accumulate=2, world_size=world_size, fixed_updates=updates)
+    sampler = MicroBatchSampler(plan, "x")
+    order, size = sampler._order(), min(pairs, 4 * world_size)
+    assert plan.updates == updates == len(sampler._updates)
+    assert len(order) == updates * size
+    assert all(len(set(order[i : i + size])) == size for i in range(0, len(order), size))
+    uses = [order.count(pair) for pair in range(pairs)]
+    assert max(uses) - min(uses) <= 1
+    steps = [i for step in sampler.all_steps() for part in step for i in part]
+    assert set(steps) == set(range(pairs))  # also those without an update, whose log-probs a round's loss may need
+
+
+def test_a_round_without_pairs_has_no_update() -> None:
+    assert UpdatePlan(0, batch_size=2, fixed_updates=468).updates == 0

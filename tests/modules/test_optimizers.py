@@ -3,7 +3,16 @@ import math
 import pytest
 import torch
 
-from rlhf_pl.modules.optimizers import AdamW, WarmupCosine, add_empty_state, hyperparameters, restore_hyperparameters
+from rlhf_pl.modules.optimizers import (
+    AdamW,
+    WarmupCosine,
+    WarmupLinear,
+    add_empty_state,
+    copy_state,
+    hyperparameters,
+    reset_state,
+    restore_hyperparameters,
+)
 from rlhf_pl.utils.errors import InputError
 
 
@@ -104,3 +113,35 @@ def test_an_empty_state_is_that_before_the_first_step() -> None:
         ends.append(torch.stack([early, late]).detach())
         assert [group["lr"] for group in optimizer.param_groups] == [0.1, 0.2]
     assert torch.equal(*ends)
+
+
+@pytest.mark.parametrize("make", [AdamW, torch.optim.Adagrad])  # Adagrad makes its state before its first step
+def test_a_reset_optimizer_steps_as_a_new_one(make: type[torch.optim.Optimizer]) -> None:
+    torch.manual_seed(0)
+    gradients = torch.randn(3, 20)
+    weight = torch.nn.Parameter(torch.zeros(20))
+    optimizer = make([weight], lr=0.1)  # type: ignore[call-arg]
+    initial = copy_state(optimizer)
+    for gradient in gradients[:2]:
+        weight.grad = gradient.clone()
+        optimizer.step()
+    with torch.no_grad():
+        weight.zero_()
+    weight.grad = gradients[2].clone()
+    reset_state(optimizer, initial)
+    optimizer.step()
+    other = torch.nn.Parameter(torch.zeros(20))
+    fresh = make([other], lr=0.1)  # type: ignore[call-arg]
+    other.grad = gradients[2].clone()
+    fresh.step()
+    assert torch.equal(weight, other)
+
+
+def test_warmup_linear_falls_in_a_line_to_its_end() -> None:
+    """A warm-up over a fifth, then from 1 to `min_factor`: in the middle of the decay, half of the way."""
+    linear = WarmupLinear(AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0), warmup=0.2, min_factor=0.1)
+    assert [linear.factor(p) for p in (0.1, 0.2, 0.6, 1.0)] == pytest.approx([0.5, 1.0, 0.55, 0.1])
+    plain = WarmupLinear(AdamW([torch.nn.Parameter(torch.zeros(1))], lr=2.0))
+    plain.follow(lambda: (0.25, 0.9))
+    plain.refresh()
+    assert plain.optimizer.param_groups[0]["lr"] == pytest.approx(1.5)

@@ -37,6 +37,18 @@ def test_only_responses_are_learned_with_their_eos(every: bool, learned: list[st
     assert tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m]) == "".join(learned)
 
 
+@pytest.mark.parametrize("untrained", [[], [1], [2], [0, 3]])
+def test_whole_conversations_are_learned_except_messages_of_weight_0(untrained: list[int]) -> None:
+    tokenizer = make_tokenizer()
+    talk = [{**m, "weight": 0} if i in untrained else m for i, m in enumerate(TALK)]
+    ids, mask = encode_conversation(tokenizer, talk, [1, 2], whole=True)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
+    learned = tokenizer.decode([i for i, m in zip(ids, mask, strict=True) if m])
+    for number, message in enumerate(TALK):
+        assert (message["content"] in learned) == (number not in untrained)
+    assert all(mask) == (not untrained)
+
+
 def test_templates_that_rewrite_earlier_turns_or_write_no_eos_are_refused() -> None:
     tokenizer = make_tokenizer()
     tokenizer.chat_template = (

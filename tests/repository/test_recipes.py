@@ -37,6 +37,8 @@ ROUND = [
     "--rollout.sampling.max_response_tokens",
     "8",
 ]
+# random models never sample an EOS
+FEW_UPDATES = ["--rollout.drop_truncated", "false", "--data.updates_per_round", "3"]
 ONE_CPU = ["--trainer.devices", "1", "--trainer.accelerator", "cpu", "--trainer.strategy", "auto"]
 
 
@@ -90,6 +92,7 @@ def test_ultrafeedback_llama3_armo(armorm: Path, files: dict[str, Path], tmp_pat
             "--rollout.reward.init_args.model",
             armorm,
             *ROUND,
+            *FEW_UPDATES,
         ),
     )
     manifest = RoundStore(tmp_path / "run").round(0).manifest
@@ -104,6 +107,7 @@ def test_ultrafeedback_llama3_armo(armorm: Path, files: dict[str, Path], tmp_pat
     assert len(manifest["stages"]["rewards"]["components"]) == 19
     training = manifest["settings"]["training"]
     assert training["pairs_per_update"] * 8 == 128
+    assert training["optimizer_state"] == "new in every round"
     assert training["optimizer"]["betas"] == [0.9, 0.95]
     assert (training["optimizer"]["lr"], training["optimizer"]["weight_decay"]) == (3e-7, 1e-6)
     assert "eta=1000000.0" in training["loss"]
@@ -123,7 +127,7 @@ def test_four_nodes(armorm: Path, files: dict[str, Path], tmp_path: Path) -> Non
         "configs/scaling/llama3-8b-4-nodes.yaml",
         tmp_path / "run",
         *("--trainer.num_nodes", 1, "--model.policy", save_lm("llama", tmp_path / "policy")),
-        *("--data.prompts", files["prompts"], "--rollout.reward.init_args.model", armorm, *ROUND),
+        *("--data.prompts", files["prompts"], "--rollout.reward.init_args.model", armorm, *ROUND, *FEW_UPDATES),
     )
     assert RoundStore(tmp_path / "run").round(0).is_complete("training")
 
@@ -136,6 +140,7 @@ def tldr_stages(files: dict[str, Path], tmp_path_factory: pytest.TempPathFactory
     sft = ("--model.policy", policy, "--data.conversations", files["tldr"])
     run("configs/recipes/tldr-pythia-1-sft.yaml", folder / "sft", *sft)
     comparisons = ("--model.backbone", folder / "sft" / "model", "--data.preferences", files["preferences"])
+    comparisons += ("--data.center_on", files["tldr"])
     run("configs/recipes/tldr-pythia-2-reward.yaml", folder / "rm", *comparisons)
     return folder / "sft" / "model", folder / "rm" / "model"
 
@@ -156,6 +161,98 @@ def test_tldr_pythia_in_three_stages(files: dict[str, Path], tldr_stages: tuple[
     both_truncated = sum(not any(flags) for flags in finished.values())  # both rewards are -1 then
     assert both_truncated > 0
     assert stored.info("pairs")["dropped"]["no_reward_difference"] >= both_truncated
+
+
+def test_the_reward_model_is_centred_on_the_sft_data(
+    files: dict[str, Path], tldr_stages: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its config has the mean score of these data as `bias`, so that their rewards have the mean 0."""
+    assert json.loads((tldr_stages[1] / "config.json").read_text())["bias"] != 0
+    score = ["score", "--reward", "ClassifierReward", "--reward.model", str(tldr_stages[1])]
+    means = {}
+    for name, option in (("centred", "null"), ("raw", "0.0")):
+        output = tmp_path / f"{name}.jsonl"
+        assert main([*score, "--reward.mean_score", option, "--data", str(files["tldr"]), "--output", str(output)]) == 0
+        rewards = [json.loads(line)["reward"] for line in output.read_text().splitlines()]
+        means[name] = sum(rewards) / len(rewards)
+    bias = json.loads((tldr_stages[1] / "config.json").read_text())["bias"]
+    assert means["raw"] == pytest.approx(bias, abs=1e-2)  # trained in half precision, scored in that of the export
+    assert means["centred"] == pytest.approx(means["raw"] - bias, abs=1e-5)
+
+
+def test_tldr_rebel_with_adapters(files: dict[str, Path], tldr_stages: tuple[Path, Path], tmp_path: Path) -> None:
+    policy, reward_model = tldr_stages
+    run(
+        "configs/recipes/tldr-pythia-3-rebel-lora.yaml",
+        tmp_path,
+        *("--model.policy", policy, "--rollout.reward.init_args.model", reward_model, "--data.prompts"),
+        *(files["prompts"], *ROUND, "--trainer.accumulate_grad_batches", 1),
+    )
+    assert "'rank': 1024" in str(RoundStore(tmp_path).round(0).manifest["settings"]["training"]["lora"])
+
+
+def test_ultrafeedback_llama3_fsfairx(files: dict[str, Path], tmp_path: Path) -> None:
+    run(
+        "configs/recipes/ultrafeedback-llama3-fsfairx.yaml",
+        tmp_path / "run",
+        *("--model.policy", save_lm("llama", tmp_path / "policy"), "--data.prompts", files["prompts"], *ROUND),
+        *("--data.columns.prompt", "prompt", "--trainer.accumulate_grad_batches", 1),
+        *("--rollout.reward.init_args.model", save_reward_model(tmp_path / "rm")),
+    )
+    assert RoundStore(tmp_path / "run").round(0).is_complete("training")
+
+
+def published_rows(tokenizer: Any, count: int) -> list[dict[str, Any]]:
+    """Rows in the columns of the published rounds: prompts are padded on the left, responses on the right."""
+    pad, eos = len(tokenizer), tokenizer.eos_token_id
+    rows = []
+    for i in range(count):
+        texts = [f"it is {i} or {j}" for j in range(5)]
+        user = [{"role": "user", "content": f"Say {i}"}]
+        text = tokenizer.apply_chat_template(user, add_generation_prompt=True, tokenize=False)
+        prompt = tokenizer(text, add_special_tokens=False)["input_ids"]
+        chosen, reject = ([*tokenizer(t, add_special_tokens=False)["input_ids"], eos] for t in (texts[1], texts[3]))
+        rows.append(
+            {
+                "prompt_id": f"id-{i}",
+                "prompt": f"Say {i}",
+                **{f"response_{j}": response for j, response in enumerate(texts)},
+                **{f"response_{j}_reward": 0.1 + 0.01 * (j == 1) - 0.01 * (j == 3) for j in range(5)},
+                **{"chosen": texts[1], "chosen_reward": 0.11, "reject": texts[3], "reject_reward": 0.09},
+                "llama_prompt_tokens": [pad] * (64 - len(prompt)) + prompt,
+                "llama_chosen_tokens": chosen + [pad] * (48 - len(chosen)),
+                "llama_reject_tokens": reject + [(pad, eos)[i % 2]] * (48 - len(reject)),
+                **{"chosen_logprob": -20.0 - i, "reject_logprob": -21.0 - i},
+            }
+        )
+    return rows
+
+
+def test_ultrafeedback_llama3_armo_published(tmp_path: Path) -> None:
+    """Pairs in the published columns train as they are: 5 updates of 8 of 12 pairs are 3.3 passes."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    policy = save_lm("llama", tmp_path / "policy")
+    rows = published_rows(make_tokenizer(), 15)
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "round.parquet")
+    run(
+        "configs/recipes/ultrafeedback-llama3-armo-published.yaml",
+        tmp_path / "run",
+        *("--model.policy", policy, "--data.pairs", tmp_path / "round.parquet", "--data.val_pairs", 3),
+        *("--data.updates_per_round", 5, "--trainer.accumulate_grad_batches", 8),
+    )
+    stored = RoundStore(tmp_path / "run").round(0)
+    lengths = {len(row["response_tokens"]) for row in stored.read("responses").to_pylist()}
+    assert max(lengths) < 48
+    tokens = stored.read("responses")["response_tokens"].to_pylist()
+    assert all(ids[-1] in (1, 2) and ids.count(ids[-1]) == 1 for ids in tokens)
+    logps = dict(
+        zip(stored.read("logps")["prompt_id"].to_pylist(), stored.read("logps")["old_logp"].to_pylist(), strict=True)
+    )
+    assert all(value == -21.0 - int(name.removeprefix("id-")) for name, value in logps.items())
+    checkpoint = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt", weights_only=False)
+    assert checkpoint["global_step"] == 5
 
 
 def tldr_ppo(run_dir: Path, stages: tuple[Path, Path], files: dict[str, Path], *arguments: Any) -> None:

@@ -160,11 +160,16 @@ def test_a_change_after_the_fact_samples_no_further_prompts(
     assert fit("changed", rollout__refill=1) == 1  # refused: it determines what is sampled
 
 
-def store_rewards(stored: Round, rewards: dict[str, list[float | None]], shard: int = 0) -> None:
-    """Write responses of different tokens, and their rewards, as a shard."""
+def store_rewards(
+    stored: Round, rewards: dict[str, list[float | None]], shard: int = 0, truncated: tuple[tuple[str, int], ...] = ()
+) -> None:
+    """Write responses of different tokens, and their rewards, as a shard; those of `truncated` are not finished."""
     rows = [(prompt_id, i, reward) for prompt_id, group in rewards.items() for i, reward in enumerate(group)]
     columns = {"prompt_id": [r[0] for r in rows], "response_index": [r[1] for r in rows]}
-    responses = columns | {"response_tokens": [[i] for _, i, _ in rows], "finished": [True] * len(rows)}
+    responses = columns | {
+        "response_tokens": [[i] for _, i, _ in rows],
+        "finished": [r[:2] not in truncated for r in rows],
+    }
     empty = {name: [None] * len(rows) for name in RESPONSES.names if name not in responses}
     stored.write_shard("responses", shard, pa.table(responses | empty, schema=RESPONSES))
     scores = pa.array([r[2] for r in rows], pa.float64())
@@ -182,6 +187,26 @@ def test_usable_prompts_are_counted_by_the_shaped_rewards_of_all_waves(tmp_path:
     select(stored, *how)
     assert unique_prompts(stored, "pairs") == ["d"]
     assert stored.info("pairs")["dropped"] == {"no_reward_difference": 2, "same_answer": 0, "not_scored": 1}
+
+
+@pytest.mark.parametrize("selector", [BestWorst(), None])
+def test_prompts_with_a_truncated_response_are_dropped_before_shaping(
+    tmp_path: Path, selector: BestWorst | None
+) -> None:
+    """One of `a` is truncated, and one of `c` that has no reward; `b` and `d` alone give the round's mean, 1."""
+    stored = Round(tmp_path / "rounds" / "0000")
+    rewards = {"a": [0.0, 9.0], "b": [0.0, 2.0], "c": [1.0, 5.0, None], "d": [1.0, 1.0]}
+    store_rewards(stored, rewards, truncated=(("a", 0), ("c", 2)))
+    how = (selector, 1, None, RewardShaping(normalize="round"), False, True, True, 2)
+    assert (count_usable(stored, *how), count_usable(stored, *how, True)) == (3, 1)
+    select(stored, *how, True)
+    assert unique_prompts(stored, "pairs") == ["b"]
+    info = stored.info("pairs")
+    assert (info["prompts"], info["penalties"]["round_mean"]) == (4, 1.0)
+    assert {reason: count for reason, count in info["dropped"].items() if count} == {
+        "no_reward_difference": 1,
+        "truncated_response": 2,
+    }
 
 
 def test_groups_without_a_difference_are_left_out(tmp_path: Path) -> None:
@@ -268,7 +293,7 @@ def test_refill_without_an_effect_is_refused(
     data, off, on = (
         make_data(tmp_path, per_round or 0, 10),
         SimpleNamespace(refill=0),
-        SimpleNamespace(refill=1, from_other_run=False),
+        SimpleNamespace(refill=1, from_other_run=False, drop_truncated=False),
     )
     data.prompts_per_round = per_round
     check_refill(module, data, off)  # type: ignore[arg-type]

@@ -30,6 +30,7 @@ class _Group:
     lengths: list[int]
     finished: list[bool]
     digests: list[bytes]
+    truncated: bool = False  # whether any of its responses is, also of those without a score
 
 
 def select(
@@ -42,6 +43,7 @@ def select(
     uses_ties: bool = True,
     drop_equal: bool = False,
     least: int = 2,
+    drop_truncated: bool = False,
 ) -> None:
     """Select pairs or groups to train on, and count the prompts without any, by reason.
 
@@ -57,11 +59,13 @@ def select(
         uses_ties: Whether the loss can use pairs with equal rewards.
         drop_equal: Drop whole groups whose shaped rewards are all equal.
         least: Number of scored responses that a prompt needs.
+        drop_truncated: Drop prompts with a truncated response, before rewards are shaped.
 
     Raises:
         InputError: The selector returned something else than pairs of a prompt's responses.
     """
-    table, info = make_selection(stored, selector, run_seed, limit, shaping, keep_ties, uses_ties, drop_equal, least)
+    how = (selector, run_seed, limit, shaping, keep_ties, uses_ties, drop_equal, least, drop_truncated)
+    table, info = make_selection(stored, *how)
     stored.write_shard("pairs", 0, table)
     stored.complete("pairs", **info)
 
@@ -81,9 +85,11 @@ def make_selection(
     uses_ties: bool,
     drop_equal: bool,
     least: int = 2,
+    drop_truncated: bool = False,
 ) -> tuple[pa.Table, dict[str, Any]]:
     """The table that `select` writes with the same arguments, and its counts; writes nothing."""
-    groups = _scored_groups(stored)
+    sampled = _scored_groups(stored)
+    groups = [group for group in sampled if not (drop_truncated and group.truncated)]
     rewards, lengths, finished = (
         [getattr(group, name) for group in groups] for name in ("rewards", "lengths", "finished")
     )
@@ -92,6 +98,8 @@ def make_selection(
         group.rewards = group_rewards
     usable = [group for group in groups if len(group.indices) >= least]
     dropped = {"no_reward_difference": 0, "same_answer": 0, "not_scored": len(groups) - len(usable)}
+    if drop_truncated:
+        dropped["truncated_response"] = len(sampled) - len(groups)
     if selector is None:
         different = [group for group in usable if not drop_equal or len(set(group.rewards)) > 1]
         dropped["no_reward_difference"] = len(usable) - len(different)
@@ -107,7 +115,7 @@ def make_selection(
         if keep_ties:
             counts["kept_ties"] = pc.sum(pc.equal(table["chosen_reward"], table["rejected_reward"])).as_py() or 0
     return table, {
-        "prompts": len(groups),
+        "prompts": len(sampled),
         **counts,
         "dropped": dropped,
         "selector": None if selector is None else type(selector).__name__,
@@ -206,6 +214,7 @@ def _scored_groups(stored: Round) -> list[_Group]:
         rows = zip(*columns, lengths, _digests(tokens), rewards[start : start + len(table)], strict=True)
         for prompt_id, index, finished, length, digest, reward in rows:
             group = groups.setdefault(prompt_id, _Group(prompt_id, [], [], [], [], []))
+            group.truncated |= not finished
             if reward is not None:
                 group.indices.append(index)
                 group.rewards.append(reward)
