@@ -12,11 +12,16 @@ from rlhf_pl.utils.errors import InputError
 
 
 def check_monitors(
-    trainer: L.Trainer, module: L.LightningModule, validates: bool, others: Sequence[str], missing_hint: str
+    trainer: L.Trainer,
+    module: L.LightningModule,
+    validates: bool,
+    others: Sequence[str],
+    missing_hint: str,
+    absent: Sequence[str] = (),
 ) -> None:
     """Refuse a monitored metric that the run will not have.
 
-    Nothing is refused where the module or a callback is a user's class, since it may log anything.
+    Where the module or a callback is a user's class, which may log anything, only `absent` metrics are refused.
 
     Args:
         trainer: The run's Trainer, with its callbacks.
@@ -24,18 +29,22 @@ def check_monitors(
         validates: Whether the run has held-out rows to validate on, which give `val_metrics`.
         others: Metrics that do not come from the module; a name that ends in a slash is a prefix.
         missing_hint: What to set to get metrics of held-out data.
+        absent: Metrics of this package that the run will not have, whatever users' classes log.
 
     Raises:
         InputError: A metric is unknown; names the callback, the metric and the available metrics.
     """
     everything: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
-    if not isinstance(module, TrainedModule) or not all(_is_known(part) for part in (module, *everything)):
+    if not isinstance(module, TrainedModule):
         return
+    may_log_anything = not all(_is_known(part) for part in (module, *everything))
     known = [*module.train_metrics, *(module.val_metrics if validates else ()), *others]
     if any(isinstance(callback, LearningRateMonitor) for callback in everything):
         known.append("lr-")
     for owner, name, own in _monitored(module, everything):
         if name in (*known, *own) or any(name.startswith(start) for start in known if start[-1] in "/-"):
+            continue
+        if may_log_anything and name not in absent:
             continue
         hint = f" {missing_hint}" if name.startswith("val/") and missing_hint else ""
         similar = get_close_matches(name, known, 3, 0.5)

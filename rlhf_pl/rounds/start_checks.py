@@ -14,7 +14,7 @@ from rlhf_pl.rewards import Sample
 from rlhf_pl.rewards.guard import try_reward
 from rlhf_pl.rollout import Sampler
 from rlhf_pl.rounds.logps_origins import check_sampler_logps
-from rlhf_pl.rounds.metrics import metric_names
+from rlhf_pl.rounds.metrics import HELD_OUT, metric_names
 from rlhf_pl.rounds.settings import RoundOptions
 from rlhf_pl.utils.errors import InputError
 
@@ -38,7 +38,8 @@ def check_round_monitors(
     measured: list[str] = []
     if options is not None and is_policy_module(module):
         measured = metric_names(options, module.has_reference, bool(data.val_prompts), not module.loss.uses_pairs)
-    check_monitors(trainer, module, validates, measured, _MISSING_HINT)
+    absent = HELD_OUT if measured and not data.val_prompts else ()
+    check_monitors(trainer, module, validates, measured, _MISSING_HINT, absent)
 
 
 def check_sampling(
