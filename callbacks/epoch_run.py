@@ -4,6 +4,7 @@ from typing import Any
 
 import lightning as L
 
+from rlhf_pl.callbacks.next_steps import done_line
 from rlhf_pl.callbacks.round_checkpoint import save_resume_point
 from rlhf_pl.callbacks.run_lifecycle import RunLifecycle
 from rlhf_pl.checkpointing.progress import has_stopped_inside, rounds_done
@@ -65,9 +66,7 @@ class EpochRun(RunLifecycle):
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_fit_end(trainer, pl_module)
         if trainer.is_global_zero:
-            run_dir = trainer.default_root_dir
-            done = f"Done. The model is in {run_dir}/model; see the curves with tensorboard --logdir {run_dir}"
-            console.print(done, soft_wrap=True)
+            console.print(done_line(trainer, self), soft_wrap=True)
 
 
 def _data(trainer: L.Trainer) -> Any:

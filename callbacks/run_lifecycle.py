@@ -7,6 +7,8 @@ import lightning as L
 from rlhf_pl.checkpointing.progress import is_at_round_end, is_stopping_inside
 from rlhf_pl.data.run_limits import report_stop, restore_limits, restore_monitors, stop_at_max_steps, suspend_monitors
 from rlhf_pl.distributed.ranks import forget_ranks, ranks_of, report_failure
+from rlhf_pl.utils.console import console
+from rlhf_pl.utils.kept_files import describe_kept
 from rlhf_pl.utils.lock import RunLock
 
 
@@ -20,6 +22,7 @@ class RunLifecycle(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lock the run directory: from here on only this process writes to it."""
+        self._print_kept(trainer)
         self._lock = RunLock(trainer.default_root_dir)
         ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
 
@@ -44,6 +47,8 @@ class RunLifecycle(L.Callback):
 
     def teardown(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         self.end()
+        if stage == "fit":
+            self._print_kept(trainer)
         restore_limits(trainer)
         forget_ranks(trainer)
 
@@ -51,6 +56,11 @@ class RunLifecycle(L.Callback):
         report_failure(trainer, exception)
         self.end()
         restore_limits(trainer)
+
+    def _print_kept(self, trainer: L.Trainer) -> None:
+        """Print the size of what the run directory holds, on rank 0."""
+        if trainer.is_global_zero and (line := describe_kept(trainer.default_root_dir)):
+            console.print(line, soft_wrap=True)
 
     def end(self) -> None:
         """Release the run directory; a subclass first closes what it holds."""

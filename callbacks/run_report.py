@@ -1,7 +1,6 @@
 """A run's report at the terminal: a line a round; at the end a table, responses before and after, and next steps."""
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -12,20 +11,27 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pl.callbacks.degeneration_guard import DegenerationGuard
+from rlhf_pl.callbacks.next_steps import next_steps
+from rlhf_pl.callbacks.round_refresh import RoundRefresh
 from rlhf_pl.checkpointing.progress import has_stopped_inside, rounds_done
+from rlhf_pl.data.policy_module import PolicyModule, is_policy_module
 from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.rounds.metrics import (
     KL_NOTE,
     choices,
     describe_margins,
-    first_responses,
-    held_out_metrics,
     policy_kl,
-    prompt_ids,
     training_margins,
 )
+from rlhf_pl.rounds.report.gain import describe_gain, read_gain
+from rlhf_pl.rounds.report.legend import make_legend
+from rlhf_pl.rounds.report.movement import describe_standstill, moved_in_all
+from rlhf_pl.rounds.report.numbers import decimals_for
+from rlhf_pl.rounds.report.shown import prompts_of_median_gain, typical_responses
+from rlhf_pl.rounds.report.sparse import describe_sparsity
 from rlhf_pl.store.round_store import RoundStore
-from rlhf_pl.utils.console import console, warn
+from rlhf_pl.utils.console import console, note, warn
 
 
 class RunReport(L.Callback):
@@ -37,6 +43,7 @@ class RunReport(L.Callback):
 
     def __init__(self, num_samples: int = 3) -> None:
         self.num_samples = num_samples
+        self._advised: set[str] = set()  # causes of rounds that teach little, each of them named once
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -52,11 +59,18 @@ class RunReport(L.Callback):
         )  # fmt: skip
         if data.duplicate_prompts:
             warn(f"{data.duplicate_prompts} prompts ask the same as another; they are kept.")
+        if is_policy_module(pl_module) and (legend := _legend(trainer, pl_module, data)):
+            console.print(legend, soft_wrap=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and not has_stopped_inside(trainer):
             done = rounds_done(trainer)
-            console.print(round_line(RoundStore(trainer.default_root_dir), done - 1), soft_wrap=True)
+            store = RoundStore(trainer.default_root_dir)
+            console.print(round_line(store, done - 1), soft_wrap=True)
+            for cause, text in describe_sparsity(store.round(done - 1)).items():
+                if cause not in self._advised:
+                    note(f"round {done}: {text}.")
+                    self._advised.add(cause)
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not trainer.is_global_zero:
@@ -68,10 +82,21 @@ class RunReport(L.Callback):
         console.print()
         table = rounds_table(store, rounds)
         print_uncropped(table)
-        if store.held_out(rounds).is_complete("rewards"):
+        if all(store.held_out(version).is_complete("rewards") for version in (0, rounds)):
             console.print(before_after(store, rounds, self.num_samples))
-            console.print(gain_line(store, rounds), soft_wrap=True)
-        console.print(next_steps(str(trainer.default_root_dir)), soft_wrap=True)
+            console.print(describe_gain(read_gain(store, rounds), moved_in_all(store, rounds)), soft_wrap=True)
+        if steps := next_steps(trainer, self):
+            console.print(steps, soft_wrap=True)
+
+
+def _legend(trainer: L.Trainer, module: PolicyModule, data: RoundDataModule) -> str:
+    """What the numbers of this run's rounds mean."""
+    callbacks: list[L.Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    guard = next((callback for callback in callbacks if isinstance(callback, DegenerationGuard)), None)
+    rounds = next((callback for callback in callbacks if isinstance(callback, RoundRefresh)), None)
+    options = None if rounds is None else rounds.options
+    samples = options is not None and options.val_sampling.temperature > 0 and bool(data.val_prompts)
+    return make_legend(module.loss, "old_logps" in module.needs, samples, None if guard is None else guard.max_kl)
 
 
 def print_uncropped(table: Table) -> None:
@@ -88,7 +113,7 @@ def round_line(store: RoundStore, index: int) -> str:
     responses, rewards, training = stages["responses"], stages["rewards"], stages["training"]
     count = responses["sampling"]["num_responses"]
     spread = "" if count == 1 else f" (best {rewards['best']:.3f}, worst {rewards['worst']:.3f} of {count})"
-    kl = "" if training["kl"] is None else f"KL(old||new) {training['kl']:.2f} (k1), "
+    kl = "" if training["kl"] is None else f"KL(old||new) {training['kl']:z.2f} (k1), "
     parts = [
         f"round {index + 1}: reward {rewards['mean']:.3f}{spread}",
         f"{responses['tokens_mean']:.0f} tokens, {responses['finished_share']:.0%} finished",
@@ -105,9 +130,24 @@ def round_line(store: RoundStore, index: int) -> str:
     if store.held_out(index + 1).is_complete("rewards"):
         after = store.held_out(index + 1)
         new = policy_kl(after)
-        kl_text = f", KL(new||old) {new['new_old']:.2f} ± {new['new_old_se']:.2f} (k1)" if "new_old" in new else ""
-        parts.insert(1, f"held-out reward now {after.info('rewards')['mean']:.3f}{kl_text}")
+        kl_text = f", KL(new||old) {new['new_old']:z.2f} ± {new['new_old_se']:.2f} (k1)" if "new_old" in new else ""
+        parts.insert(1, f"held-out reward {_course(store, index)}{kl_text}")
+    if standstill := describe_standstill(store, index):
+        parts.append(standstill)
     return " | ".join(parts)
+
+
+def _course(store: RoundStore, index: int) -> str:
+    """The held-out reward before and after a round, and at the start, as far as they are known."""
+    versions = [store.held_out(version) for version in (0, index, index + 1)]
+    start, before, after = (v.info("rewards") if v.is_complete("rewards") else None for v in versions)
+    assert after is not None
+    means = [stage["mean"] for stage in (start, before, after) if stage is not None]
+    differences = [abs(mean - means[0]) for mean in means[1:] if mean != means[0]]
+    digits = decimals_for(min(differences, default=0.0))
+    text = f"{after['mean']:.{digits}f}"
+    text = f"now {text}" if before is None else f"{before['mean']:.{digits}f} → {text}"
+    return text + (f" ({start['mean']:.{digits}f} at the start)" if index > 0 and start is not None else "")
 
 
 def rounds_table(store: RoundStore, rounds: int) -> Table:
@@ -160,7 +200,7 @@ def _num_responses(manifest: Mapping[str, Any]) -> int:
 
 def _number(value: float | None, digits: int, kind: str = "f") -> str:
     """A number as text; a dash for None, of a round without updates."""
-    return "-" if value is None else f"{value:.{digits}{kind}}"
+    return "-" if value is None else f"{value:z.{digits}{kind}}"
 
 
 def _held_out_mean(store: RoundStore, version: int) -> str:
@@ -168,42 +208,21 @@ def _held_out_mean(store: RoundStore, version: int) -> str:
     return f"{stored.info('rewards')['mean']:.3f}" if stored.is_complete("rewards") else "-"
 
 
-def gain_line(store: RoundStore, version: int) -> str:
-    """The held-out reward before and after, and the gain with its standard error."""
-    metrics = held_out_metrics(store, version)
-    before, after = (store.held_out(v).info("rewards")["mean"] for v in (0, version))
-    gain, error = metrics["val/reward_gain"], metrics["val/reward_gain_se"]
-    ratio = f", {gain / error:.1f} standard errors" if error > 0 else ""
-    return (
-        f"Held-out reward {before:.3f} before, {after:.3f} after: {gain:+.3f} ± {error:.3f}{ratio}. "
-        f"The new policy wins on {metrics['val/win_rate']:.0%} of the prompts."
-    )
-
-
 def before_after(store: RoundStore, version: int, count: int) -> Group:
-    """Prompts with the first responses of the starting and the current policy, side by side."""
-    known = prompt_ids(store.held_out(0))
-    shown = known[:: max(1, len(known) // max(1, count))][:count]  # spread over the data
-    before, after = (first_responses(store.held_out(v), shown) for v in (0, version))
-    panels = []
+    """Prompts of median gain with a response of the starting and of the current policy, side by side."""
+    shown = prompts_of_median_gain(store, version, count)
+    before, after = (typical_responses(store.held_out(v), shown) for v in (0, version))
+    panels: list[Any] = []
+    if shown:
+        panels.append(Text("Held-out prompts of median gain" if len(shown) == count else "Held-out prompts"))
     for prompt_id in shown:
         old, new = before[prompt_id], after[prompt_id]
+        digits = decimals_for(abs(new["mean"] - old["mean"]))
         table = Table(show_edge=False, pad_edge=False, expand=True)
-        table.add_column(f"before: reward {old['reward']:.3f}", ratio=1)
-        table.add_column(f"after: reward {new['reward']:.3f}", ratio=1)
+        for name, row in (("before", old), ("after", new)):
+            mean = f" (mean of {row['count']}: {row['mean']:.{digits}f})" if row["count"] > 1 else ""
+            table.add_column(f"{name}: reward {row['reward']:.{digits}f}{mean}", ratio=1)
         table.add_row(Text(old["response"].strip()), Text(new["response"].strip()))
         prompt = old["question"]
         panels.append(Panel(table, title=Text(prompt if len(prompt) < 90 else prompt[:89] + "…"), title_align="left"))
     return Group(*panels)
-
-
-def next_steps(run_dir: str) -> str:
-    """Commands that a user may want after a finished run."""
-    samples = f"{run_dir}/samples.html, and " if (Path(run_dir) / "samples.html").exists() else ""
-    return (
-        "\nNext:\n"
-        f"  see the curves:  tensorboard --logdir {run_dir}\n"
-        f"  read responses:  {samples}{run_dir}/rounds/*/ (Parquet)\n"
-        f"  use the model:   {run_dir}/model, with transformers or `vllm serve {run_dir}/model`\n"
-        f"  change the run:  {run_dir}/config.yaml holds every setting; `rlhf-pl fit --help` explains them"
-    )

@@ -7,7 +7,7 @@ from pathlib import Path
 import lightning as L
 
 from rlhf_pl.checkpointing.progress import has_stopped_inside, rounds_done
-from rlhf_pl.rounds.metrics import first_responses, prompt_ids
+from rlhf_pl.rounds.metrics import first_responses, format_reward, prompt_ids
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import redact
@@ -58,12 +58,16 @@ def sample_rows(store: RoundStore, version: int, count: int) -> tuple[list[str],
     scored = {name: stored for name, stored in versions.items() if stored.is_complete("rewards")}
     shown = list(dict.fromkeys(prompt_id for stored in scored.values() for prompt_id in prompt_ids(stored)))[:count]
     prompts: dict[str, str] = {}
-    cells: dict[str, list[str]] = {}
+    cells: dict[str, list[str]] = {prompt_id: [] for prompt_id in shown}
     for stored in scored.values():
-        for prompt_id, row in first_responses(stored, shown).items():
+        rows = first_responses(stored, shown)
+        for prompt_id in shown:
+            row = rows.get(prompt_id)
+            if row is None:  # an evaluation of other prompts
+                cells[prompt_id].append("-")
+                continue
             prompts[prompt_id] = row["question"]
-            text = f"{row['response'].strip()}\n[reward {row['reward']:.3f}]"
-            cells.setdefault(prompt_id, []).append(text)
+            cells[prompt_id].append(f"{row['response'].strip()}\n[reward {format_reward(row['reward'])}]")
     return ["prompt", *scored], [[prompts[prompt_id], *cells[prompt_id]] for prompt_id in shown]
 
 

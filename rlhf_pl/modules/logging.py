@@ -1,6 +1,7 @@
 """Logging of the modules: once an update, over all its micro-batches and ranks."""
 
 import math
+from collections.abc import Mapping
 
 import lightning as L
 import torch
@@ -8,6 +9,8 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor
 
 from rlhf_pl.distributed.ranks import Ranks
+
+_LARGEST_K2 = 1e9
 
 
 class Means:
@@ -63,6 +66,14 @@ def with_variance(metrics: dict[str, float], name: str) -> dict[str, float]:
     shift, square = metrics[name], metrics[f"{name}_square"]
     rest = {key: value for key, value in metrics.items() if key not in (name, f"{name}_square")}
     return {**rest, f"{name}_mean": 1 + shift, f"{name}_var": square - shift * shift}
+
+
+def k2_of_ratios(metrics: Mapping[str, float]) -> float:
+    """Half the mean square of pi / pi_old - 1 of an update, close to a small KL; 0 if it is not known."""
+    if "train/ratio_mean" not in metrics:
+        return 0.0
+    k2 = (metrics["train/ratio_var"] + (metrics["train/ratio_mean"] - 1) ** 2) / 2
+    return k2 if k2 < _LARGEST_K2 else _LARGEST_K2  # also for NaN, where ratios overflow
 
 
 def is_update(trainer: L.Trainer, batch_idx: int) -> bool:

@@ -28,14 +28,15 @@ from rlhf_pl.models.policy import DType, check_lm, train_last_layers, weights_un
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.modules.ahead_pass import AheadPass
 from rlhf_pl.modules.causal_lm import CausalLMModule
-from rlhf_pl.modules.logging import Means, is_update, log_histograms, log_update, with_variance
+from rlhf_pl.modules.logging import Means, is_update, k2_of_ratios, log_histograms, log_update, with_variance
 from rlhf_pl.modules.optimizers import AdamW, WarmupCosine
 from rlhf_pl.modules.pair_margins import PairMargins
 from rlhf_pl.utils.errors import InputError, check_at_least
 from rlhf_pl.utils.fingerprints import describe
 
 _DECLARED = ("metric_names", "least_responses", "per")  # by a loss, following from its settings
-_EMPTY_ROUND = {"loss": 0.0, "kl": 0.0, "pairs": 0.0}  # sums over the round's elements so far, and their number
+# sums over the round's elements so far, and their number; updates, and the largest k2 and rate of one of them
+_EMPTY_ROUND = {"loss": 0.0, "kl": 0.0, "pairs": 0.0, "updates": 0.0, "k2": 0.0, "lr": 0.0}
 
 
 class RebelModule(CausalLMModule):
@@ -231,6 +232,9 @@ class RebelModule(CausalLMModule):
                 "loss": self._round["loss"] + count * metrics["train/loss"],
                 "kl": self._round["kl"] + count * metrics.get("train/kl", math.nan),
                 "pairs": self._round["pairs"] + count,
+                "updates": self._round["updates"] + 1,
+                "k2": max(self._round["k2"], k2_of_ratios(metrics)),
+                "lr": max(self._round["lr"], float(self.trainer.optimizers[0].param_groups[0]["lr"])),
             }
         log_update(self, metrics | self.further_metrics())
 
@@ -305,12 +309,15 @@ class RebelModule(CausalLMModule):
     def round_summary(self) -> dict[str, Any]:
         """Mean loss and KL over all elements that the round has trained on; None without updates, or if not known.
 
-        With pairs, `margins` has the metrics of `summarise_margins`, over all pairs of the round.
+        With pairs, `margins` has the metrics of `summarise_margins`, over all pairs of the round. `movement` has the
+        number of updates, and over them the largest learning rate and k2: half the mean square of log pi - log pi_old.
         """
         pairs, known = self._round["pairs"], ("loss", "kl") if "old_logps" in self.needs else ("loss",)
         means = {name: self._round[name] / pairs if pairs and name in known else None for name in ("loss", "kl")}
         margins = self._train_margins.summary()
-        return means | ({"margins": margins} if margins else {})
+        k2 = self._round["k2"] if "old_logps" in self.needs else None
+        movement = {"updates": int(self._round["updates"]), "lr": self._round["lr"], "k2": k2}
+        return means | {"movement": movement} | ({"margins": margins} if margins else {})
 
     def on_train_epoch_end(self) -> None:
         super().on_train_epoch_end()

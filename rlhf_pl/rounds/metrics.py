@@ -165,7 +165,7 @@ def describe_margins(manifest: Mapping[str, Any]) -> str:
     margins = training_margins(manifest)
     parts = [f"{name} {value:.3g} (auto)" for name, value in choices(manifest).items()]
     if "reached" in margins:
-        parts.append(f"{margins['reached']:.0%} of the targets reached")
+        parts.append(f"{margins['reached']:z.0%} of the targets reached")
     elif "slope" in margins:
         parts.append(f"slope {margins['slope']:.3g} nats per reward unit")
     return ", ".join(parts + ([f"R² {margins['r2']:.2f}"] if "r2" in margins else []))

@@ -1,5 +1,6 @@
 """Compares the settings of a stored round with the current ones, and clears the stages that they invalidate."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -22,12 +23,25 @@ REDONE = {
 }
 
 
+_HASH = re.compile(r":?\b(?=[0-9a-f]*[0-9])[0-9a-f]{16,64}\b")
+# what the settings are that manifests store as hashes alone
+_HASHED = {
+    "prompts": "the prompts have changed: their ids, texts, number or order, or the chat template that renders them",
+    "columns": "the prompts' further columns, which the reward sees, have changed",
+    "messages": "keys of the prompts' messages, which the reward sees, have changed",
+    "weights": "the policy's weights have changed",
+}
+
+
 class ChangedSettingsError(InputError):
     """A run directory was made with other settings of an earlier stage."""
 
 
 def list_differences(before: Mapping[str, Any], now: Mapping[str, Any], *ignore: str) -> list[str]:
-    """A line `name: before -> now` for each setting that differs; nested settings have dotted names."""
+    """A line `name: before -> now` for each setting that differs; nested settings have dotted names.
+
+    A hash is not shown: a line says in words what has changed.
+    """
     lines = []
     for name in dict.fromkeys([*before, *now]):
         previous, current = before.get(name), now.get(name)
@@ -36,8 +50,18 @@ def list_differences(before: Mapping[str, Any], now: Mapping[str, Any], *ignore:
         if isinstance(previous, dict) and isinstance(current, dict):
             lines += [f"{name}.{line}" for line in list_differences(previous, current)]
         else:
-            lines.append(f"{name}: {_shorten(previous)} -> {_shorten(current)}")
+            lines.append(f"{name}: {_describe_change(name, previous, current)}")
     return lines
+
+
+def _describe_change(name: str, previous: Any, current: Any) -> str:
+    """Old and new value without hashes, which tell a reader nothing; words where nothing else differs."""
+    before, now = (_HASH.sub("", value) if isinstance(value, str) else str(value) for value in (previous, current))
+    if name in _HASHED and not (before.strip() and now.strip()):
+        return _HASHED[name]
+    if before == now:
+        return f"the content of {_shorten(now)} has changed (code, weights or data)"
+    return f"{_shorten(before)} -> {_shorten(now)}"
 
 
 def _shorten(value: Any) -> str:

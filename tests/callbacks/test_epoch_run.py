@@ -69,7 +69,7 @@ def test_each_epoch_prints_its_held_out_perplexity(
     assert len(set(lengths.values())) == 1
     learned = 6 * next(iter(lengths.values()))
     assert begin == f"Conversations: 6 for training ({learned} response tokens), 4 held out. Run directory: {run}"
-    assert end == f"Done. The model is in {run}/model; see the curves with tensorboard --logdir {run}"
+    assert end == "Done."  # without an export and a logger
     assert epochs == [
         f"epoch {number}: held-out perplexity {found:.3f} (loss {math.log(found):.3f} nats a token, 4 conversations)"
         for number, found in enumerate(independent.found, 1)

@@ -11,6 +11,7 @@ import pytest
 
 from rlhf_pl import ReinforceLoss, SamplingConfig
 from rlhf_pl.callbacks import RunReport
+from rlhf_pl.rounds.report.numbers import decimals_for
 from tests.callbacks.conftest import SmallRun
 from tests.conftest import make_tokenizer
 from tests.integration.test_fit import PROMPTS, fit
@@ -38,6 +39,9 @@ def kl_of(run: SmallRun, version: int) -> dict[str, float]:
 def test_a_rounds_line_has_its_numbers(run: SmallRun, index: int) -> None:
     rows, after = run.rows("rounds", index), mean_reward(run.rows("heldout", index + 1))
     groups, kl = by_prompt(rows), kl_of(run, index + 1)
+    start, before = (mean_reward(run.rows("heldout", version)) for version in (0, index))
+    digits = decimals_for(min((abs(mean - start) for mean in (before, after) if mean != start), default=0.0))
+    at_start = f" ({start:.{digits}f} at the start)" if index else ""
     (line,) = [text for text in run.printed.splitlines() if text.startswith(f"round {index + 1}: ")]
     parts = line.removeprefix(f"round {index + 1}: ").split(" | ")
     best, worst = (statistics.mean(map(choose, groups)) for choose in (max, min))
@@ -46,12 +50,13 @@ def test_a_rounds_line_has_its_numbers(run: SmallRun, index: int) -> None:
     training = run.store.round(index).info("training")
     assert parts[:4] == [
         f"reward {mean_reward(rows):.3f} (best {best:.3f}, worst {worst:.3f} of 4)",
-        f"held-out reward now {after:.3f}, KL(new||old) {kl['new_old']:.2f} ± {kl['new_old_se']:.2f} (k1)",
+        f"held-out reward {before:.{digits}f} → {after:.{digits}f}{at_start}, "
+        f"KL(new||old) {kl['new_old']:z.2f} ± {kl['new_old_se']:.2f} (k1)",
         f"{tokens:.0f} tokens, {finished:.0%} finished",
-        f"KL(old||new) {training['kl']:.2f} (k1), loss {training['loss']:.3f}",
+        f"KL(old||new) {training['kl']:z.2f} (k1), loss {training['loss']:.3f}",
     ]
     margins = training["margins"]
-    assert parts[4] == f"{margins['reached']:.0%} of the targets reached, R² {margins['r2']:.2f}"
+    assert parts[4] == f"{margins['reached']:z.0%} of the targets reached, R² {margins['r2']:.2f}"
     assert parts[5].startswith("seconds: generate ")
 
 
@@ -82,27 +87,25 @@ def test_the_final_table_has_a_line_for_each_round(run: SmallRun) -> None:
         ]
 
 
-def test_the_gain_is_printed_with_its_standard_error_over_prompts(run: SmallRun) -> None:
-    before, after = ([statistics.mean(g) for g in by_prompt(run.rows("heldout", v))] for v in (0, 2))
-    gains = [b - a for a, b in zip(before, after, strict=True)]
-    gain, error = statistics.mean(gains), statistics.stdev(gains) / len(gains) ** 0.5
-    wins = statistics.mean(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gains)
-    expected = f"Held-out reward {statistics.mean(before):.3f} before, {statistics.mean(after):.3f} after: {gain:+.3f} "
-    expected += f"± {error:.3f}" + (f", {gain / error:.1f} standard errors" if error else "")
-    assert f"{expected}. The new policy wins on {wins:.0%} of the prompts." in run.printed.splitlines()
+def test_four_held_out_prompts_prove_nothing(run: SmallRun) -> None:
+    before, after = (mean_reward(run.rows("heldout", version)) for version in (0, 2))
+    (line,) = [text for text in run.printed.splitlines() if text.startswith("Held-out reward ")]
+    assert line.startswith(f"Held-out reward {before:.3f} before, {after:.3f} after")
+    assert "on 4 held-out prompts: too few to tell" in line
+    assert "`data.val_prompts` (now 4)" in line
+    assert "standard errors" not in line
 
 
-def test_responses_before_and_after_are_shown_side_by_side(run: SmallRun) -> None:
-    """For two prompts spread over the held-out ones: the first and the third of four."""
-    before, after = ([r for r in run.rows("heldout", v) if r["response_index"] == 0] for v in (0, 2))
-    for position, (one, other) in enumerate(zip(before, after, strict=True)):
-        question = json.loads(one["prompt"])[-1]["content"]
-        is_shown = f"─ {question} ─" in run.printed
-        assert is_shown == (position in (0, 2))
-        if is_shown:
-            panel = run.printed.split(f"─ {question} ─")[1].split("╰")[0]
-            assert f"before: reward {one['reward']:.3f} " in panel
-            assert f"after: reward {other['reward']:.3f} " in panel
+def test_prompts_of_median_gain_are_shown_with_typical_responses(run: SmallRun) -> None:
+    groups = [by_prompt(run.rows("heldout", version)) for version in (0, 2)]
+    gains = [statistics.mean(new) - statistics.mean(old) for old, new in zip(*groups, strict=True)]
+    middle = statistics.median(gains)
+    expected = sorted(range(4), key=lambda position: abs(gains[position] - middle))[:2]
+    asked = [row for row in run.rows("heldout", 0) if row["response_index"] == 0]
+    for position, row in enumerate(asked):
+        question = json.loads(row["prompt"])[-1]["content"]
+        assert (f"─ {question} ─" in run.printed) == (position in expected)
+    assert "Held-out prompts of median gain" in run.printed
 
 
 def test_the_report_starts_with_the_run_directory_and_ends_with_next_steps(run: SmallRun) -> None:
@@ -110,11 +113,11 @@ def test_the_report_starts_with_the_run_directory_and_ends_with_next_steps(run: 
     assert f"Prompts: 10 for training, 10 a round; 4 held out. Run directory: {run.folder}" in lines
     assert lines[lines.index("Next:") :] == [
         "Next:",
-        f"  see the curves:  tensorboard --logdir {run.folder}",
+        *[text for text in lines if text.startswith("  see the curves:  Log")],
         f"  read responses:  {run.folder}/samples.html, and {run.folder}/rounds/*/ (Parquet)",
         f"  use the model:   {run.folder}/model, with transformers or `vllm serve {run.folder}/model`",
-        f"  change the run:  {run.folder}/config.yaml holds every setting; `rlhf-pl fit --help` explains them",
-    ]
+    ]  # from Python there is no config.yaml, and this run has no logger of Lightning's
+    assert "How to read the rounds:" in lines
 
 
 def test_prompts_that_are_too_long_or_repeated_are_counted(

@@ -5,12 +5,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from rlhf_pl.callbacks.run_report import before_after
 from rlhf_pl.callbacks.sample_table import sample_rows
 from rlhf_pl.cli.rounds import make_sample_panels
 from rlhf_pl.rounds.metrics import first_responses, prompt_ids
+from rlhf_pl.rounds.report.shown import typical_responses
 from rlhf_pl.store.round_store import Round, RoundStore
 
 
@@ -66,9 +68,35 @@ def test_the_sample_table_has_a_column_for_each_version(store: RoundStore) -> No
     assert rows == [[f"Question {i}", f"v0 {i} 0\n[reward 0.000]", f"v1 {i} 0\n[reward 1.000]"] for i in range(3)]
 
 
-def test_the_report_shows_prompts_spread_over_the_data(store: RoundStore) -> None:
-    titles = [str(panel.title) for panel in before_after(store, 1, 3).renderables]
-    assert titles == ["Question 0", "Question 2", "Question 4"]
+def remove_rewards(stored: Round, missing: set[tuple[str, int]]) -> None:
+    """Take the rewards of some responses away, as where scoring has failed."""
+    tables = {number: pq.read_table(file) for number, file in stored.shards("rewards").items()}
+    stored.clear("rewards")
+    for number, table in tables.items():
+        is_missing = [(r["prompt_id"], r["response_index"]) in missing for r in table.to_pylist()]
+        rows = [r | ({"reward": None} if gone else {}) for r, gone in zip(table.to_pylist(), is_missing, strict=True)]
+        stored.write_shard("rewards", number, pa.Table.from_pylist(rows, table.schema))
+    stored.complete("rewards")
+
+
+def test_responses_without_a_reward_are_shown_with_a_dash_and_stand_for_no_prompt(store: RoundStore) -> None:
+    remove_rewards(store.held_out(1), {("p0", 0), ("p1", 0), ("p1", 1)})
+    assert sample_rows(store, 1, 2)[1] == [
+        ["Question 0", "v0 0 0\n[reward 0.000]", "v1 0 0\n[reward -]"],
+        ["Question 1", "v0 1 0\n[reward 0.000]", "v1 1 0\n[reward -]"],
+    ]
+    shown = typical_responses(store.held_out(1), ["p0", "p1", "p2"])
+    assert {name: (row["response"], row["mean"]) for name, row in shown.items()} == {
+        "p0": ("v1 0 1", 1.5),
+        "p2": ("v1 2 0", 1.25),
+    }
+    titles = [str(panel.title) for panel in before_after(store, 1, 9).renderables[1:]]
+    assert titles == [f"Question {i}" for i in (0, 2, 3, 4, 5)]
+
+
+def test_the_report_shows_the_first_of_prompts_with_equal_gains(store: RoundStore) -> None:
+    titles = [str(panel.title) for panel in before_after(store, 1, 3).renderables[1:]]
+    assert titles == ["Question 0", "Question 1", "Question 2"]
 
 
 @pytest.mark.parametrize("count", [0, 1, 3, 9])

@@ -15,6 +15,7 @@ from rlhf_pl.rounds.stages.logps import LogpsFunction, divide_by_length
 from rlhf_pl.store.round_store import Round
 
 STAGE = "kl"
+SPREAD = "rms_old"  # root mean square of the log-ratio of a response to pi_old, nats
 
 
 def estimate_kl(per_prompt: Sequence[Sequence[float]]) -> tuple[float, float]:
@@ -69,7 +70,7 @@ def read_prefix_groups(stored: Round) -> list[PrefixGroup]:
 
 
 def write_kl(stored: Round, groups: Sequence[PrefixGroup], logps: dict[str, Tensor], started: float) -> None:
-    """Write the estimates into the manifest: `new_<other>` and `new_<other>_se` for each other policy.
+    """Write the estimates into the manifest: `new_<other>` and `new_<other>_se` for each other policy, and `SPREAD`.
 
     Args:
         stored: The evaluation.
@@ -83,4 +84,6 @@ def write_kl(stored: Round, groups: Sequence[PrefixGroup], logps: dict[str, Tens
         if other != "new":
             ratios = (logps["new"] - logps[other]).split(sizes)
             numbers[f"new_{other}"], numbers[f"new_{other}_se"] = estimate_kl([r.tolist() for r in ratios])
+    if "old" in logps:
+        numbers[SPREAD] = float((logps["new"] - logps["old"]).square().mean().sqrt())
     stored.complete(STAGE, seconds=time.monotonic() - started, **numbers)

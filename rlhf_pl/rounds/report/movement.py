@@ -1,0 +1,96 @@
+"""How far a round has moved the policy, and what to change where it hardly has."""
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from rlhf_pl.rounds.metrics import choices, training_margins
+from rlhf_pl.rounds.stages.kl import SPREAD, STAGE
+from rlhf_pl.store.round_store import Round, RoundStore
+
+# Nats per response. A policy at this KL can change the mean reward by sqrt(2 KL) = 0.14 of its standard deviation.
+HARDLY = 0.01
+_SMALL_MARGIN = 4 * math.sqrt(HARDLY)  # nats: 95 % quantile of |log-ratio margins| at that KL, p95^2 = 4 x 4 KL
+_LOW_RATE = 0.1  # share of the peak rate, below which the schedule alone has held a round back
+
+
+def moved_by(store: RoundStore, index: int) -> float | None:
+    """An estimate of the KL between the policies before and after round `index`, nats per response; None if not known.
+
+    It is half the mean square of log pi - log pi_old ("k2"), which is never negative and close to a small KL, over the
+    responses to the held-out prompts, or those that were trained on in the update where it is largest; the larger one.
+    A round's first update is no evidence: the policy is still pi_old.
+    """
+    stages = store.round(index).manifest["stages"]
+    found = [_held_out(store.held_out(index + 1)), _in_training(stages.get("training", {}))]
+    known = [value for value in found if value is not None]
+    return max(known) if known else None
+
+
+def _held_out(stored: Round) -> float | None:
+    info = stored.manifest["stages"].get(STAGE, {})
+    if SPREAD in info:
+        return info[SPREAD] ** 2 / 2
+    if "new_old" not in info:
+        return None
+    return abs(info["new_old"]) + 2 * info.get("new_old_se", 0.0)  # of an earlier version
+
+
+def _in_training(training: Mapping[str, Any]) -> float | None:
+    movement = training.get("movement", {})
+    if movement.get("updates", 0) < 2:
+        return None
+    if movement.get("k2") is not None:
+        return movement["k2"]
+    margin = training.get("margins", {}).get("reached_p95")  # to the reference: 0 where the policy has stayed there
+    return None if margin is None else margin**2 / 16
+
+
+def moved_in_all(store: RoundStore, rounds: int) -> float | None:
+    """An upper estimate of the KL between the starting policy and that after `rounds` rounds; None if not known.
+
+    The root mean squares of log-ratios add up at most.
+    """
+    found = [moved_by(store, index) for index in range(rounds) if store.round(index).is_complete("training")]
+    if len(found) < rounds or any(value is None for value in found):
+        return None
+    return sum(math.sqrt(value) for value in found if value is not None) ** 2
+
+
+def describe_standstill(store: RoundStore, index: int) -> str:
+    """That a round has hardly moved the policy, why, and which option to change; empty if it has, or is not known."""
+    manifest = store.round(index).manifest
+    training, pairs = (manifest["stages"].get(name, {}) for name in ("training", "pairs"))
+    moved, movement = moved_by(store, index), training.get("movement", {})
+    if moved is None or moved >= HARDLY or pairs.get("pairs") == 0 or training.get("loss") is None:
+        return ""
+    if pairs.get("equal_rewards", -1) == pairs.get("groups"):  # nothing to learn: the note about rewards says so
+        return ""
+    text = f"the policy hardly moved (KL below {HARDLY:g} nats per response)"
+    lr, peak = movement.get("lr"), _rate(manifest)
+    if lr is not None and peak is not None and lr < _LOW_RATE * peak:
+        return f"{text}: `model.lr_scheduler` has kept the rate at {lr:.2g} or less in this round, of {peak:.2g}"
+    return f"{text}: {_remedy(manifest, lr if peak is None else peak, movement.get('updates'))}"
+
+
+def _remedy(manifest: Mapping[str, Any], lr: float | None, updates: int | None) -> str:
+    margins, chosen = training_margins(manifest), choices(manifest)
+    loss = manifest.get("settings", {}).get("training", {}).get("loss", "")
+    if (target := margins.get("target_p95")) is not None and target < _SMALL_MARGIN:
+        why = f"the targets are small, 95 % of them below {target:.2g} nats; raise "
+        if "target_kl" in loss:
+            return why + "`model.loss.target_kl`"
+        if "eta" in chosen:
+            return why + "`model.loss.target_spread`"
+        return why + "`model.loss.eta`, or set it to auto"
+    rate = "`model.optimizer.init_args.lr`" + ("" if lr is None else f" (now {lr:.2g})")
+    many = "" if updates is None else f" ({updates} in this round)"
+    why = "" if target is None else "the targets are far from reached; "
+    more = "`data.prompts_per_round` or `data.passes`, lower `data.batch_size`"
+    return f"{why}raise {rate}, or make more updates{many}: raise {more}"
+
+
+def _rate(manifest: Mapping[str, Any]) -> float | None:
+    optimizer = manifest.get("settings", {}).get("training", {}).get("optimizer", {})
+    lr = optimizer.get("lr") if isinstance(optimizer, Mapping) else None
+    return float(lr) if isinstance(lr, float | int) else None
