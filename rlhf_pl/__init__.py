@@ -52,6 +52,7 @@ if TYPE_CHECKING:
     from rlhf_pl.modules import PPOModule, RebelModule, RewardModelModule, SFTModule
     from rlhf_pl.rewards import FunctionReward, Reward, RewardResult, Sample
     from rlhf_pl.rollout import Sampler, SamplingConfig, TransformersSampler, VLLMSampler, VLLMServerSampler
+    from rlhf_pl.trainer.rlhf_trainer import RlhfTrainer
 
 __version__ = "0.1.0"
 
@@ -101,6 +102,7 @@ _HOME = {
         ("AllPairs", "BestVsRest", "BestWorst", "LengthMatched", "PairSelector", "RandomPair"),
         "rlhf_pl.algorithms.pair_selection",
     ),
+    "RlhfTrainer": "rlhf_pl.trainer.rlhf_trainer",
     **dict.fromkeys(("FunctionReward", "Reward", "RewardResult", "Sample"), "rlhf_pl.rewards"),
     **dict.fromkeys(
         ("Sampler", "SamplingConfig", "TransformersSampler", "VLLMSampler", "VLLMServerSampler"), "rlhf_pl.rollout"
@@ -152,6 +154,7 @@ __all__ = [
     "Reward",
     "RewardModelModule",
     "RewardResult",
+    "RlhfTrainer",
     "RobustDPOLoss",
     "RoundDataModule",
     "SFTDataModule",

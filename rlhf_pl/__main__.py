@@ -10,7 +10,7 @@ usage: rlhf-pl COMMAND [options]
 RLHF on PyTorch Lightning: improve a chat model with REBEL, round after round.
 
 commands:
-  fit     train; `rlhf-pl fit --help` lists every option, `--print_config` writes a complete config
+  fit     train; `rlhf-pl fit --help` lists its options, `--help_all` Lightning's too
   plan    estimate memory and time of a config, without loading weights
   score   score a file of conversations, or of preference pairs, with a reward
   rounds  show the contents of a run directory: `rlhf-pl rounds RUN_DIR`

@@ -6,7 +6,6 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any, Optional
 
 import lightning as L
@@ -30,14 +29,10 @@ from rlhf_pl.callbacks import (
     SampleTable,
     StopOnSignal,
 )
-from rlhf_pl.checkpointing.checkpoints import check_readable, read_progress
-from rlhf_pl.checkpointing.resume import ResumePoint, chosen_resume_point, find_resume_point
-from rlhf_pl.cli import lightning_workarounds as workarounds
 from rlhf_pl.cli.option_numbers import refuse_not_finite
 from rlhf_pl.cli.own_classes import on_gpu
 from rlhf_pl.cli.parser import DEFAULT_CLASSES, Parser, register_config_secrets
 from rlhf_pl.cli.run_files import RunConfig
-from rlhf_pl.cli.run_loggers import RunLogger, resume_loggers
 from rlhf_pl.cli.user_errors import as_user_error
 from rlhf_pl.data import OfflineDataModule, RoundDataModule
 from rlhf_pl.data.compatibility import check_policy_module
@@ -46,14 +41,13 @@ from rlhf_pl.distributed.strategies import CPUFSDPStrategy
 from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.export import Exportable
 from rlhf_pl.modules.trainer_options import refuse_options
-from rlhf_pl.rounds.settings import downstream_settings
 from rlhf_pl.rounds.stored_rounds import refuse_same_directory
-from rlhf_pl.store.provenance import StageSettings
+from rlhf_pl.trainer.run_loggers import RunLogger
+from rlhf_pl.trainer.start import find_start
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.cpu import cpu_fsdp
 from rlhf_pl.utils.devices import fast_precision
 from rlhf_pl.utils.errors import InputError
-from rlhf_pl.utils.lock import RunLock
 from rlhf_pl.utils.memory import keep_freed_memory
 from rlhf_pl.utils.public_names import with_public_path
 from rlhf_pl.utils.terminal import print_error, set_log_folder, shows_tracebacks
@@ -208,46 +202,19 @@ class RlhfCLI(LightningCLI):
     def _prepare_subcommand_kwargs(self, subcommand: str) -> dict[str, Any]:
         """Resume from the run directory's newest checkpoint, if it has one."""
         arguments = super()._prepare_subcommand_kwargs(subcommand)
-        run_dir = self.trainer.default_root_dir
-        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         console.quiet = not self.trainer.is_global_zero
-        if self.trainer.is_global_zero:
-            RunLock(run_dir).check()
-        chosen = arguments.get("ckpt_path")
-        if chosen not in (None, "last"):
-            point = chosen_resume_point(run_dir, Path(chosen))
-        elif _has(callbacks, RoundCheckpoint):
-            point = find_resume_point(
-                run_dir, self._downstream_settings(), self.trainer.max_epochs, self.rounds.accept_changes
-            )
-        else:
-            point = ResumePoint(None)
-        workarounds.check_loads(self.trainer)
-        if point.checkpoint is not None:
-            check_readable(point.checkpoint, self.trainer)
-        progress = None if point.checkpoint is None else read_progress(point.checkpoint)
-        for callback in callbacks:
+        start = find_start(self.trainer, self.model, self.datamodule, arguments.get("ckpt_path"))
+        self.rounds.progress = start.progress
+        for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunConfig):
-                callback.resume_point, callback.progress = point, progress
-        self.rounds.progress = progress
-        arguments["ckpt_path"] = None if point.checkpoint is None else str(point.checkpoint)
-        resume_loggers(self.trainer)
-        workarounds.hide_secrets_from_loggers(self.trainer)
-        if point.checkpoint is not None:
-            console.print(f"Resuming from {point.checkpoint}.", soft_wrap=True)
+                callback.start = start
+        arguments["ckpt_path"] = start.checkpoint
         return arguments
 
     def _run_subcommand(self, subcommand: str) -> None:
         on_cpu = isinstance(self.trainer.accelerator, CPUAccelerator)
         with cpu_fsdp() if on_cpu and isinstance(self.trainer.strategy, CPUFSDPStrategy) else nullcontext():
             super()._run_subcommand(subcommand)
-
-    def _downstream_settings(self) -> StageSettings | None:
-        """Settings that the current round would be scored, paired and trained with."""
-        module, data, options = self.model, self.datamodule, self.rounds.options
-        if options is None or not is_policy_module(module) or not isinstance(data, RoundDataModule):
-            return None
-        return downstream_settings(module, options, self.trainer, data)
 
 
 def _listed(given: Any) -> list[Any]:
@@ -264,6 +231,8 @@ def run(argv: Sequence[str]) -> int:
     if not torch.cuda.is_available():
         keep_freed_memory()
     # Lightning's launchers start the other processes with these arguments
+    Parser.shows_all, Parser.trainer_defaults = "--help_all" in argv, TRAINER_DEFAULTS
+    argv = ["--help" if argument == "--help_all" else argument for argument in argv]
     arguments = [argv[0], *_environment_arguments(), *argv[1:]]
     sys.argv = [sys.argv[0], *(["--traceback"] if shows_tracebacks() else []), *arguments]
     try:

@@ -1,17 +1,13 @@
 """Changes to jsonargparse and Lightning. Only the command line imports this module, so notebooks are not affected."""
 
-from collections.abc import Callable
 from typing import Any
 
-import lightning as L
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import _typehints, set_loader
 from lightning.pytorch.strategies import StrategyRegistry
 
-from rlhf_pl.checkpointing.safe_loading import guard_loads, load_checked
 from rlhf_pl.cli.config_text import load_yaml
-from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
-from rlhf_pl.utils.secrets import redacted
+from rlhf_pl.distributed.strategies import FSDP2Strategy
 
 _discard = _typehints.discard_init_args_on_class_path_change
 
@@ -38,29 +34,3 @@ def _drop_defaults(parser_or_action: Any, before: Any, now: Any) -> None:
             if name in defaults and before["init_args"][name] == defaults[name]:
                 del before["init_args"][name]
     _discard(parser_or_action, before, now)
-
-
-def check_loads(trainer: L.Trainer) -> None:
-    """Make a Trainer's strategy check every checkpoint before it loads it, for users' own modules too.
-
-    Lightning's FSDPStrategy and ModelParallelStrategy load without a CheckpointIO, so a plugin can't check for them.
-    """
-    strategy: Any = trainer.strategy
-    if isinstance(strategy, CPUFSDPStrategy | FSDP2Strategy):
-        guard_loads(trainer)
-    else:
-        load = strategy.load_checkpoint
-        strategy.load_checkpoint = lambda path, weights_only=None: load_checked(load, path)
-
-
-def hide_secrets_from_loggers(trainer: L.Trainer) -> None:
-    """Remove keys, tokens and passwords from the hyper-parameters that a Trainer's loggers receive."""
-    for logger in trainer.loggers:
-        logger.log_hyperparams = _without_secrets(logger.log_hyperparams)  # type: ignore[method-assign]
-
-
-def _without_secrets(log: Callable[..., None]) -> Callable[..., None]:
-    def log_hyperparams(params: Any = None, *args: Any, **kwargs: Any) -> None:
-        log(redacted(params), *args, **kwargs)
-
-    return log_hyperparams

@@ -8,8 +8,8 @@ from jsonargparse import Namespace
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 
-from rlhf_pl.cli.run_loggers import RunCSVLogger, RunLogger
 from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
+from rlhf_pl.trainer.run_loggers import RunCSVLogger, RunLogger
 
 _LOGGERS: dict[type, type] = {TensorBoardLogger: RunLogger, CSVLogger: RunCSVLogger}
 _SIZES = ("data_parallel_size", "tensor_parallel_size")

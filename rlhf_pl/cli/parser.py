@@ -2,13 +2,14 @@
 
 import inspect
 import re
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
 from rlhf_pl.cli.own_classes import leave_out_rollout, replace_classes
 from rlhf_pl.cli.parser_errors import FOR_ALL_COMMANDS, exit_with_error
+from rlhf_pl.cli.short_help import short_help
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.utils.errors import InputError
@@ -20,12 +21,16 @@ DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
 class Parser(LightningArgumentParser):
     """LightningCLI's parser with short errors instead of a page of usage, and help on the default classes."""
 
+    shows_all = False  # set by `--help_all`
+    trainer_defaults: ClassVar[dict[str, Any]] = {}  # of the command, for the help
     shows_secrets = False  # shared by all parsers: they dump each other's parts
 
     def format_help(self, formatter: Any = None) -> str:
         text = super().format_help(formatter)
         if "--model" not in self._option_string_actions:
             return text
+        if not self.shows_all:
+            return short_help(self.trainer_defaults) + FOR_ALL_COMMANDS
         for key, kind in DEFAULT_CLASSES.items():
             section = ArgumentParser()
             section.add_class_arguments(kind, key, fail_untyped=False)

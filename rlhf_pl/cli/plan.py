@@ -12,6 +12,7 @@ from rlhf_pl.cli.fit import RlhfCLI
 from rlhf_pl.cli.option_numbers import refuse_not_finite
 from rlhf_pl.cli.parser_errors import CommandParser
 from rlhf_pl.cli.plan_estimates import Plan, PlannedModule
+from rlhf_pl.cli.plan_prompts import count_prompts
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.data.policy_module import find_missing_members, is_policy_module
 from rlhf_pl.models.config_files import has_weights
@@ -138,8 +139,8 @@ def _show(plan: Plan, available: float, own: argparse.Namespace, keep_rounds: in
     tokens_per_s = own.generate_tokens_per_s or (3000.0 if plan.on_gpu else 200.0)
     tflops = own.tflops or (150.0 if plan.on_gpu else 0.05)
     mean = own.response_tokens or plan.options.sampling.max_response_tokens / 2
-    prompts = plan.data.prompts_per_round
-    per = "a round" if prompts else "1,000 prompts"
+    prompts = count_prompts(plan.data)
+    per = f"a round of {prompts:,} prompts" if prompts else "1,000 prompts"
     seconds = plan.seconds(mean, tokens_per_s, tflops, prompts or 1000)
     times = Table(f"time, {per}", *seconds, "sum", title="Time")
     times.add_row("seconds", *(f"{s:,.0f}" for s in seconds.values()), f"{sum(seconds.values()):,.0f}")

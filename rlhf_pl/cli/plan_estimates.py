@@ -53,7 +53,7 @@ class Plan:
     ) -> None:
         self.module, self.data, self.options, self.trainer = module, data, options, trainer
         self.sampler: Any = refresh.sampler
-        self.devices = _count_devices(trainer["devices"]) * int(trainer["num_nodes"])
+        self.devices = _count_devices(trainer["devices"], trainer["accelerator"]) * int(trainer["num_nodes"])
         strategy = trainer["strategy"]
         name = strategy if isinstance(strategy, str) else type(strategy).__name__
         self.accumulate: int = trainer["accumulate_grad_batches"]
@@ -246,7 +246,10 @@ class Plan:
         return self.data.updates_per_round * per_update / prompts
 
 
-def _count_devices(devices: Any) -> int:
+def _count_devices(devices: Any, accelerator: Any) -> int:
+    """Devices of a node; `auto` is one process on a CPU and all GPUs of a machine that has them."""
     if isinstance(devices, list):
         return len(devices)
-    return int(devices) if str(devices).isdigit() else max(1, torch.cuda.device_count())
+    if str(devices).isdigit():
+        return int(devices)
+    return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())

@@ -10,7 +10,7 @@ from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParalle
 
 from rlhf_pl import CPUFSDPStrategy, FSDP2Strategy
 from rlhf_pl.cli.own_classes import replace_classes
-from rlhf_pl.cli.run_loggers import RunCSVLogger, RunLogger
+from rlhf_pl.trainer.run_loggers import RunCSVLogger, RunLogger
 
 
 class MyFSDP(FSDPStrategy): ...

@@ -1,0 +1,1 @@
+"""The Trainer of a run: what Lightning's lacks, shared by the command line and Python."""
