@@ -8,12 +8,13 @@ from rlhf_pl.callbacks.next_steps import done_line
 from rlhf_pl.callbacks.round_checkpoint import save_resume_point
 from rlhf_pl.callbacks.run_lifecycle import RunLifecycle
 from rlhf_pl.checkpointing.progress import has_stopped_inside, rounds_done
-from rlhf_pl.data.run_limits import stop_at_max_steps, suspend_monitors, take_over_limits
+from rlhf_pl.data.run_limits import get_limits, stop_at_max_steps, suspend_monitors, take_over_limits
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.modules.monitors import check_monitors
 from rlhf_pl.modules.trainer_options import check_trainer
 from rlhf_pl.utils.console import console
 
+_FEW_UPDATES = 8  # an epoch with fewer has hardly a schedule, and learns little
 _MISSING_HINT = "It comes from held-out rows: set `data.val_conversations`, `data.val_preferences` or `data.val_pairs`."
 
 
@@ -26,6 +27,7 @@ class EpochRun(RunLifecycle):
     def __init__(self) -> None:
         super().__init__()
         self._validated = False  # in this epoch
+        self._noted = False  # whether the size of an epoch was looked at
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         ranks_of(trainer)  # from here on a rank learns when another one ends
@@ -43,6 +45,20 @@ class EpochRun(RunLifecycle):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = False
+        if trainer.is_global_zero and not self._noted:
+            self._note_few_updates(trainer)
+        self._noted = True
+
+    def _note_few_updates(self, trainer: L.Trainer) -> None:
+        """Print which options give more updates, where an epoch has few of them and nothing else limits it."""
+        updates = -(-int(trainer.num_training_batches) // trainer.accumulate_grad_batches)
+        options = _data(trainer).update_size
+        limit = get_limits(trainer).batches
+        limited = isinstance(limit, int) or limit != 1.0 or getattr(_data(trainer), "updates_per_round", None)
+        if updates < _FEW_UPDATES and options and not limited:
+            names = " or ".join(f"`{name}` (now {value})" for name, value in options.items())
+            count = "1 update" if updates == 1 else f"{updates} updates"
+            console.print(f"Note: an epoch has only {count}. Decrease {names} for more.", soft_wrap=True)
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         super().on_validation_end(trainer, pl_module)

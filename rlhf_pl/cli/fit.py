@@ -122,9 +122,11 @@ class RlhfCLI(LightningCLI):
         if config["logger"] in (None, True):
             kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
         precision = str(config["precision"] or "32-true")
-        if config["precision"] is not None or not _has(_listed(config["plugins"]), Precision):
+        if config["precision"] in (None, TRAINER_DEFAULTS["precision"]) and _has(_listed(config["plugins"]), Precision):
+            kwargs["precision"] = None  # the plugin's
+        else:
             kwargs["precision"] = fast_precision(precision, on_gpu(config["accelerator"]))
-        if kwargs.get("precision", precision) != precision and not getattr(rank_zero_only, "rank", 0):
+        if kwargs["precision"] not in (None, precision) and not getattr(rank_zero_only, "rank", 0):
             console.print(
                 f"This CPU has no bfloat16 instructions: computing in float32 instead of {precision}, several times "
                 "faster here.",

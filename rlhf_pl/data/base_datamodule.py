@@ -64,6 +64,16 @@ class RowsDataModule(L.LightningDataModule, ABC):
         """The rows of every epoch, which must not change between starts; None if rounds provide the rows."""
         return None
 
+    @property
+    def update_size(self) -> dict[str, int]:
+        """The options above 1 that determine how many rows an update has, with their values."""
+        options = {"data.batch_size": self.batch_size, "trainer.accumulate_grad_batches": self._accumulation}
+        return {name: value for name, value in options.items() if value > 1}
+
+    @property
+    def _accumulation(self) -> int:
+        return self._trainer.accumulate_grad_batches
+
     def state_dict(self) -> dict[str, Any]:
         """A hash of the training rows, for the checkpoint."""
         return {} if self._rows_hash is None else {"rows": self._rows_hash}

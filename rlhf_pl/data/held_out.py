@@ -9,10 +9,17 @@ from rlhf_pl.utils.errors import InputError
 
 T = TypeVar("T")
 
+_SHARE, _MOST = 5, 64  # by default: one of 5 prompts, and no more than tell a gain from noise
+
 
 def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
     """The key of a prompt for `hold_out`: the roles and contents of its messages only."""
     return repr([{"role": m["role"], "content": m.get("content")} for m in messages])
+
+
+def default_count(prompts: int) -> int:
+    """Number of prompts to hold out by default: a fifth of them, at most 64, and none of fewer than 5."""
+    return min(_MOST, prompts // _SHARE)
 
 
 def check_held_out(option: str, held_out: float | str) -> None:

@@ -52,6 +52,10 @@ class PairsDataModule(RowsDataModule):
         return self.batch_size * self._accumulate * trainer.num_devices * trainer.num_nodes
 
     @property
+    def _accumulation(self) -> int:
+        return self._trainer.accumulate_grad_batches if self._accumulate is None else self._accumulate
+
+    @property
     def has_varying_updates(self) -> bool:
         """Whether the number of micro-batches of an update depends on the epoch's pairs."""
         return self.max_tokens_per_batch is not None or self.passes > 1 or self.updates_per_round is not None

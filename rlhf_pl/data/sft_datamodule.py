@@ -159,6 +159,10 @@ class SFTDataModule(RowsDataModule):
     def trained_rows(self) -> Iterable[Any]:
         return ((list(e.ids), list(e.mask)) for e in self.examples)
 
+    @property
+    def update_size(self) -> dict[str, int]:
+        return {**({"data.max_tokens": self.max_tokens} if self.packing else {}), **super().update_size}
+
     def train_dataloader(self) -> Any:
         trainer, epoch = self._trainer, rounds_done(self._trainer)
         if is_run_over(trainer):  # a finished run that is started again

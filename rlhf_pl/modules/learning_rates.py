@@ -1,6 +1,6 @@
 """Learning rates that suit a model's size: what `lr: auto` stands for."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any, Literal
@@ -29,12 +29,12 @@ def suitable_rate(parameters: int, stage: Stage, lora: bool = False) -> float:
     return float(f"{min(_LARGEST, rate):.1e}")
 
 
-_current: ContextVar[float | None] = ContextVar("suitable rate", default=None)
+_current: ContextVar[Callable[[], float] | None] = ContextVar("suitable rate", default=None)
 
 
 @contextmanager
-def automatic_rate(rate: float) -> Iterator[None]:
-    """Make `auto` stand for `rate` in optimizers that are made inside."""
+def automatic_rate(rate: Callable[[], float]) -> Iterator[None]:
+    """Make `auto` stand for what `rate` returns in optimizers that are made inside."""
     token = _current.set(rate)
     try:
         yield
@@ -56,7 +56,7 @@ def resolve_rate(lr: float | Literal["auto"]) -> float:
             "`lr` of rlhf_pl.optim.AdamW is auto, which only the modules of rlhf_pl can resolve, as they know the "
             "model's size. Give a number."
         )
-    return rate
+    return rate()
 
 
 def is_automatic(optimizer: Any) -> bool:

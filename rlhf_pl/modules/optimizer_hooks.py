@@ -111,7 +111,7 @@ class Optimization:
 
     def _make(self, parameters: list[Any]) -> tuple[torch.optim.Optimizer, Any]:
         try:
-            with automatic_rate(self.suitable_rate()):
+            with automatic_rate(self.suitable_rate):
                 optimizer = self.optimizer(parameters)
         except (ValueError, TypeError) as error:
             raise InputError(f"`model.optimizer` can't be made: {error}") from error

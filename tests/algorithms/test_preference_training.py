@@ -93,6 +93,7 @@ def offline(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Cal
     Path("preferences.jsonl").write_text("\n".join(map(json.dumps, rows)))
     given = ("--model.policy", str(llama), "--data", "OfflineDataModule", "--data.pairs", "preferences.jsonl")
     trainer = ("--trainer.accelerator", "cpu", "--trainer.max_epochs", "1", "--model.optimizer.lr", "1e-3")
+    trainer += ("--trainer.precision", "32-true")
 
     def run(folder: str, *options: str) -> int:
         return main(["fit", *given, *trainer, "--trainer.default_root_dir", folder, *options])

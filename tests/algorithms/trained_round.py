@@ -14,13 +14,14 @@ CONFIG = f"""
 model:
   optimizer: {{class_path: torch.optim.SGD, init_args: {{lr: {LR}}}}}
   lr_scheduler: {{class_path: torch.optim.lr_scheduler.ConstantLR, init_args: {{factor: 1.0}}}}
-data: {{max_prompt_tokens: 64, batch_size: 2, passes: 2}}
+data: {{max_prompt_tokens: 64, val_prompts: 0, batch_size: 2, passes: 2}}
 rollout:
   sampler: TransformersSampler
   sampling: {{num_responses: 3, max_response_tokens: 32, temperature: {TEMPERATURE}}}
 trainer:
   max_epochs: 1
   accelerator: cpu
+  precision: 32-true
   accumulate_grad_batches: 4
   log_every_n_steps: 1
   default_root_dir: run

@@ -25,7 +25,13 @@ ROWS = [{"prompt": f"Say {i}", "response": f"I say {i}, of course."} for i in ra
 def train(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> Callable[..., L.Trainer]:
     """Fits 10 conversations, two a batch; by default four of them are held out."""
 
-    def fit(*callbacks: L.Callback, held_out: int = 4, ckpt_path: str | None = None, **options: Any) -> L.Trainer:
+    def fit(
+        *callbacks: L.Callback,
+        held_out: int = 4,
+        ckpt_path: str | None = None,
+        data: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> L.Trainer:
         L.seed_everything(2, verbose=False)
         trainer = L.Trainer(
             accelerator="cpu", default_root_dir=tmp_path / "run", logger=False, enable_progress_bar=False,
@@ -33,8 +39,8 @@ def train(tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]) -> Calla
             **{"max_epochs": 2, "enable_checkpointing": bool(ckpt_path)} | options,
         )  # fmt: skip
         module = SFTModule(str(llama), optimizer=lambda p: AdamW(p, lr=3e-3))
-        data = SFTDataModule(write_jsonl(ROWS), max_tokens=64, batch_size=2, packing=False, val_conversations=held_out)
-        trainer.fit(module, datamodule=data, ckpt_path=ckpt_path)
+        settings = {"max_tokens": 64, "batch_size": 2, "packing": False, "val_conversations": held_out} | (data or {})
+        trainer.fit(module, datamodule=SFTDataModule(write_jsonl(ROWS), **settings), ckpt_path=ckpt_path)
         return trainer
 
     return fit
@@ -65,16 +71,29 @@ def test_each_epoch_prints_its_held_out_perplexity(
     lines = capsys.readouterr().out.splitlines()
     tokenizer, run = make_tokenizer(), tmp_path / "run"
     lengths = {row["response"]: len(tokenizer(row["response"] + "<|end|>")["input_ids"]) - 1 for row in ROWS}
-    begin, *epochs, end = lines
+    begin, note, *epochs, end = lines
     assert len(set(lengths.values())) == 1
     learned = 6 * next(iter(lengths.values()))
     assert begin == f"Conversations: 6 for training ({learned} response tokens), 4 held out. Run directory: {run}"
+    assert note == "Note: an epoch has only 3 updates. Decrease `data.batch_size` (now 2) for more."
     assert end == "Done."  # without an export and a logger
     assert epochs == [
         f"epoch {number}: held-out perplexity {found:.3f} (loss {math.log(found):.3f} nats a token, 4 conversations)"
         for number, found in enumerate(independent.found, 1)
     ]
     assert independent.found[1] < independent.found[0]
+
+
+def test_an_epoch_of_few_updates_names_the_options_for_more(
+    train: Callable[..., L.Trainer], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """All ten rows are packed into one; and 8 updates of one row are enough, or what `limit_train_batches` wants."""
+    train(held_out=0, data={"packing": True, "max_tokens": 256}, accumulate_grad_batches=3, max_epochs=2)
+    options = "`data.max_tokens` (now 256) or `data.batch_size` (now 2) or `trainer.accumulate_grad_batches` (now 3)"
+    assert capsys.readouterr().out.count(f"Note: an epoch has only 1 update. Decrease {options} for more.") == 1
+    train(held_out=2, data={"batch_size": 1}, max_epochs=1)
+    train(limit_train_batches=1, max_epochs=1)
+    assert "Note:" not in capsys.readouterr().out
 
 
 def test_an_epoch_without_validation_prints_its_training_loss(

@@ -222,6 +222,7 @@ def test_a_critic_takes_memory_disk_and_time(capsys: pytest.CaptureFixture[str],
     arguments = ["plan", "--data.prompts", str(tmp_path / "prompts.jsonl"), "--tflops", "1e-8"]
     arguments += ["--rollout.reward", "examples.short_answer.score", "--trainer.accelerator", "cpu"]
     arguments += ["--rollout.sampling.num_responses", "1", "--model.gradient_checkpointing", "true"]
+    arguments += ["--trainer.precision", "32-true"]
     critic = ["--model", "PPOModule", "--model.policy", str(llama)]
     tables = {}
     for name, options in {

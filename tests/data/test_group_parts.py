@@ -173,7 +173,7 @@ def _difference(batch: GroupBatch, token_logps: Tensor, ahead: AheadPass) -> flo
     return max(float((ahead.token_logps[g][b : b + len(v)] - v).abs().max()) for (g, b), v in parts)
 
 
-LOSSES = [RebelLoss(), Spread(), Clipped(), Relative(), SumOfLosses([Spread(), Clipped()], [1.0, 0.1])]
+LOSSES = [RebelLoss(eta=1.0), Spread(), Clipped(), Relative(), SumOfLosses([Spread(), Clipped()], [1.0, 0.1])]
 
 
 @pytest.mark.parametrize("loss", LOSSES)

@@ -139,7 +139,18 @@ def run_child(arguments: list[str], run: dict[str, Any], rank: int, port: int) -
     tracer.record("start")
     from rlhf_pl.__main__ import main
 
-    os._exit(main([*arguments, "--trainer.default_root_dir", run["dir"], *run.get("arguments", [])]))
+    os._exit(
+        main(
+            [
+                *arguments,
+                "--trainer.precision",
+                "32-true",
+                "--trainer.default_root_dir",
+                run["dir"],
+                *run.get("arguments", []),
+            ]
+        )
+    )
 
 
 def run_all(plan: dict[str, Any]) -> None:

@@ -95,7 +95,7 @@ def test_fit_writes_a_complete_run_directory(
         (
             [
                 *("--rollout.reward", "JudgePairReward", "--rollout.reward.url", "http://127.0.0.1:9"),
-                *("--rollout.reward.model", "m", "--data.val_prompts", "2"),
+                *("--rollout.reward.model", "m", "--data.val_prompts", "2", "--rollout.val_num_responses", "1"),
             ],
             "`rollout.val_num_responses` must be 2 or more",
         ),
@@ -227,7 +227,13 @@ trainer:
 def test_one_run_stays_one_run_in_its_loggers(folder: Path, shortest: list[str]) -> None:
     """The CSVLogger continues its file; only rows that are logged again move to a file beside it."""
     one = "{class_path: lightning.pytorch.loggers.%s, init_args: {save_dir: logs}}"
-    run = [*shortest, "--trainer.logger", f"[{one % 'CSVLogger'}, {one % 'TensorBoardLogger'}]"]
+    run = [
+        *shortest,
+        "--data.val_prompts",
+        "0",
+        "--trainer.logger",
+        f"[{one % 'CSVLogger'}, {one % 'TensorBoardLogger'}]",
+    ]
 
     def rows(name: str = "metrics.csv") -> list[dict[str, str]]:
         with (folder / "logs" / "lightning_logs" / "version_0" / name).open() as file:
@@ -300,7 +306,7 @@ def test_printed_config_shows_the_recipes_defaults(capsys: pytest.CaptureFixture
     optimizer = config["model"]["init_args"]["optimizer"]
     assert optimizer["class_path"] == "rlhf_pl.optim.AdamW"
     assert optimizer["init_args"] == {
-        **{"lr": 3e-7, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6},
+        **{"lr": "auto", "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-6},
         "fused": None,
     }
     assert config["model"]["init_args"]["lr_scheduler"]["init_args"] == {
@@ -308,6 +314,10 @@ def test_printed_config_shows_the_recipes_defaults(capsys: pytest.CaptureFixture
         "min_factor": 0.0,
         "span": "run",
     }
+    assert config["model"]["init_args"]["loss"]["init_args"]["eta"] == "auto"
+    assert config["data"]["init_args"]["val_prompts"] is None
+    assert config["rollout"]["sampling"]["num_responses"] == 4
+    assert config["trainer"]["precision"] == "bf16-mixed"
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=[str(c.relative_to(ROOT)) for c in CONFIGS])
@@ -318,7 +328,7 @@ def test_every_shipped_config_parses(config: Path, capsys: pytest.CaptureFixture
     if "rollout" in given:
         assert parsed["rollout"]["reward"]
     else:
-        assert parsed["model"]["class_path"] == f"rlhf_pl.{given['model']['class_path']}"
+        assert parsed["model"]["class_path"] == f"rlhf_pl.{given['model'].get('class_path', 'RebelModule')}"
 
 
 def test_help_lists_every_group(capsys: pytest.CaptureFixture[str]) -> None:

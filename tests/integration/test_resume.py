@@ -57,6 +57,7 @@ def fit(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
         **{"rollout.sampler.dtype": "float32", "rollout.sampling.max_response_tokens": 6},
         **{"rollout.sampling.num_responses": 3, "rollout.prompts_per_shard": 2, "trainer.max_epochs": 2},
         **{"trainer.accelerator": "cpu", "rollout.scoring.retries": 0, "data.batch_size": 2},
+        **{"trainer.precision": "32-true", "model.loss.eta": 1.0},
     }
 
     def run(folder: str, *arguments: str, **changes: object) -> int:
