@@ -31,6 +31,7 @@ class EpochRun(RunLifecycle):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         ranks_of(trainer)  # from here on a rank learns when another one ends
+        self.choose_threads(trainer)
         check_trainer(trainer, in_rounds=False)
         held_out = _data(trainer).val_set
         validates = held_out is not None and len(held_out) > 0 and trainer.limit_val_batches != 0
@@ -45,6 +46,7 @@ class EpochRun(RunLifecycle):
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self._validated = False
+        self.warn_of_overload(trainer)
         if trainer.is_global_zero and not self._noted:
             self._note_few_updates(trainer)
         self._noted = True

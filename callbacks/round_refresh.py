@@ -202,6 +202,8 @@ class RoundRefresh(RunLifecycle):
         trainer.reload_dataloaders_every_n_epochs = 1  # type: ignore[attr-defined]
         trainer.num_sanity_val_steps = 0
         take_over_limits(trainer)
+        ranks = ranks_of(trainer, self._timeout)
+        self.choose_threads(trainer)
         if options is None:
             problems = find_problems(data.store, held_out=False, checksums=False)
             problems.refuse("Restore the files: rounds that were prepared elsewhere can't be made here.")
@@ -213,7 +215,6 @@ class RoundRefresh(RunLifecycle):
         check_shaping(pl_module, options)
         check_refill(pl_module, data, options)
         check_token_logps(pl_module, options)
-        ranks = ranks_of(trainer, self._timeout)
         given = options.sampling
         if self._rounds_from is not None:
             self._stored, sampling = open_rounds(trainer, pl_module, self._rounds_from, options)
@@ -267,7 +268,10 @@ class RoundRefresh(RunLifecycle):
 
     def prepare_round(self, index: int) -> None:
         """Make the missing stages of round `index`; the DataModule calls it when its dataloader is requested."""
-        self._preparation().prepare(index)
+        preparation = self._preparation()
+        assert self._trainer is not None
+        self.warn_of_overload(self._trainer)
+        preparation.prepare(index)
         self._release_gpu()
 
     def finish_run(self, rounds: int) -> None:

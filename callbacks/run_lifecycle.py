@@ -3,11 +3,13 @@
 from typing import Any
 
 import lightning as L
+import torch
 
 from rlhf_pl.checkpointing.progress import is_at_round_end, is_stopping_inside
 from rlhf_pl.data.run_limits import report_stop, restore_limits, restore_monitors, stop_at_max_steps, suspend_monitors
 from rlhf_pl.distributed.ranks import forget_ranks, ranks_of, report_failure
 from rlhf_pl.utils.console import console
+from rlhf_pl.utils.cpu_threads import choose_threads, describe_overload, write_threads
 from rlhf_pl.utils.kept_files import describe_kept
 from rlhf_pl.utils.lock import RunLock
 
@@ -19,12 +21,34 @@ class RunLifecycle(L.Callback):
 
     def __init__(self) -> None:
         self._lock: RunLock | None = None
+        self._threads_before: int | None = None  # of torch, in a run on a CPU
+
+    def choose_threads(self, trainer: L.Trainer) -> None:
+        """Let a run on a CPU compute with as many threads as there are free cores; before an engine takes torch's."""
+        if not _is_on_cpu(trainer):
+            return
+        ranks, run_dir = ranks_of(trainer), trainer.default_root_dir
+        threads, sentence = ranks.run_on_rank_zero(
+            lambda: choose_threads(run_dir, trainer.world_size // trainer.num_nodes)
+        )
+        self._threads_before = torch.get_num_threads()
+        if threads != self._threads_before:
+            torch.set_num_threads(threads)
+        if sentence and ranks.is_first:
+            console.print(sentence, soft_wrap=True)
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lock the run directory: from here on only this process writes to it."""
         self._print_kept(trainer)
         self._lock = RunLock(trainer.default_root_dir)
         ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
+        if _is_on_cpu(trainer) and trainer.is_global_zero:
+            write_threads(trainer.default_root_dir)
+
+    def warn_of_overload(self, trainer: L.Trainer) -> None:
+        """Say on rank 0 that other jobs slow down a run on a CPU."""
+        if _is_on_cpu(trainer) and trainer.is_global_zero and (sentence := describe_overload()):
+            console.print(sentence, soft_wrap=True)
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not is_at_round_end(trainer):
@@ -64,5 +88,12 @@ class RunLifecycle(L.Callback):
 
     def end(self) -> None:
         """Release the run directory; a subclass first closes what it holds."""
+        if self._threads_before not in (None, torch.get_num_threads()):
+            torch.set_num_threads(self._threads_before)
+        self._threads_before = None
         if self._lock is not None:
             self._lock.release()
+
+
+def _is_on_cpu(trainer: L.Trainer) -> bool:
+    return trainer.strategy.root_device.type == "cpu"

@@ -1,9 +1,12 @@
 """Small random models, created by the tests: nothing is downloaded."""
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch starts: runs that are compared bit by bit need one number
 
 import pytest
 import torch

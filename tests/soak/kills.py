@@ -7,6 +7,7 @@ bit, and no temporary files.
 """
 
 import argparse
+import os
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ def main() -> int:
         "--rounds_end", action="store_true", help="at every point between a round's last update and its end"
     )
     arguments = parser.parse_args()
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of every run: with another number of threads sums round differently
     started = time.monotonic()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
