@@ -39,7 +39,6 @@ class RunLifecycle(L.Callback):
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lock the run directory: from here on only this process writes to it."""
-        self._print_kept(trainer)
         self._lock = RunLock(trainer.default_root_dir)
         ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
         if _is_on_cpu(trainer) and trainer.is_global_zero:

@@ -33,6 +33,7 @@ from rlhf_pl.cli.option_numbers import refuse_not_finite
 from rlhf_pl.cli.own_classes import on_gpu
 from rlhf_pl.cli.parser import DEFAULT_CLASSES, Parser, register_config_secrets
 from rlhf_pl.cli.run_files import RunConfig
+from rlhf_pl.cli.run_names import describe_run, name_run
 from rlhf_pl.cli.user_errors import as_user_error
 from rlhf_pl.data import OfflineDataModule, RoundDataModule
 from rlhf_pl.data.compatibility import check_policy_module
@@ -55,7 +56,6 @@ from rlhf_pl.utils.terminal import print_error, set_log_folder, shows_tracebacks
 TRAINER_DEFAULTS = {
     "max_epochs": 3,
     "precision": "bf16-mixed",
-    "default_root_dir": "runs/rebel",
     "log_every_n_steps": 1,
     "num_sanity_val_steps": 0,
     "reload_dataloaders_every_n_epochs": 1,
@@ -116,6 +116,9 @@ class RlhfCLI(LightningCLI):
         refuse_options(config, in_rounds=isinstance(self.datamodule, RoundDataModule))
         run_dir = config["default_root_dir"]
         set_log_folder(run_dir)
+        if not getattr(rank_zero_only, "rank", 0):
+            unit = "round" if isinstance(self.datamodule, RoundDataModule) else "epoch"
+            console.print(describe_run(run_dir, config["max_epochs"], unit), soft_wrap=True)
         callbacks: list[Callback] = _listed(config["callbacks"])
         if config["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
             callbacks.append(RoundProgress())
@@ -184,7 +187,10 @@ class RlhfCLI(LightningCLI):
         with as_user_error("The command line can't be read"):
             super().parse_arguments(parser, args)
         register_config_secrets(self.config)
-        refuse_not_finite(self.config[self.config["subcommand"]])
+        config = self.config[self.config["subcommand"]]
+        refuse_not_finite(config)
+        if config.trainer.default_root_dir is None:
+            config.trainer.default_root_dir = name_run(config)
 
     def _dump_config(self) -> None:
         """Dump the config with its secrets: Lightning takes the modules' hyper-parameters from the dump."""

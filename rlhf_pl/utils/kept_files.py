@@ -6,7 +6,13 @@ from rlhf_pl.utils.disk import format_bytes
 
 
 def describe_kept(run_dir: str | Path) -> str:
-    """One line with the size of a run directory and its largest parts; empty where it holds nothing.
+    """One line with the size of a run directory and its largest parts; empty where it holds nothing."""
+    parts = describe_parts(run_dir)
+    return f"Kept in {run_dir}: {parts}." if parts else ""
+
+
+def describe_parts(run_dir: str | Path) -> str:
+    """Size of a run directory and its largest parts, such as `4.0 MiB (checkpoints 3.0 MiB)`; empty for nothing.
 
     Links are not counted. Sizes are those of the files' contents, bytes.
     """
@@ -22,4 +28,4 @@ def describe_kept(run_dir: str | Path) -> str:
         return ""
     largest = sorted(sizes.items(), key=lambda item: -item[1])[:3]
     parts = ", ".join(f"{name} {format_bytes(size)}" for name, size in largest if size >= total / 100)
-    return f"Kept in {run_dir}: {format_bytes(total)} ({parts})."
+    return f"{format_bytes(total)} ({parts})"

@@ -111,7 +111,8 @@ def test_prompts_of_median_gain_are_shown_with_typical_responses(run: SmallRun) 
 def test_the_report_starts_with_the_run_directory_and_ends_with_next_steps(run: SmallRun) -> None:
     lines = run.printed.splitlines()
     assert f"Prompts: 10 for training, 10 a round; 4 held out. Run directory: {run.folder}" in lines
-    assert lines[lines.index("Next:") :] == [
+    assert lines[-1].startswith(f"Kept in {run.folder}: ")
+    assert lines[lines.index("Next:") : -1] == [
         "Next:",
         *[text for text in lines if text.startswith("  see the curves:  Log")],
         f"  read responses:  {run.folder}/samples.html, and {run.folder}/rounds/*/ (Parquet)",
@@ -146,7 +147,7 @@ def test_without_held_out_prompts_there_is_no_before_and_after(
 def test_an_unfinished_round_is_not_reported(again: Again, capsys: pytest.CaptureFixture[str]) -> None:
     again(RunReport(), max_steps=1)
     printed = capsys.readouterr().out
-    assert printed.startswith("Prompts: 10 for training")
+    assert printed.splitlines()[1].startswith("Prompts: 10 for training")  # after the size of the run directory
     assert not any(text in printed for text in ("round 1:", "Rounds", "Next:"))
     assert "Stopped inside round 1 at update 1" in printed
 

@@ -66,7 +66,7 @@ def fit(folder: Path, llama: Path, prompts: str, max_steps: int) -> Critic:
         ],
     )
     last = folder / "checkpoints" / "last.ckpt"
-    data = RoundDataModule(prompts, max_prompt_tokens=64, batch_size=2)
+    data = RoundDataModule(prompts, max_prompt_tokens=64, val_prompts=0, batch_size=2)
     trainer.fit(module, datamodule=data, ckpt_path=last if last.exists() else None, weights_only=False)
     return module
 

@@ -21,8 +21,8 @@ def schedule(**settings: float | str) -> WarmupCosine:
 
 
 def test_recipe_defaults() -> None:
-    group = AdamW([torch.nn.Parameter(torch.zeros(1))]).param_groups[0]
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (3e-7, (0.9, 0.95), 1e-8, 1e-6)
+    group = AdamW([torch.nn.Parameter(torch.zeros(1))], lr=0.1).param_groups[0]
+    assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.9, 0.95), 1e-8, 1e-6)
 
 
 def test_fused_steps_equal_plain_ones() -> None:
@@ -37,7 +37,7 @@ def test_fused_steps_equal_plain_ones() -> None:
             optimizer.step()
         ends.append(weight.detach())
     torch.testing.assert_close(*ends)
-    assert AdamW([torch.nn.Parameter(start)]).param_groups[0]["fused"]
+    assert AdamW([torch.nn.Parameter(start)], lr=0.1).param_groups[0]["fused"]
 
 
 def test_warm_up_then_cosine() -> None:

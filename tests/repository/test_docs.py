@@ -112,7 +112,8 @@ def test_the_readmes_python_runs(
     llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """On a small model, without vLLM, and with few prompts."""
-    code = re.search(r"```python\n(import lightning.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    pattern = r"```python\n(from rlhf_pl import .*?RlhfTrainer.*?)```"
+    code = re.search(pattern, (ROOT / "README.md").read_text(), re.DOTALL)
     assert code is not None
     text = code[1]
     for old, new in {
