@@ -75,7 +75,7 @@ def measure(count: int) -> dict[str, float]:
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        data = RoundDataModule(str(folder / "prompts.jsonl"), batch_size=16, max_prompt_tokens=64)
+        data = RoundDataModule(str(folder / "prompts.jsonl"), batch_size=16, max_prompt_tokens=64, val_prompts=0)
         with peak_memory() as peak:
             started = time.monotonic()
             trainer.fit(RebelModule(str(folder / "model")), datamodule=data)

@@ -145,7 +145,9 @@ def train_with_lightning(args: argparse.Namespace, variant: str, seed: int) -> l
             optimizer=lambda p: AdamW(p, lr=args.lr or LEARNING_RATES[variant]),
             lr_scheduler=lambda o: ConstantLR(o, 1.0),
         )
-        data = RoundDataModule(str(folder / "prompts.jsonl"), prompts_per_round=4, batch_size=4, seed=seed)
+        data = RoundDataModule(
+            str(folder / "prompts.jsonl"), prompts_per_round=4, val_prompts=0, batch_size=4, seed=seed
+        )
         trainer.fit(module, datamodule=data)
     return snapshots[0].taken
 

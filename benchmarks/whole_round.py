@@ -116,7 +116,7 @@ def train_with_lightning(args: argparse.Namespace, variant: str) -> dict[str, fl
             enable_progress_bar=False,
             enable_model_summary=False,
         )
-        data = RoundDataModule(str(prompts), batch_size=MICRO_BATCH)
+        data = RoundDataModule(str(prompts), val_prompts=0, batch_size=MICRO_BATCH)
         with peak_memory(args.device) as peak:
             trainer.fit(RebelModule(args.model, optimizer=lambda p: AdamW(p, lr=1e-6)), datamodule=data)
         stored = data.store.round(rounds - 1)

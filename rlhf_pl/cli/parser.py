@@ -2,6 +2,7 @@
 
 import inspect
 import re
+import sys
 from typing import Any, ClassVar, NoReturn
 
 from jsonargparse import ArgumentParser, Namespace
@@ -15,6 +16,7 @@ from rlhf_pl.modules import RebelModule
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import HIDDEN, hidden_options, redacted, register_options
 
+_CLASS_HELP = re.compile(r"Help for (?P<option>--\S+?)\.help(=|\s+)(?P<name>\S+)")
 DEFAULT_CLASSES = {"model": RebelModule, "data": RoundDataModule}
 
 
@@ -27,6 +29,8 @@ class Parser(LightningArgumentParser):
 
     def format_help(self, formatter: Any = None) -> str:
         text = super().format_help(formatter)
+        if (named := _CLASS_HELP.match(str(self.description))) is not None:
+            return _class_help(text, named["option"], named["name"])
         if "--model" not in self._option_string_actions:
             return text
         if not self.shows_all:
@@ -50,6 +54,22 @@ class Parser(LightningArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         exit_with_error(re.sub(r"required: (\w+)$", _full_name, str(message)), "fit", ex)
+
+
+def _class_help(text: str, option: str, name: str) -> str:
+    """The help of one class, as `--model.help PPOModule` shows it, with its options as they are typed.
+
+    Args:
+        text: The help that jsonargparse makes; an option inside another class lacks its prefix.
+        option: The option that takes the class, without the prefix.
+        name: The class.
+    """
+    given = (argument.partition("=")[0].removesuffix(".help") for argument in sys.argv if ".help" in argument)
+    full = next((each for each in given if each.endswith(f".{option.removeprefix('--')}")), option)
+    options = text.split("\n\n", 2)[-1]
+    if full != option:
+        options = re.sub(rf"(?<=\s){re.escape(option)}(?=[.\s])", full, options)
+    return f"usage: rlhf-pl fit {full} {name.removeprefix('rlhf_pl.')} [options]\n\n{options}"
 
 
 def _full_name(required: re.Match[str]) -> str:

@@ -2,7 +2,8 @@
 
 import argparse
 import sys
-from typing import NoReturn
+import textwrap
+from typing import Any, NoReturn
 
 from rlhf_pl.utils.terminal import print_error, print_traceback, shows_tracebacks
 
@@ -14,13 +15,31 @@ options of every command:
 
 
 class CommandParser(argparse.ArgumentParser):
-    """The parser of a command without a config. Its `prog` ends with the command's name."""
+    """The parser of a command without a config. Its `prog` ends with the command's name.
+
+    Args:
+        example: Command lines that the help begins with, after the usage; empty for none.
+        **options: As in argparse.
+    """
+
+    def __init__(self, *, example: str = "", **options: Any) -> None:
+        self.example = example
+        super().__init__(formatter_class=_OneColumn, **options)
 
     def format_help(self) -> str:
-        return super().format_help() + FOR_ALL_COMMANDS
+        usage, _, rest = super().format_help().partition("\n\n")
+        example = "\n\n" + textwrap.indent(self.example.strip(), "  ") if self.example else ""
+        return f"{usage}{example}\n\n{rest}" + FOR_ALL_COMMANDS
 
     def error(self, message: str) -> NoReturn:
         exit_with_error(message, self.prog.split()[-1])
+
+
+class _OneColumn(argparse.HelpFormatter):
+    """argparse's help, with room for our options' names."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=34)
 
 
 def exit_with_error(message: str, command: str, error: BaseException | None = None) -> NoReturn:

@@ -3,11 +3,11 @@
 from collections.abc import Mapping
 from typing import Any, Protocol
 
-import torch
-
 from rlhf_pl.algorithms.prompt_groups import Z_REF
 from rlhf_pl.callbacks import RoundRefresh
 from rlhf_pl.cli.plan_critic import plan_critic
+from rlhf_pl.cli.plan_machine import count_devices, plans_gpus
+from rlhf_pl.cli.plan_prompts import PlannedPrompts
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.models.footprint import (
@@ -46,20 +46,30 @@ class Plan:
         options: The round's options.
         trainer: Options of the Trainer.
         refresh: The callback with the sampler.
+        prompts: The prompts of a round.
     """
 
     def __init__(
-        self, module: Any, data: RoundDataModule, options: Any, trainer: Mapping[str, Any], refresh: RoundRefresh
+        self,
+        module: Any,
+        data: RoundDataModule,
+        options: Any,
+        trainer: Mapping[str, Any],
+        refresh: RoundRefresh,
+        prompts: PlannedPrompts,
     ) -> None:
         self.module, self.data, self.options, self.trainer = module, data, options, trainer
         self.sampler: Any = refresh.sampler
-        self.devices = _count_devices(trainer["devices"], trainer["accelerator"]) * int(trainer["num_nodes"])
+        self.val_responses = options.val_sampling.num_responses
+        self.prompts = prompts
+        self.on_gpu = plans_gpus(trainer["accelerator"])
+        self.processes = count_devices(trainer["devices"], self.on_gpu)  # of a node
+        self.devices = self.processes * int(trainer["num_nodes"])
         strategy = trainer["strategy"]
         name = strategy if isinstance(strategy, str) else type(strategy).__name__
         self.accumulate: int = trainer["accumulate_grad_batches"]
         self.all_ranks_read = name in ("fsdp", "fsdp_cpu_offload") or "FSDPStrategy" in name
         self.sharded = "fsdp" in name.lower() or "ModelParallel" in name
-        self.on_gpu = trainer["accelerator"] != "cpu" and (torch.cuda.is_available() or self.devices > 1)
         precision = fast_precision(str(trainer["precision"] or "32-true"), self.on_gpu)
         mixed = getattr(strategy, "mixed_precision", None)
         self.bf16 = "16" in precision or (mixed is not None and mixed.param_dtype is not None)
@@ -70,7 +80,7 @@ class Plan:
         self.kernels = Kernels(half, module.attn_implementation, flash, liger)
         self.model = model_size(self.config, module.trainable_layers, module.lora)
         self.critic = plan_critic(module)
-        self.longest = data.max_prompt_tokens + options.sampling.max_response_tokens
+        self.longest = prompts.longest + options.sampling.max_response_tokens
         # responses per prompt that are trained on
         one_pair = module.loss.uses_pairs and (options.selector is None or options.selector.gives_one_pair)
         self.has_mismatched = Z_REF in module.needs
@@ -184,9 +194,8 @@ class Plan:
 
     def snapshot_bytes(self) -> int:
         """Bytes of each rank's snapshot of pi_old in host memory, for the KL on held-out prompts."""
-        held_out = self.data.val_prompts_source not in (0, 0.0)
         return (
-            held_out
+            (self.prompts.held_out > 0)
             * DTYPE_BYTES[self.module.dtype_name]
             * self.model.trainable
             // (self.devices if self.sharded else 1)
@@ -201,20 +210,20 @@ class Plan:
     def _reward_bytes(self) -> int:
         return reward_bytes(self.options.reward)
 
-    def seconds(self, response_tokens: float, tokens_per_s: float, tflops: float, prompts: int) -> dict[str, float]:
-        """Seconds of a round by phase. Scoring counts reward models in this process only.
+    def seconds(self, response_tokens: float, tokens_per_s: float, tflops: float) -> dict[str, float]:
+        """Seconds of a round by phase, with typical prompts. Scoring counts reward models in this process only.
 
         Args:
             response_tokens: Mean length of a response.
             tokens_per_s: Throughput of an engine.
             tflops: Throughput of a device in training, TFLOP/s.
-            prompts: Prompts of the round.
         """
+        prompts = self.prompts.count
         responses = prompts * self.options.sampling.num_responses
         engines = max(1, self.devices // self.sampler.ranks_per_engine)
         if isinstance(self.sampler, VLLMServerSampler):
             engines = len(self.sampler.urls)
-        row = self.data.max_prompt_tokens / 2 + response_tokens
+        row = self.prompts.typical + response_tokens
         others = self.used - 1
         shares = self.module.attn_implementation == "sdpa"
         used_tokens = prompts * (row + others * response_tokens if shares else self.used * row)
@@ -231,7 +240,9 @@ class Plan:
         if self.critic is not None:
             per_row_token += self.critic.flops(self.module.gradient_checkpointing, ahead)
             logps += self.critic.flops_of_old_values(self.model.total)
+        held_out = self.prompts.held_out * self.val_responses
         return {
+            "held-out": held_out * response_tokens / (tokens_per_s * engines) + 2 * reward * held_out * row / speed,
             "generate": responses * response_tokens / (tokens_per_s * engines),
             "score": 2 * reward * responses * row / speed,
             "log-probs": logps * used_tokens / speed,
@@ -244,12 +255,3 @@ class Plan:
             return self.data.passes
         per_update = min(self.data.batch_size * self.accumulate * self.devices, prompts)
         return self.data.updates_per_round * per_update / prompts
-
-
-def _count_devices(devices: Any, accelerator: Any) -> int:
-    """Devices of a node; `auto` is one process on a CPU and all GPUs of a machine that has them."""
-    if isinstance(devices, list):
-        return len(devices)
-    if str(devices).isdigit():
-        return int(devices)
-    return 1 if accelerator == "cpu" else max(1, torch.cuda.device_count())

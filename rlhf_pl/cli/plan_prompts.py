@@ -1,21 +1,107 @@
-"""The number of prompts of a planned round."""
+"""The prompts of a planned round: how many there are, and how long they are."""
 
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rlhf_pl.data import RoundDataModule
-from rlhf_pl.data.held_out import default_count
+from rlhf_pl.data.held_out import count_held_out, default_held_out
+from rlhf_pl.data.prompts import Prompt
+from rlhf_pl.models.chat import encode_prompt
+from rlhf_pl.utils.errors import InputError
+
+_SAMPLE, _LONGEST = 400, 100  # rows that are tokenized of larger files: any, and the longest by characters
+_CHARACTERS_PER_TOKEN = 4
+_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
-def count_prompts(data: RoundDataModule) -> int | None:
-    """Prompts of a round before any are dropped as too long; None if it takes all rows of a data set on the Hub."""
-    if data.prompts_per_round is not None:
-        return data.prompts_per_round
-    if not Path(data.prompts_source).exists():
-        return None
-    prompts = data._load(data.prompts_source, "data.prompts")
-    rows, held_out = len(prompts), data.val_prompts_source
+@dataclass(frozen=True)
+class PlannedPrompts:
+    """Prompts of a round.
+
+    Args:
+        count: Prompts of a round; 1,000 if `is_known` is false.
+        is_known: Whether the data set could be counted, or the config sets the number.
+        held_out: Held-out prompts.
+        typical: Mean tokens of a prompt.
+        longest: Tokens of the longest prompt that is kept.
+        source: How the lengths were found, in words.
+    """
+
+    count: int
+    is_known: bool
+    held_out: int
+    typical: float
+    longest: int
+    source: str
+
+
+def plan_prompts(module: Any, data: RoundDataModule) -> PlannedPrompts:
+    """Count the prompts of a round and measure their lengths, where they are in a file.
+
+    Raises:
+        InputError: The file can't be read, or all prompts are too long.
+    """
+    source, limit = data.prompts_source, data.max_prompt_tokens
+    if not Path(source).exists() and Path(source).suffix not in _FILES:
+        count, held_out = data.prompts_per_round, data.val_prompts_source
+        known = default_held_out(10**6) if held_out is None else held_out
+        return PlannedPrompts(
+            count or 1000,
+            count is not None,
+            int(known) if isinstance(known, int | float) and (known >= 1 or known == 0) else default_held_out(10**6),
+            limit / 2,
+            limit,
+            f"prompts are half of data.max_prompt_tokens, assumed: {source!r} is not a file here",
+        )
+    rows = data._load(source, "data.prompts")
+    lengths, how = _lengths(module, rows, data.chat_template_kwargs)
+    kept = [length for length in lengths.typical if length <= limit]
+    if not kept:
+        raise InputError(
+            f"`data.prompts`: all prompts of {source!r} that were read are longer than max_prompt_tokens={limit}."
+        )
+    held_out = _held_out(data, len(rows))
+    # the longest rows were looked for, so one above the limit means that others may be just below it
+    longest = min(limit, max([*kept, *lengths.longest]))
+    own = len(rows) - (0 if isinstance(data.val_prompts_source, str) else held_out)
+    count = min(data.prompts_per_round or own, own)
+    return PlannedPrompts(max(1, count), True, held_out, sum(kept) / len(kept), longest, how)
+
+
+@dataclass(frozen=True)
+class _Lengths:
+    typical: list[int]
+    longest: list[int]
+
+
+def _lengths(module: Any, rows: Sequence[Prompt], kwargs: dict[str, Any]) -> tuple[_Lengths, str]:
+    """Tokens of a sample of the rows, and of the longest ones by characters; how they were counted."""
+    sample, longest = list(rows), []
+    if len(rows) > _SAMPLE + _LONGEST:
+        sample = random.Random(0).sample(list(rows), _SAMPLE)
+        longest = sorted(rows, key=_characters)[-_LONGEST:]
+    try:
+        tokenizer = module.source.tokenizer
+    except InputError:  # a model on the Hub, which is not here
+        counted = _Lengths(*([_characters(p) // _CHARACTERS_PER_TOKEN + 1 for p in part] for part in (sample, longest)))
+        return counted, f"prompts by {_CHARACTERS_PER_TOKEN} characters a token, as the tokenizer is not here"
+    encoded = ([len(encode_prompt(tokenizer, p.messages, p.tools, kwargs)) for p in part] for part in (sample, longest))
+    some = "" if not longest else f", {len(sample) + len(longest)} of {len(rows):,}"
+    return _Lengths(*encoded), f"prompts by the tokenizer{some}"
+
+
+def _characters(prompt: Prompt) -> int:
+    return sum(len(str(message.get("content") or "")) for message in prompt.messages)
+
+
+def _held_out(data: RoundDataModule, rows: int) -> int:
+    held_out = data.val_prompts_source
     if held_out is None:
-        held_out = default_count(len({prompt.prompt_id for prompt in prompts}))
-    if isinstance(held_out, float) and 0 < held_out < 1:
-        return rows - max(1, round(rows * held_out))
-    return max(1, rows - int(held_out)) if isinstance(held_out, int | float) else rows
+        return default_held_out(rows)
+    if isinstance(held_out, str):
+        is_file = Path(held_out).exists() or Path(held_out).suffix in _FILES
+        return len(data._load(held_out, "data.val_prompts")) if is_file else default_held_out(10**6)
+    return count_held_out(rows, held_out, least=1)

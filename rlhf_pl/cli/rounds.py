@@ -34,6 +34,7 @@ def run(argv: Sequence[str]) -> int:
         console.width = 120
     parser = CommandParser(
         prog="rlhf-pl rounds",
+        example="rlhf-pl rounds runs/quickstart\nrlhf-pl rounds runs/quickstart --round 1 --samples 3",
         description="Show the rounds of a run: stages, counts, rewards, settings, times, missing parts. Reads only.",
     )
     parser.add_argument("run_dir", help="the run directory (`trainer.default_root_dir`)")

@@ -35,9 +35,19 @@ are preference pairs: then accuracy (with its 95% interval), mean margin and cal
 of a choice by length."""
 
 
+USAGE = """\
+usage: rlhf-pl score --reward REWARD --data DATA [options]
+
+  rlhf-pl score --reward my.score --data answers.jsonl --output scored.jsonl
+  rlhf-pl score --reward ClassifierReward --reward.model MODEL --data pairs.jsonl
+
+"""
+
+
 class _Parser(ArgumentParser):
     def format_help(self, formatter: Any = None) -> str:
-        return super().format_help(formatter) + FOR_ALL_COMMANDS
+        options = super().format_help(formatter).partition("\n\n")[2]  # without a usage of 14 lines
+        return USAGE + options + FOR_ALL_COMMANDS
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         exit_with_error(str(message), "score", ex)

@@ -8,18 +8,22 @@ from typing import Any, TypeVar
 from rlhf_pl.utils.errors import InputError
 
 T = TypeVar("T")
+_SHARE, _MOST = 5, 64  # by default: one of 5 rows, and no more than tell a gain from noise
 
-_SHARE, _MOST = 5, 64  # by default: one of 5 prompts, and no more than tell a gain from noise
+
+def default_held_out(rows: int) -> int:
+    """Number of rows that are held out by default: a fifth, at most 64, and none of fewer than 5."""
+    return min(_MOST, rows // _SHARE)
+
+
+def count_held_out(rows: int, held_out: float, least: int = 0) -> int:
+    """Number of rows that a share below 1, of at least `least` rows, or a number of rows holds out."""
+    return max(least, round(held_out * rows)) if 0 < held_out < 1 else int(held_out)
 
 
 def prompt_key(messages: Sequence[Mapping[str, Any]]) -> str:
     """The key of a prompt for `hold_out`: the roles and contents of its messages only."""
     return repr([{"role": m["role"], "content": m.get("content")} for m in messages])
-
-
-def default_count(prompts: int) -> int:
-    """Number of prompts to hold out by default: a fifth of them, at most 64, and none of fewer than 5."""
-    return min(_MOST, prompts // _SHARE)
 
 
 def check_held_out(option: str, held_out: float | str) -> None:
@@ -58,7 +62,7 @@ def hold_out(
     """
     if isinstance(held_out, str):
         return list(rows), load(held_out, option)
-    count = max(least, round(held_out * len(rows))) if 0 < held_out < 1 else int(held_out)
+    count = count_held_out(len(rows), held_out, least)
     groups: dict[str, list[int]] = {}
     for i, row in enumerate(rows):
         groups.setdefault(key(row), []).append(i)

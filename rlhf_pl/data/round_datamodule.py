@@ -9,7 +9,7 @@ from rlhf_pl.checkpointing.progress import is_inside_round, rounds_done
 from rlhf_pl.data.compatibility import check_policy_module
 from rlhf_pl.data.group_batches import GroupDataset
 from rlhf_pl.data.group_sampler import GroupSampler
-from rlhf_pl.data.held_out import check_held_out, default_count, hold_out
+from rlhf_pl.data.held_out import check_held_out, default_held_out, hold_out
 from rlhf_pl.data.micro_batches import MicroBatchSampler, ResumableLoader
 from rlhf_pl.data.overflow import read_groups
 from rlhf_pl.data.pairs_datamodule import PairsDataModule
@@ -162,7 +162,7 @@ class RoundDataModule(PairsDataModule):
         rows = self._load(self.prompts_source, "data.prompts")
         val_source, val_option = self.val_prompts_source, "data.val_prompts"
         if val_source is None:
-            val_source = default_count(len({prompt.prompt_id for prompt in rows}))
+            val_source = default_held_out(len(rows))
         train, val = hold_out(rows, val_source, val_option, self._load, lambda p: p.prompt_id, least=1)
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens, kwargs)
         val_option = val_option if isinstance(val_source, str) else "data.prompts"

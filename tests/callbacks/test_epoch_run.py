@@ -71,12 +71,13 @@ def test_each_epoch_prints_its_held_out_perplexity(
     lines = capsys.readouterr().out.splitlines()
     tokenizer, run = make_tokenizer(), tmp_path / "run"
     lengths = {row["response"]: len(tokenizer(row["response"] + "<|end|>")["input_ids"]) - 1 for row in ROWS}
-    begin, note, *epochs, end = lines
+    begin, note, *epochs, end, kept = lines
     assert len(set(lengths.values())) == 1
     learned = 6 * next(iter(lengths.values()))
     assert begin == f"Conversations: 6 for training ({learned} response tokens), 4 held out. Run directory: {run}"
     assert note == "Note: an epoch has only 3 updates. Decrease `data.batch_size` (now 2) for more."
     assert end == "Done."  # without an export and a logger
+    assert kept.startswith(f"Kept in {run}: ")
     assert epochs == [
         f"epoch {number}: held-out perplexity {found:.3f} (loss {math.log(found):.3f} nats a token, 4 conversations)"
         for number, found in enumerate(independent.found, 1)

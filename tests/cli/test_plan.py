@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from rlhf_pl.__main__ import main
+from rlhf_pl.models.chat import encode_prompt
 from rlhf_pl.models.footprint import Kernels, activation_bytes, classifier_size, head_bytes, head_size, model_size
 from rlhf_pl.models.lora import LoRA, add_lora
 from rlhf_pl.models.policy import load_lm, train_last_layers
@@ -113,9 +114,12 @@ def test_trainable_parameters_are_counted(tmp_path: Path, tied: bool) -> None:
 
 
 def test_sharding_divides_the_parameters(capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path) -> None:
-    (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
+    text = "Hello " * 300
+    (tmp_path / "prompts.jsonl").write_text(json.dumps({"prompt": text}) + '\n{"prompt": "Hello"}\n')
+    longest = len(encode_prompt(ModelSource(str(llama)).tokenizer, [{"role": "user", "content": text}]))
     arguments = ["plan", "--model.policy", str(llama), "--data.prompts", str(tmp_path / "prompts.jsonl")]
     arguments += ["--rollout.reward", "examples.short_answer.score", "--trainer.accelerator", "cpu"]
+    arguments += ["--data.max_prompt_tokens", str(longest)]
     tables = {}
     for devices, strategy in ((1, "auto"), (4, "fsdp2")):
         spread = ["--trainer.devices", str(devices), "--trainer.strategy", strategy]
@@ -126,20 +130,23 @@ def test_sharding_divides_the_parameters(capsys: pytest.CaptureFixture[str], lla
     assert "gathered unit" in tables[4]
     checkpoint = float(_cell(tables[1], "a checkpoint").split()[0])
     assert checkpoint == pytest.approx(3 * parameters[1], rel=0.01)
-    total = _cell(tables[1], "checkpoints at a round's end, at most 4").split()
+    total = _cell(tables[1], "checkpoints, 4 at most").split()
     assert total[1] == "MiB", "the other is in KiB"
     assert float(total[0]) == pytest.approx(4 * checkpoint / 1024, abs=0.06)
+    for row in ("exported model", "responses of 3 rounds", "free now"):
+        assert row in tables[1]
     accumulate = ["--trainer.accumulate_grad_batches", "4"]
     activations = []
     for budget in ("1", "1000000"):  # one response of a pair, and all 16 pairs of an update
         assert main([*arguments, *accumulate, "--data.max_tokens_per_batch", budget]) == 0
         activations.append(_cell(capsys.readouterr().out, "activations"))
     assert [text.split()[1] for text in activations] == ["MiB", "GiB"]
-    for budget in ("1280", "1536"):  # a prompt of 1,024 tokens with one response of 256, and with both
-        assert main([*arguments, *accumulate, "--data.max_tokens_per_batch", budget]) == 0
+    one, both = longest + 256, longest + 512
+    for budget in (one, both):  # the longest prompt with one response of 256 tokens, and with both
+        assert main([*arguments, *accumulate, "--data.max_tokens_per_batch", str(budget)]) == 0
         activations.append(_cell(capsys.readouterr().out, "activations"))
     part, pair = (float(text.split()[0]) for text in activations[2:])
-    assert pair * (1280 / 1536) ** 2 < part < pair * 1280 / 1536  # plain attention grows with the square
+    assert pair * (one / both) ** 2 < part < pair * one / both  # plain attention grows with the square
     assert main([*arguments, "--device_memory_gib", "0.001"]) == 1
     assert "Does not fit" in capsys.readouterr().out
 
@@ -151,7 +158,7 @@ def _cell(table: str, row: str) -> str:
 def test_other_modules_are_refused(capsys: pytest.CaptureFixture[str], llama: Path) -> None:
     assert main(["plan", "--model", "SFTModule", "--model.policy", str(llama), "--data", "SFTDataModule",
                  "--data.conversations", "data/sft.jsonl"]) == 1  # fmt: skip
-    assert "is for REBEL in rounds" in capsys.readouterr().err
+    assert "SFTModule on SFTDataModule, without a reward, has no plan" in capsys.readouterr().err
 
 
 def test_the_engine_gets_the_memory_that_the_trainer_leaves(llama: Path) -> None:
@@ -189,17 +196,16 @@ def test_responses_to_other_prompts_take_a_second_forward_pass(
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "Hello"}\n')
     arguments = ["plan", "--model.policy", str(llama), "--data.prompts", str(tmp_path / "prompts.jsonl")]
     arguments += ["--rollout.reward", "examples.short_answer.score", "--trainer.accelerator", "cpu"]
-    seconds = []
+    seconds: list[dict[str, float]] = []
     for name in ("Relative", "Spread"):
         loss = f"tests.data.test_group_parts.{name}"
         assert main([*arguments, "--tflops", "1e-8", "--model.loss", loss]) == 0
         out = capsys.readouterr().out
         assert ("forward pass before each update, which makes training 1.33 times as long" in out) == (not seconds)
-        row = next(line for line in out.splitlines() if "│ seconds" in line).split("│")
-        seconds.append([float(cell.replace(",", "")) for cell in row[2:-1]])
-    (_, _, logps, train, _), (_, _, one_logps, one_train, _) = seconds
-    assert train == pytest.approx(one_train * 8 / 6, rel=0.01)
-    assert logps == pytest.approx(2 * one_logps, rel=0.01)
+        seconds.append(_seconds(out))
+    both, one = seconds
+    assert both["train"] == pytest.approx(one["train"] * 8 / 6, rel=0.01)
+    assert both["log-probs"] == pytest.approx(2 * one["log-probs"], rel=0.01)
 
 
 def test_the_parameters_of_a_critic_are_counted(tmp_path: Path) -> None:

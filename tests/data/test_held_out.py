@@ -4,7 +4,7 @@ import hashlib
 
 import pytest
 
-from rlhf_pl.data.held_out import check_held_out, default_count, hold_out
+from rlhf_pl.data.held_out import check_held_out, default_held_out, hold_out
 from rlhf_pl.utils.errors import InputError
 
 ROWS = [f"p{i}" for i in range(50)]
@@ -65,4 +65,4 @@ def test_other_values_are_refused(wanted: float) -> None:
 
 @pytest.mark.parametrize(("prompts", "count"), [(1, 0), (4, 0), (5, 1), (40, 8), (319, 63), (1000, 64)])
 def test_a_fifth_of_the_prompts_and_at_most_64_are_held_out_by_default(prompts: int, count: int) -> None:
-    assert default_count(prompts) == count
+    assert default_held_out(prompts) == count

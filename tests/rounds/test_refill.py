@@ -49,6 +49,7 @@ def fit(folder: Path, llama: Path) -> Fit:
     options = {
         **{"model.policy": llama, "model.optimizer.lr": "1e-3", "data.prompts": folder / "prompts.jsonl"},
         **{"data.max_prompt_tokens": 64, "data.prompts_per_round": WANTED, "data.batch_size": 1},
+        **{"data.val_prompts": 0},
         **{"rollout.reward": f"{folder}/reward.py:ties", "rollout.sampler": "TransformersSampler"},
         **{"rollout.sampler.dtype": "float32", "rollout.sampling.max_response_tokens": 6, "rollout.refill": 2},
         **{"rollout.sampling.num_responses": 3, "rollout.prompts_per_shard": 3, "trainer.max_epochs": 2},

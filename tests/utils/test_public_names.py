@@ -76,7 +76,7 @@ def test_a_class_is_found_by_its_former_path(path: str) -> None:
 
 def test_classes_in_the_docs_can_be_imported() -> None:
     paths = named_in_docs()
-    assert {"rlhf_pl.optim.AdamW", "rlhf_pl.RebelModule", "rlhf_pl.callbacks.RunReport"} <= paths
+    assert {"rlhf_pl.optim.AdamW", "rlhf_pl.RebelModule", "rlhf_pl.callbacks.StopOnSignal"} <= paths
     for path in paths:
         assert imported(public_path(path)).__name__ == path.rpartition(".")[2]
 
