@@ -62,10 +62,11 @@ test-gpu:
 	@python=$(BIN)/python; [ -x $$python ] || python=$(PYTHON); \
 		$$python -m pytest -rs -m gpu tests/integration/test_gpu.py
 
-# five of them in a short version: together under half an hour
+# six of them in a short version: together under half an hour
 BENCHMARKS := scoring generation growth vocabulary_memory "whole_round --prompts 24" "training_step --pairs 4" \
 	"all_pairs --seeds 1" "algorithms --task toy --rate 1e-2 --tuning_seeds 1 --seeds 1" \
-	"reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo"
+	"reward_over_time --seeds 1 --seconds 40 --variant rlhf-pl --variant grpo" \
+	"defaults --out /tmp/trials.jsonl --task short"
 
 bench: setup model
 	@for name in $(BENCHMARKS); do echo "## $$name"; $(BIN)/python -m benchmarks.$$name || exit 1; echo; done

@@ -111,8 +111,8 @@ def run(argv: Sequence[str]) -> int:
             f"`rlhf-pl plan` is for runs that sample: RebelModule or another policy, RoundDataModule and a "
             f"`rollout.reward`. {type(cli.model).__name__} on {type(cli.datamodule).__name__}"
             f"{'' if cli.options else ', without a reward,'} has no plan. Its memory "
-            "is close to that of the phase `train` of a plan for the same model and `data.batch_size`, with prompts and "
-            "responses of that length."
+            "is close to that of the phase `train` of a plan for the same model and "
+            "`data.batch_size`, with prompts and responses of that length."
         )
     if missing := find_missing_members(cli.model, PlannedModule):
         raise InputError(f"`model`: {type(cli.model).__name__} lacks {', '.join(missing)}, which a plan needs.")

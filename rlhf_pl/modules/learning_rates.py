@@ -9,11 +9,11 @@ from rlhf_pl.utils.errors import InputError
 
 Stage = Literal["policy", "sft", "reward_model"]
 
-# The rate of a model with a billion parameters, and the power of the size that it falls with.
-# docs/tuning.md has the trials, and the table that follows from them.
+# The rate of a model with a billion parameters, the power of the size that it falls with, and the largest rate, which
+# small models have. docs/tuning.md has the trials, and the table that follows from them.
 _AT_A_BILLION: dict[Stage, float] = {"policy": 5.4e-6, "sft": 4e-5, "reward_model": 2e-5}
 _POWER: dict[Stage, float] = {"policy": 1.0, "sft": 2 / 3, "reward_model": 2 / 3}
-_LARGEST = 1e-3
+_LARGEST: dict[Stage, float] = {"policy": 4e-5, "sft": 2e-4, "reward_model": 1e-4}
 LORA_FACTOR = 10.0  # adapters take a higher rate than all weights of the same model
 
 
@@ -25,8 +25,8 @@ def suitable_rate(parameters: int, stage: Stage, lora: bool = False) -> float:
         stage: What is trained: a policy on rewards, a policy on responses, or a reward model.
         lora: Whether low-rank adapters train.
     """
-    rate = _AT_A_BILLION[stage] * (max(1, parameters) / 1e9) ** -_POWER[stage] * (LORA_FACTOR if lora else 1.0)
-    return float(f"{min(_LARGEST, rate):.1e}")
+    rate = min(_LARGEST[stage], _AT_A_BILLION[stage] * (max(1, parameters) / 1e9) ** -_POWER[stage])
+    return float(f"{rate * (LORA_FACTOR if lora else 1.0):.1e}")
 
 
 _current: ContextVar[Callable[[], float] | None] = ContextVar("suitable rate", default=None)

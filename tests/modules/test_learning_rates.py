@@ -31,7 +31,9 @@ def test_larger_models_get_lower_rates(stage: str, rates: tuple[float, ...]) -> 
 
 def test_adapters_get_a_higher_rate_and_no_rate_exceeds_the_cap() -> None:
     assert suitable_rate(1_240_000_000, "policy", lora=True) == pytest.approx(LORA_FACTOR * 4.4e-6)
-    assert suitable_rate(100_000, "policy") == suitable_rate(1, "sft", lora=True) == 1e-3
+    caps = {stage: suitable_rate(100_000, stage) for stage in ("policy", "sft", "reward_model")}  # type: ignore[arg-type]
+    assert caps == {"policy": 4e-5, "sft": 2e-4, "reward_model": 1e-4}
+    assert suitable_rate(1, "sft", lora=True) == pytest.approx(LORA_FACTOR * caps["sft"])
 
 
 def test_auto_is_refused_where_the_model_is_unknown() -> None:

@@ -119,7 +119,7 @@ def test_the_readmes_python_runs(
     for old, new in {
         "models/SmolLM2-135M-Instruct": str(llama),
         "RoundRefresh(score,": "RoundRefresh(score, sampler=TransformersSampler(),",
-        "prompts_per_round=64": "prompts_per_round=8",
+        "prompts_per_round=64": "prompts_per_round=8, max_prompt_tokens=128",
         "max_epochs=3": "max_epochs=1",
         "runs/python": str(tmp_path / "run"),
     }.items():

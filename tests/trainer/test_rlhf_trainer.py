@@ -40,7 +40,7 @@ def _script(llama: Path, prompts: Path) -> str:
     for old, new in {
         "models/SmolLM2-135M-Instruct": str(llama),
         "data/prompts.jsonl": str(prompts),
-        "prompts_per_round=64": "val_prompts=4, prompts_per_round=16, batch_size=1",
+        "prompts_per_round=64": "val_prompts=4, prompts_per_round=16, batch_size=1, max_prompt_tokens=128",
         "RoundRefresh(score,": "RoundRefresh(score, sampler=TransformersSampler(),",
         "max_response_tokens=64": "max_response_tokens=16",
         "SamplingConfig\n": "SamplingConfig, TransformersSampler\n",
