@@ -71,7 +71,7 @@ def next_steps(trainer: L.Trainer, asked_by: L.Callback) -> str:
         ("use the model:", "" if model is None else f"{model}, with transformers or `vllm serve {model}`"),
         (
             "change the run:",
-            f"{run_dir}/config.yaml holds every setting; `rlhf-pl fit --help` explains them" if is_command else "",
+            f"{run_dir}/config.yaml holds every setting; `rlhf-pl fit --help_all` explains them" if is_command else "",
         ),
     ]
     shown = [f"  {name:<16} {text}" for name, text in lines if text]

@@ -31,7 +31,7 @@ class Parser(LightningArgumentParser):
         text = super().format_help(formatter)
         if (named := _CLASS_HELP.match(str(self.description))) is not None:
             return _class_help(text, named["option"], named["name"])
-        if "--model" not in self._option_string_actions:
+        if not {"--model", "--trainer"} <= self._option_string_actions.keys():  # the help of one class or section
             return text
         if not self.shows_all:
             return short_help(self.trainer_defaults) + FOR_ALL_COMMANDS

@@ -62,7 +62,7 @@ def describe_run(run_dir: str, epochs: int | None, unit: str) -> str:
     of = f"{done} of {epochs}" if epochs not in (None, -1) else str(done)
     plural = "" if (done if epochs in (None, -1) else epochs) == 1 else "s"
     kept = describe_parts(run_dir) or "no data"
-    return f"Goes on with {run_dir}: {of} {unit}{plural} done; it holds {kept}."
+    return f"Goes on with {run_dir}: {of} {unit}{plural} trained; it holds {kept}."
 
 
 def _plain(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """A module's optimizer and learning-rate schedule: made, stepped, and reset to the config after a resume."""
 
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -153,7 +154,9 @@ class Optimization:
     def step_schedule(self, scheduler: Any) -> None:
         """Step a schedule that follows updates, after an update."""
         if not self.skipped.last and not isinstance(scheduler, ReduceLROnPlateau):
-            scheduler.step()
+            with warnings.catch_warnings():  # a first round without pairs steps the schedule alone
+                warnings.filterwarnings("ignore", message="Detected call of `lr_scheduler.step")
+                scheduler.step()
 
     def step_by_metric(self, trainer: L.Trainer, val_metrics: Sequence[str]) -> None:
         """Step the schedules that follow a metric, at an epoch's end: before the epoch's checkpoint, unlike Lightning.

@@ -106,7 +106,8 @@ def pair_selector(module: PolicyModule, options: RoundOptions) -> PairSelector |
     if options.selector is not None:
         raise InputError(
             f"`rollout.selector` is {type(options.selector).__name__}, but `model.loss` {type(module.loss).__name__} "
-            "trains on all responses of a prompt, so no pairs are selected. Leave it out."
+            "trains on all responses of a prompt, so no pairs are selected. Leave it out, or add "
+            "`--rollout.selector null`."
         )
     return None
 

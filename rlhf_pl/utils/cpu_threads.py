@@ -75,8 +75,8 @@ def describe_overload() -> str:
         return ""
     fewer = f", or start this run again with fewer threads (it has {threads}): OMP_NUM_THREADS=1" if threads > 1 else ""
     return (
-        f"This machine is overloaded: {load:.1f} threads want to run on {cores} cores, which can slow this run down "
-        f"many times. End other jobs{fewer}."
+        f"This machine is overloaded: {load:.1f} threads want to run on {cores} cores, which can make this run many "
+        f"times slower. End other jobs{fewer}."
     )
 
 

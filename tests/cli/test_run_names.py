@@ -53,5 +53,5 @@ def test_new_run_is_said(tmp_path: Path) -> None:
     assert describe_run(str(tmp_path), 3, "round") == f"Run directory {tmp_path}: new."
     (tmp_path / "rounds").mkdir()
     (tmp_path / "rounds" / "file").write_bytes(bytes(2048))
-    line = f"Goes on with {tmp_path}: 0 of 3 rounds done; it holds 2.0 KiB (rounds 2.0 KiB)."
+    line = f"Goes on with {tmp_path}: 0 of 3 rounds trained; it holds 2.0 KiB (rounds 2.0 KiB)."
     assert describe_run(str(tmp_path), 3, "round") == line

@@ -39,3 +39,15 @@ def test_the_short_help_has_every_option_of_ours(
     assert max(map(len, options)) <= columns
     assert "<lambda>" not in short
     assert "[4]" in next(line for line in lines if "--data.batch_size" in line)
+
+
+@pytest.mark.parametrize(
+    ("option", "name", "own"),
+    [("--model.help", "PPOModule", "--model.critic.model"), ("--data.help", "SFTDataModule", "--data.loss_on")],
+)
+def test_the_help_of_a_class_has_its_own_options(
+    option: str, name: str, own: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = _help(capsys, option, name)
+    assert own in text
+    assert "--trainer." not in text

@@ -404,7 +404,7 @@ def test_nan_reward_in_the_middle_names_its_prompt(tmp_path: Path, llama: Path, 
 
 
 def test_a_round_without_usable_pairs_is_skipped_with_a_warning(
-    tmp_path: Path, llama: Path, prompts: str, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, llama: Path, prompts: str, capsys: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
     """Round 1 has equal rewards for all responses; round 2 trains."""
     calls: list[str] = []
@@ -427,6 +427,7 @@ def test_a_round_without_usable_pairs_is_skipped_with_a_warning(
     assert "round 1: 0 of 5 prompts give a usable pair (5 no reward difference)" in " ".join(
         capsys.readouterr().out.split()
     )
+    assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]
     store = RoundStore(tmp_path)
     assert set(store.round(0).manifest["warnings"]) == {"pairs", "reward_std"}
     assert store.round(0).info("training")["loss"] is None

@@ -39,7 +39,8 @@ def make_legend(loss: PolicyLoss, has_kl: bool, held_out: bool, max_kl: float | 
     if len(terms) == 1 and known:
         lines.append(f"  loss: {known[0][1]}")
     elif known:
-        lines.append("  loss: the weighted sum of its terms: " + "; ".join(f"{name}, {text}" for name, text in known))
+        parts = [f"{name} ({text})" if text else name for name, text in terms]
+        lines.append("  loss: the weighted sum of " + " and ".join(parts))
     kls = ["KL(old||new): of the round's responses, a mean over its updates"] if has_kl else []
     kls += ["KL(new||old): of the new policy's responses to the held-out prompts"] if held_out else []
     if kls:

@@ -24,6 +24,7 @@ def describe_sparsity(stored: Round) -> dict[str, str]:
         "equal": dropped.get("no_reward_difference", 0) + equal if number > 1 else 0,
         "identical": dropped.get("same_answer", 0),
         "not_scored": dropped.get("not_scored", 0),
+        "truncated": dropped.get("truncated_response", 0),
     }
     return {cause: _advice(cause, count, prompts, stored)
             for cause, count in found.items() if count >= _MANY * prompts}  # fmt: skip
@@ -39,6 +40,9 @@ def _advice(cause: str, count: int, prompts: int, stored: Round) -> str:
         return f"the responses to {share} are identical; raise {warmer} or {more}"
     if cause == "not_scored":
         return f"{share} have too few responses with a reward; `rlhf-pl rounds` counts the failures by kind"
+    if cause == "truncated":
+        longest = f"`rollout.sampling.max_response_tokens` (now {sampling['max_response_tokens']})"
+        return f"{share} have a truncated response, so `rollout.drop_truncated` leaves them out; raise {longest}"
     text, solved = f"{share} teach nothing: the rewards of their responses do not differ", _share_at_top(stored)
     floor = manifest.get("settings", {}).get("pairs", {}).get("selector", "")
     if "min_margin=" in floor and "min_margin=0.0" not in floor:
