@@ -28,7 +28,7 @@ from rlhf_pl.rounds.report.gain import describe_gain, read_gain
 from rlhf_pl.rounds.report.legend import make_legend
 from rlhf_pl.rounds.report.movement import describe_standstill, moved_in_all
 from rlhf_pl.rounds.report.numbers import decimals_for
-from rlhf_pl.rounds.report.shown import prompts_of_median_gain, typical_responses
+from rlhf_pl.rounds.report.shown import prompts_of_median_gain, typical_pairs
 from rlhf_pl.rounds.report.sparse import describe_sparsity
 from rlhf_pl.store.round_store import RoundStore
 from rlhf_pl.utils.console import console, note, warn
@@ -211,7 +211,7 @@ def _held_out_mean(store: RoundStore, version: int) -> str:
 def before_after(store: RoundStore, version: int, count: int) -> Group:
     """Prompts of median gain with a response of the starting and of the current policy, side by side."""
     shown = prompts_of_median_gain(store, version, count)
-    before, after = (typical_responses(store.held_out(v), shown) for v in (0, version))
+    before, after = typical_pairs(store.held_out(0), store.held_out(version), shown)
     panels: list[Any] = []
     if shown:
         panels.append(Text("Held-out prompts of median gain" if len(shown) == count else "Held-out prompts"))

@@ -12,7 +12,7 @@ from rlhf_pl.callbacks.run_report import before_after
 from rlhf_pl.callbacks.sample_table import sample_rows
 from rlhf_pl.cli.rounds import make_sample_panels
 from rlhf_pl.rounds.metrics import first_responses, prompt_ids
-from rlhf_pl.rounds.report.shown import typical_responses
+from rlhf_pl.rounds.report.shown import typical_pairs, typical_responses
 from rlhf_pl.store.round_store import Round, RoundStore
 
 
@@ -103,3 +103,21 @@ def test_the_report_shows_the_first_of_prompts_with_equal_gains(store: RoundStor
 def test_a_rounds_samples_are_those_of_its_first_prompts(store: RoundStore, count: int) -> None:
     panels = make_sample_panels(store.held_out(0), count)
     assert [str(panel.title) for panel in panels] == [f"p{i}" for i in range(min(count, 6))]
+
+
+def test_the_shown_pair_of_responses_has_the_gain_of_its_prompt(tmp_path: Path) -> None:
+    rounds = []
+    for version, rewards in enumerate(([0.0, 0.4], [0.1, 0.9])):  # a mean of 0.2, then of 0.5
+        stored = RoundStore(tmp_path).held_out(version)
+        stored.update(settings={})
+        names = [{"prompt_id": "p", "response_index": i} for i in range(2)]
+        text = {"prompt": json.dumps([{"role": "user", "content": "Hi"}]), "response": "x", "finished": True}
+        stored.write_shard("responses", 0, pa.Table.from_pylist([name | text for name in names]))
+        scored = [name | {"reward": reward} for name, reward in zip(names, rewards, strict=True)]
+        stored.write_shard("rewards", 0, pa.Table.from_pylist(scored))
+        stored.complete("responses")
+        stored.complete("rewards")
+        rounds.append(stored)
+    before, after = typical_pairs(rounds[0], rounds[1], ["p"])
+    # the gains of the four pairs are 0.1, 0.9, -0.3 and 0.5; that of the prompt is 0.3: the first of two equally near
+    assert (before["p"]["reward"], after["p"]["reward"]) == (0.0, 0.1)

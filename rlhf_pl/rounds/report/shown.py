@@ -1,5 +1,6 @@
 """Which held-out prompts a report shows, and which response stands for each."""
 
+import itertools
 import json
 import statistics
 from collections.abc import Mapping
@@ -27,32 +28,77 @@ def prompts_of_median_gain(store: RoundStore, version: int, count: int) -> list[
     return [prompt_id for prompt_id in gains if prompt_id in nearest]
 
 
-def typical_responses(stored: Round, prompt_ids: list[str]) -> dict[str, dict[str, Any]]:
+def typical_pairs(
+    before: Round, after: Round, prompt_ids: list[str]
+) -> tuple[dict[str, dict[str, Any]], dict[str, dict[str, Any]]]:
+    """For each prompt the response before and the one after whose difference in reward is nearest the prompt's gain.
+
+    Of equally near pairs it is the one with rewards nearest their means, then the first. A prompt that has rewards on
+    one side alone gets the response nearest its mean there; `typical_responses` describes the rows.
+    """
+    old, new = _rewards(before, prompt_ids), _rewards(after, prompt_ids)
+    chosen = {
+        prompt_id: _nearest_gain(old[prompt_id], new[prompt_id])
+        for prompt_id in prompt_ids
+        if prompt_id in old and prompt_id in new
+    }
+    rows = (
+        typical_responses(stored, prompt_ids, {prompt_id: pair[side] for prompt_id, pair in chosen.items()})
+        for side, stored in enumerate((before, after))
+    )
+    return next(rows), next(rows)
+
+
+def typical_responses(
+    stored: Round, prompt_ids: list[str], chosen: Mapping[str, int] | None = None
+) -> dict[str, dict[str, Any]]:
     """For each prompt its response whose reward is nearest the mean of its rewards, the first of equally near ones.
+
+    Args:
+        stored: The round.
+        prompt_ids: Ids of the prompts.
+        chosen: Indices of responses to take instead, by prompt id.
 
     Returns:
         Rows by prompt id, with `reward`, `mean` and `count` of the prompt's rewards, and `question`, the last message.
         Prompts without a scored response are left out.
     """
+    scores = _rewards(stored, prompt_ids)
+    indices = {prompt_id: _nearest_mean(found) for prompt_id, found in scores.items()} | dict(chosen or {})
     wanted = pa.array(prompt_ids, pa.string())
-    rewards = stored.read("rewards", ["prompt_id", "response_index", "reward"])
-    scored = rewards.filter(pc.and_(pc.is_in(rewards["prompt_id"], wanted), rewards["reward"].is_valid()))
-    scores: dict[str, dict[int, float]] = {}
-    for row in scored.to_pylist():
-        scores.setdefault(row["prompt_id"], {})[row["response_index"]] = row["reward"]
-    chosen = {prompt_id: _nearest_mean(found) for prompt_id, found in scores.items()}
     shown: dict[str, dict[str, Any]] = {}
     for table in stored.read_shards("responses", ["prompt_id", "response_index", "prompt", "response"]):
         for row in table.filter(pc.is_in(table["prompt_id"], wanted)).to_pylist():
             prompt_id = row["prompt_id"]
-            if chosen.get(prompt_id) == row["response_index"]:
+            if indices.get(prompt_id) == row["response_index"]:
                 found = scores[prompt_id]
-                numbers = {"reward": found[chosen[prompt_id]], "mean": statistics.fmean(found.values())}
+                numbers = {"reward": found[indices[prompt_id]], "mean": statistics.fmean(found.values())}
                 question = message_text(json.loads(row["prompt"])[-1])
                 shown[prompt_id] = row | numbers | {"count": len(found), "question": question}
     return shown
 
 
+def _rewards(stored: Round, prompt_ids: list[str]) -> dict[str, dict[int, float]]:
+    """Rewards of the scored responses to some prompts, by prompt id and response index."""
+    table = stored.read("rewards", ["prompt_id", "response_index", "reward"])
+    wanted = pc.is_in(table["prompt_id"], pa.array(prompt_ids, pa.string()))
+    scores: dict[str, dict[int, float]] = {}
+    for row in table.filter(pc.and_(wanted, table["reward"].is_valid())).to_pylist():
+        scores.setdefault(row["prompt_id"], {})[row["response_index"]] = row["reward"]
+    return scores
+
+
 def _nearest_mean(rewards: Mapping[int, float]) -> int:
     mean = statistics.fmean(rewards.values())
     return min(sorted(rewards), key=lambda index: abs(rewards[index] - mean))
+
+
+def _nearest_gain(old: Mapping[int, float], new: Mapping[int, float]) -> tuple[int, int]:
+    before, after = statistics.fmean(old.values()), statistics.fmean(new.values())
+
+    def distances(pair: tuple[int, int]) -> tuple[float, float]:
+        i, j = pair
+        from_means = abs(old[i] - before) + abs(new[j] - after)
+        return round(abs((new[j] - old[i]) - (after - before)), 9), round(from_means, 9)
+
+    return min(itertools.product(sorted(old), sorted(new)), key=distances)
