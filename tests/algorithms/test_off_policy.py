@@ -203,6 +203,7 @@ def test_every_response_has_its_log_probs_in_refilled_and_streamed_shards(fit: F
         assert sum(row["sampler_token_logps"]) == pytest.approx(row["sampler_logp"], abs=1e-4)
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(minutes=0.2)
 def test_a_run_that_needs_more_of_its_responses_says_what_to_do(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     """Without the correction a run goes on; with it, responses that lack the sampler's log-probs are refused."""
@@ -236,6 +237,7 @@ def test_what_does_not_fit_a_correction_is_refused(
     assert not Path("run").exists()
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(minutes=0.2)
 def test_rounds_that_lack_what_a_correction_needs_are_refused(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:
     """Of a run that stored sums alone; of one that sampled from a part of the vocabulary; and without a sampler."""
@@ -264,6 +266,7 @@ class Stop(L.Callback):
             raise KeyboardInterrupt
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(minutes=0.2)
 def test_a_kill_inside_a_round_changes_nothing(tmp_path: Path, llama: Path) -> None:
     """Stopped in the second round, whose sampler is not quite the policy, and started again: equal weights."""

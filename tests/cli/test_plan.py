@@ -53,9 +53,8 @@ print(json.dumps(peak[0] - before))
 """
 
 
-@pytest.mark.parametrize(
-    "checkpointing", [False, pytest.param(True, marks=[pytest.mark.slow(minutes=0.2), pytest.mark.exhaustive])]
-)
+@pytest.mark.slow(minutes=0.3)
+@pytest.mark.parametrize("checkpointing", [False, pytest.param(True, marks=pytest.mark.exhaustive)])
 def test_memory_of_a_training_step_is_within_8_percent(tmp_path: Path, checkpointing: bool) -> None:
     sizes: dict[str, Any] = {"hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8}
     model = save_llama(tmp_path / "llama", num_attention_heads=12, num_key_value_heads=4, vocab_size=32000, **sizes)

@@ -245,7 +245,7 @@ def test_a_signal_saves_the_run_and_ends_it_with_a_message(tmp_path: Path) -> No
 
 @pytest.mark.slow(minutes=1.3)
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_killed_anywhere_and_started_again(tmp_path: Path, part: int) -> None:
     """At an event of every kind and at random moments; every run directory is killed three times."""
     plan = make_plan(tmp_path, TRANSFORMERS, prompts=8)
@@ -258,7 +258,7 @@ def test_killed_anywhere_and_started_again(tmp_path: Path, part: int) -> None:
 
 @pytest.mark.slow(minutes=0.8)
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("part", range(2))
+@pytest.mark.parametrize("part", [0, pytest.param(1, marks=pytest.mark.exhaustive)])
 def test_killed_at_a_rounds_end_and_started_again(tmp_path: Path, part: int) -> None:
     """With callbacks that monitor metrics, a user's callback, samples and an export of every round.
 
@@ -283,6 +283,7 @@ def test_killed_at_a_rounds_end_and_started_again(tmp_path: Path, part: int) -> 
     assert [(end["round"], end["seen"]) for end in ends] == [(0, 1), (1, 2)]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(minutes=1)
 def test_killed_with_loader_workers_alive_and_started_again_at_once(tmp_path: Path) -> None:
     """The workers outlive the run for some seconds, and do not hold its lock."""

@@ -180,6 +180,7 @@ def test_the_reward_model_is_centred_on_the_sft_data(
     assert means["centred"] == pytest.approx(means["raw"] - bias, abs=1e-5)
 
 
+@pytest.mark.slow(minutes=0.2)
 def test_tldr_rebel_with_adapters(files: dict[str, Path], tldr_stages: tuple[Path, Path], tmp_path: Path) -> None:
     policy, reward_model = tldr_stages
     run(

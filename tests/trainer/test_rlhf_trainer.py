@@ -53,6 +53,7 @@ def _script(llama: Path, prompts: Path) -> str:
     return text
 
 
+@pytest.mark.slow(minutes=0.4)
 def test_the_readmes_script_is_quiet_and_resumes_inside_a_round(tmp_path: Path, llama: Path) -> None:
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text("".join(json.dumps({"prompt": f"What is {i} plus {i}?"}) + "\n" for i in range(36)))
@@ -82,7 +83,13 @@ def test_the_readmes_script_is_quiet_and_resumes_inside_a_round(tmp_path: Path, 
     assert all(weights[name].equal(tensor) for name, tensor in expected.items())
 
 
-@pytest.mark.parametrize("kind", ["sft", "reward model", "offline pairs", "ppo"])
+_FURTHER = [pytest.mark.slow(minutes=0.1), pytest.mark.exhaustive]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["sft", pytest.param("reward model", marks=_FURTHER), pytest.param("offline pairs", marks=_FURTHER), "ppo"],
+)
 def test_other_modules_run_and_resume(
     kind: str, tmp_path: Path, llama: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
