@@ -43,7 +43,7 @@ def fit(folder: Path, llama: Path, prompts: str, sampler: dict[str, object], *op
     command += ["--rollout.reward", "tests.integration.test_fit.reward", "--rollout.sampler", json.dumps(sampler)]
     command += ["--rollout.sampling.num_responses", "3", "--rollout.sampling.max_response_tokens", "8"]
     command += ["--trainer.max_epochs", "2", "--trainer.accelerator", "cpu", "--trainer.default_root_dir", str(folder)]
-    command += ["--model.optimizer.lr", "1e-4", *options]
+    command += ["--trainer.precision", "32-true", "--model.optimizer.lr", "1e-4", *options]
     done = subprocess.run(command, capture_output=True, text=True, timeout=400)
     return done.stdout + done.stderr if done.returncode == 0 else f"FAILED {done.stdout}{done.stderr}"
 
