@@ -36,6 +36,8 @@ def command(
         **{"rollout.reward": f"{folder}/reward.py:score"},
         **{"rollout.sampling.max_response_tokens": 16, "rollout.sampling.num_responses": 3},
         **{"trainer.max_epochs": rounds, "trainer.accelerator": "cpu", "trainer.default_root_dir": folder / "run"},
+        # in bf16-mixed on a CPU resident memory still grows with the number of shapes seen
+        **{"trainer.precision": "32-true"},
     }
     listed = [str(text) for name, value in options.items() for text in (f"--{name}", value)]
     return [sys.executable, "-m", "rlhf_pl", "fit", *listed, *sampler]
