@@ -43,6 +43,7 @@ from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.export import Exportable
 from rlhf_pl.modules.trainer_options import refuse_options
 from rlhf_pl.rounds.stored_rounds import refuse_same_directory
+from rlhf_pl.trainer.options import DEFAULTS, has_kind, listed
 from rlhf_pl.trainer.run_loggers import RunLogger
 from rlhf_pl.trainer.start import find_start
 from rlhf_pl.utils.console import console
@@ -52,16 +53,6 @@ from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.memory import keep_freed_memory
 from rlhf_pl.utils.public_names import with_public_path
 from rlhf_pl.utils.terminal import print_error, set_log_folder, shows_tracebacks
-
-TRAINER_DEFAULTS = {
-    "max_epochs": 3,
-    "precision": "bf16-mixed",
-    "log_every_n_steps": 1,
-    "num_sanity_val_steps": 0,
-    "reload_dataloaders_every_n_epochs": 1,
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
-}
 
 
 class RlhfCLI(LightningCLI):
@@ -75,7 +66,7 @@ class RlhfCLI(LightningCLI):
             subclass_mode_data=True,
             auto_configure_optimizers=False,
             seed_everything_default=1,
-            trainer_defaults=TRAINER_DEFAULTS,
+            trainer_defaults=DEFAULTS,
             parser_class=Parser,
             parser_kwargs={"default_env": True, "prog": "rlhf-pl"},
             save_config_callback=RunConfig,
@@ -119,13 +110,13 @@ class RlhfCLI(LightningCLI):
         if not getattr(rank_zero_only, "rank", 0):
             unit = "round" if isinstance(self.datamodule, RoundDataModule) else "epoch"
             console.print(describe_run(run_dir, config["max_epochs"], unit), soft_wrap=True)
-        callbacks: list[Callback] = _listed(config["callbacks"])
-        if config["enable_progress_bar"] is not False and not _has(callbacks, ProgressBar):
+        callbacks: list[Callback] = listed(config["callbacks"])
+        if config["enable_progress_bar"] is not False and not has_kind(callbacks, ProgressBar):
             callbacks.append(RoundProgress())
         if config["logger"] in (None, True):
             kwargs["logger"] = RunLogger(run_dir, name="tensorboard", version="")
         precision = str(config["precision"] or "32-true")
-        if config["precision"] in (None, TRAINER_DEFAULTS["precision"]) and _has(_listed(config["plugins"]), Precision):
+        if config["precision"] in (None, DEFAULTS["precision"]) and has_kind(listed(config["plugins"]), Precision):
             kwargs["precision"] = None  # the plugin's
         else:
             kwargs["precision"] = fast_precision(precision, on_gpu(config["accelerator"]))
@@ -148,7 +139,7 @@ class RlhfCLI(LightningCLI):
         elif rounds_from is not None:
             refuse_same_directory(rounds_from, run_dir)
             self.rounds.rounds_from = rounds_from
-        stop = [] if _has(callbacks, StopOnSignal) else [StopOnSignal()]
+        stop = [] if has_kind(callbacks, StopOnSignal) else [StopOnSignal()]
         # the default callbacks run first: EarlyStopping and others read the metrics that they log
         return self._instantiate_trainer(
             config | kwargs | {"callbacks": [DivergenceCheck(), *defaults, *callbacks, *stop]}, report
@@ -225,21 +216,12 @@ class RlhfCLI(LightningCLI):
             super()._run_subcommand(subcommand)
 
 
-def _listed(given: Any) -> list[Any]:
-    """The values of an option that takes one value, a list or null, as a list."""
-    return list(given) if isinstance(given, list) else [] if given is None else [given]
-
-
-def _has(parts: list[Any], kind: type) -> bool:
-    return any(isinstance(part, kind) for part in parts)
-
-
 def run(argv: Sequence[str]) -> int:
     """Run `rlhf-pl fit ...`. Return the exit code; raise InputError for a wrong input."""
     if not torch.cuda.is_available():
         keep_freed_memory()
     # Lightning's launchers start the other processes with these arguments
-    Parser.shows_all, Parser.trainer_defaults = "--help_all" in argv, TRAINER_DEFAULTS
+    Parser.shows_all, Parser.trainer_defaults = "--help_all" in argv, DEFAULTS
     argv = ["--help" if argument == "--help_all" else argument for argument in argv]
     arguments = [argv[0], *_environment_arguments(), *argv[1:]]
     sys.argv = [sys.argv[0], *(["--traceback"] if shows_tracebacks() else []), *arguments]

@@ -15,21 +15,12 @@ from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
 from rlhf_pl.modules.trainer_options import refuse_options
 from rlhf_pl.trainer.default_callbacks import with_defaults
 from rlhf_pl.trainer.library_messages import hidden_messages
+from rlhf_pl.trainer.options import DEFAULTS, has_kind, listed
 from rlhf_pl.trainer.run_loggers import RunLogger
 from rlhf_pl.trainer.start import BeginRun, find_start
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.cpu import cpu_fsdp
 from rlhf_pl.utils.devices import fast_precision
-
-DEFAULTS: dict[str, Any] = {
-    "max_epochs": 3,
-    "log_every_n_steps": 1,
-    "num_sanity_val_steps": 0,
-    "reload_dataloaders_every_n_epochs": 1,
-    "use_distributed_sampler": False,
-    "enable_model_summary": False,
-    "precision": "bf16-mixed",
-}
 
 
 class RlhfTrainer(L.Trainer):
@@ -52,22 +43,22 @@ class RlhfTrainer(L.Trainer):
 
     def __init__(self, *, default_root_dir: str, precision: Any = None, **options: Any) -> None:
         options = {**DEFAULTS, **options, "default_root_dir": str(default_root_dir)}
-        callbacks: list[Callback] = _listed(options.pop("callbacks", None))
+        callbacks: list[Callback] = listed(options.pop("callbacks", None))
         given = {"fast_dev_run": False, "barebones": False, **options}
         refuse_options(given, in_rounds=True)
-        if options.get("enable_progress_bar") is not False and not _has(callbacks, ProgressBar):
+        if options.get("enable_progress_bar") is not False and not has_kind(callbacks, ProgressBar):
             callbacks.append(RoundProgress())
-        if not _has(callbacks, StopOnSignal):
+        if not has_kind(callbacks, StopOnSignal):
             callbacks.append(StopOnSignal())
         self._saves = options.get("enable_checkpointing") is not False
-        if self._saves and not _has(callbacks, RoundCheckpoint):
+        if self._saves and not has_kind(callbacks, RoundCheckpoint):
             callbacks.append(RoundCheckpoint())
         if options.get("logger") in (None, True):
             options["logger"] = RunLogger(options["default_root_dir"], name="tensorboard", version="")
         on_gpu = options.get("accelerator", "auto") != "cpu" and torch.cuda.is_available()
         options["strategy"] = _strategy(options.get("strategy", "auto"), on_gpu)
         default = options.pop("precision")
-        if precision is not None or not _has(_listed(options.get("plugins")), Precision):
+        if precision is not None or not has_kind(listed(options.get("plugins")), Precision):
             options["precision"] = fast_precision(str(precision or default), on_gpu)
         with hidden_messages():
             super().__init__(callbacks=callbacks, **options)
@@ -122,11 +113,3 @@ def _strategy(given: Any, on_gpu: bool) -> Any:
     if given == "fsdp" and not on_gpu:
         return CPUFSDPStrategy()
     return given
-
-
-def _listed(given: Any) -> list[Any]:
-    return list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-
-
-def _has(parts: list[Any], kind: type) -> bool:
-    return any(isinstance(part, kind) for part in parts)
