@@ -32,6 +32,7 @@ class Trial:
     warmup: float = 0.1
     min_factor: float = 0.0
     temperature: float = 1.0
+    tokens: int | None = None  # maximum of a response, instead of the task's
     lora: bool = False
 
 
@@ -53,7 +54,9 @@ def run(trial: Trial) -> dict[str, Any]:
         refresh = RoundRefresh(
             reward=task.reward,
             sampler=TransformersSampler(dtype, 512 if on_gpu else 64),
-            sampling=SamplingConfig(trial.responses, trial.temperature, max_response_tokens=task.tokens),
+            sampling=SamplingConfig(
+                trial.responses, trial.temperature, max_response_tokens=trial.tokens or task.tokens
+            ),
             selector=getattr(rlhf_pl, trial.selector)(),
             val_num_responses=2,
         )

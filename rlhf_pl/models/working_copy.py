@@ -8,13 +8,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rlhf_pl.models.rounding import round_into
+
 
 class WorkingCopy:
     """A copy of a model with weights in another dtype, cast once after every change of the model's weights.
 
     Optimizer, checkpoints and callbacks see only the model's own weights. Gradients reach them through the copies, in
     the own weights' dtype, so that micro-batches are summed in float32. Unlike autocast, this casts nothing in a
-    micro-batch, and activations between layers are in half precision too.
+    micro-batch, and activations between layers are in half precision too. `round_into` makes bfloat16 copies follow
+    updates that are smaller than the distance between bfloat16 numbers.
 
     Some changes of weights are not visible: weight averages and some optimizers bypass torch's version counters.
     Therefore every pass without gradients casts again, except inside `weights_unchanged`. Of passes with gradients, the
@@ -88,10 +91,13 @@ class WorkingCopy:
         now = [(own._version, own.data_ptr()) for own, _ in self._copies.values()]
         if now == self._seen_versions and not self._invalid:
             return
-        own, copies = zip(*self._copies.values(), strict=True)
-        if now == self._seen_versions:  # perhaps unchanged: a pending backward pass must not see a new version
-            copies = tuple(copy.data for copy in copies)
-        torch._foreach_copy_(list(copies), list(own))
+        for own, copy in self._copies.values():
+            # perhaps unchanged: a pending backward pass must not see a new version
+            target = copy.data if now == self._seen_versions else copy
+            if self.dtype == torch.bfloat16:
+                round_into(target, own)
+            else:
+                target.copy_(own)
         self._seen_versions, self._invalid = now, False
 
     def __deepcopy__(self, memo: dict[int, Any]) -> "WorkingCopy":

@@ -15,6 +15,7 @@ from rlhf_pl.models.lora import LoRA, adapted_targets, adapter_targets, save_ada
 from rlhf_pl.models.policy import RESCALING
 from rlhf_pl.models.pretrained_files import WeightFiles
 from rlhf_pl.models.quantization import without_frozen_base
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError, first_line
 from rlhf_pl.utils.finite import find_first_nonfinite
@@ -45,6 +46,8 @@ def export_folder(
 ) -> None:
     """Write a model with its tokenizer and chat template, as `save_pretrained` writes a model of that dtype.
 
+    bfloat16 weights are rounded by `round_to`, so that updates below its resolution are not lost.
+
     Sharded weights are gathered in CPU memory of the rank that writes.
 
     Args:
@@ -63,7 +66,7 @@ def export_folder(
         return
     meta_copy = _make_meta_copy(model, source, target)
     dtype_of = _dtypes(meta_copy, target)
-    state = {n: t.detach().to("cpu", dtype_of(n, t), copy=True) for n, t in weights.stream()}
+    state = {n: round_to(t.detach(), dtype_of(n, t)).to("cpu", copy=True) for n, t in weights.stream()}
     if name := find_first_nonfinite(state.items()):
         raise InputError(
             f"`{name}` holds numbers that {str(target).removeprefix('torch.')} can't represent. Nothing is exported. "

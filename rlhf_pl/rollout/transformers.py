@@ -9,6 +9,7 @@ from torch import Tensor
 
 from rlhf_pl.models.policy import without_dropout
 from rlhf_pl.models.rotary import stabilize_rotary, thresholds
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.models.shared_prefix import use_exact_attention
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 
@@ -51,7 +52,7 @@ class TransformersSampler(Sampler):
         with torch.no_grad():
             for name, tensor in tensors:
                 if name in own:
-                    own[name].copy_(tensor)
+                    own[name].copy_(round_to(tensor, own[name].dtype))
 
     @torch.no_grad()
     def invalidate_weights(self, tensors: Mapping[str, Tensor]) -> None:

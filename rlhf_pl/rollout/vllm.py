@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
 from rlhf_pl.rollout.checkpoint_format import make_checkpoint_converter
 from rlhf_pl.rollout.vllm_checks import (
@@ -184,7 +185,7 @@ class VLLMSampler(Sampler):
                 names.add(name)
                 # some of vLLM's models (Gemma-2) have no module for a tied head and reject its weight
                 if name != "lm_head.weight" or not self._is_tied or engine is None or hasattr(engine, "lm_head"):
-                    yield name, tensor.detach().to(dtype)
+                    yield name, round_to(tensor.detach(), dtype)
 
         model = None if self._on_gpu else engine
         kernels = [] if model is None else detach_kernels(model)

@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rlhf_pl.models.rotary import thresholds
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.rewards.exposed_servers import warn_about_open_servers
 from rlhf_pl.rollout.background import run_in_thread
 from rlhf_pl.rollout.base import EngineSpec, NamedTensors, PromptTokens, Response, Sampler, SamplingConfig
@@ -151,7 +152,7 @@ class VLLMServerSampler(Sampler):
             for name, tensor in tensors:  # all ranks iterate over the stream, rank 0 sends it
                 names.add(name)
                 if routes is not None:
-                    yield name, tensor.detach().to(device=device, dtype=getattr(torch, self.dtype))
+                    yield name, round_to(tensor.detach(), getattr(torch, self.dtype)).to(device=device)
 
         def send() -> None:
             if routes is not None and bucket:

@@ -15,8 +15,11 @@ from rlhf_pl.data.policy_module import PolicyModule, as_lightning
 from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import get_callable_policy
+from rlhf_pl.models.compute import get_compute
+from rlhf_pl.models.lora import plain_name, unwrapped_name
 from rlhf_pl.models.packed_batch import PackedBatch
 from rlhf_pl.models.policy import PolicyLM, weights_unchanged
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.rollout.weight_sync.sync import PolicySnapshot
 from rlhf_pl.utils.fingerprints import weights_fingerprint
 
@@ -77,7 +80,26 @@ def _snapshot(
     trainer: L.Trainer, module: PolicyModule, policy: Any, weights: Weights, fingerprint: str
 ) -> PolicySnapshot:
     rounding = partial(_measure_rounding, trainer, module, policy)
+    weights = _as_computed(trainer, as_lightning(module), weights)
     return PolicySnapshot(weights, logps_function(trainer, module, policy), rounding, fingerprint)
+
+
+def _as_computed(trainer: L.Trainer, module: L.LightningModule, weights: Weights) -> Weights:
+    """The weights that log-probs are computed with, in their own dtype: a sampler of any dtype samples that policy."""
+    compute = get_compute(trainer)
+    if compute.dtype != torch.bfloat16:
+        return weights
+    buffers = {unwrapped_name(plain_name(n)).removeprefix("policy.lm.") for n, _ in module.named_buffers()}
+    # FSDP rounds to the nearest; adapters are merged in the stream alone
+    adapters = any(".lora_" in name for name, _ in module.named_parameters())
+    cast = torch.Tensor.bfloat16 if compute.sharded and not adapters else partial(round_to, dtype=torch.bfloat16)
+
+    def stream() -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights.stream():
+            is_cast = tensor.dtype == torch.float32 and name not in buffers
+            yield name, cast(tensor.detach()).float() if is_cast else tensor
+
+    return Weights(weights.like, stream)
 
 
 def _measure_rounding(trainer: L.Trainer, module: PolicyModule, policy: Any, rows: PackedBatch) -> float:

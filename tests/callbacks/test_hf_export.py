@@ -19,6 +19,7 @@ from safetensors.torch import load_file
 from rlhf_pl.__main__ import main
 from rlhf_pl.callbacks import HFExport, RoundCheckpoint
 from rlhf_pl.models.export_stamp import STAMP, find_damaged_files, find_exports
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.optim import AdamW
 from rlhf_pl.utils.errors import InputError
 from tests.callbacks.conftest import SmallRun
@@ -35,7 +36,7 @@ def exported(folder: Path) -> dict[str, torch.Tensor]:
 def assert_exports(folder: Path, weights: dict[str, torch.Tensor], dtype: torch.dtype = torch.float32) -> None:
     """Check that a folder has the policy's weights in a dtype; tied ones are written once."""
     found = exported(folder)
-    assert_same(found, {name: weights[name].to(dtype) for name in found})
+    assert_same(found, {name: round_to(weights[name], dtype) for name in found})
     assert set(weights) - set(found) <= {"lm_head.weight"}
 
 

@@ -13,6 +13,7 @@ from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.lora import LoRA, add_lora, without_adapters
 from rlhf_pl.models.packed_batch import PrefixGroup, pack
 from rlhf_pl.models.policy import PolicyLM, load_lm
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.models.source import ModelSource
 
 BF16 = Compute(dtype=torch.bfloat16)
@@ -22,7 +23,13 @@ ROWS = pack([PrefixGroup([5, 6, 7, 8], ([9, 10, 11], [30, 31, 32])), PrefixGroup
 def policies(folder: Path) -> tuple[PolicyLM, PolicyLM]:
     """A policy with float32 weights and copies, and one with the same weights in bfloat16."""
     source = ModelSource(str(folder))
-    return PolicyLM(load_lm(source, compute=BF16), compute=BF16), PolicyLM(load_lm(source, "bfloat16"))
+    mixed, half = PolicyLM(load_lm(source, compute=BF16), compute=BF16), PolicyLM(load_lm(source, "bfloat16"))
+    half.load_state_dict(rounded(mixed))
+    return mixed, half
+
+
+def rounded(policy: PolicyLM) -> dict[str, Tensor]:
+    return {name: round_to(weight, torch.bfloat16) for name, weight in policy.state_dict().items()}
 
 
 def gradients(policy: PolicyLM, scale: float = 1.0) -> dict[str, Tensor]:
@@ -71,7 +78,7 @@ def test_copies_follow_the_weights(llama: Path, change: str) -> None:
             parameter.data = moved[name].data
     else:
         mixed.lm.load_state_dict(moved | {"lm_head.weight": moved["model.embed_tokens.weight"]})
-    half.lm.load_state_dict(mixed.lm.state_dict())
+    half.load_state_dict(rounded(mixed))
     with torch.no_grad():
         assert torch.equal(mixed(**ROWS.inputs()), half(**ROWS.inputs()))
 
@@ -98,7 +105,7 @@ def test_the_own_weights_can_be_used(llama: Path) -> None:
 
 def test_adapters_are_disabled_in_the_copy_too(llama: Path) -> None:
     lm = load_lm(ModelSource(str(llama)), compute=BF16)
-    base = PolicyLM(load_lm(ModelSource(str(llama)), "bfloat16"))(**ROWS.inputs())
+    base = policies(llama)[1](**ROWS.inputs())
     add_lora(lm, LoRA(rank=4), 0, train_head=False)
     for name, parameter in lm.named_parameters():
         if "lora_B" in name:
@@ -145,7 +152,7 @@ def test_changes_invisible_to_torch_are_copied_before_passes_without_gradients_a
         for policy in (mixed, half):
             for parameter in policy.lm.parameters():
                 parameter.data.copy_(parameter.data + 0.25)
-        half.lm.load_state_dict(mixed.lm.state_dict())
+        half.load_state_dict(rounded(mixed))
 
     with torch.no_grad():
         for _ in range(2):

@@ -8,6 +8,7 @@ from torch import Tensor
 from rlhf_pl.distributed.gather_weights import Weights
 from rlhf_pl.distributed.ranks import Ranks
 from rlhf_pl.models.packed_batch import PackedBatch, PrefixGroup, pack
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.rollout.base import PromptTokens, Sampler, SamplingConfig
 from rlhf_pl.utils.errors import InputError
 
@@ -102,7 +103,7 @@ def _find_wrong_weights(sampler: Sampler, weights: Weights) -> list[str]:
     for name, expected in weights.stream() if readable else ():
         actual = readable.get(name)
         if actual is not None and expected.shape == actual.shape:
-            is_equal = torch.equal(expected.detach().to(actual.device, actual.dtype), actual)
+            is_equal = torch.equal(round_to(expected.detach(), actual.dtype).to(actual.device), actual)
             if not is_equal:
                 wrong.append(name)
     return wrong
