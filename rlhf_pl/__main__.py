@@ -65,10 +65,12 @@ def _with_one_error(argv: list[str]) -> int:
     from rlhf_pl.cli import lightning_workarounds as cli_lightning_workarounds
     from rlhf_pl.cli.quiet import quiet_libraries
     from rlhf_pl.cli.user_errors import LibraryError, find_early_exit, find_user_error
+    from rlhf_pl.utils.memory import bound_kernel_caches
     from rlhf_pl.utils.public_names import with_public_path
     from rlhf_pl.utils.terminal import print_error, print_traceback, print_wrong_input, shows_tracebacks
 
     quiet_libraries()
+    bound_kernel_caches()
     argv = [argv[0], *map(with_public_path, argv[1:])]
     cli_lightning_workarounds.install()
     if os.getcwd() not in sys.path:
