@@ -80,8 +80,8 @@ class TimedDataModule(RoundDataModule):
         super().setup(stage)
         self.clock.mark("tokenise prompts")
 
-    def _load(self, source: str, option: str) -> Any:
-        prompts = super()._load(source, option)
+    def load_rows(self, source: str, option: str) -> Any:
+        prompts = super().load_rows(source, option)
         self.clock.mark("read prompts")
         return prompts
 

@@ -13,6 +13,7 @@ from rlhf_pl.checkpointing.checkpoints import (
     RUN,
     AtomicCheckpointIO,
     checkpoint_files,
+    is_whole,
     link_last,
     remove_checkpoint,
     save_sharded,
@@ -23,8 +24,11 @@ from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import writes_sharded
 from rlhf_pl.modules.epoch_end import RoundEnd, store_epoch_metrics
 from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.utils.console import warn
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.secrets import redacted
+
+_AFTER_ROUND = "after-round-"
 
 
 class RoundCheckpoint(Checkpoint):
@@ -38,13 +42,16 @@ class RoundCheckpoint(Checkpoint):
     micro-batch, which is saved first. To keep the best checkpoint by a metric as well, add Lightning's ModelCheckpoint
     to `trainer.callbacks`.
 
+    While the run goes on, the resume point before the newest stays, too, so that damage to one file costs a round at
+    most. A run's regular end deletes it, once the newest one has been read back.
+
     Args:
         every_n_updates: Updates between checkpoints, each of which replaces the previous one; 0 for none.
-        keep_rounds: Number of the newest end-of-round checkpoints to keep; -1 for all. With at least 2 the last round
-            can be trained again from its start.
+        keep_rounds: Number of the newest end-of-round checkpoints to keep once the run has ended; -1 for all. With at
+            least 2 the last round of an ended run can be trained again from its start, with other settings.
     """
 
-    def __init__(self, every_n_updates: int = 100, keep_rounds: int = 2) -> None:
+    def __init__(self, every_n_updates: int = 100, keep_rounds: int = 1) -> None:
         if every_n_updates < 0:
             raise InputError(f"`checkpoint.every_n_updates` must be 0 (never) or more, got {every_n_updates}.")
         if keep_rounds != -1 and keep_rounds < 1:
@@ -100,7 +107,7 @@ class RoundCheckpoint(Checkpoint):
         """Save the round, after all other callbacks: its last update's checkpoint is no longer needed."""
         self._end.finish(trainer)
         if not has_stopped_inside(trainer):
-            self._save(trainer, f"after-round-{rounds_done(trainer):04d}.ckpt")
+            self._save(trainer, f"{_AFTER_ROUND}{rounds_done(trainer):04d}.ckpt")
 
     def on_save_checkpoint(self, trainer: L.Trainer, pl_module: L.LightningModule, checkpoint: dict[str, Any]) -> None:
         """Add the run's id and the epoch's metrics, and remove secrets from the modules' hyperparameters."""
@@ -133,19 +140,37 @@ class RoundCheckpoint(Checkpoint):
                 self._remove_old(file)
             ranks.barrier()
 
-    def _remove_old(self, newest: Path) -> None:
+    def _remove_old(self, newest: Path, has_ended: bool = False) -> None:
+        """Delete the checkpoints that are no longer needed.
+
+        Args:
+            newest: The newest checkpoint, which stays.
+            has_ended: Whether the run has ended, so that the checkpoint before the newest is not needed either.
+        """
+        for file in self._find_old(newest, has_ended):
+            remove_checkpoint(file)
+
+    def _find_old(self, newest: Path, has_ended: bool) -> list[Path]:
         files = [f for f in checkpoint_files(newest.parent.parent) if f != newest]
-        rounds = sorted(f for f in [*files, newest] if f.name.startswith("after-round-"))
-        keep = rounds if self.keep_rounds == -1 else rounds[-self.keep_rounds :]
-        for file in files:
-            if file not in keep:
-                remove_checkpoint(file)
+        if self.keep_rounds == -1:
+            return [f for f in files if not f.name.startswith(_AFTER_ROUND)]
+        rounds = sorted(f for f in [*files, newest] if f.name.startswith(_AFTER_ROUND))
+        least = 2 if newest in rounds and not has_ended else 1
+        keep = rounds[-max(self.keep_rounds, least) :]
+        return [f for f in files if f not in keep]
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """Remove old checkpoints that a killed process has left."""
+        """Delete the checkpoint before the newest, and old ones that a killed process has left."""
         last = Path(trainer.default_root_dir) / FOLDER / "last.ckpt"
-        if trainer.is_global_zero and last.exists():
-            self._remove_old(last.resolve())
+        if not trainer.is_global_zero or not last.exists():
+            return
+        newest = last.resolve()
+        if not self._find_old(newest, has_ended=True):
+            return
+        if is_whole(newest):
+            self._remove_old(newest, has_ended=True)
+        else:
+            warn(f"{newest} is damaged; the checkpoints before it are kept. Run the same command again.")
 
 
 def save_update(trainer: L.Trainer) -> None:

@@ -61,6 +61,11 @@ def find_resume_point(
     for file in sorted(broken):
         console.print(f"{file} is damaged; it is skipped.", soft_wrap=True)
     if not files:
+        if broken:
+            console.print(
+                "No other checkpoint is left: the run trains again from its start, on what is stored of its rounds.",
+                soft_wrap=True,
+            )
         return ResumePoint(None)
     _refuse_other_runs(files, RoundStore(run_dir).run)
     newest, progress = list(files.items())[-1]
@@ -86,8 +91,10 @@ def find_resume_point(
     if start is None and index != 0:
         raise InputError(
             f"Changed since {stored.path} was trained on: {lines}. To train on it again, the checkpoint before it is "
-            f"needed, which is no longer in {Path(run_dir) / FOLDER} (see `checkpoint.keep_rounds`). Give this run a "
-            "directory of its own (--trainer.default_root_dir DIR), or keep the trained policy with --accept_changes."
+            f"needed, which is no longer in {Path(run_dir) / FOLDER}: an ended run keeps it with "
+            "--checkpoint.keep_rounds 2. Train further rounds with the new settings (--trainer.max_epochs "
+            f"{progress.rounds_done + 1}), give this run a directory of its own (--trainer.default_root_dir DIR), or "
+            "keep the trained policy with --accept_changes."
         )
     later = [f for f, p in files.items() if start is None or p > files[start]]
 

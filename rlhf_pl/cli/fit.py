@@ -18,31 +18,28 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_pl.callbacks import (
     DegenerationGuard,
-    EpochRun,
     HFExport,
     OfflineLogps,
     RoundCheckpoint,
     RoundProgress,
     RoundRefresh,
-    RunReport,
     RunStopped,
     SampleTable,
     StopOnSignal,
 )
+from rlhf_pl.cli.group_help import group_help
 from rlhf_pl.cli.option_numbers import refuse_not_finite
-from rlhf_pl.cli.own_classes import on_gpu
+from rlhf_pl.cli.own_classes import fill_save_dirs, on_gpu
 from rlhf_pl.cli.parser import DEFAULT_CLASSES, Parser, register_config_secrets
 from rlhf_pl.cli.run_files import RunConfig
 from rlhf_pl.cli.run_names import describe_run, name_run
 from rlhf_pl.cli.user_errors import as_user_error
-from rlhf_pl.data import OfflineDataModule, RoundDataModule
+from rlhf_pl.data import RoundDataModule
 from rlhf_pl.data.compatibility import check_policy_module
-from rlhf_pl.data.policy_module import is_policy_module
 from rlhf_pl.distributed.strategies import CPUFSDPStrategy
-from rlhf_pl.modules.divergence_check import DivergenceCheck
-from rlhf_pl.modules.export import Exportable
 from rlhf_pl.modules.trainer_options import refuse_options
 from rlhf_pl.rounds.stored_rounds import refuse_same_directory
+from rlhf_pl.trainer.default_callbacks import default_kinds, with_defaults
 from rlhf_pl.trainer.options import DEFAULTS, has_kind, listed
 from rlhf_pl.trainer.run_loggers import RunLogger
 from rlhf_pl.trainer.start import find_start
@@ -127,26 +124,28 @@ class RlhfCLI(LightningCLI):
                 soft_wrap=True,
             )
         defaults = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
-        if config["enable_checkpointing"] is False:
-            defaults = [callback for callback in defaults if not isinstance(callback, RoundCheckpoint)]
         self.rounds: RoundRefresh = next(callback for callback in defaults if isinstance(callback, RoundRefresh))
         self.rounds.repair = self._get(self.config_init, "repair")
         self.rounds.accept_changes = self._get(self.config_init, "accept_changes")
         rounds_from = self._get(self.config_init, "rounds_from")
-        report: list[Callback] = [RunReport()]
-        if not is_policy_module(self.model) or isinstance(self.datamodule, OfflineDataModule):
-            defaults, report = self._fixed_data_callbacks(defaults, rounds_from), []
+        saves = config["enable_checkpointing"] is not False
+        kinds = default_kinds(self.model, self.datamodule, saves)
+        if RoundRefresh not in kinds:
+            self._refuse_round_options(rounds_from)
         elif rounds_from is not None:
             refuse_same_directory(rounds_from, run_dir)
             self.rounds.rounds_from = rounds_from
-        stop = [] if has_kind(callbacks, StopOnSignal) else [StopOnSignal()]
-        # the default callbacks run first: EarlyStopping and others read the metrics that they log
-        return self._instantiate_trainer(
-            config | kwargs | {"callbacks": [DivergenceCheck(), *defaults, *callbacks, *stop]}, report
-        )
+        if not has_kind(callbacks, StopOnSignal):
+            callbacks.append(StopOnSignal())
+        configured = [c for c in defaults if any(isinstance(c, kind) for kind in kinds)]
+        callbacks = with_defaults(self.model, self.datamodule, [*configured, *callbacks], saves)
+        for callback in callbacks:
+            if isinstance(callback, OfflineLogps):
+                callback.repair = self.rounds.repair
+        return self._instantiate_trainer(config | kwargs | {"callbacks": callbacks}, [])
 
-    def _fixed_data_callbacks(self, defaults: list[Callback], rounds_from: str | None) -> list[Callback]:
-        """Callbacks of a run that does not sample: reward models, SFT, offline pairs, users' own modules."""
+    def _refuse_round_options(self, rounds_from: str | None) -> None:
+        """Refuse options of rounds in a run that has none: reward models, SFT, offline pairs, users' own modules."""
         if rounds_from is not None:
             if isinstance(self.datamodule, RoundDataModule):
                 check_policy_module(self.model, self.datamodule)
@@ -167,12 +166,6 @@ class RlhfCLI(LightningCLI):
                 f"`rollout.selector` is {type(self.rounds.selector).__name__}, but {type(self.datamodule).__name__} "
                 "provides fixed data, of which no pairs are selected. Remove it."
             )
-        offline = [OfflineLogps()] if isinstance(self.datamodule, OfflineDataModule) else []
-        for callback in offline:
-            callback.repair = self.rounds.repair
-        kinds = (RoundCheckpoint, HFExport) if isinstance(self.model, Exportable) else (RoundCheckpoint,)
-        kept: list[Callback] = [callback for callback in defaults if isinstance(callback, kinds)]
-        return [EpochRun(), *offline, *kept] if hasattr(self.model, "describe_epoch") else kept
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         with as_user_error("The command line can't be read"):
@@ -182,6 +175,7 @@ class RlhfCLI(LightningCLI):
         refuse_not_finite(config)
         if config.trainer.default_root_dir is None:
             config.trainer.default_root_dir = name_run(config)
+        fill_save_dirs(config.trainer)
 
     def _dump_config(self) -> None:
         """Dump the config with its secrets: Lightning takes the modules' hyper-parameters from the dump."""
@@ -222,6 +216,9 @@ def run(argv: Sequence[str]) -> int:
         keep_freed_memory()
     # Lightning's launchers start the other processes with these arguments
     Parser.shows_all, Parser.trainer_defaults = "--help_all" in argv, DEFAULTS
+    if text := group_help(argv):
+        print(text, end="")
+        return 0
     argv = ["--help" if argument == "--help_all" else argument for argument in argv]
     arguments = [argv[0], *_environment_arguments(), *argv[1:]]
     sys.argv = [sys.argv[0], *(["--traceback"] if shows_tracebacks() else []), *arguments]

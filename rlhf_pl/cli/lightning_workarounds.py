@@ -4,21 +4,26 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 from jsonargparse import _typehints, set_loader
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from lightning.pytorch.strategies import StrategyRegistry
 
 from rlhf_pl.cli.config_text import load_yaml
+from rlhf_pl.cli.own_classes import RUN_DIRECTORY
 from rlhf_pl.distributed.strategies import FSDP2Strategy
 
 _discard = _typehints.discard_init_args_on_class_path_change
 
 
 def install() -> None:
-    """Read config files strictly, drop the defaults of a replaced class, and register the strategy `fsdp2`.
+    """Read config files strictly, drop the defaults of a replaced class, register the strategy `fsdp2`, and let loggers
+    write to the run directory if the config names none.
 
     Changes jsonargparse and Lightning in this process. A second call has no effect.
     """
     set_loader("yaml", load_yaml, (yaml.YAMLError,))
     _typehints.discard_init_args_on_class_path_change = _drop_defaults
+    for kind in (CSVLogger, TensorBoardLogger, WandbLogger):
+        _set_default(kind.__init__, "save_dir", RUN_DIRECTORY)
     if "fsdp2" not in StrategyRegistry:
         StrategyRegistry.register("fsdp2", FSDP2Strategy, description="FSDP2: fully_shard over all devices")
 
@@ -34,3 +39,11 @@ def _drop_defaults(parser_or_action: Any, before: Any, now: Any) -> None:
             if name in defaults and before["init_args"][name] == defaults[name]:
                 del before["init_args"][name]
     _discard(parser_or_action, before, now)
+
+
+def _set_default(function: Any, name: str, default: str) -> None:
+    """Give a function's parameter, after which all have one, a default or another one: jsonargparse reads it."""
+    names = function.__code__.co_varnames[: function.__code__.co_argcount]
+    given = function.__defaults__ or ()
+    defaults = {**dict(zip(names[len(names) - len(given) :], given, strict=True)), name: default}
+    function.__defaults__ = tuple(defaults[each] for each in names if each in defaults)

@@ -12,6 +12,7 @@ from rlhf_pl.distributed.strategies import CPUFSDPStrategy, FSDP2Strategy
 from rlhf_pl.trainer.run_loggers import RunCSVLogger, RunLogger
 
 _LOGGERS: dict[type, type] = {TensorBoardLogger: RunLogger, CSVLogger: RunCSVLogger}
+RUN_DIRECTORY = ""  # a logger's `save_dir` where the config gives none
 _SIZES = ("data_parallel_size", "tensor_parallel_size")
 
 
@@ -34,6 +35,18 @@ def replace_classes(config: Namespace) -> Namespace:
         loggers = trainer["logger"]
         trainer["logger"] = list(map(_logger, loggers)) if isinstance(loggers, list) else _logger(loggers)
     return config
+
+
+def fill_save_dirs(trainer: Namespace) -> None:
+    """Let loggers whose `save_dir` the config does not give write to the run directory.
+
+    Args:
+        trainer: The Trainer's part of a parsed config, which is changed.
+    """
+    for logger in trainer.logger if isinstance(trainer.logger, list) else [trainer.logger]:
+        options = logger.get("init_args") if isinstance(logger, Namespace) else None
+        if options is not None and options.get("save_dir") == RUN_DIRECTORY:
+            options["save_dir"] = trainer.default_root_dir
 
 
 def leave_out_rollout(config: Namespace) -> Namespace:

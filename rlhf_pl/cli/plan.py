@@ -10,44 +10,40 @@ from rich.table import Table
 from rlhf_pl.cli.fit import RlhfCLI
 from rlhf_pl.cli.option_numbers import refuse_not_finite
 from rlhf_pl.cli.parser_errors import CommandParser
-from rlhf_pl.cli.plan_disk import disk_parts, disk_table, lacks_space
+from rlhf_pl.cli.plan_disk import DiskOptions, stored_responses
 from rlhf_pl.cli.plan_estimates import Plan, PlannedModule
+from rlhf_pl.cli.plan_fixed import FixedPlan
 from rlhf_pl.cli.plan_machine import GPU_TFLOPS, GPU_TOKENS_PER_S, device_bytes, measure_cpu_tflops
 from rlhf_pl.cli.plan_prompts import plan_prompts
-from rlhf_pl.data import RoundDataModule
+from rlhf_pl.cli.plan_rows import plan_rows
+from rlhf_pl.cli.plan_show import show_disk, show_header, show_memory, show_verdict
+from rlhf_pl.cli.plan_trainer import PlannedTrainer, plan_trainer
+from rlhf_pl.data import OfflineDataModule, PreferenceDataModule, RoundDataModule, SFTDataModule
 from rlhf_pl.data.policy_module import find_missing_members, is_policy_module
+from rlhf_pl.data.preference_batches import PreferenceBatch
+from rlhf_pl.data.sft_batches import SFTBatch
 from rlhf_pl.models.config_files import has_weights
 from rlhf_pl.models.policy import check_lm
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.models.value_model import check_critic
+from rlhf_pl.modules.base import TrainedModule
 from rlhf_pl.rewards.armorm import ArmoRMReward
 from rlhf_pl.rewards.classifier import ClassifierReward
 from rlhf_pl.utils.console import console
-from rlhf_pl.utils.disk import format_bytes
 from rlhf_pl.utils.errors import InputError
 
-_SMALLER_CRITIC = "--model.critic.lora LoRA, or --model.critic.shares_trunk true"
+_NO_FOLDER = "If another run is to write this model, name the one that that run starts from: a plan needs no weights."
+_NO_CONFIG = (
+    "A plan needs no weights: instead of a Hub id, give a folder with the model's config.json, and with its "
+    "tokenizer's files for exact lengths."
+)
+_BATCHES: dict[type, type] = {SFTDataModule: SFTBatch, PreferenceDataModule: PreferenceBatch}
 _EXAMPLE = """\
 rlhf-pl plan --config configs/quickstart.yaml
-rlhf-pl plan --config mine.yaml --trainer.accelerator gpu --trainer.devices 8 --device_memory_gib 80
+rlhf-pl plan --config configs/tutorial/sft.yaml
+rlhf-pl plan --config mine.yaml --trainer.devices 8 --device_memory_gib 80
 rlhf-pl plan --config mine.yaml --trainer.accelerator cpu --response_tokens 60
 """
-_PHASES = ("train", "generate", "score", "sync")
-_HINTS = {
-    "train": {
-        "activations": "--model.gradient_checkpointing true, or a smaller --data.batch_size with more accumulation",
-        "output head": "a smaller --model.logprob_chunk_tokens",
-        "copies in bf16": "--model.dtype bfloat16 with --trainer.precision 32-true",
-        "optimizer": "--trainer.strategy fsdp2 over more devices, or --model.lora LoRA",
-        "gradients": "--trainer.strategy fsdp2 over more devices, or --model.lora LoRA",
-        "parameters": "--trainer.strategy fsdp2 over more devices",
-        **dict.fromkeys(("critic parameters", "critic gradients", "critic optimizer"), _SMALLER_CRITIC),
-        "critic activations": "--model.gradient_checkpointing true, or a smaller --data.batch_size with more "
-        "accumulation",
-    },
-    "generate": {"sampler": "--rollout.sampler.tensor_parallel_size, or a smaller gpu_memory_utilization"},
-    "score": {"reward model": "a reward model under `vllm serve` (VLLMServerReward), or a smaller dtype"},
-    "sync": {"gathered unit": "more devices; a smaller part than a unit can't be gathered"},
-}
 
 
 class _PlannedCLI(RlhfCLI):
@@ -61,8 +57,9 @@ class _PlannedCLI(RlhfCLI):
                 "the plan then only the phase `train` and the seconds of `log-probs` and `train` count."
             )
         self.options = self._get(self.config_init, "rollout").options
-        self.keep_rounds = self._get(self.config_init, "checkpoint").keep_rounds
-        self.exports_rounds = self._get(self.config_init, "export").every_round
+        checkpoint, export = (self._get(self.config_init, group) for group in ("checkpoint", "export"))
+        saves = self.settings["enable_checkpointing"] is not False
+        self.disk = DiskOptions(checkpoint.keep_rounds if saves else None, export.every_round, export.dtype)
         return None
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -82,8 +79,8 @@ def run(argv: Sequence[str]) -> int:
         "--device_memory_gib",
         type=float,
         metavar="X",
-        help="memory of a device, GiB; default: that of this machine's GPU, 80 for GPUs elsewhere, or a CPU process's "
-        "share of this machine's",
+        help="memory of a device, GiB, which means GPUs unless the config or --trainer.accelerator says cpu; default: "
+        "that of this machine's GPU, 80 for GPUs elsewhere, or a CPU process's share of this machine's",
     )
     parser.add_argument(
         "--response_tokens",
@@ -106,130 +103,138 @@ def run(argv: Sequence[str]) -> int:
     own, rest = parser.parse_known_args(list(argv))
     refuse_not_finite(vars(own))
     cli = _PlannedCLI(["fit", *rest])
-    if not is_policy_module(cli.model) or not isinstance(cli.datamodule, RoundDataModule) or not cli.options:
+    machine = plan_trainer(cli.settings, own.device_memory_gib is not None)
+    _check_models(cli.model, cli.options.reward if cli.options else None)
+    if isinstance(cli.datamodule, RoundDataModule):
+        return _plan_rounds(cli, machine, own)
+    return _plan_fixed(cli, machine, own)
+
+
+def _plan_rounds(cli: _PlannedCLI, machine: PlannedTrainer, own: argparse.Namespace) -> int:
+    if not cli.options:
         raise InputError(
-            f"`rlhf-pl plan` is for runs that sample: RebelModule or another policy, RoundDataModule and a "
-            f"`rollout.reward`. {type(cli.model).__name__} on {type(cli.datamodule).__name__}"
-            f"{'' if cli.options else ', without a reward,'} has no plan. Its memory "
-            "is close to that of the phase `train` of a plan for the same model and "
-            "`data.batch_size`, with prompts and responses of that length."
+            "`rollout.reward` is missing, which a plan of a run in rounds needs: a Reward class, or the import path of "
+            "a Python function."
         )
     if missing := find_missing_members(cli.model, PlannedModule):
         raise InputError(f"`model`: {type(cli.model).__name__} lacks {', '.join(missing)}, which a plan needs.")
-    _check_folders(cli.model, cli.options.reward)
     prompts = plan_prompts(cli.model, cli.datamodule)
-    plan = Plan(cli.model, cli.datamodule, cli.options, cli.settings, cli._get(cli.config_init, "rollout"), prompts)
-    memory = own.device_memory_gib
-    available = memory * 2**30 if memory else device_bytes(plan.on_gpu, plan.processes)
-    return _show(plan, available, own, cli)
+    plan = Plan(cli.model, cli.datamodule, cli.options, machine, cli._get(cli.config_init, "rollout"), prompts)
+    available = _available(own, machine)
+    memory = plan.memory(available)
+    mean = own.response_tokens or plan.options.sampling.max_response_tokens / 2
+    show_header(plan)
+    show_memory(plan, memory)
+    show_disk(plan, cli.disk, stored_responses(plan, prompts.count if prompts.is_known else None, mean))
+    _show_time_of_rounds(plan, mean, own)
+    return show_verdict(plan, memory, available, own.device_memory_gib is not None)
 
 
-def _check_folders(module: Any, reward: Any) -> None:
+def _plan_fixed(cli: _PlannedCLI, machine: PlannedTrainer, own: argparse.Namespace) -> int:
+    module, data = cli.model, cli.datamodule
+    if not isinstance(data, SFTDataModule | PreferenceDataModule | OfflineDataModule) or not isinstance(
+        module, TrainedModule
+    ):
+        raise InputError(
+            f"`rlhf-pl plan` knows this package's DataModules and modules, not {type(module).__name__} on "
+            f"{type(data).__name__}. The phase `train` of a plan for a model and batches of that size is close to it."
+        )
+    if module.batch_type is not _BATCHES.get(type(data), module.batch_type):
+        raise InputError(
+            f"`data`: {type(data).__name__} does not provide what {type(module).__name__} trains on, "
+            f"{module.batch_type.__name__}."
+        )
+    rows = plan_rows(module, data)
+    plan = FixedPlan(module, data, machine, rows)
+    available = _available(own, machine)
+    memory = plan.memory(available)
+    show_header(plan)
+    show_memory(plan, memory)
+    show_disk(plan, cli.disk, {})
+    _show_time_of_epochs(plan, own)
+    return show_verdict(plan, memory, available, own.device_memory_gib is not None)
+
+
+def _available(own: argparse.Namespace, machine: PlannedTrainer) -> float:
+    """Memory of a device, bytes."""
+    if own.device_memory_gib is not None:
+        return float(own.device_memory_gib) * 2**30
+    return device_bytes(machine.on_gpu, machine.processes)
+
+
+def _check_models(module: Any, reward: Any) -> None:
     """Refuse damaged models as `fit` does, if their weights are in a local folder. A plan needs no weights."""
-    for source in {id(s): s for s in (module.source, module.reference_source)}.values():
-        if has_weights(Path(source.path)):
-            check_lm(source)
+    if isinstance(source := getattr(module, "source", None), ModelSource):
+        _check_config(source)
+    if isinstance(module, TrainedModule) and not is_policy_module(module) and has_weights(Path(module.source.path)):
+        module.check_source()
+    if is_policy_module(module):
+        for source in {id(s): s for s in (module.source, module.reference_source)}.values():
+            _check_config(source)
+            if has_weights(Path(source.path)):
+                check_lm(source)
     critic = getattr(module, "critic_source", None)
     if critic is not None and not module.critic_options.shares_trunk:
+        _check_config(critic)
         check_critic(critic, module.source, None, has_weights(Path(critic.path)))
     for part in getattr(reward, "parts", [reward]):
         if isinstance(part, ClassifierReward | ArmoRMReward) and has_weights(Path(part.model)):
             part.check([])
+        elif isinstance(source := getattr(part, "source", None), ModelSource):
+            _check_config(source)
 
 
-def _show(plan: Plan, available: float, own: argparse.Namespace, cli: _PlannedCLI) -> int:
-    memory = plan.memory(available)
-    model = plan.model
-    where = "GPU" if plan.on_gpu else "CPU process"
-    critic = "" if plan.critic is None else f"critic {plan.critic.size.total / 1e6:,.1f} M, "
-    critic += "" if plan.critic is None else f"{plan.critic.size.trainable / 1e6:,.1f} M train; "
+def _check_config(source: ModelSource) -> None:
+    """Read a model's config; the error says what a plan needs of a model that is not here."""
+    try:
+        _ = source.config
+    except InputError as error:
+        if Path(source.path).exists():
+            raise
+        raise InputError(f"{error} {_NO_CONFIG if source.path.count('/') == 1 else _NO_FOLDER}") from error
+
+
+def _speed(plan: Any, own: argparse.Namespace) -> tuple[float, str]:
+    """TFLOP/s of a device, and how it was found."""
+    if own.tflops is not None:
+        return own.tflops, "given"
+    if plan.machine.on_gpu:
+        return GPU_TFLOPS, "assumed"
+    measured = measure_cpu_tflops(plan.machine.bf16, plan.machine.processes)
+    return measured, "measured just now; another load changes it"
+
+
+def _show_time_of_epochs(plan: FixedPlan, own: argparse.Namespace) -> None:
+    """The seconds of an epoch, and what was assumed."""
+    rows, (tflops, speed) = plan.rows, _speed(plan, own)
+    seconds = plan.seconds(tflops)
+    count = f"{rows.count:,}" if rows.is_known else f"{rows.count:,} (assumed)"
+    times = Table(f"time, an epoch of {count} {rows.noun}", *seconds, "sum", title="Time")
+    times.add_row("seconds", *(f"{s:,.0f}" for s in seconds.values()), f"{sum(seconds.values()):,.0f}")
+    console.print(times)
+    updates, rank = plan.updates(), plan.machine
+    size = f"{plan.data.batch_size} x {rank.accumulate} x {rank.devices} {rows.noun}"
     console.print(
-        f"{plan.module.source.path}: {model.total / 1e6:,.0f} M parameters, {model.trainable / 1e6:,.1f} M train; "
-        f"{critic}{plan.devices} x {where}{', sharded' if plan.sharded else ''}; rows of up to {plan.longest:,} tokens",
+        f"Time: {tflops:.3g} TFLOP/s a device ({speed}); {updates:,} update{'' if updates == 1 else 's'} an epoch of "
+        f"{size} (batch_size x accumulation x devices); {rows.held_out:,} held out"
+        f"{'; the log-probs are computed once' if 'log-probs' in seconds else ''}. Memory: a micro-batch of the "
+        f"longest rows, without the process itself and the allocator. Lengths: {rows.source}.",
         soft_wrap=True,
     )
-    if not plan.on_gpu and plan.trainer["accelerator"] == "auto" and plan.devices > 1:
-        console.print(
-            f"No GPU is here, so `fit` would start {plan.devices} CPU processes. For a machine with GPUs: "
-            "`--trainer.accelerator gpu`.",
-            soft_wrap=True,
-        )
-    parts = list(dict.fromkeys(part for phase in _PHASES for part, held in memory[phase].items() if held))
-    table = Table("memory per device", *_PHASES, title="Memory at each phase's peak")
-    for part in parts:
-        table.add_row(
-            part, *(format_bytes(memory[phase][part]) if memory[phase].get(part) else "" for phase in _PHASES)
-        )
-    totals = {phase: sum(memory[phase].values()) for phase in _PHASES}
-    table.add_row("sum", *(format_bytes(totals[phase]) for phase in _PHASES), style="bold")
-    console.print(table)
-    host = Table("host memory", "rank 0", "each other rank")
-    host.add_row(f"{plan.module.source.path} while loading", *(format_bytes(n) for n in plan.host_memory()))
-    if plan.critic is not None and plan.critic.source is not None:
-        name = f"{plan.critic.source.path} (critic) while loading"
-        host.add_row(name, *(format_bytes(n) for n in plan.critic_host_memory()))
-    host.add_row("the policy before the round, while it trains", *[format_bytes(plan.snapshot_bytes())] * 2)
-    console.print(host)
-    _show_disk(plan, own, cli)
-    _show_time(plan, own)
-    if refill := plan.options.refill:
-        console.print(
-            f"`rollout.refill` is {refill}: a round may sample up to {1 + refill} times its prompts, so generate and "
-            f"score take up to {1 + refill} times as long.",
-            soft_wrap=True,
-        )
-    if plan.has_mismatched:
-        console.print(
-            f"`model.loss` {type(plan.module.loss).__name__} needs the log-probs of responses to other prompts: a "
-            f"second forward pass before each update, which makes training {plan.training_factor():.2f} times as long, "
-            "and another one in the log-probs. Both are in the times above.",
-            soft_wrap=True,
-        )
-    of = "" if plan.on_gpu or own.device_memory_gib else _share_of_machine(plan.processes)
-    worst = max(totals, key=lambda phase: totals[phase])
-    if totals[worst] <= available:
-        console.print(
-            f"Fits: the peak ({worst}) takes {totals[worst] / available:.0%} of {format_bytes(available)}{of}.",
-            soft_wrap=True,
-        )
-        return 0
-    part = max(memory[worst], key=lambda name: memory[worst][name])
-    hint = {**_HINTS["train"], **_HINTS[worst]}.get(part, "more devices, or a smaller model")
-    console.print(
-        f"Does not fit: {worst} takes {format_bytes(totals[worst])} of {format_bytes(available)}{of}; the largest part "
-        f"is {part}, {format_bytes(memory[worst][part])}. Change first: {hint}.",
-        soft_wrap=True,
-    )
-    return 1
 
 
-def _show_disk(plan: Plan, own: argparse.Namespace, cli: _PlannedCLI) -> None:
-    """The disk space of the run directory, and a sentence where it is too little."""
-    mean, prompts = _mean_tokens(plan, own), plan.prompts
-    run_dir, count = cli.settings["default_root_dir"], prompts.count if prompts.is_known else None
-    disk = disk_parts(plan, cli.keep_rounds, cli.exports_rounds, cli.settings["max_epochs"], count, mean)
-    console.print(disk_table(disk, plan.checkpoint(), run_dir))
-    if problem := lacks_space(disk, run_dir):
-        console.print(problem, soft_wrap=True)
+def _show_time_of_rounds(plan: Plan, mean: float, own: argparse.Namespace) -> None:
+    """The seconds of a round, and what was assumed.
 
-
-def _mean_tokens(plan: Plan, own: argparse.Namespace) -> float:
-    """Mean length of a response, tokens."""
-    return own.response_tokens or plan.options.sampling.max_response_tokens / 2
-
-
-def _show_time(plan: Plan, own: argparse.Namespace) -> None:
-    """The seconds of a round, and what was assumed."""
-    tflops, tokens_per_s = own.tflops, own.generate_tokens_per_s
-    speed = "assumed" if plan.on_gpu else "given"
-    if tflops is None and plan.on_gpu:
-        tflops = GPU_TFLOPS
-    elif tflops is None:
-        tflops, speed = measure_cpu_tflops(plan.bf16, plan.processes), "measured just now; another load changes it"
+    Args:
+        plan: The plan.
+        mean: Mean length of a response, tokens.
+        own: The command's own options.
+    """
+    tokens_per_s, (tflops, speed) = own.generate_tokens_per_s, _speed(plan, own)
     if tokens_per_s is None:  # on a CPU a token takes two FLOPs a parameter, as in training
-        tokens_per_s = GPU_TOKENS_PER_S if plan.on_gpu else tflops * 1e12 / (2 * plan.model.total)
+        tokens_per_s = GPU_TOKENS_PER_S if plan.machine.on_gpu else tflops * 1e12 / (2 * plan.model.total)
     prompts, most = plan.prompts, plan.options.sampling.max_response_tokens
-    mean = _mean_tokens(plan, own)
     seconds = plan.seconds(mean, tokens_per_s, tflops)
     per = f"a round of {prompts.count:,} prompts" if prompts.is_known else "1,000 prompts"
     times = Table(f"time, {per}", *seconds, "sum", title="Time")
@@ -244,7 +249,16 @@ def _show_time(plan: Plan, own: argparse.Namespace) -> None:
         "without the process itself and the allocator.",
         soft_wrap=True,
     )
-
-
-def _share_of_machine(processes: int) -> str:
-    return ", this machine's memory" if processes == 1 else f", this machine's memory for each of {processes} processes"
+    if refill := plan.options.refill:
+        console.print(
+            f"`rollout.refill` is {refill}: a round may sample up to {1 + refill} times its prompts, so generate and "
+            f"score take up to {1 + refill} times as long.",
+            soft_wrap=True,
+        )
+    if plan.has_mismatched:
+        console.print(
+            f"`model.loss` {type(plan.module.loss).__name__} needs the log-probs of responses to other prompts: a "
+            f"second forward pass before each update, which makes training {plan.training_factor():.2f} times as long, "
+            "and another one in the log-probs. Both are in the times above.",
+            soft_wrap=True,
+        )

@@ -6,13 +6,12 @@ from typing import Any, Protocol
 from rlhf_pl.algorithms.prompt_groups import Z_REF
 from rlhf_pl.callbacks import RoundRefresh
 from rlhf_pl.cli.plan_critic import plan_critic
-from rlhf_pl.cli.plan_machine import count_devices, plans_gpus
 from rlhf_pl.cli.plan_prompts import PlannedPrompts
+from rlhf_pl.cli.plan_trainer import PlannedTrainer
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.data.policy_module import PolicyModule
 from rlhf_pl.models.footprint import (
     DTYPE_BYTES,
-    Kernels,
     activation_bytes,
     head_bytes,
     kv_bytes,
@@ -23,7 +22,6 @@ from rlhf_pl.models.lora import LoRA
 from rlhf_pl.rollout import VLLMSampler, VLLMServerSampler
 from rlhf_pl.rollout.vllm_checks import MARGIN_BYTES
 from rlhf_pl.rollout.vllm_server import BUCKET_BYTES
-from rlhf_pl.utils.devices import fast_precision
 
 
 class PlannedModule(PolicyModule, Protocol):
@@ -44,7 +42,7 @@ class Plan:
         module: The policy module.
         data: The DataModule.
         options: The round's options.
-        trainer: Options of the Trainer.
+        machine: The Trainer.
         refresh: The callback with the sampler.
         prompts: The prompts of a round.
     """
@@ -54,30 +52,16 @@ class Plan:
         module: Any,
         data: RoundDataModule,
         options: Any,
-        trainer: Mapping[str, Any],
+        machine: PlannedTrainer,
         refresh: RoundRefresh,
         prompts: PlannedPrompts,
     ) -> None:
-        self.module, self.data, self.options, self.trainer = module, data, options, trainer
+        self.module, self.data, self.options, self.machine = module, data, options, machine
         self.sampler: Any = refresh.sampler
         self.val_responses = options.val_sampling.num_responses
         self.prompts = prompts
-        self.on_gpu = plans_gpus(trainer["accelerator"])
-        self.processes = count_devices(trainer["devices"], self.on_gpu)  # of a node
-        self.devices = self.processes * int(trainer["num_nodes"])
-        strategy = trainer["strategy"]
-        name = strategy if isinstance(strategy, str) else type(strategy).__name__
-        self.accumulate: int = trainer["accumulate_grad_batches"]
-        self.all_ranks_read = name in ("fsdp", "fsdp_cpu_offload") or "FSDPStrategy" in name
-        self.sharded = "fsdp" in name.lower() or "ModelParallel" in name
-        precision = fast_precision(str(trainer["precision"] or "32-true"), self.on_gpu)
-        mixed = getattr(strategy, "mixed_precision", None)
-        self.bf16 = "16" in precision or (mixed is not None and mixed.param_dtype is not None)
         self.config = module.source.config
-        half = self.bf16 or module.dtype_name != "float32"
-        liger = self.on_gpu and module.use_liger_kernel is not False
-        flash = self.on_gpu and half and module.attn_implementation == "sdpa"
-        self.kernels = Kernels(half, module.attn_implementation, flash, liger)
+        self.kernels = machine.kernels(module)
         self.model = model_size(self.config, module.trainable_layers, module.lora)
         self.critic = plan_critic(module)
         self.longest = prompts.longest + options.sampling.max_response_tokens
@@ -86,20 +70,19 @@ class Plan:
         self.has_mismatched = Z_REF in module.needs
         self.used = 2 if one_pair else options.sampling.num_responses
 
+    @property
+    def rows_text(self) -> str:
+        """The length of the longest row, in words."""
+        return f"rows of up to {self.longest:,} tokens"
+
     def memory(self, device_memory: float) -> dict[str, dict[str, int]]:
         """Bytes per device by phase and part, on devices of `device_memory` bytes."""
         module, model, config = self.module, self.model, self.config
-        width, shards = DTYPE_BYTES[module.dtype_name], self.devices if self.sharded else 1
-        held = {
-            "parameters": width * model.total // shards,
-            "optimizer": 2 * width * model.trainable // shards,
-        }
-        has_copies = self.kernels.half and width == 4 and not self.sharded
-        if has_copies:
-            held["copies in bf16"] = 2 * model.total
+        width, shards = DTYPE_BYTES[module.dtype_name], self.machine.shards
+        held = self.machine.held(model, module.dtype_name, self.kernels.half)
         if self.critic is not None:
-            held |= self.critic.held(shards, has_copies)
-        if not self.on_gpu:
+            held |= self.critic.held(shards, self.machine.has_copies(module.dtype_name, self.kernels.half))
+        if not self.machine.on_gpu:
             held["policy before the round"] = self.snapshot_bytes()
         unit = max(model.rest, model.layer)
         groups, response = self.data.batch_size, self.options.sampling.max_response_tokens
@@ -108,12 +91,12 @@ class Plan:
         if budget is not None and group_tokens > budget:  # a part of a group, of at least one response
             groups, used = 1, max(1, 1 + (budget - self.longest) // response)
         elif budget is not None:
-            groups = max(1, min(groups * self.accumulate, budget // group_tokens))
+            groups = max(1, min(groups * self.machine.accumulate, budget // group_tokens))
         # with shared-prefix attention a group holds its prompt once, and a batch is one row without padding
         shares = module.attn_implementation == "sdpa"
         packed = groups * (self.longest + (used - 1) * response)
         rows, tokens = (1, packed) if shares else (used * groups, self.longest)
-        sums = 1 if self.sharded or self.devices == 1 else 2  # DDP's buckets hold the gradients once more
+        sums = self.machine.gradient_copies
         training = {
             **held,
             "gradients": width * model.trainable // shards * sums,
@@ -121,27 +104,27 @@ class Plan:
             "output head": head_bytes(
                 config,
                 min(module.logprob_chunk_tokens, used * groups * response),
-                self.on_gpu,
+                self.machine.on_gpu,
                 self.kernels.half,
                 module.lora is None,
             ),
         }
         compute = 2 if self.kernels.half else width
-        if self.sharded:
+        if self.machine.sharded:
             training["gathered units"] = compute * (model.rest + 2 * model.layer)
         if self.critic is not None:
             training |= self.critic.training(shards, sums, rows, tokens, self.kernels, module.gradient_checkpointing)
-            if self.sharded:
+            if self.machine.sharded:
                 training["gathered units"] += self.critic.gathered(compute)
         engine = self._engine_bytes(device_memory, held)
         sync = {
             **held,
             "sampler": engine,
-            "gathered unit": width * unit if self.sharded else 0,
+            "gathered unit": width * unit if self.machine.sharded else 0,
             "sync buffers": self._sync_buffer_bytes(unit),
         }
         return {
-            "train": training | ({} if self.on_gpu else {"sampler": engine}),
+            "train": training | ({} if self.machine.on_gpu else {"sampler": engine}),
             "generate": held | {"sampler": engine},
             "score": held | {"sampler": engine, "reward model": self._reward_bytes()},
             "sync": sync,
@@ -163,7 +146,7 @@ class Plan:
             return 0
         dtype = DTYPE_BYTES[self.sampler.dtype]
         weights = dtype * (self.model.total - self.model.adapters) // self.sampler.ranks_per_engine
-        if isinstance(self.sampler, VLLMSampler) and not self.on_gpu:
+        if isinstance(self.sampler, VLLMSampler) and not self.machine.on_gpu:
             return weights + int(self.sampler.kv_cache_gib * 2**30)
         if isinstance(self.sampler, VLLMSampler):
             share = self.sampler.gpu_memory_utilization
@@ -176,16 +159,14 @@ class Plan:
         )
         return weights + kv_bytes(self.config, sequences, self.longest, dtype) // self.sampler.ranks_per_engine
 
-    def host_memory(self) -> tuple[int, int]:
-        """Bytes of the model in host memory, on rank 0 and on each other rank. Under FSDP1 all ranks read it."""
+    def host_memory(self) -> dict[str, tuple[int, int]]:
+        """Bytes in host memory on rank 0 and on each other rank, by what holds them. Under FSDP1 all ranks read."""
         whole = DTYPE_BYTES[self.module.dtype_name] * self.model.total
-        return whole, whole if self.all_ranks_read else 0
-
-    def critic_host_memory(self) -> tuple[int, int]:
-        """Bytes of a critic's own model in host memory while it loads, the same on every rank; 0 without one."""
-        critic = self.critic
-        whole = 0 if critic is None or critic.source is None else critic.width * critic.size.total
-        return whole, whole
+        found = {f"{self.module.source.path} while loading": (whole, whole if self.machine.all_ranks_read else 0)}
+        if self.critic is not None and self.critic.source is not None:
+            own = self.critic.width * self.critic.size.total
+            found[f"{self.critic.source.path} (critic) while loading"] = (own, own)
+        return found | {"the policy before the round, while it trains": (self.snapshot_bytes(),) * 2}
 
     def checkpoint(self) -> int:
         """Bytes of a checkpoint: weights, and AdamW's two moments of the trainable ones, of policy and critic."""
@@ -198,7 +179,7 @@ class Plan:
             (self.prompts.held_out > 0)
             * DTYPE_BYTES[self.module.dtype_name]
             * self.model.trainable
-            // (self.devices if self.sharded else 1)
+            // self.machine.shards
         )
 
     def _sync_buffer_bytes(self, unit: int) -> int:
@@ -220,7 +201,7 @@ class Plan:
         """
         prompts = self.prompts.count
         responses = prompts * self.options.sampling.num_responses
-        engines = max(1, self.devices // self.sampler.ranks_per_engine)
+        engines = max(1, self.machine.devices // self.sampler.ranks_per_engine)
         if isinstance(self.sampler, VLLMServerSampler):
             engines = len(self.sampler.urls)
         row = self.prompts.typical + response_tokens
@@ -230,7 +211,7 @@ class Plan:
         needs = self.module.needs
         models = ("old_logps" in needs and self.options.old_logps == "policy") + ("reference_logps" in needs)
         per_token = self._training_flops()
-        speed = tflops * 1e12 * self.devices
+        speed = tflops * 1e12 * self.machine.devices
         reward = self._reward_bytes() / 2  # approximate number of parameters
         budget = self.data.max_tokens_per_batch
         is_split = budget is not None and row + others * response_tokens > budget
@@ -253,5 +234,5 @@ class Plan:
         """How many times a round's training uses a prompt, if all of them are usable."""
         if self.data.updates_per_round is None:
             return self.data.passes
-        per_update = min(self.data.batch_size * self.accumulate * self.devices, prompts)
+        per_update = min(self.data.batch_size * self.machine.accumulate * self.machine.devices, prompts)
         return self.data.updates_per_round * per_update / prompts

@@ -1,20 +1,22 @@
 """The prompts of a planned round: how many there are, and how long they are."""
 
-import random
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from rlhf_pl.cli.plan_lengths import (
+    CHARACTERS_PER_TOKEN,
+    describe_picked,
+    estimate_tokens,
+    is_file,
+    message_characters,
+    pick_rows,
+)
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.data.held_out import count_held_out, default_held_out
 from rlhf_pl.data.prompts import Prompt
 from rlhf_pl.models.chat import encode_prompt
 from rlhf_pl.utils.errors import InputError
-
-_SAMPLE, _LONGEST = 400, 100  # rows that are tokenized of larger files: any, and the longest by characters
-_CHARACTERS_PER_TOKEN = 4
-_FILES = (".jsonl", ".json", ".csv", ".parquet")
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ def plan_prompts(module: Any, data: RoundDataModule) -> PlannedPrompts:
         InputError: The file can't be read, or all prompts are too long.
     """
     source, limit = data.prompts_source, data.max_prompt_tokens
-    if not Path(source).exists() and Path(source).suffix not in _FILES:
+    if not is_file(source):
         count, held_out = data.prompts_per_round, data.val_prompts_source
         known = default_held_out(10**6) if held_out is None else held_out
         return PlannedPrompts(
@@ -54,9 +56,9 @@ def plan_prompts(module: Any, data: RoundDataModule) -> PlannedPrompts:
             int(known) if isinstance(known, int | float) and (known >= 1 or known == 0) else default_held_out(10**6),
             limit / 2,
             limit,
-            f"prompts are half of data.max_prompt_tokens, assumed: {source!r} is not a file here",
+            f"prompts are half of data.max_prompt_tokens, assumed: {source!r} is not a file on this machine",
         )
-    rows = data._load(source, "data.prompts")
+    rows = data.load_rows(source, "data.prompts")
     lengths, how = _lengths(module, rows, data.chat_template_kwargs)
     kept = [length for length in lengths.typical if length <= limit]
     if not kept:
@@ -79,22 +81,19 @@ class _Lengths:
 
 def _lengths(module: Any, rows: Sequence[Prompt], kwargs: dict[str, Any]) -> tuple[_Lengths, str]:
     """Tokens of a sample of the rows, and of the longest ones by characters; how they were counted."""
-    sample, longest = list(rows), []
-    if len(rows) > _SAMPLE + _LONGEST:
-        sample = random.Random(0).sample(list(rows), _SAMPLE)
-        longest = sorted(rows, key=_characters)[-_LONGEST:]
+    sample, longest = pick_rows(rows, _characters)
     try:
         tokenizer = module.source.tokenizer
     except InputError:  # a model on the Hub, which is not here
-        counted = _Lengths(*([_characters(p) // _CHARACTERS_PER_TOKEN + 1 for p in part] for part in (sample, longest)))
-        return counted, f"prompts by {_CHARACTERS_PER_TOKEN} characters a token, as the tokenizer is not here"
+        counted = _Lengths(*([estimate_tokens(_characters(p)) for p in part] for part in (sample, longest)))
+        return counted, f"prompts by {CHARACTERS_PER_TOKEN} characters a token, as the tokenizer is not here"
     encoded = ([len(encode_prompt(tokenizer, p.messages, p.tools, kwargs)) for p in part] for part in (sample, longest))
-    some = "" if not longest else f", {len(sample) + len(longest)} of {len(rows):,}"
+    some = describe_picked(len(sample) + len(longest), len(rows))
     return _Lengths(*encoded), f"prompts by the tokenizer{some}"
 
 
 def _characters(prompt: Prompt) -> int:
-    return sum(len(str(message.get("content") or "")) for message in prompt.messages)
+    return message_characters(prompt.messages)
 
 
 def _held_out(data: RoundDataModule, rows: int) -> int:
@@ -102,6 +101,5 @@ def _held_out(data: RoundDataModule, rows: int) -> int:
     if held_out is None:
         return default_held_out(rows)
     if isinstance(held_out, str):
-        is_file = Path(held_out).exists() or Path(held_out).suffix in _FILES
-        return len(data._load(held_out, "data.val_prompts")) if is_file else default_held_out(10**6)
+        return len(data.load_rows(held_out, "data.val_prompts")) if is_file(held_out) else default_held_out(10**6)
     return count_held_out(rows, held_out, least=1)

@@ -28,6 +28,7 @@ more help:
   --model.help PPOModule              options of one class
   --data.help SFTDataModule           the same for the data
   --rollout.sampler.help VLLMSampler  and for other options that take a class
+  --model.lora.help                   options of a group; also --checkpoint.help
   --config FILE --print_config        the complete config, with all defaults
 """
 RUN = {

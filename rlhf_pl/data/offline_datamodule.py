@@ -126,6 +126,17 @@ class OfflineDataModule(PairsDataModule):
         check_policy_module(module, self)
         check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
         set_run_date(self._trainer)
+        self.train_set, self.val_set, self.dropped = self.read_pairs(module)
+
+    def read_pairs(self, module: Any) -> tuple[list[OfflinePair], list[OfflinePair], dict[str, int]]:
+        """Read, check and tokenize the pairs for a policy.
+
+        Args:
+            module: The policy module.
+
+        Returns:
+            Pairs to train on, held-out pairs, and the number of rows that are left out by reason.
+        """
         reader = PairReader(
             model=module.source,
             columns=self.columns,
@@ -142,10 +153,10 @@ class OfflineDataModule(PairsDataModule):
             starts_as_reference=module.reference_source is module.source,
         )
         pairs, option = reader.read(self.source, "data.pairs"), "data.val_pairs"
-        self.train_set, self.val_set = hold_out(
+        train, val = hold_out(
             pairs, self.val_source, option, reader.read, lambda p: repr(list(p.prompt_tokens)), seed=self.split_seed
         )
-        self.dropped = reader.dropped
+        return train, val, reader.dropped
 
     def describe(self) -> str:
         """A line with the number of pairs."""

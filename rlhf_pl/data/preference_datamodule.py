@@ -94,12 +94,8 @@ class PreferenceDataModule(PairsDataModule):
         render, kwargs = module.renderer(self.max_tokens), self.chat_template_kwargs
         check_template_kwargs(render.tokenizer, kwargs, "data.chat_template_kwargs")
         set_run_date(self._trainer)
-        pairs = self._load(self.source, "data.preferences")
-        val_source, val_option = self.val_source, "data.val_preferences"
-        train, val = hold_out(
-            pairs, val_source, val_option, self._load, lambda p: prompt_key(p.messages), seed=self.split_seed
-        )
-        val_option = val_option if isinstance(val_source, str) else "data.preferences"
+        train, val = self.split_rows()
+        val_option = "data.val_preferences" if isinstance(self.val_source, str) else "data.preferences"
         if self.center_on is not None:
             how = (self.split, self.system_prompt, self.parse_dialogues, render, module.source, kwargs)
             self.centering_rows = load_centering_rows(self.center_on, *how)
@@ -110,7 +106,14 @@ class PreferenceDataModule(PairsDataModule):
             rows = zip(dataset.pairs, dataset.rows, strict=True)
             module.source.check_ids(((pair.name, row.ids) for pair, both in rows for row in both), option)
 
-    def _load(self, source: str, option: str) -> list[Preference]:
+    def split_rows(self) -> tuple[list[Preference], list[Preference]]:
+        """Read the comparisons, and return those to train on and the held-out ones."""
+        rows = self.load_rows(self.source, "data.preferences")
+        option, seed = "data.val_preferences", self.split_seed
+        return hold_out(rows, self.val_source, option, self.load_rows, lambda p: prompt_key(p.messages), seed=seed)
+
+    def load_rows(self, source: str, option: str) -> list[Preference]:
+        """Read and check the comparisons of a file or Hub data set; `option` names it in errors."""
         found = load_preferences(
             source,
             self.columns,

@@ -159,11 +159,11 @@ class RoundDataModule(PairsDataModule):
         kwargs = self.chat_template_kwargs
         check_template_kwargs(tokenizer, kwargs, "data.chat_template_kwargs")
         set_run_date(self._trainer)
-        rows = self._load(self.prompts_source, "data.prompts")
+        rows = self.load_rows(self.prompts_source, "data.prompts")
         val_source, val_option = self.val_prompts_source, "data.val_prompts"
         if val_source is None:
             val_source = default_held_out(len(rows))
-        train, val = hold_out(rows, val_source, val_option, self._load, lambda p: p.prompt_id, least=1)
+        train, val = hold_out(rows, val_source, val_option, self.load_rows, lambda p: p.prompt_id, least=1)
         self.train_prompts, too_long = tokenize_prompts(train, tokenizer, self.max_prompt_tokens, kwargs)
         val_option = val_option if isinstance(val_source, str) else "data.prompts"
         self.held_out, val_too_long = tokenize_prompts(val, tokenizer, self.max_prompt_tokens, kwargs, val_option)
@@ -177,7 +177,8 @@ class RoundDataModule(PairsDataModule):
                 f"than max_prompt_tokens={self.max_prompt_tokens} with the chat template."
             )
 
-    def _load(self, source: str, option: str) -> list[Prompt]:
+    def load_rows(self, source: str, option: str) -> list[Prompt]:
+        """Read and check the prompts of a file or Hub data set; `option` names it in errors."""
         return load_prompts(source, self.columns, self.system_prompt, self.split, self.parse_dialogues, option)
 
     def round_prompts(self, round_index: int) -> list[Prompt]:

@@ -18,6 +18,7 @@ from rlhf_pl.data.tokenizing import Recipe, iterate_token_lists, make_token_tabl
 from rlhf_pl.data.update_plan import UpdatePlan
 from rlhf_pl.models.chat import encode_conversation
 from rlhf_pl.models.chat_template import check_template_kwargs
+from rlhf_pl.models.source import ModelSource
 from rlhf_pl.utils.errors import InputError, check_at_least
 from rlhf_pl.utils.run_date import save_run_date, set_run_date
 
@@ -93,31 +94,45 @@ class SFTDataModule(RowsDataModule):
             return
         module: Any = self._trainer.lightning_module
         check_module(module, self, SFTBatch)
-        if self.max_tokens > module.source.max_context_tokens:
-            raise InputError(
-                f"`data.max_tokens` of {self.max_tokens} exceeds the context of {module.source.path!r}, "
-                f"{module.source.max_context_tokens} tokens. Decrease it."
-            )
+        self.check_context(module.source)
         check_template_kwargs(module.source.tokenizer, self.chat_template_kwargs, "data.chat_template_kwargs")
         set_run_date(self._trainer)
-        rows = self._load(self.source, "data.conversations")
-        val_source, val_option = self.val_source, "data.val_conversations"
-        train, val = hold_out(
-            rows, val_source, val_option, self._load, lambda c: prompt_key(c.messages[:-1]), seed=self.split_seed
-        )
-        val_option = val_option if isinstance(val_source, str) else "data.conversations"
-        self.examples = self._tokenize(train, module.source, "data.conversations")
-        val_examples = self._tokenize(val, module.source, val_option)
+        train, val = self.split_rows()
+        val_option = "data.val_conversations" if isinstance(self.val_source, str) else "data.conversations"
+        self.examples = self.tokenize(train, module.source, "data.conversations")
+        val_examples = self.tokenize(val, module.source, val_option)
         if not self.examples:
             reason = f"all are longer than max_tokens={self.max_tokens}"
             reason += ", or have nothing to learn (`weight: 0`)" if self.unlearned else ""
             raise InputError(f"`data.conversations`: no row of {self.source!r} is left to train on: {reason}.")
         self.val_set = SFTDataset(val_examples, [[i] for i in range(len(val_examples))])
 
-    def _load(self, source: str, option: str) -> list[Conversation]:
+    def check_context(self, source: ModelSource) -> None:
+        """Refuse rows that are longer than the model's context."""
+        if self.max_tokens > source.max_context_tokens:
+            raise InputError(
+                f"`data.max_tokens` of {self.max_tokens} exceeds the context of {source.path!r}, "
+                f"{source.max_context_tokens} tokens. Decrease it."
+            )
+
+    def split_rows(self) -> tuple[list[Conversation], list[Conversation]]:
+        """Read the conversations, and return those to train on and the held-out ones."""
+        rows = self.load_rows(self.source, "data.conversations")
+        option, seed = "data.val_conversations", self.split_seed
+        return hold_out(rows, self.val_source, option, self.load_rows, lambda c: prompt_key(c.messages[:-1]), seed=seed)
+
+    def load_rows(self, source: str, option: str) -> list[Conversation]:
+        """Read and check the conversations of a file or Hub data set; `option` names it in errors."""
         return load_conversations(source, self.columns, self.system_prompt, self.split, option, self.parse_dialogues)
 
-    def _tokenize(self, conversations: Sequence[Conversation], source: Any, option: str) -> list[Example]:
+    def tokenize(self, conversations: Sequence[Conversation], source: ModelSource, option: str) -> list[Example]:
+        """Tokenize conversations, without those that are too long or have nothing to learn, which are counted.
+
+        Args:
+            conversations: The conversations.
+            source: The model, with its tokenizer.
+            option: The option that names their source, for errors.
+        """
         tokenizer, eos = source.tokenizer, source.eos_token_ids
         every, kwargs, whole = self.loss_on != "last", self.chat_template_kwargs, self.loss_on == "conversation"
 

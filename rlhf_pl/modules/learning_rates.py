@@ -11,9 +11,9 @@ Stage = Literal["policy", "sft", "reward_model"]
 
 # The rate of a model with a billion parameters, the power of the size that it falls with, and the largest rate, which
 # small models have. docs/tuning.md has the trials, and the table that follows from them.
-_AT_A_BILLION: dict[Stage, float] = {"policy": 5.4e-6, "sft": 4e-5, "reward_model": 2e-5}
+_AT_A_BILLION: dict[Stage, float] = {"policy": 4e-6, "sft": 4e-5, "reward_model": 2e-5}
 _POWER: dict[Stage, float] = {"policy": 1.0, "sft": 2 / 3, "reward_model": 2 / 3}
-_LARGEST: dict[Stage, float] = {"policy": 4e-5, "sft": 2e-4, "reward_model": 1e-4}
+_LARGEST: dict[Stage, float] = {"policy": 3e-5, "sft": 2e-4, "reward_model": 1e-4}
 LORA_FACTOR = 10.0  # adapters take a higher rate than all weights of the same model
 
 

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch import callbacks
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
@@ -41,6 +42,13 @@ def refuse_options(config: Mapping[str, Any], in_rounds: bool) -> None:
         raise InputError(f"`trainer.fast_dev_run` would train without resume points and logs. {_TRIAL_HINT}")
     if config["barebones"]:
         raise InputError("`trainer.barebones` disables the metrics and resume points that runs need. Leave it out.")
+    accelerator = config.get("accelerator")
+    if accelerator in ("gpu", "cuda") and not torch.cuda.is_available() and not torch.backends.mps.is_available():
+        raise InputError(
+            f"`trainer.accelerator` is {accelerator}, and this machine has no GPU that PyTorch can use. Run this on a "
+            "machine with GPUs; `rlhf-pl plan` with the same options says what it needs. For a trial with a small "
+            "model on this machine: --trainer.accelerator cpu --trainer.devices 1 --trainer.strategy auto."
+        )
     if in_rounds and config["num_sanity_val_steps"]:
         raise InputError(
             f"`trainer.num_sanity_val_steps` is {config['num_sanity_val_steps']}, but held-out pairs exist only after "

@@ -21,15 +21,12 @@ from rlhf_pl.modules.divergence_check import DivergenceCheck
 from rlhf_pl.modules.export import Exportable
 
 
-def with_defaults(module: Any, data: Any, given: list[L.Callback], checkpoints: bool = True) -> list[L.Callback]:
-    """The callbacks of a run, in the order that the command line has them.
-
-    This package's callbacks run first: EarlyStopping and others read the metrics that they log.
+def default_kinds(module: Any, data: Any, checkpoints: bool = True) -> list[type[L.Callback]]:
+    """The kinds of this package's callbacks that a run has, in their order, but for what is shown on the terminal.
 
     Args:
         module: The LightningModule.
         data: The DataModule.
-        given: The user's callbacks; one of a default kind replaces the default.
         checkpoints: Whether the run saves checkpoints.
     """
     kinds: list[type[L.Callback]] = [DivergenceCheck]
@@ -39,8 +36,21 @@ def with_defaults(module: Any, data: Any, given: list[L.Callback], checkpoints: 
         kinds += [EpochRun] if hasattr(module, "describe_epoch") else []
         kinds += [OfflineLogps] if isinstance(data, OfflineDataModule) else []
         kinds += [RoundCheckpoint, HFExport] if isinstance(module, Exportable) else [RoundCheckpoint]
-    if not checkpoints:
-        kinds.remove(RoundCheckpoint)
+    return [kind for kind in kinds if checkpoints or kind is not RoundCheckpoint]
+
+
+def with_defaults(module: Any, data: Any, given: list[L.Callback], checkpoints: bool = True) -> list[L.Callback]:
+    """The callbacks of a run, from the command line and from Python.
+
+    This package's callbacks run first: EarlyStopping and others read the metrics that they log.
+
+    Args:
+        module: The LightningModule.
+        data: The DataModule.
+        given: The user's callbacks; one of a default kind replaces the default.
+        checkpoints: Whether the run saves checkpoints.
+    """
+    kinds = default_kinds(module, data, checkpoints)
     first: list[L.Callback] = []
     for kind in kinds:
         found = [callback for callback in given if isinstance(callback, kind)]

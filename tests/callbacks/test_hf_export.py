@@ -178,6 +178,7 @@ def test_a_damaged_model_of_a_round_is_written_again(tmp_path: Path) -> None:
         *("fit", "--model=SFTModule", f"--model.policy={source}", "--data=SFTDataModule", "--data.max_tokens=64"),
         *(f"--data.conversations={tmp_path / 'rows.jsonl'}", "--data.batch_size=2", "--export.every_round=true"),
         *("--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false", "--model.optimizer.lr=0.01"),
+        "--checkpoint.keep_rounds=2",
     ]
     common = [*arguments, "--trainer.max_epochs=2", f"--trainer.default_root_dir={run}"]
     assert main(common) == 0

@@ -20,34 +20,34 @@ Again = Callable[..., Any]
 
 
 class Listing(L.Callback):
-    """Lists `checkpoints/` before every update but the first of a round, after every round and at the end."""
+    """Lists `checkpoints/` before every update but the first of a round, and after every round."""
 
     def __init__(self) -> None:
         self.found: list[tuple[str, list[str], str]] = []
 
-    def _list(self, trainer: L.Trainer, when: str) -> None:
+    def list_files(self, trainer: L.Trainer, when: str) -> None:
         folder = Path(trainer.default_root_dir) / "checkpoints"
         names = sorted(f.name for f in folder.iterdir() if f.name != "last.ckpt") if folder.exists() else []
         last = (folder / "last.ckpt").resolve().name if names else ""
         self.found.append((when, names, last))
 
     def on_train_batch_start(self, trainer: L.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx % 2 == 0 and batch_idx > 0:
-            self._list(trainer, f"update {trainer.global_step}")
+        if batch_idx > 0:
+            self.list_files(trainer, f"update {trainer.global_step}")
 
     def on_validation_start(self, trainer: L.Trainer, *_: Any) -> None:
-        self._list(trainer, f"round trained at {trainer.global_step}")
+        self.list_files(trainer, f"round trained at {trainer.global_step}")
 
     def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
         if trainer.current_epoch > 0:
-            self._list(trainer, f"round {trainer.current_epoch}")
-
-    def on_fit_end(self, trainer: L.Trainer, *_: Any) -> None:
-        self._list(trainer, "end")
+            self.list_files(trainer, f"round {trainer.current_epoch}")
 
 
 def expected_files(updates: list[int], every: int, keep: int) -> list[tuple[str, list[str], str]]:
-    """By the rules: the newest update's checkpoint replaces the previous one; after a round only the rounds' stay."""
+    """By the rules: an update's checkpoint replaces the previous one's; after a round only the rounds' stay.
+
+    Until the next update the newest round's has the one before it beside it, and at the end `keep` are left.
+    """
     listed, rounds, step = [], [], 0
     for number, count in enumerate(updates, 1):
         newest: list[str] = []
@@ -56,18 +56,45 @@ def expected_files(updates: list[int], every: int, keep: int) -> list[tuple[str,
             is_last = position == count
             if is_last or (every and step % every == 0):
                 newest = [f"update-{step:08d}.ckpt"]
+                rounds = rounds[-keep if keep > 0 else None :]
             names = rounds + newest
             listed.append((f"round trained at {step}" if is_last else f"update {step}", names, (names or [""])[-1]))
-        rounds = [*rounds, f"after-round-{number:04d}.ckpt"][-keep if keep > 0 else None :]
-        listed.append((f"round {number}" if number < len(updates) else "end", rounds, rounds[-1]))
+        is_end = number == len(updates)
+        count_kept = keep if is_end else max(keep, 2)
+        rounds = [*rounds, f"after-round-{number:04d}.ckpt"][-count_kept if keep > 0 else None :]
+        listed.append(("end" if is_end else f"round {number}", rounds, rounds[-1]))
     return listed
 
 
 @pytest.mark.parametrize(("every", "keep"), [(1, 1), (2, 2), (0, -1)])
-def test_the_files_at_any_time(run: SmallRun, again: Again, every: int, keep: int) -> None:
+def test_the_files_at_any_time(tmp_path: Path, every: int, keep: int) -> None:
     listing = Listing()
-    again(RoundCheckpoint(every, keep), listing, max_epochs=2, enable_checkpointing=True)
-    assert listing.found == expected_files(run.updates, every, keep)
+    trainer = L.Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, max_epochs=3, limit_train_batches=4, limit_val_batches=1,
+        num_sanity_val_steps=0, logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[RoundCheckpoint(every, keep), listing],
+    )  # fmt: skip
+    trainer.fit(BoringModel())
+    listing.list_files(trainer, "end")
+    assert listing.found == expected_files([4, 4, 4], every, keep)
+
+
+def test_the_checkpoint_before_a_damaged_one_is_kept_at_the_end(
+    again: Again, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Damage(L.Callback):
+        """Flips a bit of the newest checkpoint once all of training is over."""
+
+        def on_fit_end(self, trainer: L.Trainer, *_: Any) -> None:
+            file = tmp_path / "run" / "checkpoints" / "after-round-0002.ckpt"
+            content = bytearray(file.read_bytes())
+            content[len(content) // 2] ^= 1
+            file.write_bytes(content)
+
+    again(RoundCheckpoint(), Damage(), max_epochs=2, enable_checkpointing=True)
+    left = sorted(file.name for file in (tmp_path / "run" / "checkpoints").glob("after-*"))
+    assert left == ["after-round-0001.ckpt", "after-round-0002.ckpt"]
+    assert "after-round-0002.ckpt is damaged; the checkpoints before it are kept" in capsys.readouterr().out
 
 
 def test_all_rounds_can_be_kept(run: SmallRun) -> None:
@@ -101,7 +128,7 @@ class EndCounter(L.Callback):
 def test_a_rounds_checkpoint_has_the_states_of_other_callbacks_after_the_round(again: Again, tmp_path: Path) -> None:
     """In any order of the callbacks, and also of Lightning's own."""
     best = ModelCheckpoint(tmp_path / "best", monitor="train/round_loss", save_top_k=2)
-    again(RoundCheckpoint(), EndCounter(), best, max_epochs=2, enable_checkpointing=True)
+    again(RoundCheckpoint(keep_rounds=-1), EndCounter(), best, max_epochs=2, enable_checkpointing=True)
     for number in (1, 2):
         file = tmp_path / "run" / "checkpoints" / f"after-round-000{number}.ckpt"
         states = torch.load(file, weights_only=True)["callbacks"]

@@ -49,3 +49,26 @@ def test_the_help_of_a_class_has_its_options_as_they_are_typed(
     assert f"  {option}.{member}" in out
     typed = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
     assert all(each.startswith(option) for each in typed)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        ("--model.lora.help LoRA", "--model.lora.rank"),
+        ("--model.lora.help=LoRA", "--model.lora.alpha"),
+        ("--model PPOModule --model.critic.lora.help", "--model.critic.lora.rank"),
+        ("--model.loss GRPOLoss --model.loss.correction.help", "--model.loss.correction.mode"),
+        ("--model.optimizer.help AdamW", "--model.optimizer.weight_decay"),
+        ("--rollout.sampling.help SamplingConfig", "--rollout.sampling.top_p"),
+        ("--rollout.sampler.help", "--rollout.sampler.kv_cache_gib"),
+        ("--checkpoint.help", "--checkpoint.keep_rounds"),
+        ("--model.help", "--model.kl_coef"),
+    ],
+)
+def test_the_help_of_a_group_needs_no_class(capsys: pytest.CaptureFixture[str], arguments: str, option: str) -> None:
+    assert main(["fit", *arguments.split()]) == 0
+    out = capsys.readouterr().out
+    group = option.rpartition(".")[0]
+    assert out.startswith(f"usage: rlhf-pl fit {group}.OPTION VALUE")
+    assert f"\n  {option} " in out
+    assert f"{group}.params" not in out

@@ -1,5 +1,6 @@
 """The classes that replace Lightning's in a config."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -9,7 +10,10 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 
 from rlhf_pl import CPUFSDPStrategy, FSDP2Strategy
+from rlhf_pl.cli import lightning_workarounds
+from rlhf_pl.cli.fit import RlhfCLI
 from rlhf_pl.cli.own_classes import replace_classes
+from rlhf_pl.trainer.options import listed
 from rlhf_pl.trainer.run_loggers import RunCSVLogger, RunLogger
 
 
@@ -68,3 +72,33 @@ def test_loggers_that_continue_files_replace_lightnings() -> None:
     ]
     for given in (None, True, False, named(MyLogger, save_dir="logs")):
         assert own(logger=given).logger == given
+
+
+@pytest.mark.parametrize(
+    ("given", "folders"),
+    [
+        (["CSVLogger"], ["runs/mine"]),
+        (["lightning.pytorch.loggers.CSVLogger", "--trainer.logger.save_dir", "elsewhere"], ["elsewhere"]),
+        (
+            ["[{class_path: CSVLogger}, {class_path: TensorBoardLogger, init_args: {save_dir: tb}}]"],
+            ["runs/mine", "tb"],
+        ),
+        (["false"], []),
+    ],
+)
+def test_loggers_write_to_the_run_directory_unless_the_config_names_another(
+    llama: Path, given: list[str], folders: list[str]
+) -> None:
+    class Built(RlhfCLI):
+        """Builds the parts of a run, and runs nothing."""
+
+        def instantiate_trainer(self, **kwargs: Any) -> Any:
+            self.loggers = listed(self._get(self.config_init, "trainer").logger or None)
+
+        def _run_subcommand(self, subcommand: str) -> None:
+            pass
+
+    lightning_workarounds.install()
+    arguments = ["--model.policy", str(llama), "--data.prompts", "x.jsonl", "--trainer.default_root_dir", "runs/mine"]
+    cli = Built(["fit", *arguments, "--trainer.logger", *given])
+    assert [logger.save_dir for logger in cli.loggers] == folders

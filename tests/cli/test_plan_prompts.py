@@ -81,3 +81,15 @@ def test_processes_of_a_cpu_share_its_memory(capsys: pytest.CaptureFixture[str],
     out = capsys.readouterr().out
     assert "2 x GPU" in out
     assert "150 TFLOP/s a device (assumed)" in out
+
+
+def test_the_memory_of_a_device_means_gpus_unless_the_config_says_cpu(
+    capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path
+) -> None:
+    arguments = ["plan", "--model.policy", str(llama), "--data.prompts", _write(tmp_path / "p.jsonl", [1] * 9)]
+    arguments += ["--rollout.reward", "examples.short_answer.score", "--trainer.devices", "2"]
+    arguments += ["--device_memory_gib", "80", "--tflops", "1"]
+    assert main(arguments) == 0
+    assert "2 x GPU" in capsys.readouterr().out
+    assert main([*arguments, "--trainer.accelerator", "cpu"]) == 0
+    assert "2 x CPU process" in capsys.readouterr().out

@@ -231,6 +231,8 @@ def test_one_run_stays_one_run_in_its_loggers(folder: Path, shortest: list[str])
         *shortest,
         "--data.val_prompts",
         "0",
+        "--checkpoint.keep_rounds",
+        "2",
         "--trainer.logger",
         f"[{one % 'CSVLogger'}, {one % 'TensorBoardLogger'}]",
     ]

@@ -58,6 +58,7 @@ def fit(tmp_path: Path, llama: Path, monkeypatch: pytest.MonkeyPatch) -> Fit:
         **{"rollout.sampling.num_responses": 3, "rollout.prompts_per_shard": 2, "trainer.max_epochs": 2},
         **{"trainer.accelerator": "cpu", "rollout.scoring.retries": 0, "data.batch_size": 2},
         **{"trainer.precision": "32-true", "model.loss.eta": 1.0},
+        "checkpoint.keep_rounds": 2,  # so that the last round can be trained again
     }
 
     def run(folder: str, *arguments: str, **changes: object) -> int:
@@ -337,6 +338,23 @@ def test_a_damaged_checkpoint_is_reported_and_the_one_before_it_is_used(
     assert "after-round-0002.ckpt is damaged; it is skipped." in out
     assert "Resuming from run/checkpoints/after-round-0001.ckpt" in out
     assert (list_shards("run"), read_export("run")) == (before, model)
+
+
+def test_an_ended_run_keeps_one_checkpoint_and_says_what_that_rules_out(
+    fit: Fit, counter: PromptCounter, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert fit("run", checkpoint__keep_rounds=1) == 0
+    before, model, sampled = list_shards("run"), read_export("run"), counter.prompts
+    (kept,) = Path("run/checkpoints").glob("*-*.ckpt")
+    assert fit("run", checkpoint__keep_rounds=1, model__loss__eta=3.0) == 1
+    assert "--checkpoint.keep_rounds 2. Train further rounds" in (error := capsys.readouterr().err)
+    assert "(--trainer.max_epochs 3)" in error
+    kept.write_bytes(b"nothing")
+    assert fit("run", checkpoint__keep_rounds=1) == 0
+    assert "No other checkpoint is left: the run trains again from its start" in capsys.readouterr().out
+    assert (list_shards("run"), read_export("run"), counter.prompts) == (before, model, sampled)
+    assert fit("run", checkpoint__keep_rounds=1, model__loss__eta=3.0, trainer__max_epochs=3) == 0
+    assert [file.name for file in Path("run/checkpoints").glob("*-*.ckpt")] == ["after-round-0003.ckpt"]
 
 
 def test_an_earlier_checkpoint_moves_the_later_ones_aside(fit: Fit, capsys: pytest.CaptureFixture[str]) -> None:

@@ -105,7 +105,7 @@ def test_callbacks_that_monitor_a_metric_skip_a_stop(
             early = EarlyStopping(monitor, patience=9, min_delta=1e9)
             best = ModelCheckpoint(folder / "best", monitor=monitor, save_top_k=1)
             options: dict[str, Any] = {"max_steps": max_steps, "ckpt_path": ckpt, "check_val_every_n_epoch": every}
-            fit(folder, llama, prompts, [RoundCheckpoint(), early, best], **options)
+            fit(folder, llama, prompts, [RoundCheckpoint(keep_rounds=2), early, best], **options)
             ckpt = str(folder / "checkpoints" / "last.ckpt")
         kept = {"best": Path(best.best_model_path).name, "score": float(best.best_model_score or 0)}
         return early.state_dict(), kept, {"files": sorted(file.name for file in (folder / "best").iterdir())}

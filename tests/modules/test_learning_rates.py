@@ -18,21 +18,21 @@ from tests.integration.test_fit import PROMPTS, fit
 @pytest.mark.parametrize(
     ("stage", "rates"),
     [
-        ("policy", (4.0e-5, 4.4e-6, 6.7e-7)),
+        ("policy", (3.0e-5, 3.2e-6, 5.0e-7)),
         ("sft", (1.5e-4, 3.5e-5, 1.0e-5)),
         ("reward_model", (7.6e-5, 1.7e-5, 5.0e-6)),
     ],
 )
 def test_larger_models_get_lower_rates(stage: str, rates: tuple[float, ...]) -> None:
-    """Of a model with 135 million, 1.24 and 8.03 billion parameters: 5.4e-6 / 0.135 = 4.0e-5 for a policy."""
+    """Of a model with 135 million, 1.24 and 8.03 billion parameters: 4e-6 / 0.135 = 3.0e-5 for a policy."""
     for parameters, rate in zip((135e6, 1.24e9, 8.03e9), rates, strict=True):
         assert suitable_rate(int(parameters), stage) == pytest.approx(rate)  # type: ignore[arg-type]
 
 
 def test_adapters_get_a_higher_rate_and_no_rate_exceeds_the_cap() -> None:
-    assert suitable_rate(1_240_000_000, "policy", lora=True) == pytest.approx(LORA_FACTOR * 4.4e-6)
+    assert suitable_rate(1_240_000_000, "policy", lora=True) == pytest.approx(LORA_FACTOR * 3.2e-6)
     caps = {stage: suitable_rate(100_000, stage) for stage in ("policy", "sft", "reward_model")}  # type: ignore[arg-type]
-    assert caps == {"policy": 4e-5, "sft": 2e-4, "reward_model": 1e-4}
+    assert caps == {"policy": 3e-5, "sft": 2e-4, "reward_model": 1e-4}
     assert suitable_rate(1, "sft", lora=True) == pytest.approx(LORA_FACTOR * caps["sft"])
 
 
