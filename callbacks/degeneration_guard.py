@@ -11,6 +11,7 @@ from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.modules.logging import expose_metrics, publish_metrics
 from rlhf_pl.rounds.degeneration import response_statistics
 from rlhf_pl.rounds.metrics import policy_kl
+from rlhf_pl.rounds.report.left_out import describe_dropped
 from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.console import warn
 from rlhf_pl.utils.errors import InputError
@@ -123,7 +124,7 @@ class DegenerationGuard(L.Callback):
         pairs, std = stored.info("pairs"), stored.info("rewards")["std"]
         used = pairs.get("groups", pairs["pairs"])  # prompts; rounds of earlier versions have only their pairs
         share = used / max(1, pairs["prompts"])
-        reasons = ", ".join(f"{count} {why.replace('_', ' ')}" for why, count in pairs["dropped"].items() if count)
+        reasons = describe_dropped(pairs["dropped"])
         signs: dict[str, tuple[bool, str]] = {
             "distinct": (
                 statistics["distinct_3"] < self.min_distinct,

@@ -58,14 +58,23 @@ def model_folder(trainer: L.Trainer, asked_by: L.Callback) -> Path | None:
     return None
 
 
-def next_steps(trainer: L.Trainer, asked_by: L.Callback) -> str:
-    """Commands and files that a user may want after a run in rounds; empty if there are none."""
+def next_steps(trainer: L.Trainer, asked_by: L.Callback, rounds: int | None = None) -> str:
+    """Commands and files that a user may want after a run in rounds; empty if there are none.
+
+    Args:
+        trainer: The Trainer.
+        asked_by: A callback in its `on_fit_end`.
+        rounds: Rounds of a run that was finished before it started again: how to see them, and to train further ones.
+    """
     run_dir = Path(trainer.default_root_dir)
     responses = [str(run_dir / "samples.html")] if (run_dir / "samples.html").exists() else []
     responses += [f"{run_dir}/rounds/*/ (Parquet)"] if any(run_dir.glob("rounds/*/responses/*.parquet")) else []
     model = model_folder(trainer, asked_by)
     is_command = (run_dir / "config.yaml").exists()
+    limit = f"--trainer.max_epochs {rounds + 2}" if is_command and rounds else f"max_epochs={(rounds or 0) + 2}"
     lines = [
+        ("see the rounds:", f"rlhf-pl rounds {run_dir}" if rounds else ""),
+        ("train further:", f"the same {'command' if is_command else 'Trainer'} with {limit}" if rounds else ""),
         ("see the curves:", " and ".join(curves(trainer))),
         ("read responses:", ", and ".join(responses)),
         ("use the model:", "" if model is None else f"{model}, with transformers or `vllm serve {model}`"),

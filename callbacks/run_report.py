@@ -11,6 +11,7 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pl.algorithms.policy_loss import PolicyLoss
 from rlhf_pl.callbacks.degeneration_guard import DegenerationGuard
 from rlhf_pl.callbacks.next_steps import next_steps
 from rlhf_pl.callbacks.round_refresh import RoundRefresh
@@ -44,10 +45,15 @@ class RunReport(L.Callback):
     def __init__(self, num_samples: int = 3) -> None:
         self.num_samples = num_samples
         self._advised: set[str] = set()  # causes of rounds that teach little, each of them named once
+        self._reported: set[int] = set()  # numbers of rounds that an earlier process has finished and reported
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
         if not trainer.is_global_zero or not isinstance(data, RoundDataModule):
+            return
+        if trainer.ckpt_path is not None:
+            self._reported = _finished_rounds(RoundStore(trainer.default_root_dir), bool(data.val_prompts))
+        if trainer.max_epochs in self._reported:
             return
         per_round = len(data.round_prompts(0))
         console.print(
@@ -58,15 +64,17 @@ class RunReport(L.Callback):
             soft_wrap=True,
         )  # fmt: skip
         if data.duplicate_prompts:
-            warn(f"{data.duplicate_prompts} prompts ask the same as another; they are kept.")
+            warn(f"Prompts that ask the same as another: {data.duplicate_prompts}; they are kept.")
         if is_policy_module(pl_module) and (legend := _legend(trainer, pl_module, data)):
             console.print(legend, soft_wrap=True)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if trainer.is_global_zero and not has_stopped_inside(trainer):
             done = rounds_done(trainer)
+            self._reported.discard(done)
             store = RoundStore(trainer.default_root_dir)
-            console.print(round_line(store, done - 1), soft_wrap=True)
+            loss: PolicyLoss = pl_module.loss  # type: ignore[assignment]
+            console.print(round_line(store, done - 1, loss), soft_wrap=True)
             for cause, text in describe_sparsity(store.round(done - 1)).items():
                 if cause not in self._advised:
                     note(f"round {done}: {text}.")
@@ -79,14 +87,25 @@ class RunReport(L.Callback):
         rounds = rounds_done(trainer)
         if rounds == 0:
             return
+        was_finished = rounds in self._reported
         console.print()
-        table = rounds_table(store, rounds)
-        print_uncropped(table)
+        if was_finished:
+            trained = "its round was" if rounds == 1 else f"its {rounds} rounds were"
+            console.print(f"This run is finished: {trained} trained before, and nothing is left to do.", soft_wrap=True)
+        else:
+            print_uncropped(rounds_table(store, rounds))
         if all(store.held_out(version).is_complete("rewards") for version in (0, rounds)):
-            console.print(before_after(store, rounds, self.num_samples))
+            if not was_finished:
+                console.print(before_after(store, rounds, self.num_samples))
             console.print(describe_gain(read_gain(store, rounds), moved_in_all(store, rounds)), soft_wrap=True)
-        if steps := next_steps(trainer, self):
+        if steps := next_steps(trainer, self, rounds if was_finished else None):
             console.print(steps, soft_wrap=True)
+
+
+def _finished_rounds(store: RoundStore, evaluates: bool) -> set[int]:
+    """Numbers, counted from 1, of the rounds that are trained and, if the run evaluates, evaluated."""
+    done = {index + 1 for index, stored in store.rounds().items() if stored.is_complete("training")}
+    return {number for number in done if not evaluates or store.held_out(number).is_complete("rewards")}
 
 
 def _legend(trainer: L.Trainer, module: PolicyModule, data: RoundDataModule) -> str:
@@ -107,8 +126,8 @@ def print_uncropped(table: Table) -> None:
         console.print(Segments([*line, Segment.line()]), crop=False, soft_wrap=True)
 
 
-def round_line(store: RoundStore, index: int) -> str:
-    """One line about a finished round."""
+def round_line(store: RoundStore, index: int, loss: PolicyLoss) -> str:
+    """One line about a finished round, and the loss that it trained with."""
     stages = store.round(index).manifest["stages"]
     responses, rewards, training = stages["responses"], stages["rewards"], stages["training"]
     count = responses["sampling"]["num_responses"]
@@ -126,13 +145,13 @@ def round_line(store: RoundStore, index: int) -> str:
     if margins := describe_margins(store.round(index).manifest):
         parts.insert(3, margins)
     if refilled := responses.get("refilled"):
-        parts.insert(1, f"{refilled} prompts refilled")
+        parts.insert(1, f"prompts refilled: {refilled}")
     if store.held_out(index + 1).is_complete("rewards"):
         after = store.held_out(index + 1)
         new = policy_kl(after)
         kl_text = f", KL(new||old) {new['new_old']:z.2f} ± {new['new_old_se']:.2f} (k1)" if "new_old" in new else ""
         parts.insert(1, f"held-out reward {_course(store, index)}{kl_text}")
-    if standstill := describe_standstill(store, index):
+    if standstill := describe_standstill(store, index, loss):
         parts.append(standstill)
     return " | ".join(parts)
 

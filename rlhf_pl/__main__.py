@@ -10,10 +10,11 @@ usage: rlhf-pl COMMAND [options]
 RLHF on PyTorch Lightning: improve a chat model with REBEL, round after round.
 
 commands:
-  fit     train; `rlhf-pl fit --help` lists its options, `--help_all` Lightning's too
-  plan    estimate memory and time of a config, without loading weights
-  score   score a file of conversations, or of preference pairs, with a reward
-  rounds  show the contents of a run directory: `rlhf-pl rounds RUN_DIR`
+  fit      train; `rlhf-pl fit --help` lists its options, `--help_all` Lightning's too
+  plan     estimate memory and time of a config, without loading weights
+  score    score a file of conversations, or of preference pairs, with a reward
+  rounds   show the contents of a run directory: `rlhf-pl rounds RUN_DIR`
+  compare  compare two runs on their held-out prompts: `rlhf-pl compare RUN_A RUN_B`
 
 A first run, from the repository:  rlhf-pl fit --config configs/quickstart.yaml
 The shortest config names a policy, prompts and a reward:
@@ -45,7 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     show_tracebacks(TRACEBACK in given)
     with guarded_terminal(argv):
-        if argv[0] in ("fit", "plan", "score", "rounds"):
+        if argv[0] in ("fit", "plan", "score", "rounds", "compare"):
             return _run(argv)
         print_error(f"unknown command {argv[0]!r}. `rlhf-pl --help` lists the commands.")
         return 2
@@ -56,6 +57,10 @@ def _run(argv: list[str]) -> int:
         from rlhf_pl.cli import rounds as inspect_rounds
 
         return inspect_rounds.run(argv[1:])
+    if argv[0] == "compare":
+        from rlhf_pl.cli import compare
+
+        return compare.run(argv[1:])
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # read when torch is imported
     return _with_one_error(argv)
 

@@ -64,6 +64,13 @@ class APOZeroLoss(ReferenceLoss):
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
         return apo_zero_loss(chosen_logratios, rejected_logratios, self.beta)
 
+    @property
+    def meaning(self) -> str:
+        return (
+            "between 0 and 2; 1 where the policy is the reference; it falls as chosen responses become more likely "
+            "than under the reference, and rejected ones less"
+        )
+
 
 class APODownLoss(ReferenceLoss):
     """APO-down, for chosen responses that are worse than those of the reference (arXiv:2408.06266).
@@ -74,3 +81,10 @@ class APODownLoss(ReferenceLoss):
 
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
         return apo_down_loss(chosen_logratios, rejected_logratios, self.beta)
+
+    @property
+    def meaning(self) -> str:
+        return (
+            "between 0 and 2; 1 where the policy is the reference; it falls as chosen responses become less likely "
+            "than under the reference, and rejected ones still less"
+        )

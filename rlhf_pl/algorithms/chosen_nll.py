@@ -21,3 +21,10 @@ class ChosenNLL(PolicyLoss):
 
     def losses(self, groups: PromptGroups) -> Tensor:
         return -groups.token_logps[groups.per_token(groups.is_chosen)]
+
+    @property
+    def meaning(self) -> str:
+        return (
+            "negative log-prob of the chosen responses' tokens, nats a token; without a reference a run starts where "
+            "its policy is; it falls as chosen responses become likelier"
+        )

@@ -1,5 +1,7 @@
 """DPO and its relatives on the margin of two log-ratios to the fixed reference: DPO, robust DPO, IPO, hinge."""
 
+from collections.abc import Mapping
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -115,8 +117,12 @@ def hinge_loss(chosen_logratios: Tensor, rejected_logratios: Tensor, beta: float
     return (1 - beta * (chosen_logratios - rejected_logratios)).relu()
 
 
+SATURATES_AT = 4.0  # beta x log-ratio at which a sigmoid's gradient is below a tenth of that at 0
+_LOGISTIC = "; 0.693 (log 2) where the policy is the reference; it falls as chosen responses gain on rejected ones"
+
+
 class ReferenceLoss(PairwiseLoss):
-    """Base of losses on log-ratios to the fixed reference whose only option is `beta`.
+    """Base of losses on log-ratios to the fixed reference that `beta` scales.
 
     Args:
         beta: Implicit reward per nat, positive; smaller moves further from the reference.
@@ -128,8 +134,16 @@ class ReferenceLoss(PairwiseLoss):
         check_positive(beta=beta)
         self.beta = beta
 
+    @property
+    def larger_steps(self) -> Mapping[str, str]:
+        return {"beta": "lower"}
 
-class DPOLoss(PairwiseLoss):
+    @property
+    def reach(self) -> float:
+        return SATURATES_AT / self.beta
+
+
+class DPOLoss(ReferenceLoss):
     """DPO, relative to the fixed reference (arXiv:2305.18290); with label smoothing conservative DPO (cDPO).
 
     Args:
@@ -137,18 +151,20 @@ class DPOLoss(PairwiseLoss):
         label_smoothing: Assumed probability that a preference is wrong, at least 0 and below 0.5.
     """
 
-    needs = frozenset({"reference_logps"})
-
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.0) -> None:
-        check_positive(beta=beta)
+        super().__init__(beta)
         check_label_smoothing(label_smoothing)
-        self.beta, self.label_smoothing = beta, label_smoothing
+        self.label_smoothing = label_smoothing
 
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
         return dpo_loss(chosen_logratios, rejected_logratios, self.beta, self.label_smoothing)
 
+    @property
+    def meaning(self) -> str:
+        return f"logistic loss of beta x log-ratio margin to the reference, nats{_LOGISTIC}"
 
-class RobustDPOLoss(PairwiseLoss):
+
+class RobustDPOLoss(ReferenceLoss):
     """Robust DPO, for preferences of which a known share is wrong (arXiv:2403.00409).
 
     Args:
@@ -156,15 +172,20 @@ class RobustDPOLoss(PairwiseLoss):
         label_smoothing: Probability that a preference is wrong, at least 0 and below 0.5.
     """
 
-    needs = frozenset({"reference_logps"})
-
     def __init__(self, beta: float = 0.1, label_smoothing: float = 0.1) -> None:
-        check_positive(beta=beta)
+        super().__init__(beta)
         check_label_smoothing(label_smoothing)
-        self.beta, self.label_smoothing = beta, label_smoothing
+        self.label_smoothing = label_smoothing
 
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
         return robust_dpo_loss(chosen_logratios, rejected_logratios, self.beta, self.label_smoothing)
+
+    @property
+    def meaning(self) -> str:
+        return (
+            "logistic loss of beta x log-ratio margin to the reference, corrected for wrong preferences, nats"
+            f"{_LOGISTIC}, also below 0"
+        )
 
 
 class IPOLoss(PolicyLoss):
@@ -188,6 +209,22 @@ class IPOLoss(PolicyLoss):
         chosen, rejected = logratios / groups.pairs(groups.lengths) if self.mean_over_tokens else logratios
         return ipo_loss(chosen, rejected, self.tau)
 
+    @property
+    def meaning(self) -> str:
+        target, per = 1 / (2 * self.tau), " a token" if self.mean_over_tokens else ""
+        return (
+            f"squared distance of the log-ratio margin to the reference from 1 / (2 tau) = {target:.3g} nats{per}; "
+            f"{target**2:.3g} where the policy is the reference; it falls towards 0 as the margins get there"
+        )
+
+    @property
+    def larger_steps(self) -> Mapping[str, str]:
+        return {"tau": "lower"}
+
+    @property
+    def reach(self) -> float:
+        return 1 / (2 * self.tau)  # with the mean over tokens that of responses of one token, the least
+
 
 class HingeLoss(ReferenceLoss):
     """The hinge loss of SLiC on log-ratios to the fixed reference (arXiv:2309.06657).
@@ -198,3 +235,14 @@ class HingeLoss(ReferenceLoss):
 
     def __call__(self, chosen_logratios: Tensor, rejected_logratios: Tensor, reward_margins: Tensor) -> Tensor:
         return hinge_loss(chosen_logratios, rejected_logratios, self.beta)
+
+    @property
+    def meaning(self) -> str:
+        return (
+            "mean of 1 - beta x log-ratio margin to the reference, 0 for pairs where that is negative; 1 where the "
+            "policy is the reference; it falls as chosen responses gain on rejected ones"
+        )
+
+    @property
+    def reach(self) -> float:
+        return 1 / self.beta

@@ -185,6 +185,14 @@ class CISPOLoss(PolicyGradientLoss):
     def surrogate(self, ratios: Tensor, advantages: Tensor, groups: PromptGroups) -> Tensor:
         return cispo_surrogate(groups.token_logps, ratios, advantages, 1 + (self.clip_high or 0.0))
 
+    @property
+    def meaning(self) -> str:
+        penalty = "" if self.kl is None else f" + {self.kl.coef:g} x KL to the reference"
+        return (
+            f"mean of -ratio x advantage x log-prob of a token{penalty}, a surrogate of any sign: no measure of "
+            "progress, as only its gradient counts; look at reward and KL"
+        )
+
 
 def cispo_surrogate(token_logps: Tensor, ratios: Tensor, advantages: Tensor, largest: float) -> Tensor:
     """-min(ratio, largest) * A * log pi, where the ratio has no gradient.

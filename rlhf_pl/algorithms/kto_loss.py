@@ -1,8 +1,11 @@
 """KTO: single responses are desirable or undesirable, relative to the reference and to its divergence."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from rlhf_pl.algorithms.dpo_losses import SATURATES_AT
 from rlhf_pl.algorithms.loss_arguments import check_not_negative, check_positive, check_tensors
 from rlhf_pl.algorithms.policy_loss import PolicyLoss
 from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups
@@ -86,6 +89,23 @@ class KTOLoss(PolicyLoss):
             self.desirable_weight,
             self.undesirable_weight,
         )
+
+    @property
+    def meaning(self) -> str:
+        weights = {self.desirable_weight, self.undesirable_weight}
+        start = f"{max(weights) / 2:g}" if len(weights) == 1 else "half the mean of the weights"
+        return (
+            f"mean of weight x (1 - a response's value, from 0 to 1); {start} where the policy is the reference; it "
+            "falls as responses above their prompt's mean reward gain on the reference, and those below it lose"
+        )
+
+    @property
+    def larger_steps(self) -> Mapping[str, str]:
+        return {"beta": "lower"}
+
+    @property
+    def reach(self) -> float:
+        return SATURATES_AT / self.beta
 
 
 def _labels(groups: PromptGroups) -> Tensor:

@@ -1,6 +1,7 @@
 """REBEL and the losses of reward models; and all losses of a policy by their names, for the command line."""
 
 import math
+from collections.abc import Mapping
 from typing import Literal
 
 from torch import Tensor
@@ -112,6 +113,19 @@ class RebelLoss(PairwiseLoss):
             self.target_kl = float(target_kl)
         elif eta == "auto":
             self.target_spread = DEFAULT_SPREAD if target_spread is None else float(target_spread)
+
+    @property
+    def meaning(self) -> str:
+        return (
+            "mean of (log-ratio margin - eta x reward margin)^2, squared nats; a round starts at the mean of "
+            "(eta x reward margin)^2, its squared targets, and falls towards 0 as they are reached"
+        )
+
+    @property
+    def larger_steps(self) -> Mapping[str, str]:
+        if self.eta != "auto":
+            return {"eta": "raise or set to auto"}
+        return {"target_kl" if hasattr(self, "target_kl") else "target_spread": "raise"}
 
     @property
     def chooses(self) -> tuple[str, ...]:

@@ -60,6 +60,14 @@ class OddsRatio(PolicyLoss):
         chosen, rejected = groups.pairs(groups.logps / groups.lengths)
         return odds_ratio_loss(chosen, rejected)
 
+    @property
+    def meaning(self) -> str:
+        return (
+            "logistic loss of the log odds of chosen against rejected responses, nats; 0.693 (log 2) where they are "
+            "equally likely, but without a reference a run starts where its policy is; it falls as chosen responses "
+            "gain on rejected ones"
+        )
+
 
 class ORPOLoss(SumOfLosses):
     """ORPO: supervised fine-tuning on the chosen responses, plus a term on the ratio of odds (arXiv:2403.07691).

@@ -96,6 +96,14 @@ class PolicyGradientLoss(PolicyLoss):
         self.needs = frozenset(needs)  # type: ignore[misc]
         self.metric_names = self._metric_names()  # type: ignore[misc]
 
+    @property
+    def meaning(self) -> str:
+        penalty = "" if self.kl is None else f" + {self.kl.coef:g} x KL to the reference"
+        return (
+            f"mean of -ratio x advantage{penalty}, a surrogate: near 0 at a round's start, where advantages average "
+            "out, and no measure of progress, as only its gradient counts; look at reward and KL"
+        )
+
     @abstractmethod
     def advantages(self, groups: PromptGroups) -> Tensor:
         """Advantage of every response, shape (R,), or of every token, shape (M,), without gradient."""

@@ -67,6 +67,28 @@ class PolicyLoss(ABC):
         return [(1.0, self)]
 
     @property
+    def meaning(self) -> str:
+        """What the loss's number is, where a round starts it, and which way is good: a clause for a run's first lines.
+
+        A class attribute or a property of yours takes its place.
+        """
+        return f"mean of {type(self).__name__} over the round's {self.per}s"
+
+    @property
+    def larger_steps(self) -> Mapping[str, str]:
+        """Options of the loss that let a round move the policy further, and how: such as {"eta": "raise"}.
+
+        A round that has hardly moved the policy names them where the loss's targets are the reason: those of
+        `PairwiseLoss.targets`, or `reach`; and beside the learning rate where it has neither.
+        """
+        return {}
+
+    @property
+    def reach(self) -> float | None:
+        """Log-ratio margin of a pair beyond which the loss hardly pushes, nats; None if there is no such limit."""
+        return None
+
+    @property
     def uses_pairs(self) -> bool:
         """Whether the policy trains on pairs. All terms then see the responses of the pairs alone."""
         return any(term.per == "pair" or term.on_pairs for _, term in self.terms)

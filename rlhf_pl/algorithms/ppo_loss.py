@@ -127,6 +127,13 @@ class ValueLoss(PolicyLoss):
         stored = groups.stored
         return clipped_value_loss(stored[VALUES], stored[OLD_VALUES], stored["returns"], self.value_clip)
 
+    @property
+    def meaning(self) -> str:
+        return (
+            "half the squared error of the critic's values to the returns, squared reward units; a round starts at the "
+            "critic's error on new responses; it falls as the critic learns, and says nothing about the policy"
+        )
+
     @torch.no_grad()
     def metrics(self, groups: PromptGroups) -> dict[str, Tensor]:
         """Metrics: see docs/ppo.md."""

@@ -1,5 +1,7 @@
 """SimPO and CPO: losses on the log-probs of pairs, without a reference."""
 
+import math
+
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
@@ -79,6 +81,14 @@ class SimPOLoss(PolicyLoss):
         chosen, rejected = groups.pairs(groups.logps / groups.lengths)
         return simpo_loss(chosen, rejected, self.beta, self.gamma)
 
+    @property
+    def meaning(self) -> str:
+        return (
+            "logistic loss of beta x (mean log-prob of a chosen response's tokens - that of the rejected one's) - "
+            f"gamma, nats; {math.log1p(math.exp(self.gamma)):.3f} where they are equally likely, but without a "
+            "reference a run starts where its policy is; it falls as chosen responses gain on rejected ones"
+        )
+
 
 class CPOPreference(PolicyLoss):
     """The preference term of CPO alone (arXiv:2401.08417).
@@ -97,6 +107,14 @@ class CPOPreference(PolicyLoss):
     def losses(self, groups: PromptGroups) -> Tensor:
         chosen, rejected = groups.pairs(groups.logps)
         return cpo_loss(chosen, rejected, self.beta)
+
+    @property
+    def meaning(self) -> str:
+        return (
+            "logistic loss of beta x (log-prob of the chosen - of the rejected response), nats; 0.693 (log 2) where "
+            "they are equally likely, but without a reference a run starts where its policy is; it falls as chosen "
+            "responses gain on rejected ones"
+        )
 
 
 class CPOLoss(SumOfLosses):

@@ -47,6 +47,14 @@ class ReinforceLoss(PolicyLoss):
     def metrics(self, groups: PromptGroups) -> dict[str, Tensor]:
         return {"entropy": -groups.token_logps}
 
+    @property
+    def meaning(self) -> str:
+        factor = "reward" if self.advantage == "none" else "advantage"
+        return (
+            f"mean of -{factor} x log-prob of a response, a surrogate of any size and sign: no measure of progress, as "
+            "only its gradient counts; look at the reward"
+        )
+
 
 class ReinforcePlusPlusLoss(PolicyGradientLoss):
     """REINFORCE++: returns of tokens, normalised over the whole round; clipped ratios of tokens (arXiv:2501.03262).

@@ -1,6 +1,7 @@
 """Self-play preference optimization: regress the log-ratio to pi_old onto how often a response wins."""
 
 import math
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -73,6 +74,22 @@ class SPPOHardLoss(PairwiseLoss):
         wins, defeats = torch.ones_like(chosen_logratios), torch.zeros_like(rejected_logratios)
         return sppo_loss(chosen_logratios, wins, self.beta) + sppo_loss(rejected_logratios, defeats, self.beta)
 
+    @property
+    def meaning(self) -> str:
+        return (
+            f"squared distances of a pair's two log-ratios from 1 / (2 beta) = {1 / (2 * self.beta):,.6g} and from "
+            f"minus that, squared nats; a round starts at 1 / (2 beta^2) = {1 / (2 * self.beta**2):,.6g}, and falls "
+            "towards 0 as they are reached; far targets need not be: look at reward and KL"
+        )
+
+    @property
+    def larger_steps(self) -> Mapping[str, str]:
+        return {"beta": "lower"}
+
+    @property
+    def reach(self) -> float:
+        return 1 / self.beta
+
 
 class SPPOLoss(PolicyLoss):
     """SPPO on all responses of a prompt, with win rates estimated from their rewards (arXiv:2405.00675).
@@ -93,3 +110,19 @@ class SPPOLoss(PolicyLoss):
     def losses(self, groups: PromptGroups) -> Tensor:
         win_rates = group_win_rates(self.reward_scale * groups.rewards, groups.sizes)
         return sppo_loss(groups.logps - groups.old_logps, win_rates, self.beta)
+
+    @property
+    def meaning(self) -> str:
+        return (
+            "mean of (log-ratio - (win rate - 1/2) / beta)^2, squared nats; a round starts at the mean of "
+            f"((win rate - 1/2) / beta)^2, its squared targets, at most {1 / (4 * self.beta**2):,.6g}, and falls "
+            "towards 0 as they are reached; far targets need not be: look at reward and KL"
+        )
+
+    @property
+    def larger_steps(self) -> Mapping[str, str]:
+        return {"beta": "lower", "reward_scale": "raise"}
+
+    @property
+    def reach(self) -> float:
+        return 1 / self.beta  # between a response that always wins and one that never does

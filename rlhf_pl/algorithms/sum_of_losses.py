@@ -46,6 +46,11 @@ class SumOfLosses(PolicyLoss):
             for inner, term in loss.terms
         ]
 
+    @property
+    def meaning(self) -> str:
+        terms = [f"{weight:g} x {type(term).__name__} ({term.meaning})" for weight, term in self.terms]
+        return " + ".join(terms)
+
     def losses(self, groups: PromptGroups) -> Tensor:
         raise InputError("`SumOfLosses` has no values of its own: use those of its `terms`.")
 

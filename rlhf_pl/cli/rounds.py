@@ -19,6 +19,7 @@ from rlhf_pl.data.round_choice import ENTRY
 from rlhf_pl.models.chat import message_text
 from rlhf_pl.models.export_stamp import find_damaged_files, find_exports
 from rlhf_pl.rounds.metrics import KL_NOTE, describe_margins, format_reward, without_bins
+from rlhf_pl.rounds.report.left_out import describe_left_out
 from rlhf_pl.store.check import find_problems
 from rlhf_pl.store.round_store import GIVEN, ORDER, STAGES, Round, RoundStore
 from rlhf_pl.store.waves import count_waves, shard_ranges
@@ -128,11 +129,11 @@ def make_overview(store: RoundStore) -> Group:
         table.add_row(str(index + 1), *_cells(manifest["stages"], manifest.get("prompts", {})), describe_state(stored))
         if margins := describe_margins(manifest):
             notes.append(Text(f"round {index + 1}: {margins}"))
-        if reasons := _reasons(manifest["stages"]):
+        if reasons := describe_left_out(manifest["stages"]):
             notes.append(Text(f"round {index + 1}, left out: {reasons}"))
         if (waves := count_waves(manifest)) and waves["refilled"]:
             listed = " + ".join(map(str, waves["waves"]))
-            notes.append(Text(f"round {index + 1}, refilled: {waves['refilled']} prompts ({listed})"))
+            notes.append(Text(f"round {index + 1}, prompts refilled: {waves['refilled']} ({listed})"))
         notes += [Text(f"round {index + 1}, warning: {text}", style="yellow")
                   for text in manifest.get("warnings", {}).values()]  # fmt: skip
     return Group(table, Text(KL_NOTE, style="dim"), *notes)
@@ -155,15 +156,6 @@ def _cells(stages: dict[str, dict[str, Any]], prompts: dict[str, int]) -> list[s
 
 def _text(value: Any, digits: int | None = None) -> str:
     return "-" if value is None else str(value) if digits is None else f"{value:.{digits}f}"
-
-
-def _reasons(stages: dict[str, dict[str, Any]]) -> str:
-    """Numbers of left-out prompts and failed rewards, by reason."""
-    dropped = stages.get("pairs", {}).get("dropped", {})
-    failed = stages.get("rewards", {}).get("failures", {})
-    parts = [f"{count} {reason.replace('_', ' ')}" for reason, count in dropped.items() if count]
-    parts += [f"{count} rewards failed ({kind.replace('_', ' ')})" for kind, count in failed.items() if count]
-    return ", ".join(parts)
 
 
 def describe_state(stored: Round) -> str:

@@ -174,6 +174,7 @@ def encode_conversation(
         tools: The template's variable `tools`.
         chat_template_kwargs: Further variables of the template.
         whole: Train on every token of the conversation, also outside of responses, except messages with `weight: 0`.
+            Earlier responses may then be written differently from last ones, such as without their thinking.
 
     Returns:
         (ids, mask) of equal length; the mask is True at tokens to train on: responses, or everything.
@@ -215,6 +216,8 @@ def encode_conversation(
         before = template.render(prepared[:i], tools, is_response) if i > 0 else ""
         through = template.render(prepared[: i + 1], tools)
         if not text.startswith(through):
+            if whole and i in trained and i != len(messages) - 1:  # it counts as the whole text has it
+                continue
             last_only = "train on the last response only (loss_on: last)"
             hint = last_only if every_response and len(trained) > 1 else "change it"
             raise InputError(f"the chat template writes message {i} differently when more messages follow; {hint}")

@@ -90,6 +90,9 @@ def _parse_item(result: Any) -> Outcome:
     """A result with plain floats; a number is a reward without components."""
     if isinstance(result, Failure):
         return result
+    if getattr(result, "reward", result) is None:
+        # a reward says so that it has none, and would again
+        return Failure("refused", "returned None, which is no score.", final=True)
     try:
         reward = to_float(getattr(result, "reward", result), "")
         components = _parse_components(getattr(result, "components", {}))

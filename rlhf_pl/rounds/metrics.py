@@ -12,6 +12,7 @@ from rlhf_pl.data.round_choice import ENTRY
 from rlhf_pl.models.chat import message_text
 from rlhf_pl.rewards import CombinedReward, FunctionReward, HTTPReward, Reward
 from rlhf_pl.rewards.stored import StoredReward
+from rlhf_pl.rounds.report.numbers import is_negligible
 from rlhf_pl.rounds.settings import RoundOptions
 from rlhf_pl.rounds.stages import prompt_means
 from rlhf_pl.rounds.stages.kl import STAGE
@@ -32,6 +33,9 @@ HELD_OUT = (
     "val/kl_new_reference_se",
     "time/evaluate_s",
 )
+# What callbacks see where no held-out prompt's reward has changed. It is not logged, but without it EarlyStopping and
+# ModelCheckpoint would end the run.
+NO_WIN_RATE = {"val/win_rate": 0.5}
 ROLLOUT = (
     "rollout/reward_mean",
     "rollout/reward_std",
@@ -98,22 +102,24 @@ def held_out_metrics(store: RoundStore, version: int) -> dict[str, float]:
     """Metrics of the policy after `version` rounds on the held-out prompts.
 
     `val/win_rate` is the share of prompts on which the policy's mean reward exceeds the starting policy's; a tie counts
-    half. `val/reward_gain` is the mean difference between the two, and `val/reward_gain_se` its standard error over
-    prompts. `val/kl_new_old` and `val/kl_new_reference` estimate KL(new || old) and KL(new || reference) from the
-    policy's responses, and `..._se` are their standard errors.
+    half, and where all are ties, as before the first round, there is none: see `NO_WIN_RATE`. `val/reward_gain` is the
+    mean difference between the two, and `val/reward_gain_se` its standard error over prompts. `val/kl_new_old` and
+    `val/kl_new_reference` estimate KL(new || old) and KL(new || reference) from the policy's responses, and `..._se`
+    are their standard errors.
     """
     stored = store.held_out(version)
     responses, rewards = stored.info("responses"), stored.info("rewards")
     now, before = prompt_means(stored), prompt_means(store.held_out(0))
-    gains = [now[prompt_id] - before[prompt_id] for prompt_id in now if prompt_id in before]
-    mean = sum(gains) / max(1, len(gains))
+    both = [(now[prompt_id], before[prompt_id]) for prompt_id in now if prompt_id in before]
+    gains = [0.0 if is_negligible(new - old, new, old) else new - old for new, old in both]
+    mean, wins = sum(gains) / max(1, len(gains)), sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gains)
     variance = sum((g - mean) ** 2 for g in gains) / max(1, len(gains) - 1)
     return {
         "val/reward_mean": rewards["mean"],
         **{f"val/reward/{name}": value for name, value in rewards.get("components", {}).items()},
         "val/reward_gain": mean,
         "val/reward_gain_se": math.sqrt(variance / max(1, len(gains))),
-        "val/win_rate": sum(1.0 if g > 0 else 0.5 if g == 0 else 0.0 for g in gains) / max(1, len(gains)),
+        **({"val/win_rate": wins / len(gains)} if any(gains) else {}),
         "val/response_tokens": responses["tokens_mean"],
         "val/finished_share": responses["finished_share"],
         **{f"val/kl_{name}": value for name, value in policy_kl(stored).items()},

@@ -7,7 +7,7 @@ from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.modules.logging import expose_metrics, publish_metrics
 from rlhf_pl.rounds.disk_space import check_disk_space
 from rlhf_pl.rounds.maker import RoundMaker
-from rlhf_pl.rounds.metrics import held_out_metrics, round_metrics, sync_metrics, training_metrics
+from rlhf_pl.rounds.metrics import NO_WIN_RATE, held_out_metrics, round_metrics, sync_metrics, training_metrics
 from rlhf_pl.rounds.repair import repair
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.memory import resident_gib
@@ -72,7 +72,7 @@ class RoundPreparation:
         if self._logged_version != version:
             publish_metrics(self.trainer, metrics, max(0, self.trainer.global_step - 1))
             self._logged_version = version
-        expose_metrics(self.trainer, metrics)
+        expose_metrics(self.trainer, NO_WIN_RATE | metrics)
 
     def _ready_store(self) -> None:
         """Repair and tidy the store, once, after weights are restored."""
@@ -96,7 +96,7 @@ class RoundPreparation:
         metrics = {**round_metrics(data.store.round(index)), **sync_metrics(data.store, index)}
         expose_metrics(self.trainer, {**metrics, "system/resident_gib": resident_gib()})
         if data.val_prompts and data.store.held_out(index).is_complete("rewards"):
-            expose_metrics(self.trainer, held_out_metrics(data.store, index))
+            expose_metrics(self.trainer, NO_WIN_RATE | held_out_metrics(data.store, index))
 
     def _unlogged_sync_metrics(self, index: int) -> dict[str, float]:
         """Metrics of the sync before round `index`, where an earlier process made it and this one has logged none."""

@@ -71,14 +71,14 @@ def phase(description: str, total: int = 1, unit: str = "", enabled: bool = True
 
     Args:
         description: Name of the phase.
-        total: Number of `unit`s.
+        total: Number of `unit`s. No bar is shown for none.
         unit: Plural noun of the counted things.
         enabled: Whether to show the bar.
 
     Yields:
         `advance(count=1, note="")`. A phase of one step advances by itself when the block ends.
     """
-    if not enabled:
+    if not enabled or not total:
         yield lambda count=1, note="": None
         return
     with make_progress() as progress:

@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 import pytest
 import torch
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 
 from rlhf_pl import (
     OfflineDataModule,
@@ -24,11 +25,15 @@ from rlhf_pl import (
 )
 from rlhf_pl.callbacks import RoundRefresh
 from rlhf_pl.utils.errors import InputError
-from tests.callbacks.conftest import SmallRun
+from tests.callbacks.conftest import Log, SmallRun
 from tests.callbacks.test_run_report import by_prompt
 from tests.integration.test_fit import PROMPTS, assert_same, fit, reward, weights
 
 Again = Callable[..., Any]
+
+
+def no_reward(response: str) -> float:
+    return 0.0
 
 
 def without_times(metrics: dict[str, float]) -> dict[str, float]:
@@ -72,12 +77,25 @@ def test_the_policy_is_compared_with_the_starting_one_prompt_by_prompt(run: Smal
             "val/reward_mean": statistics.mean(row["reward"] for row in rows),
             "val/reward_gain": statistics.mean(gains),
             "val/reward_gain_se": statistics.stdev(gains) / len(gains) ** 0.5,
-            "val/win_rate": statistics.mean((gain > 0) + (gain == 0) / 2 for gain in gains),
+            **({"val/win_rate": statistics.mean((g > 0) + (g == 0) / 2 for g in gains)} if any(gains) else {}),
             "val/response_tokens": statistics.mean(len(row["response_tokens"]) for row in rows),
             "val/finished_share": statistics.mean(row["finished"] for row in rows),
         }
     )
     assert len(kl) == (0 if version == 0 else 2)
+
+
+def test_equal_rewards_give_no_win_rate_but_end_no_callback(
+    tmp_path: Path, llama: Path, write_jsonl: Callable[..., str]
+) -> None:
+    log, early = Log(), EarlyStopping("val/win_rate", patience=5, mode="max")
+    best = ModelCheckpoint(tmp_path / "best", monitor="val/win_rate", mode="max")
+    options: dict[str, Any] = {"logger": log, "enable_checkpointing": True, "max_epochs": 1}
+    fit(tmp_path, llama, write_jsonl(PROMPTS[:8]), [early, best], {"loss": RLOOLoss()},
+        refresh={"reward": f"{__name__}.no_reward"}, **options)  # fmt: skip
+    assert len(log.of("val/reward_mean")) == 2
+    assert log.of("val/win_rate") == []
+    assert float(early.best_score) == float(best.best_model_score or 0) == 0.5
 
 
 def test_a_rounds_summary_is_the_mean_over_its_pairs(run: SmallRun) -> None:

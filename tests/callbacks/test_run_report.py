@@ -132,7 +132,7 @@ def test_prompts_that_are_too_long_or_repeated_are_counted(
     again(RunReport(), held_out=False, **options)
     printed = " ".join(capsys.readouterr().out.split())
     assert "Prompts: 15 for training, 15 a round; 0 held out; 1 left out, longer than 64 tokens. Run" in printed
-    assert "warning: 1 prompts ask the same as another; they are kept." in printed
+    assert "warning: Prompts that ask the same as another: 1; they are kept." in printed
 
 
 def test_without_held_out_prompts_there_is_no_before_and_after(

@@ -15,7 +15,7 @@ def _help(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, a
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("command", ["plan", "score", "rounds"])
+@pytest.mark.parametrize("command", ["plan", "score", "rounds", "compare"])
 def test_a_commands_help_begins_with_usage_and_example(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, command: str
 ) -> None:

@@ -73,7 +73,11 @@ def test_fit_writes_a_complete_run_directory(
     # the same command again finds the run finished and repeats nothing
     before = (run / "rounds" / "0001" / "manifest.json").read_text()
     assert main(arguments) == 0
-    assert "Resuming from" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "Resuming from" in out
+    assert "This run is finished: its 2 rounds were trained before, and nothing is left to do.\nHeld-out reward " in out
+    assert "the same command with --trainer.max_epochs 4" in out
+    assert not any(text in out for text in ("How to read", "before: reward", "Rounds ("))
     assert (run / "rounds" / "0001" / "manifest.json").read_text() == before
     assert not (run / "rounds" / "0002").exists()
 

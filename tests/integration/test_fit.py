@@ -424,7 +424,7 @@ def test_a_round_without_usable_pairs_is_skipped_with_a_warning(
         data=data,
         max_epochs=2,
     )
-    assert "round 1: 0 of 5 prompts give a usable pair (5 no reward difference)" in " ".join(
+    assert "round 1: 0 of 5 prompts give a usable pair (5 with no reward difference)" in " ".join(
         capsys.readouterr().out.split()
     )
     assert not [w for w in recwarn if "lr_scheduler.step" in str(w.message)]

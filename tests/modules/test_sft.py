@@ -17,6 +17,7 @@ from rlhf_pl.models.policy import PolicyLM
 from rlhf_pl.models.shared_prefix import share_prompts
 from rlhf_pl.optim import AdamW
 from rlhf_pl.utils.errors import InputError
+from tests import chat_templates
 from tests.conftest import make_tokenizer
 
 Write = Callable[..., str]
@@ -47,6 +48,28 @@ def test_whole_conversations_are_learned_except_messages_of_weight_0(untrained: 
     for number, message in enumerate(TALK):
         assert (message["content"] in learned) == (number not in untrained)
     assert all(mask) == (not untrained)
+
+
+ZEPHYR = (
+    "{% for m in messages %}\n{{ '<|' + m['role'] + '|>\n' + m['content'] + eos_token }}\n"
+    "{% if loop.last and add_generation_prompt %}\n{{ '<|assistant|>' }}\n{% endif %}\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["LLAMA", "QWEN", "GEMMA", "THINKING", "ZEPHYR"])
+def test_a_whole_conversation_is_its_templates_text_with_the_prompt_as_in_generation(name: str) -> None:
+    """Also where earlier responses are written without their thinking (THINKING)."""
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = ZEPHYR if name == "ZEPHYR" else getattr(chat_templates, name)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_end|>", "<|eot_id|>", "<end_of_turn>"]})
+    eos = tokenizer.convert_tokens_to_ids(["<|end|>", "<|im_end|>", "<|eot_id|>", "<end_of_turn>"])
+    ids, mask = encode_conversation(tokenizer, TALK, eos, whole=True)
+    assert all(mask)
+    assert tokenizer.decode(ids) == tokenizer.apply_chat_template(TALK, tokenize=False)
+    asked = tokenizer.apply_chat_template(TALK[:-1], tokenize=False, add_generation_prompt=True)
+    prompt = tokenizer(asked, add_special_tokens=False)["input_ids"]
+    thinking = "<think>\n\n</think>\n\n" if name == "THINKING" else ""
+    assert tokenizer.decode(ids[len(prompt) :]).strip() in {f"{thinking}Red{tokenizer.decode(end)}" for end in eos}
 
 
 def test_templates_that_rewrite_earlier_turns_or_write_no_eos_are_refused() -> None:

@@ -82,6 +82,19 @@ def test_failures_are_retried_after_a_pause() -> None:
     assert times[2] - times[1] >= 0.1
 
 
+@pytest.mark.parametrize("none", [None, RewardResult(None)])  # type: ignore[arg-type]
+def test_none_drops_its_response_at_the_first_call(none: Any) -> None:
+    calls = []
+
+    def only_even(responses: list[str]) -> list[Any]:
+        calls.append(len(responses))
+        return [1.0 if i % 2 == 0 else none for i in range(len(responses))]
+
+    outcomes = score_samples(FunctionReward(only_even), samples(4), ScoringConfig(retries=9, on_failure="drop"))
+    assert [o.kind if isinstance(o, Failure) else o.reward for o in outcomes] == [1.0, "refused", 1.0, "refused"]
+    assert calls == [4]
+
+
 @pytest.mark.parametrize("swallows", [False, True])
 def test_a_reward_that_hangs_is_interrupted(swallows: bool) -> None:
     def hangs(response: str) -> float:

@@ -81,7 +81,7 @@ def test_a_misbehaving_function_only_loses_that_response(reward: FunctionReward,
     samples = [sample(r) for r in ("ab", "leaves", "none", "swallows", "abc")]
     config = ScoringConfig(1.0, retries=0, on_failure="drop")
     found = score_samples(reward, samples, config)
-    assert [isinstance(o, Failure) and o.kind for o in found] == [False, *["exception"] * 2, "timeout", False]
+    assert [isinstance(o, Failure) and o.kind for o in found] == [False, "exception", "refused", "timeout", False]
     assert [o.reward for o in found if isinstance(o, RewardResult)] == [4.0, 6.0]
     first, last = found[0], found[-1]
     assert isinstance(first, RewardResult)

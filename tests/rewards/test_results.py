@@ -112,7 +112,7 @@ def test_other_types_are_not_a_batch_of_scores(values: Any) -> None:
     [
         ("0.5", "exception"),
         (b"1", "exception"),
-        (None, "exception"),
+        (None, "refused"),
         ([0.5], "exception"),
         ({"reward": 0.5}, "exception"),
         (1 + 0j, "exception"),
@@ -132,7 +132,7 @@ def test_other_types_are_not_a_batch_of_scores(values: Any) -> None:
         (Decimal("sNaN"), "exception"),
         (np.float32("nan"), "not_finite"),
         (torch.tensor(math.inf), "not_finite"),
-        (RewardResult(None), "exception"),  # type: ignore[arg-type]
+        (RewardResult(None), "refused"),  # type: ignore[arg-type]
         (RewardResult(1.0, None), "exception"),  # type: ignore[arg-type]
         (RewardResult(1.0, {"part": None}), "exception"),  # type: ignore[dict-item]
         (RewardResult(1.0, {"part": "0.5"}), "exception"),  # type: ignore[dict-item]

@@ -108,7 +108,7 @@ def test_further_prompts_take_the_place_of_ties(run: Path, capsys: pytest.Captur
         position += sum(waves)
     assert main(["rounds", str(run)]) == 0
     text = capsys.readouterr().out
-    assert f"round 2, refilled: {sum(waves[1:])} prompts ({' + '.join(map(str, waves))})" in text
+    assert f"round 2, prompts refilled: {sum(waves[1:])} ({' + '.join(map(str, waves))})" in text
 
 
 def interrupt(monkeypatch: pytest.MonkeyPatch, method: str, when: str) -> None:

@@ -190,7 +190,10 @@ def test_batches_keep_to_the_token_budget() -> None:
 
 
 def test_held_out_metrics_by_hand(tmp_path: Path) -> None:
-    """Prompt means before: 0, 1, 2; after: 1, 1, 4. Gains 1, 0, 2: mean 1, variance 1; one tie, two wins."""
+    """Prompt means before: 0, 1, 2; after: 1, 1, 4. Gains 1, 0, 2: mean 1, variance 1; one tie, two wins.
+
+    Where all prompts tie, as the starting policy does with itself, there is no win rate.
+    """
     store = RoundStore(tmp_path)
     for version, rewards in ((0, [0.0, 0.0, 1.0, 1.0, 1.5, 2.5]), (1, [0.5, 1.5, 1.0, 1.0, 4.0, 4.0])):
         stored = store.held_out(version)
@@ -201,4 +204,5 @@ def test_held_out_metrics_by_hand(tmp_path: Path) -> None:
     assert metrics["val/reward_gain"] == pytest.approx(1.0)
     assert metrics["val/reward_gain_se"] == pytest.approx((1 / 3) ** 0.5)
     assert metrics["val/win_rate"] == pytest.approx(2.5 / 3)
+    assert "val/win_rate" not in held_out_metrics(store, 0)
     assert metrics["val/reward_mean"] == pytest.approx(2.0)

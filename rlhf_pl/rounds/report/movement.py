@@ -4,7 +4,8 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from rlhf_pl.rounds.metrics import choices, training_margins
+from rlhf_pl.algorithms.policy_loss import PolicyLoss
+from rlhf_pl.rounds.metrics import training_margins
 from rlhf_pl.rounds.stages.kl import SPREAD, STAGE
 from rlhf_pl.store.round_store import Round, RoundStore
 
@@ -57,8 +58,14 @@ def moved_in_all(store: RoundStore, rounds: int) -> float | None:
     return sum(math.sqrt(value) for value in found if value is not None) ** 2
 
 
-def describe_standstill(store: RoundStore, index: int) -> str:
-    """That a round has hardly moved the policy, why, and which option to change; empty if it has, or is not known."""
+def describe_standstill(store: RoundStore, index: int, loss: PolicyLoss) -> str:
+    """That a round has hardly moved the policy, why, and which option to change; empty if it has, or is not known.
+
+    Args:
+        store: The run's rounds.
+        index: The round.
+        loss: The loss that it trained with.
+    """
     manifest = store.round(index).manifest
     training, pairs = (manifest["stages"].get(name, {}) for name in ("training", "pairs"))
     moved, movement = moved_by(store, index), training.get("movement", {})
@@ -70,24 +77,44 @@ def describe_standstill(store: RoundStore, index: int) -> str:
     lr, peak = movement.get("lr"), _rate(manifest)
     if lr is not None and peak is not None and lr < _LOW_RATE * peak:
         return f"{text}: `model.lr_scheduler` has kept the rate at {lr:.2g} or less in this round, of {peak:.2g}"
-    return f"{text}: {_remedy(manifest, lr if peak is None else peak, movement.get('updates'))}"
+    target = training_margins(manifest).get("target_p95")
+    return f"{text}: {_remedy(loss, target, lr if peak is None else peak, movement.get('updates'))}"
 
 
-def _remedy(manifest: Mapping[str, Any], lr: float | None, updates: int | None) -> str:
-    margins, chosen = training_margins(manifest), choices(manifest)
-    loss = manifest.get("settings", {}).get("training", {}).get("loss", "")
-    if (target := margins.get("target_p95")) is not None and target < _SMALL_MARGIN:
-        why = f"the targets are small, 95 % of them below {target:.2g} nats; raise "
-        if "target_kl" in loss:
-            return why + "`model.loss.target_kl`"
-        if "eta" in chosen:
-            return why + "`model.loss.target_spread`"
-        return why + "`model.loss.eta`, or set it to auto"
+def _remedy(loss: PolicyLoss, target: float | None, lr: float | None, updates: int | None) -> str:
+    """What to change after a round that has hardly moved the policy.
+
+    Args:
+        loss: The loss.
+        target: 95 % quantile of the round's absolute targets, nats; None for a loss without targets.
+        lr: The peak learning rate.
+        updates: Number of updates in the round.
+    """
+    options = _larger_steps(loss)
+    if target is not None and target < _SMALL_MARGIN and options:
+        return f"the targets are small, 95 % of them below {target:.2g} nats; {options}"
+    reaches = [term.reach for _, term in loss.terms]
+    if target is None and options and all(reach is not None and reach < _SMALL_MARGIN for reach in reaches):
+        furthest = max(reach for reach in reaches if reach is not None)
+        return f"the loss hardly pushes a pair beyond a log-ratio margin of {furthest:.2g} nats; {options}"
     rate = "`model.optimizer.init_args.lr`" + ("" if lr is None else f" (now {lr:.2g})")
     many = "" if updates is None else f" ({updates} in this round)"
     why = "" if target is None else "the targets are far from reached; "
     more = "`data.prompts_per_round` or `data.passes`, lower `data.batch_size`"
-    return f"{why}raise {rate}, or make more updates{many}: raise {more}"
+    is_unknown = target is None and all(reach is None for reach in reaches)
+    also = f"; or {options}" if is_unknown and options else ""
+    return f"{why}raise {rate}, or make more updates{many}: raise {more}{also}"
+
+
+def _larger_steps(loss: PolicyLoss) -> str:
+    """How to change the options of a loss, or of the terms of a sum, so that rounds move further; empty for none."""
+    found = []
+    for _, term in loss.terms:
+        for name, how in term.larger_steps.items():
+            option = f"`model.loss.{name}`" if hasattr(loss, name) else f"`{name}` of `{type(term).__name__}`"
+            now = getattr(term, name, None)
+            found.append(f"{how} {option}" + (f" (now {now:g})" if isinstance(now, float | int) else ""))
+    return " or ".join(found)
 
 
 def _rate(manifest: Mapping[str, Any]) -> float | None:
