@@ -100,7 +100,9 @@ def test_prompts_of_median_gain_are_shown_with_typical_responses(run: SmallRun) 
     groups = [by_prompt(run.rows("heldout", version)) for version in (0, 2)]
     gains = [statistics.mean(new) - statistics.mean(old) for old, new in zip(*groups, strict=True)]
     middle = statistics.median(gains)
-    expected = sorted(range(4), key=lambda position: abs(gains[position] - middle))[:2]
+    pairs = [[b - a for a in old for b in new] for old, new in zip(*groups, strict=True)]
+    apart = [min(abs(pair - gain) for pair in found) for found, gain in zip(pairs, gains, strict=True)]
+    expected = sorted(range(4), key=lambda i: round(abs(gains[i] - middle) + apart[i], 9))[:2]
     asked = [row for row in run.rows("heldout", 0) if row["response_index"] == 0]
     for position, row in enumerate(asked):
         question = json.loads(row["prompt"])[-1]["content"]

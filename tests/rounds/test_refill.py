@@ -67,7 +67,7 @@ def fit(folder: Path, llama: Path) -> Fit:
 @pytest.fixture(scope="module")
 def run(fit: Fit, folder: Path) -> Path:
     """A finished run."""
-    assert fit("run") == 0
+    assert fit("run", checkpoint__keep_rounds=2) == 0
     return folder / "run"
 
 
@@ -153,9 +153,9 @@ def test_a_change_after_the_fact_samples_no_further_prompts(
     monkeypatch.setattr(TransformersSampler, "generate", lambda sampler, prompts, sampling: sampled.append(prompts))
     stored = RoundStore(folder / "changed").round(1)
     before = unique_prompts(stored)
-    assert fit("changed", rollout__selector__min_margin=9) == 0
+    assert fit("changed", checkpoint__keep_rounds=2, rollout__selector__min_margin=9) == 0
     assert stored.info("pairs")["pairs"] == 0
-    assert fit("changed", rollout__shaping__normalize="round") == 0
+    assert fit("changed", checkpoint__keep_rounds=2, rollout__shaping__normalize="round") == 0
     assert set(unique_prompts(stored, "pairs")) == prompts_with_a_difference(stored)
     assert (unique_prompts(stored), sampled) == (before, [])
     assert fit("changed", rollout__refill=1) == 1  # refused: it determines what is sampled

@@ -4,27 +4,35 @@ import itertools
 import json
 import statistics
 from collections.abc import Mapping
+from statistics import fmean
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from rlhf_pl.models.chat import message_text
-from rlhf_pl.rounds.stages import prompt_means
 from rlhf_pl.store.round_store import Round, RoundStore
 
 
 def prompts_of_median_gain(store: RoundStore, version: int, count: int) -> list[str]:
-    """The `count` prompts whose gain in mean reward is nearest the median, in the order of the data.
+    """The `count` prompts that show the median gain best, in the order of the data.
 
-    Prompts without a reward before or after are left out; of equally near ones the earlier counts.
+    Their gain in mean reward is near the median over the prompts, and so is the difference between two of their
+    responses, one before and one after: the sum of both distances is smallest. Prompts without a reward before or
+    after are left out; of equally near ones the earlier counts.
     """
-    before, after = prompt_means(store.held_out(0)), prompt_means(store.held_out(version))
-    gains = {prompt_id: after[prompt_id] - before[prompt_id] for prompt_id in before if prompt_id in after}
+    before, after = _rewards(store.held_out(0)), _rewards(store.held_out(version))
+    gains = {i: fmean(after[i].values()) - fmean(before[i].values()) for i in before if i in after}
     if not gains:
         return []
     middle = statistics.median(gains.values())
-    nearest = sorted(gains, key=lambda prompt_id: abs(gains[prompt_id] - middle))[: max(0, count)]
+
+    def distance(prompt_id: str) -> float:
+        old, new = before[prompt_id], after[prompt_id]
+        i, j = _nearest_gain(old, new)
+        return round(abs(gains[prompt_id] - middle) + abs(new[j] - old[i] - gains[prompt_id]), 9)
+
+    nearest = sorted(gains, key=distance)[: max(0, count)]
     return [prompt_id for prompt_id in gains if prompt_id in nearest]
 
 
@@ -72,29 +80,31 @@ def typical_responses(
             prompt_id = row["prompt_id"]
             if indices.get(prompt_id) == row["response_index"]:
                 found = scores[prompt_id]
-                numbers = {"reward": found[indices[prompt_id]], "mean": statistics.fmean(found.values())}
+                numbers = {"reward": found[indices[prompt_id]], "mean": fmean(found.values())}
                 question = message_text(json.loads(row["prompt"])[-1])
                 shown[prompt_id] = row | numbers | {"count": len(found), "question": question}
     return shown
 
 
-def _rewards(stored: Round, prompt_ids: list[str]) -> dict[str, dict[int, float]]:
-    """Rewards of the scored responses to some prompts, by prompt id and response index."""
+def _rewards(stored: Round, prompt_ids: list[str] | None = None) -> dict[str, dict[int, float]]:
+    """Rewards of the scored responses to all or some prompts, by prompt id and response index."""
     table = stored.read("rewards", ["prompt_id", "response_index", "reward"])
-    wanted = pc.is_in(table["prompt_id"], pa.array(prompt_ids, pa.string()))
+    table = table.filter(table["reward"].is_valid())
+    if prompt_ids is not None:
+        table = table.filter(pc.is_in(table["prompt_id"], pa.array(prompt_ids, pa.string())))
     scores: dict[str, dict[int, float]] = {}
-    for row in table.filter(pc.and_(wanted, table["reward"].is_valid())).to_pylist():
+    for row in table.to_pylist():
         scores.setdefault(row["prompt_id"], {})[row["response_index"]] = row["reward"]
     return scores
 
 
 def _nearest_mean(rewards: Mapping[int, float]) -> int:
-    mean = statistics.fmean(rewards.values())
+    mean = fmean(rewards.values())
     return min(sorted(rewards), key=lambda index: abs(rewards[index] - mean))
 
 
 def _nearest_gain(old: Mapping[int, float], new: Mapping[int, float]) -> tuple[int, int]:
-    before, after = statistics.fmean(old.values()), statistics.fmean(new.values())
+    before, after = fmean(old.values()), fmean(new.values())
 
     def distances(pair: tuple[int, int]) -> tuple[float, float]:
         i, j = pair
