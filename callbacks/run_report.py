@@ -31,7 +31,7 @@ from rlhf_pl.rounds.report.movement import describe_standstill, moved_in_all
 from rlhf_pl.rounds.report.numbers import decimals_for
 from rlhf_pl.rounds.report.shown import prompts_of_median_gain, typical_pairs
 from rlhf_pl.rounds.report.sparse import describe_sparsity
-from rlhf_pl.store.round_store import RoundStore
+from rlhf_pl.store.round_store import DamagedStoreError, RoundStore
 from rlhf_pl.utils.console import console, note, warn
 
 
@@ -103,7 +103,17 @@ class RunReport(L.Callback):
 
 
 def _finished_rounds(store: RoundStore, evaluates: bool) -> set[int]:
-    """Numbers, counted from 1, of the rounds that are trained and, if the run evaluates, evaluated."""
+    """Numbers, counted from 1, of the rounds that are trained and, if the run evaluates, evaluated.
+
+    None of a damaged store, which `RoundRefresh` refuses or repairs.
+    """
+    try:
+        return _read_finished_rounds(store, evaluates)
+    except DamagedStoreError:
+        return set()
+
+
+def _read_finished_rounds(store: RoundStore, evaluates: bool) -> set[int]:
     done = {index + 1 for index, stored in store.rounds().items() if stored.is_complete("training")}
     return {number for number in done if not evaluates or store.held_out(number).is_complete("rewards")}
 

@@ -22,6 +22,8 @@ from rlhf_pl.utils.console import console, warn
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.terminal import print_wrong_input
 
+_LONG_NAME = 30  # characters of a run's name that a column has room for
+
 
 def run(argv: Sequence[str]) -> int:
     """Run `rlhf-pl compare ...`. Return the exit code."""
@@ -77,7 +79,7 @@ def _make_table(first: Evaluation, second: Evaluation, difference: Gain) -> Tabl
     digits = decimals_for(difference.error or 1.0)
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 2, 0, 0), show_edge=False, pad_edge=False)
     for header in ("", first.name, second.name):
-        table.add_column(header, justify="right" if header else "left", overflow="fold")
+        table.add_column(_in_lines(header), justify="right" if header else "left", overflow="fold")
     rows = {
         "rounds": [str(evaluation.version) for evaluation in (first, second)],
         "held-out prompts": [str(gain.prompts) for gain in gains],
@@ -89,6 +91,12 @@ def _make_table(first: Evaluation, second: Evaluation, difference: Gain) -> Tabl
     for name, cells in rows.items():
         table.add_row(name, *cells)
     return table
+
+
+def _in_lines(name: str) -> str:
+    """A run's name; a long one with its last folder on a line of its own."""
+    folder, slash, last = name.rpartition("/")
+    return f"{folder}{slash}\n{last}" if slash and len(name) > _LONG_NAME else name
 
 
 def _own_gain(evaluation: Evaluation) -> Gain:

@@ -11,6 +11,7 @@ from lightning.pytorch.cli import LightningArgumentParser
 from rlhf_pl.cli.own_classes import leave_out_rollout, replace_classes
 from rlhf_pl.cli.parser_errors import FOR_ALL_COMMANDS, exit_with_error
 from rlhf_pl.cli.short_help import short_help
+from rlhf_pl.cli.suggestions import explain
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.utils.errors import InputError
@@ -53,7 +54,7 @@ class Parser(LightningArgumentParser):
         return super().instantiate_classes(leave_out_rollout(replace_classes(cfg)), **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        exit_with_error(re.sub(r"required: (\w+)$", _full_name, str(message)), "fit", ex)
+        exit_with_error(explain(re.sub(r"required: (\w+)$", _full_name, str(message))), "fit", ex)
 
 
 def _class_help(text: str, option: str, name: str) -> str:

@@ -16,7 +16,15 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"vllm\..*")
     if os.environ.get("RLHF_PL_VERBOSE") == "1":
         return
-    for name in ("lightning.pytorch", "lightning.fabric", "transformers", "datasets", "huggingface_hub", "filelock"):
+    for name in (
+        "lightning.pytorch",
+        "lightning.fabric",
+        "transformers",
+        "datasets",
+        "huggingface_hub",
+        "filelock",
+        "bitsandbytes",
+    ):
         logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse|vllm)\b.*")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -10,9 +10,11 @@ from typing import Any
 import lightning as L
 from docstring_parser import parse
 
+from rlhf_pl.algorithms.losses import RebelLoss
 from rlhf_pl.callbacks import DegenerationGuard, HFExport, RoundCheckpoint, RoundRefresh, SampleTable
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.modules import RebelModule
+from rlhf_pl.modules.optimizers import AdamW
 from rlhf_pl.utils.errors import InputError
 
 USAGE = """\
@@ -61,6 +63,8 @@ SECTIONS: dict[str, type] = {
     "guards": DegenerationGuard,
     "export": HFExport,
 }
+# the options of default classes that most runs tune
+OF_CLASSES: dict[str, tuple[type, str]] = {"model.loss": (RebelLoss, "eta"), "model.optimizer": (AdamW, "lr")}
 
 
 def short_help(trainer_defaults: dict[str, Any]) -> str:
@@ -84,14 +88,35 @@ def short_help(trainer_defaults: dict[str, Any]) -> str:
 
 def _lines(prefix: str, kind: type) -> list[str]:
     """A line for each parameter of a class; the parameters of a dataclass that is a default follow it."""
-    texts = {p.arg_name: p.description or "" for p in parse(inspect.getdoc(kind) or "").params}
-    lines = []
+    texts, lines = _parameter_texts(kind), []
     for name, parameter in inspect.signature(kind).parameters.items():
         default = parameter.default
         lines.append(_line(f"{prefix}.{name}", _shown(default), _first_sentence(texts.get(name, ""))))
         if dataclasses.is_dataclass(default) and not isinstance(default, type):
             lines += _lines(f"{prefix}.{name}", type(default))
+        if (further := OF_CLASSES.get(f"{prefix}.{name}".removeprefix("--"))) is not None:
+            lines.append(_option_of_class(f"{prefix}.{name}", *further))
     return lines
+
+
+def _option_of_class(prefix: str, kind: type, name: str) -> str:
+    """The line of one option of a default class."""
+    shown = _shown(inspect.signature(kind).parameters[name].default)
+    return _line(f"{prefix}.{name}", shown, _first_sentence(_parameter_texts(kind)[name]))
+
+
+def _parameter_texts(kind: type) -> dict[str, str]:
+    return {p.arg_name: p.description or "" for p in parse(inspect.getdoc(kind) or "").params}
+
+
+def option_names(prefix: str, kind: type) -> list[str]:
+    """The options of a class, without dashes, with those of dataclasses that are defaults."""
+    names = []
+    for name, parameter in inspect.signature(kind).parameters.items():
+        names.append(f"{prefix}.{name}")
+        if dataclasses.is_dataclass(parameter.default) and not isinstance(parameter.default, type):
+            names += option_names(f"{prefix}.{name}", type(parameter.default))
+    return names
 
 
 def _shown(default: Any) -> str:

@@ -19,6 +19,7 @@ from rlhf_pl.models.lora_experts import (
 )
 from rlhf_pl.models.lora_reach import find_bypassed_layers, is_refused_by_peft
 from rlhf_pl.models.quantization import check_bitsandbytes
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.errors import InputError, check_finite
 
@@ -202,6 +203,11 @@ def _adapted_tensors(layers: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def adapted_names(model: Any) -> set[str]:
+    """Names of the tensors that adapters are merged into, in the model without adapters."""
+    return {plain_name(name) for name in _adapted_tensors(adapted_layers(model))}
+
+
 def unwrapped_name(name: str) -> str:
     """A parameter's or module's name without the parts that FSDP and activation checkpointing add."""
     for wrapper in ("_fsdp_wrapped_module.", "_checkpoint_wrapped_module."):
@@ -226,7 +232,7 @@ def merged_tensors(model: Any, tensors: TensorsOf) -> Iterator[tuple[str, Tensor
     adapted = _adapted_tensors(layers)
     for name, tensor in tensors(lambda name: ".lora_" not in name):
         if (layer := adapted.get(name)) is not None:
-            tensor = (tensor.float() + _compute_update(layers[layer], layer, adapters)).to(tensor.dtype)
+            tensor = round_to(tensor.float() + _compute_update(layers[layer], layer, adapters), tensor.dtype)
         yield plain_name(name), tensor
 
 

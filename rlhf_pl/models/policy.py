@@ -18,6 +18,7 @@ from rlhf_pl.models.logprobs import Head, chunked_logps, linear_logps
 from rlhf_pl.models.packed_layout import Layout
 from rlhf_pl.models.quantization import disable_repacking, quantization_config
 from rlhf_pl.models.rotary import stabilize_rotary
+from rlhf_pl.models.rounding import round_to
 from rlhf_pl.models.shared_prefix import share_prompts
 from rlhf_pl.models.source import ModelSource
 from rlhf_pl.models.target_states import target_states
@@ -108,11 +109,11 @@ class PolicyLM(nn.Module):
         return train_in_eval_mode(self, mode)
 
     def drop_float32_weights(self) -> None:
-        """For a policy that does not train: cast the weights to the dtype of matrix products, and drop the copies."""
+        """For a policy that does not train: replace the weights by their copies in the dtype of matrix products."""
         if self.copy is not None:
             for parameter in self.lm.parameters():
                 if parameter.dtype == torch.float32:
-                    parameter.data = parameter.to(self.copy.dtype)
+                    parameter.data = round_to(parameter.detach(), self.copy.dtype)
             self.copy = None
 
     @contextmanager

@@ -8,6 +8,7 @@ from torch import Tensor
 
 _NUMBERS = 65521  # a prime, so that they do not repeat with the rows of a weight
 _ROWS_ON_CPU = 4  # of numbers at a time: a megabyte, which stays in the processor's cache
+_ROWS = 512  # on GPUs: 128 MiB, where the sums of a large embedding would need gigabytes
 
 
 def round_to(tensor: Tensor, dtype: torch.dtype) -> Tensor:
@@ -43,7 +44,7 @@ def round_into(target: Tensor, source: Tensor) -> None:
     # NaN plus a number could become another value, so that tensors with NaN get none
     numbers = _numbers(source.device) * source.detach().sum().isfinite().int()
     whole = len(bits) // _NUMBERS
-    step = _ROWS_ON_CPU if source.device.type == "cpu" else max(1, whole)
+    step = _ROWS_ON_CPU if source.device.type == "cpu" else _ROWS
     for row in range(0, whole, step):
         part = slice(row * _NUMBERS, min(row + step, whole) * _NUMBERS)
         out[part].view(-1, _NUMBERS).copy_(_upper_halves(bits[part].view(-1, _NUMBERS) + numbers))

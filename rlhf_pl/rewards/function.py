@@ -70,7 +70,7 @@ class FunctionReward(Reward):
         if unknown:
             raise InputError(
                 f"Reward `{self._name}` has the parameters {sorted(unknown)}, which are neither columns of the data "
-                f"nor among {sorted(arguments)}. Columns: {sorted(columns - arguments) or 'none'}."
+                f"nor among {sorted(arguments)}. Further columns of the data: {sorted(columns - arguments) or 'none'}."
             )
 
     @property

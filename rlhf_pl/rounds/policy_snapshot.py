@@ -16,7 +16,7 @@ from rlhf_pl.distributed.gather_weights import Weights, like_of, model_weights
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.distributed.strategies import get_callable_policy
 from rlhf_pl.models.compute import get_compute
-from rlhf_pl.models.lora import plain_name, unwrapped_name
+from rlhf_pl.models.lora import adapted_names, plain_name, unwrapped_name
 from rlhf_pl.models.packed_batch import PackedBatch
 from rlhf_pl.models.policy import PolicyLM, weights_unchanged
 from rlhf_pl.models.rounding import round_to
@@ -80,23 +80,25 @@ def _snapshot(
     trainer: L.Trainer, module: PolicyModule, policy: Any, weights: Weights, fingerprint: str
 ) -> PolicySnapshot:
     rounding = partial(_measure_rounding, trainer, module, policy)
-    weights = _as_computed(trainer, as_lightning(module), weights)
+    weights = _as_computed(trainer, as_lightning(module), policy, weights)
     return PolicySnapshot(weights, logps_function(trainer, module, policy), rounding, fingerprint)
 
 
-def _as_computed(trainer: L.Trainer, module: L.LightningModule, weights: Weights) -> Weights:
-    """The weights that log-probs are computed with, in their own dtype: a sampler of any dtype samples that policy."""
+def _as_computed(trainer: L.Trainer, module: L.LightningModule, policy: Any, weights: Weights) -> Weights:
+    """The weights that log-probs are computed with, in their own dtype: a sampler of any dtype samples that policy.
+
+    Tensors with merged adapters stay exact: log-probs are computed with base and adapters apart.
+    """
     compute = get_compute(trainer)
-    if compute.dtype != torch.bfloat16:
+    if compute.dtype != torch.bfloat16 or not (compute.sharded or _has_copy(policy)):
         return weights
-    buffers = {unwrapped_name(plain_name(n)).removeprefix("policy.lm.") for n, _ in module.named_buffers()}
-    # FSDP rounds to the nearest; adapters are merged in the stream alone
-    adapters = any(".lora_" in name for name, _ in module.named_parameters())
-    cast = torch.Tensor.bfloat16 if compute.sharded and not adapters else partial(round_to, dtype=torch.bfloat16)
+    names = {*(unwrapped_name(plain_name(name)) for name, _ in module.named_buffers()), *adapted_names(module)}
+    kept = {name.removeprefix("policy.lm.") for name in names}
+    cast = torch.Tensor.bfloat16 if compute.sharded else partial(round_to, dtype=torch.bfloat16)  # FSDP: the nearest
 
     def stream() -> Iterator[tuple[str, Tensor]]:
         for name, tensor in weights.stream():
-            is_cast = tensor.dtype == torch.float32 and name not in buffers
+            is_cast = tensor.dtype == torch.float32 and name not in kept
             yield name, cast(tensor.detach()).float() if is_cast else tensor
 
     return Weights(weights.like, stream)
@@ -158,6 +160,12 @@ def _inference(module: L.LightningModule) -> Iterator[None]:
 def assume_weights_unchanged(module: PolicyModule) -> Any:
     """Context in which the module's weights do not change: see `weights_unchanged`."""
     return weights_unchanged(as_lightning(module))
+
+
+def _has_copy(policy: Any) -> bool:
+    """Whether a policy, or the module around it, computes with a working copy."""
+    unit = getattr(policy, "policy", policy)
+    return isinstance(unit, PolicyLM) and unit.copy is not None
 
 
 def _compute_with_stored_weights(policy: Any) -> Any:

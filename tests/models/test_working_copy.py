@@ -47,6 +47,15 @@ def test_results_equal_bfloat16_weights_and_gradients_are_float32(llama: Path) -
     assert all(torch.equal(ours[name], plain[name].float()) for name in ours)
 
 
+def test_a_fixed_reference_is_rounded_as_copies_are(llama: Path) -> None:
+    """Both from the same float32 checkpoint, whose weights bfloat16 can't hold: the KL of the first round is 0."""
+    mixed, _ = policies(llama)
+    reference = copy.deepcopy(mixed)
+    reference.drop_float32_weights()
+    assert torch.equal(mixed(**ROWS.inputs()), reference(**ROWS.inputs()))
+    assert {weight.dtype for weight in reference.parameters()} == {torch.bfloat16}
+
+
 def test_micro_batches_are_summed_in_float32(llama: Path) -> None:
     """bfloat16 sums lose a gradient that is 300 times smaller than the sum."""
     mixed, _ = policies(llama)

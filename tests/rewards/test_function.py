@@ -88,7 +88,7 @@ def test_invalid_scores_are_errors(function: Callable[..., Any], message: str) -
 
 
 def test_check_names_unknown_arguments_and_failures() -> None:
-    with pytest.raises(InputError, match=r"has the parameters \['solution'\].*Columns: \['answer'\]"):
+    with pytest.raises(InputError, match=r"has the parameters \['solution'\].*columns of the data: \['answer'\]"):
         FunctionReward(lambda response, solution: 1.0).check([sample(answer=1)])
     with pytest.raises(InputError, match="ZeroDivisionError"):
         try_reward(FunctionReward(lambda response: 1 / len(response)), [sample("")], ScoringConfig())

@@ -1,0 +1,62 @@
+"""What a misspelt option or class may have meant."""
+
+import difflib
+import inspect
+import re
+from collections.abc import Iterable
+
+import rlhf_pl
+from rlhf_pl.algorithms.losses import RebelLoss
+from rlhf_pl.cli.short_help import RUN, SECTIONS, TRAINER, option_names
+from rlhf_pl.modules.optimizers import AdamW
+
+LOGGERS = ("TensorBoardLogger", "CSVLogger", "WandbLogger", "MLFlowLogger")
+_NO_CLASS = re.compile(r"^\s*- Expected a dot import path string: (\S+)$", re.MULTILINE)
+_NO_PATH = re.compile(r"^\s*- Expected a path but \S+ either not accessible or invalid\n", re.MULTILINE)
+_NO_OPTION = re.compile(r"^(Option '(?P<key>\S+)' is not accepted|unrecognized arguments: --(?P<flag>[^\s=]+).*)$")
+
+
+def explain(message: str) -> str:
+    """A parser's message about an unknown class or option, with the names that are close to it.
+
+    Args:
+        message: The parser's message.
+    """
+    if (found := _NO_CLASS.search(message)) is not None:
+        key = re.search(r'Parser key "(\S+)"', message)
+        where = f"`{key[1]}`: " if key else ""
+        return f"{where}there is no class {found[1]!r}{_did_you_mean(_close(found[1], _class_names()))}"
+    if (found := _NO_OPTION.match(message)) is not None:
+        wrong = found["key"] or found["flag"]
+        return message + _did_you_mean(_options_like(wrong))
+    return _NO_PATH.sub("", message)
+
+
+def _class_names() -> list[str]:
+    return [*(name for name in rlhf_pl.__all__ if name[0].isupper()), *LOGGERS]
+
+
+def _options_like(wrong: str) -> list[str]:
+    """Options with the same last name, else those whose full or last name is close."""
+    names = [*RUN, *(f"trainer.{name}" for name in TRAINER)]
+    for key, kind in SECTIONS.items():
+        names += option_names(key, kind)
+    names += [f"model.optimizer.{name}" for name in inspect.signature(AdamW).parameters if name != "params"]
+    names += [f"model.loss.{name}" for name in inspect.signature(RebelLoss).parameters]
+    last = wrong.rpartition(".")[2]
+    same = [name for name in names if name.rpartition(".")[2] == last]
+    by_last = {name.rpartition(".")[2]: name for name in names}
+    close = same or _close(wrong, names) or [by_last[name] for name in _close(last, by_last)]
+    return [f"--{name}" for name in close]
+
+
+def _close(wrong: str, names: Iterable[str]) -> list[str]:
+    """Names that are spelt alike, or begin alike, whatever the case; the closest first."""
+    by_lower = {name.lower(): name for name in names}
+    close = difflib.get_close_matches(wrong.lower(), by_lower, n=3, cutoff=0.7)
+    close += [name for name in by_lower if name.startswith(wrong.lower()) and name not in close]
+    return [by_lower[name] for name in close][:3]
+
+
+def _did_you_mean(names: list[str]) -> str:
+    return f". Did you mean {' or '.join(names)}?" if names else ""
