@@ -37,6 +37,7 @@ def test_kernels_of_many_shapes_are_bounded() -> None:
     assert measure_growth() < 0.4
 
 
+@pytest.mark.exhaustive
 @pytest.mark.slow(minutes=0.2)
 @pytest.mark.skipif(not cpu_has_bfloat16(), reason="bfloat16 products need no kernels of oneDNN")
 def test_a_user_can_choose_another_bound() -> None:
