@@ -187,9 +187,8 @@ class CISPOLoss(PolicyGradientLoss):
 
     @property
     def meaning(self) -> str:
-        penalty = "" if self.kl is None else f" + {self.kl.coef:g} x KL to the reference"
         return (
-            f"mean of -ratio x advantage x log-prob of a token{penalty}, a surrogate of any sign: no measure of "
+            f"mean of -ratio x advantage x log-prob of a token{self._penalty}, a surrogate of any sign: no measure of "
             "progress, as only its gradient counts; look at reward and KL"
         )
 

@@ -97,11 +97,15 @@ class PolicyGradientLoss(PolicyLoss):
         self.metric_names = self._metric_names()  # type: ignore[misc]
 
     @property
+    def _penalty(self) -> str:
+        """The KL term in the words of `meaning`."""
+        return "" if self.kl is None else f" + {self.kl.coef:g} x KL to the reference"
+
+    @property
     def meaning(self) -> str:
-        penalty = "" if self.kl is None else f" + {self.kl.coef:g} x KL to the reference"
         return (
-            f"mean of -ratio x advantage{penalty}, a surrogate: near 0 at a round's start, where advantages average "
-            "out, and no measure of progress, as only its gradient counts; look at reward and KL"
+            f"mean of -ratio x advantage{self._penalty}, a surrogate: near 0 at a round's start, where advantages "
+            "average out, and no measure of progress, as only its gradient counts; look at reward and KL"
         )
 
     @abstractmethod

@@ -164,11 +164,17 @@ def assume_weights_unchanged(module: PolicyModule) -> Any:
 
 def _has_copy(policy: Any) -> bool:
     """Whether a policy, or the module around it, computes with a working copy."""
-    unit = getattr(policy, "policy", policy)
-    return isinstance(unit, PolicyLM) and unit.copy is not None
+    unit = _unit(policy)
+    return unit is not None and unit.copy is not None
 
 
 def _compute_with_stored_weights(policy: Any) -> Any:
     """Context in which a policy, or the module around it, computes with its stored weights instead of a copy."""
+    unit = _unit(policy)
+    return nullcontext() if unit is None else unit.using_own_weights()
+
+
+def _unit(policy: Any) -> PolicyLM | None:
+    """The policy itself, or that of the module around it; None for a class of a user's."""
     unit = getattr(policy, "policy", policy)
-    return unit.using_own_weights() if isinstance(unit, PolicyLM) else nullcontext()
+    return unit if isinstance(unit, PolicyLM) else None
