@@ -76,7 +76,8 @@ class RoundRefresh(RunLifecycle):
         drop_truncated: Train on no prompt of which any response was truncated at the length limit; such prompts are
             counted. Held-out pairs leave them out as well; held-out rewards do not.
         val_num_responses: Responses per held-out prompt; 2 or more also give held-out pairs for `val/loss`. null for 2,
-            or for 1 with a `val_temperature` of 0.
+            or for more, up to 8, where there are fewer than 32 held-out prompts, and so 64 responses or nearly; for 1
+            with a `val_temperature` of 0.
         val_temperature: Temperature on held-out prompts; null for that of training, 0 for greedy decoding.
         prompts_per_shard: Prompts per file of the round store, sampled together: the most that a crash can lose. null
             for 64 on CPUs and 1,024 on GPUs.
@@ -142,14 +143,12 @@ class RoundRefresh(RunLifecycle):
             )
         if old_logps == "sampler":
             check_sampler_logps(sampling)
-        if val_num_responses is None:
-            val_num_responses = 1 if val_temperature == 0 or sampling.temperature == 0 else 2
         self._val_sampling = partial(held_out_sampling, num_responses=val_num_responses, temperature=val_temperature)
         self._make_options = partial(
             RoundOptions,
             scoring=scoring,
             sampling=sampling,
-            val_sampling=self._val_sampling(sampling),
+            val_sampling=self._val_sampling(sampling),  # until the number of held-out prompts is known
             shaping=shaping,
             selector=selector,
             prompts_per_shard=prompts_per_shard,
@@ -195,7 +194,8 @@ class RoundRefresh(RunLifecycle):
         """Check everything that needs no weights, and register as the DataModule's source of rounds."""
         if stage != "fit":
             return
-        data, options = _datamodule(trainer), self.options
+        data = _datamodule(trainer)
+        options = self.options = self.options_for(len(data.held_out))
         self._set_evaluation(data)
         check_trainer(trainer, in_rounds=True)
         check_round_monitors(trainer, pl_module, data, options)
@@ -218,8 +218,8 @@ class RoundRefresh(RunLifecycle):
         given = options.sampling
         if self._rounds_from is not None:
             self._stored, sampling = open_rounds(trainer, pl_module, self._rounds_from, options)
-            options = replace(options, sampling=sampling, val_sampling=self._val_sampling(sampling))
-            self.options = options
+            val_sampling = self._val_sampling(sampling, prompts=len(data.held_out))
+            options = self.options = replace(options, sampling=sampling, val_sampling=val_sampling)
         check_responses(pl_module, options)
         data.max_response_tokens = options.sampling.max_response_tokens
         samples = not options.from_other_run or bool(data.val_prompts)
@@ -248,6 +248,12 @@ class RoundRefresh(RunLifecycle):
             maker.stamps.refuse_changes()
         self._trainer, self._rounds = trainer, RoundPreparation(trainer, data, maker, self.repair)
         data.prepare_with(self)
+
+    def options_for(self, held_out: int) -> RoundOptions | None:
+        """The options of a run with that number of held-out prompts; None without a reward."""
+        if self.options is None:
+            return None
+        return replace(self.options, val_sampling=self._val_sampling(self.options.sampling, prompts=held_out))
 
     def _set_evaluation(self, data: RoundDataModule) -> None:
         """Let the DataModule leave out the held-out prompts where they are not sampled."""

@@ -58,8 +58,9 @@ class Plan:
     ) -> None:
         self.module, self.data, self.options, self.machine = module, data, options, machine
         self.sampler: Any = refresh.sampler
-        self.val_responses = options.val_sampling.num_responses
         self.prompts = prompts
+        sampling = refresh.options_for(prompts.held_out).val_sampling
+        self.val_responses = sampling.num_responses
         self.config = module.source.config
         self.kernels = machine.kernels(module)
         self.model = model_size(self.config, module.trainable_layers, module.lora)

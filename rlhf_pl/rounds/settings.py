@@ -18,6 +18,8 @@ from rlhf_pl.store.round_store import Round
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.fingerprints import describe
 
+_HELD_OUT_RESPONSES = 64  # of all held-out prompts, at least nearly
+
 
 @dataclass(frozen=True)
 class RoundOptions:
@@ -187,10 +189,20 @@ def _shaping_settings(shaping: RewardShaping) -> dict[str, Any]:
     return {} if shaping == RewardShaping() else {"shaping": vars(shaping)}
 
 
-def held_out_sampling(sampling: SamplingConfig, num_responses: int, temperature: float | None) -> SamplingConfig:
-    """How responses to held-out prompts are sampled; a temperature of None stands for that of training."""
-    return replace(
-        sampling,
-        num_responses=num_responses,
-        temperature=sampling.temperature if temperature is None else temperature,
-    )
+def held_out_sampling(
+    sampling: SamplingConfig, num_responses: int | None, temperature: float | None, prompts: int = 0
+) -> SamplingConfig:
+    """How responses to held-out prompts are sampled.
+
+    Args:
+        sampling: How responses are sampled for training.
+        num_responses: Responses to each prompt. None for one where they are decoded greedily. Otherwise for 2, or for
+            as many, at most 8, as make 64 responses in all: the fewer the prompts, the more their means should tell.
+        temperature: Temperature; None for that of training.
+        prompts: Number of held-out prompts; 0 where it is not known.
+    """
+    temperature = sampling.temperature if temperature is None else temperature
+    if num_responses is None:
+        wanted = -(-_HELD_OUT_RESPONSES // prompts) if prompts else 2
+        num_responses = 1 if temperature == 0 else min(max(2, wanted), 8)
+    return replace(sampling, num_responses=num_responses, temperature=temperature)

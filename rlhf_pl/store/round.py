@@ -94,7 +94,7 @@ class Round:
             self._remove_notes(stage)
 
     def is_complete(self, stage: str) -> bool:
-        return bool(self.manifest["stages"].get(stage, {}).get("complete"))
+        return _is_complete(self.manifest, stage)
 
     def info(self, stage: str) -> dict[str, Any]:
         """The counts and times that `complete` recorded."""
@@ -102,7 +102,13 @@ class Round:
 
     def shards(self, stage: str, number: int | None = None) -> dict[int, Path]:
         """The existing shards of a stage by number, ascending; only that of `number` if it is given."""
-        return self._existing_shards(stage, self.manifest, number)
+        manifest = self.manifest
+        existing = self._existing_shards(stage, manifest, number)
+        # meanwhile another thread or rank may have completed the stage, which removes the notes
+        while not _is_complete(manifest, stage) and (newer := self.manifest) != manifest:
+            manifest = newer
+            existing = self._existing_shards(stage, manifest, number)
+        return existing
 
     def _existing_shards(self, stage: str, manifest: dict[str, Any], number: int | None = None) -> dict[int, Path]:
         existing = {}
@@ -305,6 +311,11 @@ class Round:
         for stage in STAGES:
             shutil.rmtree(self.path / stage, ignore_errors=True)
         shutil.rmtree(self.path, ignore_errors=True)
+
+
+def _is_complete(manifest: dict[str, Any], stage: str) -> bool:
+    """Whether a manifest marks a stage complete."""
+    return bool(manifest["stages"].get(stage, {}).get("complete"))
 
 
 def _read_table(file: Path, columns: Sequence[str] | None) -> pa.Table:

@@ -2,6 +2,7 @@ import json
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -141,3 +142,24 @@ def test_a_manifest_can_be_written_again_after_a_kill_during_its_write(stored: R
         stored.complete("rewards")
     assert not list(stored.path.rglob(".*.tmp"))
     assert (stored.path / ".manifest.copy.json").read_text() == (stored.path / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("number", [None, 1])
+def test_shards_are_found_while_another_thread_completes_their_stage(tmp_path: Path, number: int | None) -> None:
+    class CompletedMeanwhile(Round):
+        """Its stage completes after the first reading of the manifest, and so its notes are gone."""
+
+        @property
+        def manifest(self) -> dict[str, Any]:
+            read = super().manifest
+            writer = Round(self.path)
+            if not writer.is_complete("responses"):
+                writer.complete("responses", rows=4)
+            return read
+
+    writer = RoundStore(tmp_path).round(0)
+    writer.update(settings={"responses": {"seed": 1}})
+    for shard in range(2):
+        writer.write_shard("responses", shard, pa.table({"a": [shard]}))
+    reader = CompletedMeanwhile(writer.path)
+    assert list(reader.shards("responses", number)) == ([0, 1] if number is None else [1])

@@ -1,6 +1,7 @@
 """What the numbers of a round's line mean, for the loss in use."""
 
 from rlhf_pl.algorithms.policy_loss import PolicyLoss
+from rlhf_pl.rounds.report.movement import HEALTHY
 
 
 def make_legend(loss: PolicyLoss, has_kl: bool, held_out: bool, max_kl: float | None = None) -> str:
@@ -20,7 +21,7 @@ def make_legend(loss: PolicyLoss, has_kl: bool, held_out: bool, max_kl: float | 
         both = "both " if len(kls) > 1 else ""
         lines += [f"  {kl}" for kl in kls]
         lines.append(
-            f"  {both}by the mean log-ratio (k1), nats per response; healthy: 0.1 to a few nats a round; near 0 the "
+            f"  {both}by the mean log-ratio (k1), nats per response; healthy: {HEALTHY:g} to a few nats a round; near 0 the "
             f"policy stands still{high}"
         )
     return "\n".join(lines)

@@ -12,6 +12,8 @@ from rlhf_pl.store.round_store import Round, RoundStore
 # Nats per response. A policy at this KL can change the mean reward by sqrt(2 KL) = 0.14 of its standard deviation.
 HARDLY = 0.01
 _SMALL_MARGIN = 4 * math.sqrt(HARDLY)  # nats: 95 % quantile of |log-ratio margins| at that KL, p95^2 = 4 x 4 KL
+_MOSTLY = 0.5  # share of the targets
+HEALTHY = 0.1  # nats per response: rounds of less are small steps
 _LOW_RATE = 0.1  # share of the peak rate, below which the schedule alone has held a round back
 
 
@@ -59,7 +61,7 @@ def moved_in_all(store: RoundStore, rounds: int) -> float | None:
 
 
 def describe_standstill(store: RoundStore, index: int, loss: PolicyLoss) -> str:
-    """That a round has hardly moved the policy, why, and which option to change; empty if it has, or is not known.
+    """That a round has moved the policy little or hardly, why, and which option to change; else, or if unknown, empty.
 
     Args:
         store: The run's rounds.
@@ -69,30 +71,36 @@ def describe_standstill(store: RoundStore, index: int, loss: PolicyLoss) -> str:
     manifest = store.round(index).manifest
     training, pairs = (manifest["stages"].get(name, {}) for name in ("training", "pairs"))
     moved, movement = moved_by(store, index), training.get("movement", {})
-    if moved is None or moved >= HARDLY or pairs.get("pairs") == 0 or training.get("loss") is None:
+    if moved is None or moved >= HEALTHY or pairs.get("pairs") == 0 or training.get("loss") is None:
         return ""
     if pairs.get("equal_rewards", -1) == pairs.get("groups"):  # nothing to learn: the note about rewards says so
         return ""
     text = f"the policy hardly moved (KL below {HARDLY:g} nats per response)"
+    if moved >= HARDLY:
+        text = f"the policy moved little (KL about {moved:.1g} nats per response; healthy: {HEALTHY:g} to a few)"
     lr, peak = movement.get("lr"), _rate(manifest)
     if lr is not None and peak is not None and lr < _LOW_RATE * peak:
         return f"{text}: `model.lr_scheduler` has kept the rate at {lr:.2g} or less in this round, of {peak:.2g}"
-    target = training_margins(manifest).get("target_p95")
-    return f"{text}: {_remedy(loss, target, lr if peak is None else peak, movement.get('updates'))}"
+    margins = training_margins(manifest)
+    target, reached = margins.get("target_p95"), margins.get("reached", 0.0)
+    return f"{text}: {_remedy(loss, target, reached, lr if peak is None else peak, movement.get('updates'))}"
 
 
-def _remedy(loss: PolicyLoss, target: float | None, lr: float | None, updates: int | None) -> str:
-    """What to change after a round that has hardly moved the policy.
+def _remedy(loss: PolicyLoss, target: float | None, reached: float, lr: float | None, updates: int | None) -> str:
+    """What to change after a round that has moved the policy little or hardly.
 
     Args:
         loss: The loss.
         target: 95 % quantile of the round's absolute targets, nats; None for a loss without targets.
+        reached: Slope of the log-ratio margins by the targets.
         lr: The peak learning rate.
         updates: Number of updates in the round.
     """
     options = _larger_steps(loss)
     if target is not None and target < _SMALL_MARGIN and options:
         return f"the targets are small, 95 % of them below {target:.2g} nats; {options}"
+    if target is not None and reached >= _MOSTLY and options:
+        return f"the targets are small, and {reached:.0%} of their size is reached; {options}"
     reaches = [term.reach for _, term in loss.terms]
     if target is None and options and all(reach is not None and reach < _SMALL_MARGIN for reach in reaches):
         furthest = max(reach for reach in reaches if reach is not None)
