@@ -21,7 +21,7 @@ def make_legend(loss: PolicyLoss, has_kl: bool, held_out: bool, max_kl: float | 
         both = "both " if len(kls) > 1 else ""
         lines += [f"  {kl}" for kl in kls]
         lines.append(
-            f"  {both}by the mean log-ratio (k1), nats per response; healthy: {HEALTHY:g} to a few nats a round; near 0 the "
-            f"policy stands still{high}"
+            f"  {both}by the mean log-ratio (k1), nats per response; healthy: {HEALTHY:g} to a few nats a round; near "
+            f"0 the policy stands still{high}"
         )
     return "\n".join(lines)
