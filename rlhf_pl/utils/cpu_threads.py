@@ -14,7 +14,7 @@ import torch
 from rlhf_pl.utils.disk import write_atomically
 
 FILE = "cpu_threads.json"  # in the run directory
-_MEASURED_SECONDS = 0.3
+_SHORTEST, _LONGEST = 0.3, 60.0  # seconds that the load is measured over
 # Lightning sets both where it starts several processes, so the user's values are those of the import
 _OMP_NUM_THREADS = os.environ.get("OMP_NUM_THREADS")
 _TORCH_THREADS = torch.get_num_threads()
@@ -101,27 +101,44 @@ def _quota(cores: int) -> int:
 
 
 def _busy_cores() -> float:
-    """Cores of this process that other processes keep busy, on average over 0.3 s; 0 where Linux's /proc is missing."""
-    started, (total, idle), own = time.monotonic(), _ticks(), time.process_time()
-    if not total:
+    """Cores of this process that other processes keep busy, on average; 0 where Linux's /proc is missing.
+
+    The average is over the time since this module's import, several seconds of a command's start, so that a short load
+    is not taken for a lasting one.
+    """
+    now, begun = _Used(), _IMPORTED
+    if now.cores != begun.cores or now.time - begun.time > _LONGEST:
+        begun = now
+    if not begun.total:
         return 0.0
-    time.sleep(_MEASURED_SECONDS)
-    passed, used = time.monotonic() - started, time.process_time() - own
-    new_total, new_idle = _ticks()
-    share = 1 - (new_idle - idle) / max(1, new_total - total)
-    return max(0.0, share * len(_own_cores()) - used / passed)
+    time.sleep(max(0.0, _SHORTEST - (time.monotonic() - begun.time)))
+    now = _Used()
+    share = 1 - (now.idle - begun.idle) / max(1, now.total - begun.total)
+    return max(0.0, share * len(now.cores) - (now.own - begun.own) / (now.time - begun.time))
 
 
-def _ticks() -> tuple[int, int]:
-    """Clock ticks of this process's cores since the machine's start: all, and those without work."""
+class _Used:
+    """The present time, the time that this process has computed for, its cores and their clock ticks."""
+
+    def __init__(self) -> None:
+        self.cores = _own_cores()
+        self.time, self.own = time.monotonic(), time.process_time()
+        self.total, self.idle = _ticks(self.cores)
+
+
+def _ticks(cores: set[int]) -> tuple[int, int]:
+    """Clock ticks of some cores since the machine's start: all, and those without work."""
     total = idle = 0
     try:
         lines = Path("/proc/stat").read_text().splitlines()
     except OSError:
         return 0, 0
-    names = {f"cpu{core}" for core in _own_cores()}
+    names = {f"cpu{core}" for core in cores}
     for name, *numbers in (line.split() for line in lines):
         if name in names:
             ticks = [int(number) for number in numbers[:8]]  # user nice system idle iowait irq softirq steal
             total, idle = total + sum(ticks), idle + ticks[3] + ticks[4]
     return total, idle
+
+
+_IMPORTED = _Used()
