@@ -5,6 +5,8 @@ from typing import Any
 
 import lightning as L
 
+from rlhf_pl.algorithms.policy_loss import PolicyLoss
+from rlhf_pl.algorithms.step_options import describe_smaller_steps
 from rlhf_pl.checkpointing.progress import has_stopped_inside, is_inside_round, rounds_done
 from rlhf_pl.data.round_datamodule import RoundDataModule
 from rlhf_pl.distributed.ranks import ranks_of
@@ -109,9 +111,11 @@ class DegenerationGuard(L.Callback):
             }
             high = [f"{name} {kl:.1f}" for name, kl in kls.items() if kl is not None and not kl <= self.max_kl]
             if high:
+                loss = getattr(pl_module, "loss", None)
+                smaller = describe_smaller_steps(loss) if isinstance(loss, PolicyLoss) else ""
                 sign = (
-                    f"{', '.join(high)} nats per response (k1), above {self.max_kl:g}; lower the learning rate or "
-                    "`model.loss.eta`"
+                    f"{', '.join(high)} nats per response (k1), above {self.max_kl:g}; lower `--model.optimizer.lr`"
+                    + (f", or {smaller}" if smaller else "")
                 )
                 self._report(trainer, stored, {"kl": sign}, max(0, trainer.global_step - 1))
 

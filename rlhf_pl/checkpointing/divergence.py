@@ -9,6 +9,8 @@ import lightning as L
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rlhf_pl.algorithms.policy_loss import PolicyLoss
+from rlhf_pl.algorithms.step_options import describe_smaller_steps
 from rlhf_pl.checkpointing.checkpoints import find_resume_files, is_sharded_checkpoint, is_whole, read_weights
 from rlhf_pl.distributed.ranks import ranks_of
 from rlhf_pl.models.lora import unwrapped_name
@@ -36,9 +38,11 @@ def make_diverged_error(trainer: L.Trainer, what: str, update: int | None = None
     """
     update = trainer.global_step if update is None else update
     epochs: Any = trainer.fit_loop.epoch_progress.current
-    has_eta = hasattr(getattr(trainer.lightning_module, "loss", None), "eta")
-    options = "`model.optimizer.lr`, or `model.loss.eta`" if has_eta else "`model.optimizer.lr`"
-    rewards = f", look at the rewards (`rlhf-pl rounds {trainer.default_root_dir}`)" if has_eta else ""
+    loss = getattr(trainer.lightning_module, "loss", None)
+    smaller = describe_smaller_steps(loss) if isinstance(loss, PolicyLoss) else ""
+    options = f"`--model.optimizer.lr`, or {smaller}" if smaller else "`--model.optimizer.lr`"
+    reads_rewards = isinstance(loss, PolicyLoss) and loss.needs_reward_values
+    rewards = f", look at the rewards (`rlhf-pl rounds {trainer.default_root_dir}`)" if reads_rewards else ""
     return DivergedError(
         f"Training has diverged: at update {update}, round (epoch) {max(1, epochs.started)}, {what}. These "
         f"weights are not saved or exported. {_describe_recovery(trainer)}. First lower {options}{rewards}, clip "

@@ -20,7 +20,7 @@ _TRIAL_HINT = (
 REFUSED_CALLBACKS: dict[type[L.Callback], str] = {
     callbacks.StochasticWeightAveraging: "it would replace the learning-rate schedule, and its averages would not "
     "reach the exported model. Use lightning.pytorch.callbacks.EMAWeightAveraging or WeightAveraging.",
-    callbacks.LearningRateFinder: "its trials would train, and their updates would count. Set model.optimizer.lr; "
+    callbacks.LearningRateFinder: "its trials would train, and their updates would count. Set --model.optimizer.lr; "
     "`train/kl` shows how far an update moves the policy.",
     callbacks.BatchSizeFinder: "the batch size is part of an update's definition. Set data.max_tokens_per_batch, which "
     "divides an update by its tokens; `rlhf-pl plan` computes what fits.",

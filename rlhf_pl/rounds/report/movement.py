@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from rlhf_pl.algorithms.policy_loss import PolicyLoss
+from rlhf_pl.algorithms.step_options import describe_larger_steps
 from rlhf_pl.rounds.metrics import training_margins
 from rlhf_pl.rounds.stages.kl import SPREAD, STAGE
 from rlhf_pl.store.round_store import Round, RoundStore
@@ -96,7 +97,7 @@ def _remedy(loss: PolicyLoss, target: float | None, reached: float, lr: float | 
         lr: The peak learning rate.
         updates: Number of updates in the round.
     """
-    options = _larger_steps(loss)
+    options = describe_larger_steps(loss)
     if target is not None and target < _SMALL_MARGIN and options:
         return f"the targets are small, 95 % of them below {target:.2g} nats; {options}"
     if target is not None and reached >= _MOSTLY and options:
@@ -105,24 +106,13 @@ def _remedy(loss: PolicyLoss, target: float | None, reached: float, lr: float | 
     if target is None and options and all(reach is not None and reach < _SMALL_MARGIN for reach in reaches):
         furthest = max(reach for reach in reaches if reach is not None)
         return f"the loss hardly pushes a pair beyond a log-ratio margin of {furthest:.2g} nats; {options}"
-    rate = "`model.optimizer.init_args.lr`" + ("" if lr is None else f" (now {lr:.2g})")
+    rate = "`--model.optimizer.lr`" + ("" if lr is None else f" (now {lr:.2g})")
     many = "" if updates is None else f" ({updates} in this round)"
     why = "" if target is None else "the targets are far from reached; "
     more = "`data.prompts_per_round` or `data.passes`, lower `data.batch_size`"
     is_unknown = target is None and all(reach is None for reach in reaches)
     also = f"; or {options}" if is_unknown and options else ""
     return f"{why}raise {rate}, or make more updates{many}: raise {more}{also}"
-
-
-def _larger_steps(loss: PolicyLoss) -> str:
-    """How to change the options of a loss, or of the terms of a sum, so that rounds move further; empty for none."""
-    found = []
-    for _, term in loss.terms:
-        for name, how in term.larger_steps.items():
-            option = f"`model.loss.{name}`" if hasattr(loss, name) else f"`{name}` of `{type(term).__name__}`"
-            now = getattr(term, name, None)
-            found.append(f"{how} {option}" + (f" (now {now:g})" if isinstance(now, float | int) else ""))
-    return " or ".join(found)
 
 
 def _rate(manifest: Mapping[str, Any]) -> float | None:

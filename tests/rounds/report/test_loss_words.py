@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from rlhf_pl.algorithms import losses
+from rlhf_pl.algorithms.kl_estimates import KLTerm
 from rlhf_pl.algorithms.losses import (
     APODownLoss,
     APOZeroLoss,
@@ -29,6 +30,7 @@ from rlhf_pl.algorithms.losses import (
     SumOfLosses,
 )
 from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups
+from rlhf_pl.algorithms.step_options import describe_smaller_steps
 from rlhf_pl.rounds.report.legend import make_legend
 from rlhf_pl.rounds.report.movement import describe_standstill
 from rlhf_pl.store.round_store import RoundStore
@@ -79,6 +81,23 @@ def test_a_sum_explains_its_terms_with_their_weights() -> None:
     assert "critic" in PPOLoss().meaning
 
 
+@pytest.mark.parametrize(
+    ("loss", "advice"),
+    [
+        (RebelLoss(0.5), "lower `model.loss.eta` (now 0.5)"),
+        (RebelLoss(), "lower `model.loss.target_spread` (now 2)"),
+        (RebelLoss(target_kl=3.0), "lower `model.loss.target_kl` (now 3)"),
+        (DPOLoss(0.1), "raise `model.loss.beta` (now 0.1)"),
+        (losses.GRPOLoss(kl=KLTerm(coef=0.05)), "raise `model.loss.kl.coef` (now 0.05)"),
+        (losses.GRPOLoss(), ""),
+        (SumOfLosses([HingeLoss(9.0), RebelLoss(2.0)]),
+         "raise `beta` of `HingeLoss` (now 9) or lower `eta` of `RebelLoss` (now 2)"),
+    ],
+)  # fmt: skip
+def test_smaller_steps_name_options_that_the_loss_has(loss: PolicyLoss, advice: str) -> None:
+    assert describe_smaller_steps(loss) == advice
+
+
 def standstill(folder: Path, loss: PolicyLoss, target: float | None = None) -> str:
     """What is said after a round of 5 updates at 1e-6 that moved the policy by 1e-5 nats."""
     stored = RoundStore(folder).round(0)
@@ -93,12 +112,12 @@ def standstill(folder: Path, loss: PolicyLoss, target: float | None = None) -> s
         (RebelLoss(0.5), 0.01, "below 0.01 nats; raise or set to auto `model.loss.eta` (now 0.5)"),
         (RebelLoss("auto", 0.1), 0.2, "raise `model.loss.target_spread` (now 0.1)"),
         (RebelLoss("auto", target_kl=0.001), 0.2, "raise `model.loss.target_kl` (now 0.001)"),
-        (RebelLoss(0.5), 3.0, "the targets are far from reached; raise `model.optimizer.init_args.lr` (now 1e-06)"),
+        (RebelLoss(0.5), 3.0, "the targets are far from reached; raise `--model.optimizer.lr` (now 1e-06)"),
         (DPOLoss(50.0), None, "a log-ratio margin of 0.08 nats; lower `model.loss.beta` (now 50)"),
-        (DPOLoss(0.1), None, "per response): raise `model.optimizer.init_args.lr` (now 1e-06), or make more updates ("),
+        (DPOLoss(0.1), None, "per response): raise `--model.optimizer.lr` (now 1e-06), or make more updates ("),
         (SPPOLoss(10.0), None, "lower `model.loss.beta` (now 10) or raise `model.loss.reward_scale` (now 1)"),
         (SumOfLosses([HingeLoss(9.0)]), None, "margin of 0.11 nats; lower `beta` of `HingeLoss` (now 9)"),
-        (SumOfLosses([HingeLoss(9.0), ChosenNLL()]), None, "per response): raise `model.optimizer.init_args.lr`"),
+        (SumOfLosses([HingeLoss(9.0), ChosenNLL()]), None, "per response): raise `--model.optimizer.lr`"),
         (WithWords(), None, "lower `data.batch_size`; or raise `model.loss.stride` (now 3)"),
     ],
 )  # fmt: skip
