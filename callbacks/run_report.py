@@ -11,6 +11,7 @@ from rich.segment import Segment, Segments
 from rich.table import Table
 from rich.text import Text
 
+from rlhf_pl.algorithms.margin_metrics import margin_metric_names
 from rlhf_pl.algorithms.policy_loss import PolicyLoss
 from rlhf_pl.callbacks.degeneration_guard import DegenerationGuard
 from rlhf_pl.callbacks.next_steps import next_steps
@@ -125,7 +126,9 @@ def _legend(trainer: L.Trainer, module: PolicyModule, data: RoundDataModule) -> 
     rounds = next((callback for callback in callbacks if isinstance(callback, RoundRefresh)), None)
     options = None if rounds is None else rounds.options
     samples = options is not None and options.val_sampling.temperature > 0 and bool(data.val_prompts)
-    return make_legend(module.loss, "old_logps" in module.needs, samples, None if guard is None else guard.max_kl)
+    max_kl = None if guard is None else guard.max_kl
+    margins = margin_metric_names(module.loss, module.needs)
+    return make_legend(module.loss, "old_logps" in module.needs, samples, max_kl, margins)
 
 
 def print_uncropped(table: Table) -> None:

@@ -29,6 +29,7 @@ from rlhf_pl.algorithms.losses import (
     SPPOLoss,
     SumOfLosses,
 )
+from rlhf_pl.algorithms.margin_metrics import margin_metric_names
 from rlhf_pl.algorithms.prompt_groups import Z_REF, PromptGroups
 from rlhf_pl.algorithms.step_options import describe_smaller_steps
 from rlhf_pl.rounds.report.legend import make_legend
@@ -55,6 +56,20 @@ def test_every_loss_and_term_says_what_its_number_means(kind: type[PolicyLoss]) 
     loss = kind(constant_tokens=8) if kind is losses.DrGRPOLoss else kind()  # type: ignore[call-arg]
     assert all("mean of " + type(term).__name__ not in term.meaning for _, term in loss.terms)
     assert f"  loss: {loss.meaning}" in make_legend(loss, has_kl=True, held_out=True).splitlines()
+
+
+@pytest.mark.parametrize(
+    ("loss", "line"),
+    [
+        (RebelLoss(), "  targets reached: slope of the pairs' log-ratio margins on their targets; R²: the share of"),
+        (DPOLoss(), "  slope: of the pairs' log-ratio margins on their reward margins; R²: the share of"),
+        (losses.GRPOLoss(), ""),
+    ],
+)
+def test_the_legend_explains_the_fit_of_the_margins_where_rounds_show_it(loss: PolicyLoss, line: str) -> None:
+    legend = make_legend(loss, has_kl=True, held_out=True, margins=margin_metric_names(loss, loss.needs))
+    assert line in legend
+    assert ("R²" in legend) == bool(line)
 
 
 @pytest.mark.parametrize(
