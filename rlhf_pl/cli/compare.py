@@ -2,6 +2,7 @@
 
 import statistics
 from collections.abc import Sequence
+from pathlib import Path
 
 from rich import box
 from rich.table import Table
@@ -43,6 +44,11 @@ def run(argv: Sequence[str]) -> int:
     )
     arguments = parser.parse_args(argv)
     try:
+        if Path(arguments.run_a).resolve() == Path(arguments.run_b).resolve():
+            raise InputError(
+                f"{arguments.run_a!r} and {arguments.run_b!r} are the same directory: name two runs. "
+                f"`rlhf-pl rounds {arguments.run_a}` shows the rounds of one."
+            )
         return show(*(find_evaluation(name, arguments.after) for name in (arguments.run_a, arguments.run_b)))
     except InputError as error:
         print_wrong_input(error)

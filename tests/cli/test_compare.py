@@ -83,3 +83,10 @@ def test_what_can_t_be_compared_is_refused(tmp_path: Path, capsys: pytest.Captur
     assert "holds no evaluation after 7 rounds" in compared(capsys, a, b, "--after", "7", expected=1)
     assert "There is no folder 'nowhere'" in compared(capsys, a, "nowhere", expected=1)
     assert "holds no evaluation on held-out prompts" in compared(capsys, a, str(tmp_path), expected=1)
+
+
+def test_a_run_is_not_compared_with_itself(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "a", [0.0] * 6)
+    (tmp_path / "link").symlink_to("a")
+    for other in (f"{run}/", str(tmp_path / "link")):
+        assert "are the same directory: name two runs." in compared(capsys, run, other, expected=1)
