@@ -22,6 +22,7 @@ class RunLifecycle(L.Callback):
     def __init__(self) -> None:
         self._lock: RunLock | None = None
         self._threads_before: int | None = None  # of torch, in a run on a CPU
+        self._has_warned = False  # of overload
 
     def choose_threads(self, trainer: L.Trainer) -> None:
         """Let a run on a CPU compute with as many threads as there are free cores; before an engine takes torch's."""
@@ -45,9 +46,12 @@ class RunLifecycle(L.Callback):
             write_threads(trainer.default_root_dir)
 
     def warn_of_overload(self, trainer: L.Trainer) -> None:
-        """Say on rank 0 that other jobs slow down a run on a CPU."""
-        if _is_on_cpu(trainer) and trainer.is_global_zero and (sentence := describe_overload()):
+        """Say on rank 0, once, that other jobs slow down a run on a CPU."""
+        if self._has_warned or not _is_on_cpu(trainer) or not trainer.is_global_zero:
+            return
+        if sentence := describe_overload():
             console.print(sentence, soft_wrap=True)
+            self._has_warned = True
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         if not is_at_round_end(trainer):

@@ -8,9 +8,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 
+from rlhf_pl.callbacks.run_lifecycle import RunLifecycle
 from rlhf_pl.utils.cpu_threads import FILE, describe_overload, read_threads, write_threads
 
 CODE = "import sys; from rlhf_pl.utils.cpu_threads import choose_threads; print(*choose_threads(sys.argv[1], {n}))"
@@ -78,3 +80,15 @@ def test_overload_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     assert not describe_overload()
     monkeypatch.setattr(os, "getloadavg", lambda: (2.0 * cores + 1, 0.0, 0.0))
     assert f"{2.0 * cores + 1:.1f} threads want to run on {cores} cores" in describe_overload()
+
+
+def test_a_run_warns_of_overload_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loads = iter([0.0, 1e3, 1e3])
+    monkeypatch.setattr(os, "getloadavg", lambda: (next(loads), 0.0, 0.0))
+    run, trainer = RunLifecycle(), L.Trainer(accelerator="cpu", default_root_dir=tmp_path, logger=False)
+    capsys.readouterr()
+    for is_said in (False, True, False):
+        run.warn_of_overload(trainer)
+        assert ("overloaded" in capsys.readouterr().out) == is_said
