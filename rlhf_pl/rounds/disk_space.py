@@ -37,10 +37,23 @@ def check_disk_space(
         weights, checkpoint = weights + own, checkpoint + own * (1 + 2 * _trainable_share(critic))
     if trainer.checkpoint_callbacks:
         checkpoint = _newest_checkpoint_bytes(data.store.run_dir) or int(checkpoint)
-        parts[f"{CHECKPOINTS} checkpoints"] = CHECKPOINTS * checkpoint
+        number = _new_checkpoints(trainer, data.store.run_dir, index)
+        parts["a checkpoint" if number == 1 else f"{number} checkpoints"] = number * checkpoint
     if trainer.max_epochs == index + 1:
         parts["final model"] = weights
     check_space(data.store.run_dir, parts, f"round {index + 1}")
+
+
+def _new_checkpoints(trainer: L.Trainer, run_dir: Path, index: int) -> int:
+    """Number of checkpoints that round `index` will hold beyond those on the disk, at the most.
+
+    With `checkpoint.keep_rounds: 1` a later round's first checkpoint takes the place of the one before the newest, so
+    that one more is enough. Each is written before an old one is deleted.
+    """
+    keep = next((c.keep_rounds for c in trainer.checkpoint_callbacks if hasattr(c, "keep_rounds")), -1)
+    if keep == -1:
+        return CHECKPOINTS
+    return max(1, min(CHECKPOINTS, min(keep, index) + CHECKPOINTS - len(checkpoint_files(run_dir))))
 
 
 def _newest_checkpoint_bytes(run_dir: Path) -> int:

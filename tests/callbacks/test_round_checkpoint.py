@@ -11,7 +11,9 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.demos.boring_classes import BoringModel
 
-from rlhf_pl.callbacks import RoundCheckpoint
+from rlhf_pl.callbacks import RoundCheckpoint, round_checkpoint
+from rlhf_pl.checkpointing.checkpoints import checkpoint_files, link_last
+from rlhf_pl.rounds import disk_space
 from rlhf_pl.utils.errors import InputError
 from tests.callbacks.conftest import SmallRun
 from tests.integration.test_fit import assert_same, weights
@@ -77,6 +79,32 @@ def test_the_files_at_any_time(tmp_path: Path, every: int, keep: int) -> None:
     trainer.fit(BoringModel())
     listing.list_files(trainer, "end")
     assert listing.found == expected_files([4, 4, 4], every, keep)
+
+
+@pytest.mark.parametrize(("every", "keep"), [(1, 1), (0, 1), (2, 2), (1, 3), (0, -1)])
+def test_the_disk_check_counts_the_checkpoints_that_a_round_adds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int, keep: int
+) -> None:
+    """Those that exist together at the most, before an old one is deleted, beyond those at the round's start."""
+    starts, peaks, planned = [], [0] * 4, []
+
+    class Start(L.Callback):
+        def on_train_epoch_start(self, trainer: L.Trainer, *_: Any) -> None:
+            starts.append(len(checkpoint_files(tmp_path)))
+            planned.append(disk_space._new_checkpoints(trainer, tmp_path, trainer.current_epoch))
+
+    def count(file: Path) -> None:
+        peaks[len(starts) - 1] = max(peaks[len(starts) - 1], len(checkpoint_files(tmp_path)))
+        link_last(file)
+
+    monkeypatch.setattr(round_checkpoint, "link_last", count)
+    L.Trainer(
+        accelerator="cpu", default_root_dir=tmp_path, max_epochs=4, limit_train_batches=3, limit_val_batches=0,
+        logger=False, enable_progress_bar=False, enable_model_summary=False,
+        callbacks=[RoundCheckpoint(every, keep), Start()],
+    ).fit(BoringModel())  # fmt: skip
+    assert planned == [peak - start for peak, start in zip(peaks, starts, strict=True)]
+    assert planned == ([2, 2, 1, 1] if keep == 1 else [2, 2, 2, 2])
 
 
 def test_the_checkpoint_before_a_damaged_one_is_kept_at_the_end(
