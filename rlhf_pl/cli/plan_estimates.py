@@ -59,8 +59,9 @@ class Plan:
         self.module, self.data, self.options, self.machine = module, data, options, machine
         self.sampler: Any = refresh.sampler
         self.prompts = prompts
-        sampling = refresh.options_for(prompts.held_out).val_sampling
-        self.val_responses = sampling.num_responses
+        planned = refresh.options_for(prompts.held_out)
+        assert planned is not None
+        self.val_responses = planned.val_sampling.num_responses
         self.config = module.source.config
         self.kernels = machine.kernels(module)
         self.model = model_size(self.config, module.trainable_layers, module.lora)
@@ -162,16 +163,17 @@ class Plan:
 
     def host_memory(self) -> dict[str, tuple[int, int]]:
         """Bytes in host memory on rank 0 and on each other rank, by what holds them. Under FSDP1 all ranks read."""
-        whole = DTYPE_BYTES[self.module.dtype_name] * self.model.total
-        found = {f"{self.module.source.path} while loading": (whole, whole if self.machine.all_ranks_read else 0)}
+        whole = self.model.weight_bytes(DTYPE_BYTES[self.module.dtype_name])
+        all_read = self.machine.all_ranks_read or self.model.quantized > 0
+        found = {f"{self.module.source.path} while loading": (whole, whole if all_read else 0)}
         if self.critic is not None and self.critic.source is not None:
             own = self.critic.width * self.critic.size.total
             found[f"{self.critic.source.path} (critic) while loading"] = (own, own)
         return found | {"the policy before the round, while it trains": (self.snapshot_bytes(),) * 2}
 
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint: weights, and AdamW's two moments of the trainable ones, of policy and critic."""
-        own = DTYPE_BYTES[self.module.dtype_name] * (self.model.total + 2 * self.model.trainable)
+        """Bytes of a checkpoint of policy and critic."""
+        own = self.model.checkpoint_bytes(DTYPE_BYTES[self.module.dtype_name])
         return own + (0 if self.critic is None else self.critic.checkpoint())
 
     def snapshot_bytes(self) -> int:

@@ -58,12 +58,13 @@ class FixedPlan:
 
     def host_memory(self) -> dict[str, tuple[int, int]]:
         """Bytes in host memory on rank 0 and on each other rank, by what holds them."""
-        whole = DTYPE_BYTES[self.module.dtype_name] * self.model.total
-        return {f"{self.module.source.path} while loading": (whole, whole if self.machine.all_ranks_read else 0)}
+        whole = self.model.weight_bytes(DTYPE_BYTES[self.module.dtype_name])
+        all_read = self.machine.all_ranks_read or self.model.quantized > 0
+        return {f"{self.module.source.path} while loading": (whole, whole if all_read else 0)}
 
     def checkpoint(self) -> int:
-        """Bytes of a checkpoint: weights, and AdamW's two moments of the trainable ones."""
-        return DTYPE_BYTES[self.module.dtype_name] * (self.model.total + 2 * self.model.trainable)
+        """Bytes of a checkpoint."""
+        return self.model.checkpoint_bytes(DTYPE_BYTES[self.module.dtype_name])
 
     def updates(self) -> int:
         """Updates of an epoch."""

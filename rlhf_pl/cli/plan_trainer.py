@@ -66,11 +66,11 @@ class PlannedTrainer:
         """
         width = DTYPE_BYTES[dtype]
         held = {
-            "parameters": width * size.total // self.shards,
+            "parameters": size.weight_bytes(width) // self.shards,
             "optimizer": 2 * width * size.trainable // self.shards,
         }
         if self.has_copies(dtype, half):
-            held["copies in bf16"] = 2 * size.total
+            held["copies in bf16"] = 2 * (size.total - size.quantized)
         return held
 
     def has_copies(self, dtype: str, half: bool) -> bool:

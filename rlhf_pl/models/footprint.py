@@ -11,11 +11,13 @@ from torch.distributed.tensor import DTensor
 from rlhf_pl.models.classifier_head import empty_classifier
 from rlhf_pl.models.compute import Compute
 from rlhf_pl.models.logprobs import VOCABULARY_BLOCK
-from rlhf_pl.models.lora import adapter_size
+from rlhf_pl.models.lora import adapter_size, base_dtype, quantized_size
 from rlhf_pl.models.policy import decoder_layers, meta_lm
 from rlhf_pl.models.source import ModelSource
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# a weight in 4 bits, with a scale in 8 bits for 64 of them, and one in float32 for 256 scales
+FOUR_BIT_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
 
 LOGIT_COPIES = 4  # float32 copies of a block of logits at the peak, including buffers of matrix products
 
@@ -31,6 +33,7 @@ class ModelSize:
         layer: Parameters of one decoder layer.
         rest: Parameters outside the layers: embeddings, head, norms.
         layers: Number of decoder layers.
+        quantized: Frozen parameters in 4 bits.
     """
 
     total: int
@@ -39,6 +42,15 @@ class ModelSize:
     layer: int
     rest: int
     layers: int
+    quantized: int = 0
+
+    def weight_bytes(self, width: int) -> int:
+        """Bytes of all weights, where those not in 4 bits take `width` bytes each."""
+        return width * (self.total - self.quantized) + int(FOUR_BIT_BYTES * self.quantized)
+
+    def checkpoint_bytes(self, width: int) -> int:
+        """Bytes of a checkpoint: weights, without a base in 4 bits, and AdamW's two moments of the trainable ones."""
+        return width * ((self.trainable if self.quantized else self.total) + 2 * self.trainable)
 
 
 def model_size(config: Any, trainable_layers: int | None = None, lora: Any = None) -> ModelSize:
@@ -47,16 +59,18 @@ def model_size(config: Any, trainable_layers: int | None = None, lora: Any = Non
     layers = decoder_layers(model)
     total, layer = _count_parameters(model), _count_parameters(layers[0])
     rest = total - layer * len(layers)
-    adapters = 0
+    adapters, quantized = 0, 0
     if lora is not None:
         adapters = adapter_size(model, lora)
+    if base_dtype(lora) is not None:
+        quantized = quantized_size(model)
     trainable = total
     if lora is not None:
         trainable = adapters
     elif trainable_layers is not None:
         tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
         trainable = trainable_layers * layer + (0 if tied else _count_parameters(model.get_output_embeddings()))
-    return ModelSize(total + adapters, trainable, adapters, layer, rest, len(layers))
+    return ModelSize(total + adapters, trainable, adapters, layer, rest, len(layers), quantized)
 
 
 def classifier_size(source: ModelSource, lora: Any = None) -> ModelSize:

@@ -149,6 +149,12 @@ def adapter_size(model: Any, settings: LoRA) -> int:
     return settings.rank * size
 
 
+def quantized_size(model: Any) -> int:
+    """Number of weights that `base_dtype` stores in 4 bits. The model may be on the meta device."""
+    modules = dict(model.named_modules())
+    return sum(modules[name].weight.numel() for name in _linear_layers(model))
+
+
 def add_lora(model: Any, settings: LoRA, seed: int, train_head: bool) -> None:
     """Freeze a Hugging Face model and add trainable adapters to its backbone.
 

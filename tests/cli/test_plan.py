@@ -2,8 +2,10 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +112,32 @@ def test_trainable_parameters_are_counted(tmp_path: Path, tied: bool) -> None:
     train_last_layers(lm, 1, source)
     norm = source.config.hidden_size
     assert model_size(source.config, trainable_layers=1).trainable == trainable(lm) - norm
+
+
+def test_a_base_in_4_bits_counts_at_its_width(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], write_jsonl: Any
+) -> None:
+    pytest.importorskip("bitsandbytes")
+    llama = save_llama(tmp_path / "llama", hidden_size=256, intermediate_size=512)
+    source, lora = ModelSource(str(llama)), LoRA(rank=4)
+    size = model_size(source.config, lora=replace(lora, base_dtype="nf4"))
+    whole = model_size(source.config, lora=lora)
+    lm = load_lm(source, "bfloat16", base_dtype="nf4")
+    states = [p.quant_state for p in lm.parameters() if hasattr(p, "quant_state")]
+    scales = sum(t.nbytes for state in states for t in (state.absmax, state.state2.absmax))
+    weights = sum(p.nbytes for p in lm.parameters()) + scales
+    assert size.weight_bytes(2) - 2 * size.adapters == pytest.approx(weights, rel=0.001)
+    assert whole.weight_bytes(2) == 2 * whole.total > 2 * size.weight_bytes(2)
+    assert whole.checkpoint_bytes(2) == 2 * (whole.total + 2 * whole.adapters)
+    assert size.checkpoint_bytes(2) == 6 * size.adapters
+    options = ["--model", "SFTModule", "--model.policy", source.path, "--model.dtype", "bfloat16", "--data"]
+    options += ["SFTDataModule", "--data.conversations", write_jsonl([{"prompt": "Hi", "response": "Ho"}] * 9)]
+    options += ["--model.lora", "LoRA", "--model.lora.rank", "4", "--model.lora.base_dtype", "nf4"]
+    options += ["--data.max_tokens", "100"]
+    assert main(["plan", *options, "--tflops", "1", "--trainer.accelerator", "cpu"]) == 0
+    out = capsys.readouterr().out
+    assert re.search(rf"│ parameters +│ +{format_bytes(size.weight_bytes(2))} ", out)
+    assert re.search(rf"│ a checkpoint +│ +{format_bytes(size.checkpoint_bytes(2))} ", out)
 
 
 def test_sharding_divides_the_parameters(capsys: pytest.CaptureFixture[str], llama: Path, tmp_path: Path) -> None:
