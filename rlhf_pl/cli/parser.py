@@ -70,7 +70,8 @@ def _class_help(text: str, option: str, name: str) -> str:
     options = text.split("\n\n", 2)[-1]
     if full != option:
         options = re.sub(rf"(?<=\s){re.escape(option)}(?=[.\s])", full, options)
-    return f"usage: rlhf-pl fit {full} {name.removeprefix('rlhf_pl.')} [options]\n\n{options}"
+    short = name.rpartition(".")[2] if name.startswith("rlhf_pl.") else name
+    return f"usage: rlhf-pl fit {full} {short} [options]\n\n{options}"
 
 
 def _full_name(required: re.Match[str]) -> str:

@@ -5,9 +5,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.table import Table
-
 from rlhf_pl.cli.fit import RlhfCLI
+from rlhf_pl.cli.group_help import group_help
 from rlhf_pl.cli.option_numbers import refuse_not_finite
 from rlhf_pl.cli.parser_errors import CommandParser
 from rlhf_pl.cli.plan_disk import DiskOptions, stored_responses
@@ -16,7 +15,7 @@ from rlhf_pl.cli.plan_fixed import FixedPlan
 from rlhf_pl.cli.plan_machine import GPU_TFLOPS, GPU_TOKENS_PER_S, device_bytes, measure_cpu_tflops
 from rlhf_pl.cli.plan_prompts import plan_prompts
 from rlhf_pl.cli.plan_rows import plan_rows
-from rlhf_pl.cli.plan_show import show_disk, show_header, show_memory, show_verdict
+from rlhf_pl.cli.plan_show import show_disk, show_header, show_memory, show_times, show_verdict
 from rlhf_pl.cli.plan_trainer import PlannedTrainer, plan_trainer
 from rlhf_pl.data import OfflineDataModule, PreferenceDataModule, RoundDataModule, SFTDataModule
 from rlhf_pl.data.policy_module import find_missing_members, is_policy_module
@@ -100,6 +99,9 @@ def run(argv: Sequence[str]) -> int:
         metavar="X",
         help="throughput of a device in training, TFLOP/s; default: 150, on a CPU half of a matrix product's, measured",
     )
+    if text := group_help(argv):
+        print(text, end="")
+        return 0
     own, rest = parser.parse_known_args(list(argv))
     refuse_not_finite(vars(own))
     cli = _PlannedCLI(["fit", *rest])
@@ -209,9 +211,7 @@ def _show_time_of_epochs(plan: FixedPlan, own: argparse.Namespace) -> None:
     rows, (tflops, speed) = plan.rows, _speed(plan, own)
     seconds = plan.seconds(tflops)
     count = f"{rows.count:,}" if rows.is_known else f"{rows.count:,} (assumed)"
-    times = Table(f"time, an epoch of {count} {rows.noun}", *seconds, "sum", title="Time")
-    times.add_row("seconds", *(f"{s:,.0f}" for s in seconds.values()), f"{sum(seconds.values()):,.0f}")
-    console.print(times)
+    show_times(f"an epoch of {count} {rows.noun}", seconds)
     updates, rank = plan.updates(), plan.machine
     size = f"{plan.data.batch_size} x {rank.accumulate} x {rank.devices} {rows.noun}"
     console.print(
@@ -237,9 +237,7 @@ def _show_time_of_rounds(plan: Plan, mean: float, own: argparse.Namespace) -> No
     prompts, most = plan.prompts, plan.options.sampling.max_response_tokens
     seconds = plan.seconds(mean, tokens_per_s, tflops)
     per = f"a round of {prompts.count:,} prompts" if prompts.is_known else "1,000 prompts"
-    times = Table(f"time, {per}", *seconds, "sum", title="Time")
-    times.add_row("seconds", *(f"{s:,.0f}" for s in seconds.values()), f"{sum(seconds.values()):,.0f}")
-    console.print(times)
+    show_times(per, seconds)
     share = "" if own.response_tokens else f" ({mean / most:.0%} of the maximum, assumed: --response_tokens)"
     console.print(
         f"Time: typical prompts of {prompts.typical:,.0f} tokens and responses of {mean:,.0f}{share}; "

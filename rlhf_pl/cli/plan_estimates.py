@@ -195,7 +195,9 @@ class Plan:
         return reward_bytes(self.options.reward)
 
     def seconds(self, response_tokens: float, tokens_per_s: float, tflops: float) -> dict[str, float]:
-        """Seconds of a round by phase, with typical prompts. Scoring counts reward models in this process only.
+        """Seconds of a round by phase, of those that it has, with typical prompts.
+
+        Scoring counts reward models in this process only.
 
         Args:
             response_tokens: Mean length of a response.
@@ -225,13 +227,14 @@ class Plan:
             per_row_token += self.critic.flops(self.module.gradient_checkpointing, ahead)
             logps += self.critic.flops_of_old_values(self.model.total)
         held_out = self.prompts.held_out * self.val_responses
-        return {
+        seconds = {
             "held-out": held_out * response_tokens / (tokens_per_s * engines) + 2 * reward * held_out * row / speed,
             "generate": responses * response_tokens / (tokens_per_s * engines),
             "score": 2 * reward * responses * row / speed,
             "log-probs": logps * used_tokens / speed,
             "train": per_row_token * self._passes(prompts) * used_tokens / speed,
         }
+        return {phase: value for phase, value in seconds.items() if value or phase == "score"}
 
     def _passes(self, prompts: int) -> float:
         """How many times a round's training uses a prompt, if all of them are usable."""

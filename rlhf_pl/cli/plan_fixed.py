@@ -77,7 +77,7 @@ class FixedPlan:
         return self.data.batch_size * self.machine.accumulate * self.machine.devices
 
     def seconds(self, tflops: float) -> dict[str, float]:
-        """Seconds of an epoch by phase; the log-probs of offline pairs are computed once.
+        """Seconds of an epoch by phase, of those that it has; the log-probs of offline pairs are computed once.
 
         Args:
             tflops: Throughput of a device in training, TFLOP/s.
@@ -96,7 +96,8 @@ class FixedPlan:
         if isinstance(self.data, OfflineDataModule):
             models = ("old_logps" in needs) + ("reference_logps" in needs) + has_mismatched
             seconds["log-probs"] = 2 * models * total * (used + rows.held_out_tokens) / speed
-        return seconds | {
+        seconds |= {
             "train": (per_token + ahead) * total * used * passes / speed,
             "held-out": 2 * total * rows.held_out_tokens / speed,
         }
+        return {phase: value for phase, value in seconds.items() if value}

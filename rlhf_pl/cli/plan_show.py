@@ -88,6 +88,26 @@ def show_disk(plan: Any, options: DiskOptions, stored: Mapping[str, tuple[int, i
         console.print(problem, soft_wrap=True)
 
 
+def show_times(per: str, seconds: Mapping[str, float]) -> None:
+    """Print the table of times.
+
+    Args:
+        per: What takes that long.
+        seconds: Seconds by phase.
+    """
+    columns = {**seconds, **({"sum": sum(seconds.values())} if len(seconds) > 1 else {})}
+    times = Table(f"time, {per}", *columns, title="Time")
+    times.add_row("seconds", *map(_format_seconds, columns.values()))
+    console.print(times)
+
+
+def _format_seconds(seconds: float) -> str:
+    """Seconds without a fraction, or with one digit of it where they are few."""
+    if 0 < seconds < 0.05:
+        return "< 0.1"
+    return f"{seconds:.1f}" if 0 < seconds < 9.95 else f"{seconds:,.0f}"
+
+
 def show_verdict(plan: Any, memory: Mapping[str, Mapping[str, int]], available: float, is_given: bool) -> int:
     """Print whether the plan fits, and otherwise what to change. Return the exit code.
 

@@ -45,7 +45,8 @@ def test_the_help_of_a_class_has_its_options_as_they_are_typed(
 ) -> None:
     asked = [f"{option}.help={name}"] if joined else [f"{option}.help", name]
     out = _help(capsys, monkeypatch, ["fit", *asked])
-    assert out.startswith(f"usage: rlhf-pl fit {option} ")
+    assert out.startswith(f"usage: rlhf-pl fit {option} {name} ")
+    assert _help(capsys, monkeypatch, ["plan", *asked]) == out
     assert f"  {option}.{member}" in out
     typed = [line.split()[0] for line in out.splitlines() if line.startswith("  --")]
     assert all(each.startswith(option) for each in typed)
@@ -68,6 +69,8 @@ def test_the_help_of_a_class_has_its_options_as_they_are_typed(
 def test_the_help_of_a_group_needs_no_class(capsys: pytest.CaptureFixture[str], arguments: str, option: str) -> None:
     assert main(["fit", *arguments.split()]) == 0
     out = capsys.readouterr().out
+    assert main(["plan", *arguments.split()]) == 0  # which has the options of `fit`
+    assert capsys.readouterr().out == out
     group = option.rpartition(".")[0]
     assert out.startswith(f"usage: rlhf-pl fit {group}.OPTION VALUE")
     assert f"\n  {option} " in out

@@ -294,4 +294,4 @@ def _seconds(table: str) -> dict[str, float]:
     """Seconds of a plan's phases by name."""
     lines = [line for line in table.splitlines() if "│ seconds" in line or "time, " in line]
     names, values = ([cell.strip() for cell in line.replace("┃", "│").split("│")[2:-1]] for line in lines)
-    return {name: float(value.replace(",", "")) for name, value in zip(names, values, strict=True)}
+    return {name: float(value.strip("< ").replace(",", "")) for name, value in zip(names, values, strict=True)}

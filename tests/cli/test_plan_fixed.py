@@ -140,6 +140,19 @@ def test_a_plan_needs_neither_weights_nor_the_data(
     assert "name the one that that run starts from" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("held_out", "columns"), [(0, ["train"]), (6, ["train", "held-out", "sum"])])
+def test_the_time_has_the_phases_that_the_run_has(
+    llama: Path, file: str, held_out: int, columns: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["plan", "--tflops", "1e-5", "--model", "SFTModule", "--model.policy", str(llama), "--data"]
+    arguments += ["SFTDataModule", "--data.max_tokens", "100", "--data.conversations", file, "--data.val_conversations"]
+    assert main([*arguments, str(held_out)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    header = next(line for line in lines if "time, an epoch of" in line)
+    assert [cell.strip() for cell in header.split("┃")[2:-1]] == columns
+    assert all(float(cell.replace(",", "")) > 0 for cell in _cell("\n".join(lines), "seconds"))
+
+
 def test_modules_and_data_that_do_not_belong_together_are_refused(
     llama: Path, file: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
