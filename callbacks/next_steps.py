@@ -8,6 +8,7 @@ import lightning as L
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 
 from rlhf_pl.callbacks.hf_export import HFExport
+from rlhf_pl.data.run_limits import at_max_steps
 from rlhf_pl.models.export_stamp import read_stamp
 
 
@@ -72,6 +73,8 @@ def next_steps(trainer: L.Trainer, asked_by: L.Callback, rounds: int | None = No
     model = model_folder(trainer, asked_by)
     is_command = (run_dir / "config.yaml").exists()
     limit = f"--trainer.max_epochs {rounds + 2}" if is_command and rounds else f"max_epochs={(rounds or 0) + 2}"
+    if at_max_steps(trainer):
+        limit = f"a higher {'--trainer.' if is_command else ''}max_steps (now {trainer.global_step})"
     lines = [
         ("see the rounds:", f"rlhf-pl rounds {run_dir}" if rounds else ""),
         ("train further:", f"the same {'command' if is_command else 'Trainer'} with {limit}" if rounds else ""),

@@ -207,6 +207,7 @@ class RoundRefresh(RunLifecycle):
         if options is None:
             problems = find_problems(data.store, held_out=False, checksums=False)
             problems.refuse("Restore the files: rounds that were prepared elsewhere can't be made here.")
+            data.check_ready()
             return
         check_policy_module(pl_module, data)
         assert is_policy_module(pl_module)

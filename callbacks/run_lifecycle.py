@@ -1,5 +1,6 @@
 """What `RoundRefresh` and `EpochRun` do alike: the run directory's lock, the run's limits, and its end."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import lightning as L
@@ -15,9 +16,14 @@ from rlhf_pl.utils.lock import RunLock
 
 
 class RunLifecycle(L.Callback):
-    """Locks the run directory and applies the run's limits, which a subclass takes over in `setup`."""
+    """Locks the run directory and applies the run's limits, which a subclass takes over in `setup`.
+
+    Attributes:
+        first_lines: Printed once the run's checks have passed.
+    """
 
     epoch_name = "epoch"  # what messages call an epoch of the Trainer
+    first_lines: Sequence[str] = ()
 
     def __init__(self) -> None:
         self._lock: RunLock | None = None
@@ -44,6 +50,9 @@ class RunLifecycle(L.Callback):
         ranks_of(trainer).run_on_rank_zero(self._lock.acquire)
         if _is_on_cpu(trainer) and trainer.is_global_zero:
             write_threads(trainer.default_root_dir)
+        if trainer.is_global_zero:
+            for line in self.first_lines:
+                console.print(line, soft_wrap=True)
 
     def warn_of_overload(self, trainer: L.Trainer) -> None:
         """Say on rank 0, once, that other jobs slow down a run on a CPU."""

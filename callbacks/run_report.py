@@ -19,6 +19,7 @@ from rlhf_pl.callbacks.round_refresh import RoundRefresh
 from rlhf_pl.checkpointing.progress import has_stopped_inside, rounds_done
 from rlhf_pl.data.policy_module import PolicyModule, is_policy_module
 from rlhf_pl.data.round_datamodule import RoundDataModule
+from rlhf_pl.data.run_limits import had_reached_max_steps
 from rlhf_pl.rounds.metrics import (
     KL_NOTE,
     choices,
@@ -47,6 +48,7 @@ class RunReport(L.Callback):
         self.num_samples = num_samples
         self._advised: set[str] = set()  # causes of rounds that teach little, each of them named once
         self._reported: set[int] = set()  # numbers of rounds that an earlier process has finished and reported
+        self._was_at_max_steps = False  # where an earlier process had ended the run
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         data = getattr(trainer, "datamodule", None)
@@ -54,7 +56,8 @@ class RunReport(L.Callback):
             return
         if trainer.ckpt_path is not None:
             self._reported = _finished_rounds(RoundStore(trainer.default_root_dir), bool(data.val_prompts))
-        if trainer.max_epochs in self._reported:
+        self._was_at_max_steps = had_reached_max_steps(trainer)
+        if trainer.max_epochs in self._reported or self._was_at_max_steps:
             return
         per_round = len(data.round_prompts(0))
         console.print(
@@ -90,7 +93,9 @@ class RunReport(L.Callback):
             return
         was_finished = rounds in self._reported
         console.print()
-        if was_finished:
+        if was_finished and self._was_at_max_steps:
+            console.print("This run had ended at `trainer.max_steps`, and nothing is left to do.", soft_wrap=True)
+        elif was_finished:
             trained = "its round was" if rounds == 1 else f"its {rounds} rounds were"
             console.print(f"This run is finished: {trained} trained before, and nothing is left to do.", soft_wrap=True)
         else:

@@ -14,7 +14,6 @@ from lightning.pytorch.accelerators import CPUAccelerator
 from lightning.pytorch.callbacks import Callback, ProgressBar
 from lightning.pytorch.cli import LightningArgumentParser, LightningCLI
 from lightning.pytorch.plugins import Precision
-from lightning.pytorch.utilities import rank_zero_only
 
 from rlhf_pl.callbacks import (
     DegenerationGuard,
@@ -104,9 +103,8 @@ class RlhfCLI(LightningCLI):
         refuse_options(config, in_rounds=isinstance(self.datamodule, RoundDataModule))
         run_dir = config["default_root_dir"]
         set_log_folder(run_dir)
-        if not getattr(rank_zero_only, "rank", 0):
-            unit = "round" if isinstance(self.datamodule, RoundDataModule) else "epoch"
-            console.print(describe_run(run_dir, config["max_epochs"], unit), soft_wrap=True)
+        unit = "round" if isinstance(self.datamodule, RoundDataModule) else "epoch"
+        self.first_lines = [describe_run(run_dir, config["max_epochs"], unit)]
         callbacks: list[Callback] = listed(config["callbacks"])
         if config["enable_progress_bar"] is not False and not has_kind(callbacks, ProgressBar):
             callbacks.append(RoundProgress())
@@ -117,11 +115,10 @@ class RlhfCLI(LightningCLI):
             kwargs["precision"] = None  # the plugin's
         else:
             kwargs["precision"] = fast_precision(precision, on_gpu(config["accelerator"]))
-        if kwargs["precision"] not in (None, precision) and not getattr(rank_zero_only, "rank", 0):
-            console.print(
+        if kwargs["precision"] not in (None, precision):
+            self.first_lines.append(
                 f"This CPU has no bfloat16 instructions: computing in float32 instead of {precision}, several times "
-                "faster here.",
-                soft_wrap=True,
+                "faster here."
             )
         defaults = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
         self.rounds: RoundRefresh = next(callback for callback in defaults if isinstance(callback, RoundRefresh))
@@ -196,7 +193,8 @@ class RlhfCLI(LightningCLI):
         """Resume from the run directory's newest checkpoint, if it has one."""
         arguments = super()._prepare_subcommand_kwargs(subcommand)
         console.quiet = not self.trainer.is_global_zero
-        start = find_start(self.trainer, self.model, self.datamodule, arguments.get("ckpt_path"))
+        chosen = arguments.get("ckpt_path")
+        start = find_start(self.trainer, self.model, self.datamodule, chosen, self.first_lines)
         self.rounds.progress = start.progress
         for callback in self.trainer.callbacks:  # type: ignore[attr-defined]
             if isinstance(callback, RunConfig):

@@ -204,8 +204,10 @@ class RoundDataModule(PairsDataModule):
         """Raise before the model loads if rounds are missing and no `RoundSource` can prepare them."""
         if self._source is None and not self.store.round(0).is_complete("logps"):
             raise InputError(
-                f"`rollout.reward` is missing, and {self.store.run_dir} holds no prepared rounds. Give a Reward class "
-                "or the import path of a Python function, such as --rollout.reward examples.short_answer.score"
+                f"`rollout.reward` is missing, and {self.store.run_dir} holds no prepared rounds. Give a Python "
+                "function (--rollout.reward examples.short_answer.score) or a reward class with its options "
+                "(--rollout.reward ClassifierReward --rollout.reward.model MODEL); docs/rewards.md lists them. Or take "
+                "the rewards of another run's rounds: --rounds_from RUN_DIR."
             )
 
     def train_dataloader(self) -> Any:

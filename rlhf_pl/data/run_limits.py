@@ -9,7 +9,7 @@ import lightning as L
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.profilers import PassThroughProfiler, PyTorchProfiler
 
-from rlhf_pl.checkpointing.checkpoints import FOLDER
+from rlhf_pl.checkpointing.checkpoints import FOLDER, read_progress
 from rlhf_pl.checkpointing.progress import (
     batches_done,
     has_stopped_inside,
@@ -79,14 +79,25 @@ def limit_epoch(trainer: L.Trainer, batches: MicroBatchSampler) -> MicroBatchSam
     return batches
 
 
-def _at_max_steps(trainer: L.Trainer) -> bool:
+def had_reached_max_steps(trainer: L.Trainer) -> bool:
+    """Whether the run, before it was started again, had ended at `max_steps`."""
+    if trainer.ckpt_path is None:
+        return False
+    progress = read_progress(Path(trainer.ckpt_path))
+    return (
+        progress is not None and progress.has_ended_round and 0 <= get_limits(trainer).max_steps <= progress.global_step
+    )
+
+
+def at_max_steps(trainer: L.Trainer) -> bool:
+    """Whether the run has reached `max_steps`."""
     return 0 <= get_limits(trainer).max_steps <= trainer.global_step
 
 
 def is_run_over(trainer: L.Trainer) -> bool:
     """Whether nothing is left to train; called before the next epoch's loader is made."""
     rounds = trainer.max_epochs
-    if _at_max_steps(trainer) and not is_at_round_end(trainer):
+    if at_max_steps(trainer) and not is_at_round_end(trainer):
         return True
     if trainer.should_stop and trainer.fit_loop._can_stop_early:
         return True
@@ -106,7 +117,7 @@ def stop_at_max_steps(trainer: L.Trainer) -> None:
 
     A run that is resumed at the end of a round first completes that round.
     """
-    if _at_max_steps(trainer):
+    if at_max_steps(trainer):
         loop: Any = trainer.fit_loop
         loop.min_epochs, loop.epoch_loop.min_steps = None, None
         trainer.should_stop = True
@@ -170,7 +181,7 @@ def report_stop(trainer: L.Trainer, what: str) -> None:
         where, is_saved = f"{place} of {rounds}, at update {trainer.global_step}", True
     if not is_saved:
         then = "No resume point was written."
-    elif _at_max_steps(trainer):
+    elif at_max_steps(trainer):
         then = "`trainer.max_steps` is reached: increase it to continue."
     else:
         then = "The next start continues with the next one."

@@ -1,6 +1,6 @@
 """The start of a run: where it resumes, what its loggers continue, and what is written once its checks have passed."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +8,7 @@ from typing import Any
 import lightning as L
 
 from rlhf_pl.callbacks import RoundCheckpoint, RoundRefresh
+from rlhf_pl.callbacks.run_lifecycle import RunLifecycle
 from rlhf_pl.checkpointing.checkpoints import Progress, check_readable, read_progress
 from rlhf_pl.checkpointing.resume import ResumePoint, chosen_resume_point, find_resume_point
 from rlhf_pl.checkpointing.safe_loading import guard_loads, load_checked
@@ -68,7 +69,9 @@ class BeginRun(L.Callback):
         self.start.begin(trainer)
 
 
-def find_start(trainer: L.Trainer, module: Any, data: Any, chosen: Any = None) -> RunStart:
+def find_start(
+    trainer: L.Trainer, module: Any, data: Any, chosen: Any = None, first_lines: Sequence[str] = ()
+) -> RunStart:
     """Find where a run resumes, and make its loggers continue. Writes nothing.
 
     Args:
@@ -76,6 +79,7 @@ def find_start(trainer: L.Trainer, module: Any, data: Any, chosen: Any = None) -
         module: The LightningModule.
         data: The DataModule.
         chosen: A checkpoint to resume from; None or `last` for the run directory's newest.
+        first_lines: Printed once the run's checks have passed, with the checkpoint.
 
     Raises:
         InputError: Another process uses the run directory, or the checkpoint can't be used.
@@ -100,8 +104,14 @@ def find_start(trainer: L.Trainer, module: Any, data: Any, chosen: Any = None) -
         rounds.progress = start.progress
     resume_loggers(trainer)
     hide_secrets_from_loggers(trainer)
-    if start.checkpoint is not None:
-        console.print(f"Resuming from {start.checkpoint}.", soft_wrap=True)
+    lines = [*first_lines, *([] if start.checkpoint is None else [f"Resuming from {start.checkpoint}."])]
+    if (
+        lifecycle := next((callback for callback in callbacks if isinstance(callback, RunLifecycle)), None)
+    ) is not None:
+        lifecycle.first_lines = lines
+    else:  # a module of the user's
+        for line in lines:
+            console.print(line, soft_wrap=True)
     return start
 
 

@@ -117,6 +117,39 @@ def test_user_errors_end_with_one_message(
     assert not (folder / "runs").exists()
 
 
+def test_a_refused_run_prints_nothing_but_its_error(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    reward = shortest.index("--rollout.reward")
+    assert main(shortest[:reward] + shortest[reward + 2 :]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith("error: `rollout.reward` is missing, and runs/cli holds no prepared rounds. Give a ")
+    assert main(shortest) == 0
+    assert "Run directory runs/cli: new." in capsys.readouterr().out
+    assert main([*shortest, "--trainer.max_epochs", "2", "--rollout.sampling.num_responses", "5"]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "with other settings" in shown.err
+
+
+def test_a_run_that_has_ended_at_max_steps_says_so_when_repeated(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """At an update of its second round."""
+    arguments = [*shortest, "--trainer.max_epochs", "3", "--data.batch_size", "2", "--trainer.max_steps"]
+    assert main([*arguments, "5"]) == 0
+    assert "How to read" in capsys.readouterr().out
+    assert main([*arguments, "5"]) == 0
+    out = capsys.readouterr().out
+    assert "Stopped inside round 2 of 3, at update 5. `trainer.max_steps` is reached" in out
+    assert "This run had ended at `trainer.max_steps`, and nothing is left to do." in out
+    assert "the same command with a higher --trainer.max_steps (now 5)" in out
+    assert not any(text in out for text in ("How to read", "Prompts: ", "before: reward", "is finished"))
+    assert main([*arguments, "6"]) == 0
+    assert "How to read" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
