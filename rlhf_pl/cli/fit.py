@@ -165,6 +165,7 @@ class RlhfCLI(LightningCLI):
             )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        Parser.arguments = list(sys.argv[1:] if args is None else args)
         with as_user_error("The command line can't be read"):
             super().parse_arguments(parser, args)
         register_config_secrets(self.config)

@@ -8,10 +8,12 @@ from typing import Any, ClassVar, NoReturn
 from jsonargparse import ArgumentParser, Namespace
 from lightning.pytorch.cli import LightningArgumentParser
 
+from rlhf_pl.cli.given_options import GivenOptions
 from rlhf_pl.cli.own_classes import leave_out_rollout, replace_classes
 from rlhf_pl.cli.parser_errors import FOR_ALL_COMMANDS, exit_with_error
 from rlhf_pl.cli.short_help import short_help
 from rlhf_pl.cli.suggestions import explain
+from rlhf_pl.cli.value_errors import explain_value
 from rlhf_pl.data import RoundDataModule
 from rlhf_pl.modules import RebelModule
 from rlhf_pl.utils.errors import InputError
@@ -26,6 +28,7 @@ class Parser(LightningArgumentParser):
 
     shows_all = False  # set by `--help_all`
     trainer_defaults: ClassVar[dict[str, Any]] = {}  # of the command, for the help
+    arguments: ClassVar[list[str]] = []  # the command line, for errors
     shows_secrets = False  # shared by all parsers: they dump each other's parts
 
     def format_help(self, formatter: Any = None) -> str:
@@ -54,7 +57,9 @@ class Parser(LightningArgumentParser):
         return super().instantiate_classes(leave_out_rollout(replace_classes(cfg)), **kwargs)
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        exit_with_error(explain(re.sub(r"required: (\w+)$", _full_name, str(message))), "fit", ex)
+        text, given = str(message), GivenOptions(self.arguments)
+        named = explain_value(text, given) or explain(re.sub(r"required: (\w+)$", _full_name, text), given)
+        exit_with_error(named, "fit", ex)
 
 
 def _class_help(text: str, option: str, name: str) -> str:

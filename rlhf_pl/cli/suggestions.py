@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import rlhf_pl
 from rlhf_pl.algorithms.losses import RebelLoss
+from rlhf_pl.cli.given_options import GivenOptions
 from rlhf_pl.cli.short_help import RUN, SECTIONS, TRAINER, option_names
 from rlhf_pl.modules.optimizers import AdamW
 
@@ -16,19 +17,20 @@ _NO_PATH = re.compile(r"^\s*- Expected a path but \S+ either not accessible or i
 _NO_OPTION = re.compile(r"^(Option '(?P<key>\S+)' is not accepted|unrecognized arguments: --(?P<flag>[^\s=]+).*)$")
 
 
-def explain(message: str) -> str:
+def explain(message: str, given: GivenOptions | None = None) -> str:
     """A parser's message about an unknown class or option, with the names that are close to it.
 
     Args:
         message: The parser's message.
+        given: The command line; None if it is not known.
     """
     if (found := _NO_CLASS.search(message)) is not None:
         key = re.search(r'Parser key "(\S+)"', message)
-        where = f"`{key[1]}`: " if key else ""
-        return f"{where}there is no class {found[1]!r}{_did_you_mean(_close(found[1], _class_names()))}"
+        where = f"`{(given or GivenOptions()).full_name(key[1], found[1])}`: " if key else ""
+        return f"{where}there is no class {found[1]!r}{did_you_mean(close_to(found[1], _class_names()))}"
     if (found := _NO_OPTION.match(message)) is not None:
         wrong = found["key"] or found["flag"]
-        return message + _did_you_mean(_options_like(wrong))
+        return message + did_you_mean(_options_like(wrong))
     return _NO_PATH.sub("", message)
 
 
@@ -46,11 +48,11 @@ def _options_like(wrong: str) -> list[str]:
     last = wrong.rpartition(".")[2]
     same = [name for name in names if name.rpartition(".")[2] == last]
     by_last = {name.rpartition(".")[2]: name for name in names}
-    close = same or _close(wrong, names) or [by_last[name] for name in _close(last, by_last)]
+    close = same or close_to(wrong, names) or [by_last[name] for name in close_to(last, by_last)]
     return [f"--{name}" for name in close]
 
 
-def _close(wrong: str, names: Iterable[str]) -> list[str]:
+def close_to(wrong: str, names: Iterable[str]) -> list[str]:
     """Names that are spelt alike, or begin alike, whatever the case; the closest first."""
     by_lower = {name.lower(): name for name in names}
     close = difflib.get_close_matches(wrong.lower(), by_lower, n=3, cutoff=0.7)
@@ -58,5 +60,6 @@ def _close(wrong: str, names: Iterable[str]) -> list[str]:
     return [by_lower[name] for name in close][:3]
 
 
-def _did_you_mean(names: list[str]) -> str:
+def did_you_mean(names: list[str]) -> str:
+    """The end of a sentence that names them; empty for none."""
     return f". Did you mean {' or '.join(names)}?" if names else ""
