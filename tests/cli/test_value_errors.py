@@ -12,8 +12,8 @@ SHORTEST = "--model.policy x --data.prompts x --trainer.default_root_dir run --r
 
 @pytest.fixture(autouse=True)
 def in_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    (tmp_path / "my_losses.py").write_text("class Huber: pass\n")
-    (tmp_path / "lacking.py").write_text("import no_such_package\n")
+    (tmp_path / "huber_losses.py").write_text("class Huber: pass\n")
+    (tmp_path / "lacking_losses.py").write_text("import no_such_package\n")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
 
@@ -53,10 +53,10 @@ def test_a_wrong_value_is_named_with_what_it_must_be(
 @pytest.mark.parametrize(
     ("name", "says"),
     [
-        ("my_losses.Huger", "the module 'my_losses' has no class 'Huger'. Did you mean Huber?"),
-        ("my_losses.Nope", "the module 'my_losses' has no class 'Nope'."),
+        ("huber_losses.Huger", "the module 'huber_losses' has no class 'Huger'. Did you mean Huber?"),
+        ("huber_losses.Nope", "the module 'huber_losses' has no class 'Nope'."),
         ("nowhere.Nope", "but there is no module 'nowhere' in "),
-        ("lacking.Nope", "whose module 'lacking' imports 'no_such_package', which is not installed."),
+        ("lacking_losses.Nope", "whose module 'lacking_losses' imports 'no_such_package', which is not installed."),
     ],
 )
 def test_a_class_that_can_not_be_imported_is_named_with_the_reason(
