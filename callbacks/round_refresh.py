@@ -207,7 +207,9 @@ class RoundRefresh(RunLifecycle):
         if options is None:
             problems = find_problems(data.store, held_out=False, checksums=False)
             problems.refuse("Restore the files: rounds that were prepared elsewhere can't be made here.")
-            data.check_ready()
+            others = [each for each in trainer.callbacks if each is not self]  # type: ignore[attr-defined]
+            if not any(hasattr(each, "prepare_round") for each in others):  # a source that is yet to register
+                data.check_ready()
             return
         check_policy_module(pl_module, data)
         assert is_policy_module(pl_module)
