@@ -41,8 +41,8 @@ class RunLifecycle(L.Callback):
         self._threads_before = torch.get_num_threads()
         if threads != self._threads_before:
             torch.set_num_threads(threads)
-        if sentence and ranks.is_first:
-            console.print(sentence, soft_wrap=True)
+        if sentence:
+            self.first_lines = [*self.first_lines, sentence]
 
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Lock the run directory: from here on only this process writes to it."""
@@ -53,6 +53,7 @@ class RunLifecycle(L.Callback):
         if trainer.is_global_zero:
             for line in self.first_lines:
                 console.print(line, soft_wrap=True)
+        self.first_lines = ()
 
     def warn_of_overload(self, trainer: L.Trainer) -> None:
         """Say on rank 0, once, that other jobs slow down a run on a CPU."""

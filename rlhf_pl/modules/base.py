@@ -190,6 +190,9 @@ class TrainedModule(L.LightningModule, ABC):
     ) -> None:
         self.gradient_norm = clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
+    def on_fit_start(self) -> None:
+        self.optimization.on_fit_start(self.trainer)
+
     def on_train_start(self) -> None:
         self.optimization.on_train_start(self.trainer)
 

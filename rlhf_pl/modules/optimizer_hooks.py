@@ -67,6 +67,7 @@ class Optimization:
         self.suitable_rate, self.reset_state = suitable_rate, reset_state
         self._initial_state: dict[Any, Any] = {}
         self._hyperparameters: list[dict[str, Any]] = []
+        self._is_automatic = False  # whether the rate is chosen here
         self.skipped = Skipped()
         self.validated = False  # in this epoch
 
@@ -78,8 +79,7 @@ class Optimization:
             parameters: What trains: parameters, or torch's parameter groups.
         """
         optimizer, scheduler = self._make(list(parameters))
-        if is_automatic(optimizer) and module.global_rank == 0:
-            console.print(f"Learning rate: {self.suitable_rate():g}, chosen for the model's size (`lr: auto`).")
+        self._is_automatic = is_automatic(optimizer)
         if isinstance(scheduler, ProgressSchedule):
             scheduler.follow(lambda: _progress(module.trainer, self.skipped))
         for copy in working_copies(module):
@@ -129,6 +129,11 @@ class Optimization:
             "lr_scheduler": describe(scheduler, "base_lrs", "last_epoch"),
             **({"optimizer_state": "new in every round"} if self.reset_state else {}),
         }
+
+    def on_fit_start(self, trainer: L.Trainer) -> None:
+        """Say which rate `auto` stands for, after the lines of callbacks on the run itself."""
+        if self._is_automatic and trainer.is_global_zero:
+            console.print(f"Learning rate: {self.suitable_rate():g}, chosen for the model's size (`lr: auto`).")
 
     def on_train_start(self, trainer: L.Trainer) -> None:
         """Restore the config's hyperparameters, which a checkpoint has replaced."""

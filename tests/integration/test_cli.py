@@ -11,6 +11,7 @@ import torch
 import yaml
 
 from rlhf_pl.__main__ import main
+from rlhf_pl.callbacks import run_lifecycle
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").rglob("*.yaml"))
@@ -117,16 +118,20 @@ def test_user_errors_end_with_one_message(
     assert not (folder / "runs").exists()
 
 
-def test_a_refused_run_prints_nothing_but_its_error(
-    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str]
+def test_a_run_names_its_directory_first_and_a_refused_one_prints_nothing_but_its_error(
+    folder: Path, shortest: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reward = shortest.index("--rollout.reward")
     assert main(shortest[:reward] + shortest[reward + 2 :]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
     assert shown.err.startswith("error: `rollout.reward` is missing, and runs/cli holds no prepared rounds. Give a ")
+    monkeypatch.setattr(run_lifecycle, "choose_threads", lambda *_: (1, "Other processes keep cores busy."))
     assert main(shortest) == 0
-    assert "Run directory runs/cli: new." in capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "Run directory runs/cli: new."  # before the rate that was chosen, and the threads
+    assert "Other processes keep cores busy." in lines[1:4]
+    assert any(line.startswith("Learning rate: ") for line in lines)
     assert main([*shortest, "--trainer.max_epochs", "2", "--rollout.sampling.num_responses", "5"]) == 1
     shown = capsys.readouterr()
     assert shown.out == ""
