@@ -7,7 +7,16 @@ from typing import Any
 
 import yaml  # type: ignore[import-untyped]
 
-import rlhf_pl
+# modules whose classes are named without them
+_MODULES = (
+    "rlhf_pl",
+    "rlhf_pl.rewards",
+    "rlhf_pl.optim",
+    "torch.optim",
+    "torch.optim.lr_scheduler",
+    "lightning.pytorch.callbacks",
+    "lightning.pytorch.loggers",
+)
 
 
 class GivenOptions:
@@ -23,7 +32,7 @@ class GivenOptions:
         for name, value in pairs:
             if name in ("config", "c"):
                 self.values |= dict(_flat(_read(value)))
-        self.values |= {name: value for name, value in pairs if name != "config"}
+        self.values |= {name.removesuffix("+"): value for name, value in pairs if name != "config"}
 
     def full_name(self, key: str, value: str | None = None) -> str:
         """The option that ends in `key`; `key` itself if none does, or several do.
@@ -32,11 +41,20 @@ class GivenOptions:
             key: The last part of an option's name, or all of it.
             value: The option's value as text; None for any.
         """
-        if "." in key or key in self.values:
+        if key in self.values:
             return key
         like = {name: given for name, given in self.values.items() if name.endswith(f".{key}")}
-        found = [name for name, given in like.items() if value in (None, str(given))]
+        found = [name for name, given in like.items() if value in (None, str(given))] or list(like)  # a part of a value
         return found[0] if len(found) == 1 else key
+
+    def who_refuses(self, key: str) -> tuple[str, type] | None:
+        """The option whose name ends in `key` that a named class does not have, and that class."""
+        for name in self.values:
+            option, _, last = name.rpartition(".")
+            kind = _find_class(self.values.get(option)) if f".{name}".endswith(f".{key}") else None
+            if kind is not None and last not in inspect.signature(kind).parameters:
+                return name, kind
+        return None
 
     def who_requires(self, names: Sequence[str]) -> tuple[str, type] | None:
         """The option that names a class with these required parameters, none of which is given, and that class."""
@@ -78,11 +96,13 @@ def _flat(config: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         else:
             name = f"{prefix}.{key}" if prefix else str(key)
             yield from _flat(value, name) if isinstance(value, dict) else [(name, value)]
+            for number, item in enumerate(value if isinstance(value, list) else []):
+                yield from _flat(item, f"{name}[{number}]")
 
 
 def _find_class(path: Any) -> type | None:
     """The class of a name of this package or a dotted path, if its module is loaded."""
     module, _, name = str(path).rpartition(".")
-    places = [sys.modules.get(place) for place in ([module] if module else [rlhf_pl.__name__, "rlhf_pl.rewards"])]
+    places = [sys.modules.get(place) for place in ([module] if module else _MODULES)]
     found = (getattr(place, name, None) for place in places)
     return next((each for each in found if isinstance(each, type)), None)

@@ -5,16 +5,29 @@ import inspect
 import re
 from collections.abc import Iterable
 
+import lightning as L
+from lightning.pytorch import callbacks
+from torch import optim
+
 import rlhf_pl
 from rlhf_pl.algorithms.losses import RebelLoss
 from rlhf_pl.cli.given_options import GivenOptions
-from rlhf_pl.cli.short_help import RUN, SECTIONS, TRAINER, option_names
+from rlhf_pl.cli.short_help import RUN, SECTIONS, option_names
+from rlhf_pl.modules import optimizers
 from rlhf_pl.modules.optimizers import AdamW
 
 LOGGERS = ("TensorBoardLogger", "CSVLogger", "WandbLogger", "MLFlowLogger")
+_MODULES = {  # of further classes, by the option that takes them
+    "optimizer": [optim],
+    "lr_scheduler": [optim.lr_scheduler, optimizers],
+    "callbacks": [callbacks],
+}
 _NO_CLASS = re.compile(r"^\s*- Expected a dot import path string: (\S+)$", re.MULTILINE)
 _NO_PATH = re.compile(r"^\s*- Expected a path but \S+ either not accessible or invalid\n", re.MULTILINE)
-_NO_OPTION = re.compile(r"^(Option '(?P<key>\S+)' is not accepted|unrecognized arguments: --(?P<flag>[^\s=]+).*)$")
+_NO_OPTION = re.compile(
+    r"^((Subcommand 'fit' does not accept o|O)ption '(?P<key>\S+)'( is not accepted)?"
+    r"|unrecognized arguments: --(?P<flag>[^\s=]+).*)$"
+)
 
 
 def explain(message: str, given: GivenOptions | None = None) -> str:
@@ -27,20 +40,44 @@ def explain(message: str, given: GivenOptions | None = None) -> str:
     if (found := _NO_CLASS.search(message)) is not None:
         key = re.search(r'Parser key "(\S+)"', message)
         where = f"`{(given or GivenOptions()).full_name(key[1], found[1])}`: " if key else ""
-        return f"{where}there is no class {found[1]!r}{did_you_mean(close_to(found[1], _class_names()))}"
+        return f"{where}there is no class {found[1]!r}{did_you_mean(close_to(found[1], _class_names(where)))}"
     if (found := _NO_OPTION.match(message)) is not None:
-        wrong = found["key"] or found["flag"]
-        return message + did_you_mean(_options_like(wrong))
+        group = "key" if found["key"] else "flag"
+        wrong, (start, end) = found[group], found.span(group)
+        if given is not None and (refused := given.who_refuses(wrong)) is not None:
+            return _explain_refused(*refused)
+        full = wrong if given is None else given.full_name(wrong)
+        return message[:start] + full + message[end:] + did_you_mean(_options_like(full))
     return _NO_PATH.sub("", message)
 
 
-def _class_names() -> list[str]:
-    return [*(name for name in rlhf_pl.__all__ if name[0].isupper()), *LOGGERS]
+def _explain_refused(name: str, kind: type) -> str:
+    """An option that a class does not have."""
+    option, _, last = name.rpartition(".")
+    like = [f"{option}.{each}" for each in close_to(last, inspect.signature(kind).parameters)]
+    return (
+        f"`{name}`: {kind.__name__} has no option {last!r}{did_you_mean(like) or '.'} "
+        f"{explained_by(option, kind, 'its options')}"
+    )
+
+
+def explained_by(option: str, kind: type, what: str) -> str:
+    """A sentence on the command that explains options of a class."""
+    return f"`rlhf-pl fit --{option.partition('[')[0]}.help {kind.__name__}` explains {what}."
+
+
+def _class_names(where: str) -> list[str]:
+    """Names of classes that an option may have; `where` contains its name."""
+    names = [*(name for name in rlhf_pl.__all__ if name[0].isupper()), *LOGGERS]
+    for option, modules in _MODULES.items():
+        if option in where:
+            names += [name for module in modules for name, kind in vars(module).items() if isinstance(kind, type)]
+    return names
 
 
 def _options_like(wrong: str) -> list[str]:
     """Options with the same last name, else those whose full or last name is close."""
-    names = [*RUN, *(f"trainer.{name}" for name in TRAINER)]
+    names = [*RUN, *(f"trainer.{name}" for name in inspect.signature(L.Trainer).parameters)]
     for key, kind in SECTIONS.items():
         names += option_names(key, kind)
     names += [f"model.optimizer.{name}" for name in inspect.signature(AdamW).parameters if name != "params"]

@@ -7,15 +7,18 @@ import sys
 from collections.abc import Sequence
 
 from rlhf_pl.cli.given_options import GivenOptions
-from rlhf_pl.cli.suggestions import close_to, did_you_mean
+from rlhf_pl.cli.suggestions import close_to, did_you_mean, explained_by
 
 _KEY = re.compile(r'^Parser key "(\S+)"')
 _EXPECTED = re.compile(r"^\s*(?:- )?Expected an? (.+?)(?:\. Got value: .*)?$", re.MULTILINE)
 _VALUE = re.compile(r"(?:Got|Given) value: (.*)$", re.MULTILINE)
 _CLASS = re.compile(r"Problem with given class_path '(\S+)':\n\s*(.*)")
+_CALLABLE = re.compile(r"expects a function or a callable class: (.*)\. Got value: (\S+)")
+_IMPORT_PATH = re.compile(r"^(path but|dot import path)")
 _REQUIRED = re.compile(r"^the following arguments are required: ([\w, ]+)$")
 _MANY = 4  # choices, above which those like the given one are named
 _TYPES = {"int": "an integer", "float": "a number", "bool": "true or false", "str": "text", "NoneType": "null"}
+_TYPES |= {"list": "a list such as [a, b]", "tuple": "a list such as [a, b]", "dict": "a mapping such as {a: b}"}
 
 
 def explain_value(message: str, given: GivenOptions) -> str | None:
@@ -31,9 +34,13 @@ def explain_value(message: str, given: GivenOptions) -> str | None:
         return None
     if (wrong := _CLASS.search(message)) is not None:
         return _explain_class(given.full_name(key[1], wrong[1]), wrong[1], wrong[2].strip())
+    if (wrong := _CALLABLE.search(message)) is not None:
+        return _explain_class(given.full_name(key[1], wrong[2]), wrong[2], wrong[1])
     value, expected = _VALUE.search(message), _EXPECTED.findall(message)
     if value is None or not expected:
         return None
+    if "<class 'float'>" in expected:  # or a tensor, which no config can give
+        expected = [each for each in expected if not _IMPORT_PATH.match(each)]
     allowed, choices = _allowed(expected, "typing.Literal[64" in message)
     if not allowed:
         return None
@@ -86,8 +93,7 @@ def _explain_required(names: Sequence[str], given: GivenOptions) -> str | None:
     option, kind = found
     listed = ", ".join(f"`{option}.{name}`" for name in names)
     flags = " ".join(f"--{option}.{name} {name.upper()}" for name in names)
-    return (
-        f"{listed}: {kind.__name__} requires {'it' if len(names) == 1 else 'them'}. Add {flags}, in a config file "
-        f"{' and '.join(f'`{option}.init_args.{name}`' for name in names)}. `rlhf-pl fit --{option}.help "
-        f"{kind.__name__}` explains {'it' if len(names) == 1 else 'them'}."
-    )
+    in_file = " and ".join(f"`{option}.init_args.{name}`" for name in names)
+    add = f"Add {in_file}" if "[" in option else f"Add {flags}, in a config file {in_file}"
+    it = "it" if len(names) == 1 else "them"
+    return f"{listed}: {kind.__name__} requires {it}. {add}. {explained_by(option, kind, it)}"

@@ -85,3 +85,63 @@ def test_values_of_a_config_file_are_named_alike(capsys: pytest.CaptureFixture[s
     Path("c.yaml").write_text(yaml.safe_dump({"model": model, "rollout": {"reward": {"class_path": "HTTPReward"}}}))
     error = refused(capsys, "--config", "c.yaml", "--data.prompts", "x")
     assert error.startswith("error: `rollout.reward.url`: HTTPReward requires it.")
+
+
+def test_an_option_that_a_class_lacks_is_named_with_those_like_it(capsys: pytest.CaptureFixture[str]) -> None:
+    shortest = [*SHORTEST.split(), "m.score"]
+    error = refused(capsys, *shortest, "--model.loss", "GRPOLoss", "--model.loss.eta", "1")
+    assert error == (
+        "error: `model.loss.eta`: GRPOLoss has no option 'eta'. `rlhf-pl fit --model.loss.help GRPOLoss` explains its "
+        "options."
+    )
+    error = refused(capsys, *shortest, "--model.lora", "LoRA", "--model.lora.ranks", "4")
+    assert error.startswith("error: `model.lora.ranks`: LoRA has no option 'ranks'. Did you mean model.lora.rank?")
+    error = refused(capsys, *shortest, "--model", "PPOModule", "--model.critic.lrr", "1")
+    assert error.startswith("error: unrecognized arguments: --model.critic.lrr=1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ("--model.optimizer torch.optim.AdamW --model.optimizer.lr fast", "lr` is 'fast', but must be a number."),
+        ("--model.optimizer torch.optim.Adem", "the module 'torch.optim' has no class 'Adem'. Did you mean Adam?"),
+        ("--model.optimizer Adem", "there is no class 'Adem'. Did you mean Adam"),
+        ("--model.optimizer.betas 0.9", "betas` is '0.9', but must be a list such as [a, b]."),
+        ("--model.optimizer.betas [0.9,x]", "`model.optimizer.betas` is 'x', but must be a number."),
+        ("--guards.stop_on kl", "`guards.stop_on` is 'kl', but must be a list such as [a, b] or null."),
+        ("--model.lr_scheduler WarmupCosin", "there is no class 'WarmupCosin'. Did you mean WarmupCosine"),
+        ("--model.lr_scheduler StepLR", "`model.lr_scheduler.step_size`: StepLR requires it."),
+        ("--trainer.callbacks EarlyStoping", "there is no class 'EarlyStoping'. Did you mean EarlyStopping?"),
+        ("--trainer.callbacks+=EarlyStopping", "`trainer.callbacks.monitor`: EarlyStopping requires it."),
+        ("--model PPOModule --model.critic.lr x", "`model.critic.lr` is 'x', but must be a number or null."),
+    ],
+)
+def test_options_of_classes_outside_of_this_package_are_named_in_full(
+    capsys: pytest.CaptureFixture[str], arguments: str, says: str
+) -> None:
+    assert says in refused(capsys, *SHORTEST.split(), "m.score", *arguments.split())
+
+
+@pytest.mark.parametrize(
+    ("trainer", "says"),
+    [
+        ({"max_epocs": 3}, "option 'trainer.max_epocs'. Did you mean --trainer.max_epochs"),
+        (
+            {"callbacks": [{"class_path": "EarlyStopping"}]},
+            "`trainer.callbacks[0].monitor`: EarlyStopping requires it. Add `trainer.callbacks[0].init_args.monitor`.",
+        ),
+        (
+            {"callbacks": [{"class_path": "EarlyStopping", "init_args": {"monitor": "loss", "patience": "long"}}]},
+            "`trainer.callbacks[0].patience` is 'long', but must be an integer.",
+        ),
+        (
+            {"logger": [{"class_path": "CSVLogger", "init_args": {"save_dirr": "logs"}}]},
+            "CSVLogger has no option 'save_dirr'. Did you mean trainer.logger[0].save_dir?",
+        ),
+    ],
+)
+def test_items_of_lists_in_a_config_file_are_named_by_their_number(
+    capsys: pytest.CaptureFixture[str], trainer: dict[str, object], says: str
+) -> None:
+    Path("c.yaml").write_text(yaml.safe_dump({"model": {"policy": "x"}, "data": {"prompts": "x"}, "trainer": trainer}))
+    assert says in refused(capsys, "--config", "c.yaml")
