@@ -44,7 +44,7 @@ from rlhf_pl.trainer.run_loggers import RunLogger
 from rlhf_pl.trainer.start import find_start
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.cpu import cpu_fsdp
-from rlhf_pl.utils.devices import fast_precision
+from rlhf_pl.utils.devices import describe_precision, fast_precision
 from rlhf_pl.utils.errors import InputError
 from rlhf_pl.utils.memory import keep_freed_memory
 from rlhf_pl.utils.public_names import with_public_path
@@ -115,11 +115,8 @@ class RlhfCLI(LightningCLI):
             kwargs["precision"] = None  # the plugin's
         else:
             kwargs["precision"] = fast_precision(precision, on_gpu(config["accelerator"]))
-        if kwargs["precision"] not in (None, precision):
-            self.first_lines.append(
-                f"This CPU has no bfloat16 instructions: computing in float32 instead of {precision}, several times "
-                "faster here."
-            )
+        if sentence := describe_precision(precision, kwargs["precision"]):
+            self.first_lines.append(sentence)
         defaults = [self._get(self.config_init, c) for c in self._parser(self.subcommand).callback_keys]
         self.rounds: RoundRefresh = next(callback for callback in defaults if isinstance(callback, RoundRefresh))
         self.rounds.repair = self._get(self.config_init, "repair")

@@ -97,6 +97,8 @@ def refuse_upstream_change(stored: Round, now: StageSettings) -> None:
     if manifest.get("accepted") == _user_settings(now):
         return
     if changed := list_differences(before, now["responses"], *POLICY_KEYS):
+        if stored.is_held_out:  # these have an option of their own
+            changed = [re.sub(r"^sampling\.num_responses", "rollout.val_num_responses", line) for line in changed]
         raise ChangedSettingsError(
             f"{stored.path} was made with other settings:\n"
             + "\n".join(f"  {line}" for line in changed)

@@ -20,7 +20,7 @@ from rlhf_pl.trainer.run_loggers import RunLogger
 from rlhf_pl.trainer.start import BeginRun, find_start
 from rlhf_pl.utils.console import console
 from rlhf_pl.utils.cpu import cpu_fsdp
-from rlhf_pl.utils.devices import fast_precision
+from rlhf_pl.utils.devices import describe_precision, fast_precision
 
 
 class RlhfTrainer(L.Trainer):
@@ -60,6 +60,9 @@ class RlhfTrainer(L.Trainer):
         default = options.pop("precision")
         if precision is not None or not has_kind(listed(options.get("plugins")), Precision):
             options["precision"] = fast_precision(str(precision or default), on_gpu)
+        self._first_lines = list(
+            filter(None, [describe_precision(str(precision or default), options.get("precision"))])
+        )
         with hidden_messages():
             super().__init__(callbacks=callbacks, **options)
 
@@ -97,7 +100,7 @@ class RlhfTrainer(L.Trainer):
             with hidden_messages(), cpu_fsdp() if fsdp else nullcontext():
                 if isinstance(datamodule, RoundDataModule):
                     datamodule.trainer = self  # which the settings of an update depend on
-                start = find_start(self, model, datamodule, ckpt_path)
+                start = find_start(self, model, datamodule, ckpt_path, self._first_lines)
                 run.callbacks.append(BeginRun(start))
                 super().fit(
                     model, train_dataloaders, val_dataloaders, datamodule, start.checkpoint, weights_only=weights_only

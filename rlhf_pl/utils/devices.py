@@ -36,3 +36,13 @@ def fast_dtype(name: str | None, device: str) -> str | None:
 def fast_precision(precision: str, on_gpu: bool) -> str:
     """The Trainer's precision, given the requested one; see `fast_dtype`."""
     return "32-true" if not on_gpu and precision.endswith("16-mixed") and not cpu_has_bfloat16() else precision
+
+
+def describe_precision(requested: str, used: str | None) -> str:
+    """A sentence if a CPU computes in another precision than the requested one, otherwise empty."""
+    if used in (None, requested):
+        return ""
+    return (
+        f"This CPU has no bfloat16 instructions: computing in float32 instead of {requested}, several times faster "
+        "here."
+    )

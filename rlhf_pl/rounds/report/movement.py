@@ -15,6 +15,8 @@ HARDLY = 0.01
 _SMALL_MARGIN = 4 * math.sqrt(HARDLY)  # nats: 95 % quantile of |log-ratio margins| at that KL, p95^2 = 4 x 4 KL
 _MOSTLY = 0.5  # share of the targets
 HEALTHY = 0.1  # nats per response: rounds of less are small steps
+_MORE_UPDATES = "raise `data.prompts_per_round` or `data.passes`, lower `data.batch_size`"
+_MORE_WHERE_FIXED = "raise `data.updates_per_round`"
 _LOW_RATE = 0.1  # share of the peak rate, below which the schedule alone has held a round back
 
 
@@ -84,10 +86,14 @@ def describe_standstill(store: RoundStore, index: int, loss: PolicyLoss) -> str:
         return f"{text}: `model.lr_scheduler` has kept the rate at {lr:.2g} or less in this round, of {peak:.2g}"
     margins = training_margins(manifest)
     target, reached = margins.get("target_p95"), margins.get("reached", 0.0)
-    return f"{text}: {_remedy(loss, target, reached, lr if peak is None else peak, movement.get('updates'))}"
+    is_fixed = "updates_per_round" in manifest.get("settings", {}).get("training", {})
+    more = _MORE_WHERE_FIXED if is_fixed else _MORE_UPDATES
+    return f"{text}: {_remedy(loss, target, reached, lr if peak is None else peak, movement.get('updates'), more)}"
 
 
-def _remedy(loss: PolicyLoss, target: float | None, reached: float, lr: float | None, updates: int | None) -> str:
+def _remedy(
+    loss: PolicyLoss, target: float | None, reached: float, lr: float | None, updates: int | None, more: str
+) -> str:
     """What to change after a round that has moved the policy little or hardly.
 
     Args:
@@ -96,6 +102,7 @@ def _remedy(loss: PolicyLoss, target: float | None, reached: float, lr: float | 
         reached: Slope of the log-ratio margins by the targets.
         lr: The peak learning rate.
         updates: Number of updates in the round.
+        more: The options that give more of them.
     """
     options = describe_larger_steps(loss)
     if target is not None and target < _SMALL_MARGIN and options:
@@ -109,10 +116,9 @@ def _remedy(loss: PolicyLoss, target: float | None, reached: float, lr: float | 
     rate = "`--model.optimizer.lr`" + ("" if lr is None else f" (now {lr:.2g})")
     many = "" if updates is None else f" ({updates} in this round)"
     why = "" if target is None else "the targets are far from reached; "
-    more = "`data.prompts_per_round` or `data.passes`, lower `data.batch_size`"
     is_unknown = target is None and all(reach is None for reach in reaches)
     also = f"; or {options}" if is_unknown and options else ""
-    return f"{why}raise {rate}, or make more updates{many}: raise {more}{also}"
+    return f"{why}raise {rate}, or make more updates{many}: {more}{also}"
 
 
 def _rate(manifest: Mapping[str, Any]) -> float | None:

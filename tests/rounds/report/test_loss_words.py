@@ -140,3 +140,10 @@ def test_the_advice_after_a_standstill_is_the_losss_own(
     tmp_path: Path, loss: PolicyLoss, target: float | None, advice: str
 ) -> None:
     assert advice in standstill(tmp_path, loss, target)
+
+
+def test_a_fixed_number_of_updates_is_raised_by_its_own_option(tmp_path: Path) -> None:
+    """With `data.updates_per_round`, `data.passes` is refused."""
+    RoundStore(tmp_path).round(0).update(settings={"training": {"updates_per_round": 5}})
+    assert "more updates (5 in this round): raise `data.updates_per_round`" in standstill(tmp_path, RebelLoss(0.5), 3.0)
+    assert "data.passes" not in standstill(tmp_path, RebelLoss(0.5), 3.0)
