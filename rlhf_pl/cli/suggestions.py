@@ -63,7 +63,8 @@ def _explain_refused(name: str, kind: type) -> str:
 
 def explained_by(option: str, kind: type, what: str) -> str:
     """A sentence on the command that explains options of a class."""
-    return f"`rlhf-pl fit --{option.partition('[')[0]}.help {kind.__name__}` explains {what}."
+    name = kind.__name__ if kind.__module__.startswith("rlhf_pl.") else f"{kind.__module__}.{kind.__name__}"
+    return f"`rlhf-pl fit --{option.partition('[')[0]}.help {name}` explains {what}."
 
 
 def _class_names(where: str) -> list[str]:

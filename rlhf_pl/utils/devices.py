@@ -1,5 +1,6 @@
 """Dtypes that a device computes in natively."""
 
+import platform
 from functools import cache
 
 import torch
@@ -15,6 +16,8 @@ def cpu_has_bfloat16() -> bool:
     capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     if capabilities.get("architecture") == "x86_64":
         return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    if platform.machine() == "x86_64" and hasattr(torch.cpu, "_is_avx512_bf16_supported"):  # earlier versions of torch
+        return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     check = getattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", None)
     return True if check is None else bool(check())
 

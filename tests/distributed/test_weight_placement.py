@@ -48,7 +48,7 @@ for kind in ("tied", "untied"):
 
 
 @pytest.mark.slow(minutes=0.5)
-@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+@pytest.mark.parametrize("strategy", [pytest.param("ddp", marks=pytest.mark.exhaustive), "fsdp2"])
 def test_only_the_first_rank_reads_weights(tmp_path: Path, strategy: str) -> None:
     """Models with and without tied embeddings, with full training and with adapters."""
     for kind in ("tied", "untied"):

@@ -45,7 +45,7 @@ def make_arguments(folder: Path, loss: str) -> dict[str, Any]:
 
 @pytest.mark.slow(minutes=0.5)
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("name", ["GRPO with KL", FURTHER["REINFORCE++"], "GSPO, split groups"])
+@pytest.mark.parametrize("name", ["GRPO with KL", FURTHER["REINFORCE++"], FURTHER["GSPO, split groups"]])
 def test_killed_inside_a_round_and_started_again(tmp_path: Path, name: str) -> None:
     """Killed in the first round, and again in the middle of an update; the result is bit-identical."""
     plan = make_arguments(tmp_path, LOSSES[name])

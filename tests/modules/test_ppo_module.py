@@ -158,10 +158,11 @@ CRITICS = {
     "trunk": ("--model.critic.shares_trunk", "true"),
     "half": ("--trainer.precision", "bf16-mixed", "--model.gradient_checkpointing", "true"),
 }
-SLOW = ("adapters", "half")
+FURTHER = [pytest.mark.slow, pytest.mark.exhaustive]
+MARKS = {"adapters": pytest.mark.slow, "half": FURTHER}
 
 
-@pytest.mark.parametrize("kind", [pytest.param(k, marks=[pytest.mark.slow] * (k in SLOW)) for k in CRITICS])
+@pytest.mark.parametrize("kind", [pytest.param(k, marks=MARKS.get(k, ())) for k in CRITICS])
 def test_the_first_updates_train_the_critic_alone_and_a_stopped_run_resumes_in_them(
     kind: str,
     fit: Fit,

@@ -15,7 +15,7 @@ HARDLY = 0.01
 _SMALL_MARGIN = 4 * math.sqrt(HARDLY)  # nats: 95 % quantile of |log-ratio margins| at that KL, p95^2 = 4 x 4 KL
 _MOSTLY = 0.5  # share of the targets
 HEALTHY = 0.1  # nats per response: rounds of less are small steps
-_MORE_UPDATES = "raise `data.prompts_per_round` or `data.passes`, lower `data.batch_size`"
+_MORE_UPDATES = "more prompts a round (`data.prompts_per_round`), more `data.passes`, or a lower `data.batch_size`"
 _MORE_WHERE_FIXED = "raise `data.updates_per_round`"
 _LOW_RATE = 0.1  # share of the peak rate, below which the schedule alone has held a round back
 
