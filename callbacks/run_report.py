@@ -33,6 +33,7 @@ from rlhf_pl.rounds.report.movement import describe_standstill, moved_in_all
 from rlhf_pl.rounds.report.numbers import decimals_for
 from rlhf_pl.rounds.report.shown import prompts_of_median_gain, typical_pairs
 from rlhf_pl.rounds.report.sparse import describe_sparsity
+from rlhf_pl.rounds.report.unfinished import describe_unfinished
 from rlhf_pl.store.round_store import DamagedStoreError, RoundStore
 from rlhf_pl.utils.console import console, note, warn
 
@@ -46,7 +47,7 @@ class RunReport(L.Callback):
 
     def __init__(self, num_samples: int = 3) -> None:
         self.num_samples = num_samples
-        self._advised: set[str] = set()  # causes of rounds that teach little, each of them named once
+        self._advised: set[str] = set()  # what was noted about rounds, each cause once
         self._reported: set[int] = set()  # numbers of rounds that an earlier process has finished and reported
         self._was_at_max_steps = False  # where an earlier process had ended the run
 
@@ -79,8 +80,9 @@ class RunReport(L.Callback):
             store = RoundStore(trainer.default_root_dir)
             loss: PolicyLoss = pl_module.loss  # type: ignore[assignment]
             console.print(round_line(store, done - 1, loss), soft_wrap=True)
-            for cause, text in describe_sparsity(store.round(done - 1)).items():
-                if cause not in self._advised:
+            causes = describe_sparsity(store.round(done - 1)) | {"unfinished": describe_unfinished(store, done)}
+            for cause, text in causes.items():
+                if text and cause not in self._advised:
                     note(f"round {done}: {text}.")
                     self._advised.add(cause)
 

@@ -29,6 +29,7 @@ from rlhf_pl.modules.base import TrainedModule
 from rlhf_pl.rewards.armorm import ArmoRMReward
 from rlhf_pl.rewards.classifier import ClassifierReward
 from rlhf_pl.utils.console import console
+from rlhf_pl.utils.cpu_threads import describe_overload
 from rlhf_pl.utils.errors import InputError
 
 _NO_FOLDER = "If another run is to write this model, name the one that that run starts from: a plan needs no weights."
@@ -203,7 +204,12 @@ def _speed(plan: Any, own: argparse.Namespace) -> tuple[float, str]:
     if plan.machine.on_gpu:
         return GPU_TFLOPS, "assumed"
     measured = measure_cpu_tflops(plan.machine.bf16, plan.machine.processes)
-    return measured, "measured just now; another load changes it"
+    return measured, f"measured just now; another load changes it{_describe_load()}"
+
+
+def _describe_load() -> str:
+    """A part of a sentence if this machine is overloaded; empty otherwise."""
+    return ", and now the machine is overloaded: these times are too long" if describe_overload() else ""
 
 
 def _show_time_of_epochs(plan: FixedPlan, own: argparse.Namespace) -> None:

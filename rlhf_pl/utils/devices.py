@@ -46,6 +46,6 @@ def describe_precision(requested: str, used: str | None) -> str:
     if used in (None, requested):
         return ""
     return (
-        f"This CPU has no bfloat16 instructions: computing in float32 instead of {requested}, several times faster "
-        "here."
+        f"This CPU has no bfloat16 instructions: computing in float32, which is several times faster here "
+        f"than {requested}."
     )

@@ -22,7 +22,8 @@ def make_legend(
     """
     lines = ["How to read the rounds:", f"  loss: {loss.meaning}"]
     if "target_p95" in margins:
-        lines.append(f"  targets reached: slope of the pairs' log-ratio margins on their targets; {_R2}")
+        slope = "slope of the pairs' log-ratio margins on their targets, over all updates (0 at the first)"
+        lines.append(f"  targets reached: {slope}; {_R2}")
     elif "slope" in margins:
         lines.append(f"  slope: of the pairs' log-ratio margins on their reward margins; {_R2}")
     kls = ["KL(old||new): of the round's responses, a mean over its updates"] if has_kl else []

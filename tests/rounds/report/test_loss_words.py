@@ -61,7 +61,10 @@ def test_every_loss_and_term_says_what_its_number_means(kind: type[PolicyLoss]) 
 @pytest.mark.parametrize(
     ("loss", "line"),
     [
-        (RebelLoss(), "  targets reached: slope of the pairs' log-ratio margins on their targets; R²: the share of"),
+        (
+            RebelLoss(),
+            "  targets reached: slope of the pairs' log-ratio margins on their targets, over all",
+        ),
         (DPOLoss(), "  slope: of the pairs' log-ratio margins on their reward margins; R²: the share of"),
         (losses.GRPOLoss(), ""),
     ],
