@@ -1,5 +1,6 @@
 """Python functions as rewards, given by their import path."""
 
+import difflib
 import importlib
 import inspect
 import sys
@@ -137,9 +138,10 @@ def import_function(path: str) -> Callable[..., Any]:
     else:
         dotted, _, name = path.rpartition(".")
         if not dotted:
+            like = difflib.get_close_matches(path, list(_class_names(Reward)), n=1)
             raise InputError(
                 f"`rollout.reward`: {path!r} is not an import path. Give package.module.function or "
-                "path/to/file.py:name."
+                f"path/to/file.py:name{f', or did you mean {like[0]}?' if like else '.'}"
             )
         module = _import_module(path, dotted)
     if not hasattr(module, name):
@@ -167,6 +169,14 @@ def _import_module(path: str, dotted: str) -> Any:
         raise InputError(f"`rollout.reward`: importing {dotted!r} failed: {error}.") from error
     except (Exception, SystemExit) as error:
         raise InputError(f"`rollout.reward`: importing {dotted!r} failed: {type(error).__name__}: {error}.") from error
+
+
+def _class_names(kind: type[Reward]) -> Iterator[str]:
+    """Names of the rewards that derive from a class and can be made."""
+    for derived in kind.__subclasses__():
+        if not inspect.isabstract(derived):
+            yield derived.__name__
+        yield from _class_names(derived)
 
 
 def _import_file(path: str, file: str) -> Any:

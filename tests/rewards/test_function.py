@@ -108,6 +108,7 @@ def test_import_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert import_function("my_own_reward.py:score")(response="") == 1.0
     for path, message in {
         "score": "is not an import path",
+        "ClasifierReward": "or did you mean ClassifierReward?",
         "nothing_here.score": "no module 'nothing_here'",
         "my_own_reward.grade": "has no 'grade'. Its functions: score",
         "my_own_reward.LIMIT": "is int, not a function",
