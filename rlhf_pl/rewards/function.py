@@ -171,7 +171,7 @@ def _import_module(path: str, dotted: str) -> Any:
         raise InputError(f"`rollout.reward`: importing {dotted!r} failed: {type(error).__name__}: {error}.") from error
 
 
-def _class_names(kind: type[Reward]) -> Iterator[str]:
+def _class_names(kind: Any) -> Iterator[str]:
     """Names of the rewards that derive from a class and can be made."""
     for derived in kind.__subclasses__():
         if not inspect.isabstract(derived):

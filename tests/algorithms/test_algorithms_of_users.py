@@ -177,5 +177,5 @@ def test_an_argument_that_a_loss_does_not_have_is_refused(
 ) -> None:
     with pytest.raises(SystemExit):
         command("Reinforce", "--model.loss.eta", "2")
-    assert "Option 'eta' is not accepted" in capsys.readouterr().err
+    assert "Reinforce has no option 'eta'" in capsys.readouterr().err
     assert not Path("run").exists()
