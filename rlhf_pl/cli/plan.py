@@ -204,12 +204,8 @@ def _speed(plan: Any, own: argparse.Namespace) -> tuple[float, str]:
     if plan.machine.on_gpu:
         return GPU_TFLOPS, "assumed"
     measured = measure_cpu_tflops(plan.machine.bf16, plan.machine.processes)
-    return measured, f"measured just now; another load changes it{_describe_load()}"
-
-
-def _describe_load() -> str:
-    """A part of a sentence if this machine is overloaded; empty otherwise."""
-    return ", and now the machine is overloaded: these times are too long" if describe_overload() else ""
+    load = ", and now the machine is overloaded: these times are too long" if describe_overload() else ""
+    return measured, f"measured just now; another load changes it{load}"
 
 
 def _show_time_of_epochs(plan: FixedPlan, own: argparse.Namespace) -> None:

@@ -60,9 +60,8 @@ class RlhfTrainer(L.Trainer):
         default = options.pop("precision")
         if precision is not None or not has_kind(listed(options.get("plugins")), Precision):
             options["precision"] = fast_precision(str(precision or default), on_gpu)
-        self._first_lines = list(
-            filter(None, [describe_precision(str(precision or default), options.get("precision"))])
-        )
+        sentence = describe_precision(str(precision or default), options.get("precision"))
+        self._first_lines = [sentence] if sentence else []
         with hidden_messages():
             super().__init__(callbacks=callbacks, **options)
 

@@ -105,9 +105,8 @@ def find_start(
     resume_loggers(trainer)
     hide_secrets_from_loggers(trainer)
     lines = [*first_lines, *([] if start.checkpoint is None else [f"Resuming from {start.checkpoint}."])]
-    if (
-        lifecycle := next((callback for callback in callbacks if isinstance(callback, RunLifecycle)), None)
-    ) is not None:
+    lifecycle = next((callback for callback in callbacks if isinstance(callback, RunLifecycle)), None)
+    if lifecycle is not None:
         lifecycle.first_lines = lines
     else:  # a module of the user's
         for line in lines:
